@@ -1,0 +1,27 @@
+"""Token reduction for vision transformers: one interface, unmodified timm models, exact cost.
+
+>>> import timm
+>>> from reducers import ATS, Ratio, at, reduce_tokens
+>>> model = timm.create_model("deit_tiny_patch16_224").eval()
+>>> fast = reduce_tokens(model, at(range(3, 12), ATS(Ratio(0.5, of="initial"))))
+"""
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, Count, Drop, Ratio, parse_budget
+from reducers.errors import ReducerError, UnsupportedModel
+from reducers.maps import Keep, Merge, Mix, TokenMap
+from reducers.methods import ATS, EViT, Identity, RandomDrop, ToMe, TopK
+from reducers.placement import Placement, at, every, parse_blocks, placement_from
+from reducers.registry import available, build, register
+from reducers.scores import SCORES
+from reducers.stack import Stack
+from reducers.tokens import Layout, TokenBatch
+from reducers.trace import Trace
+from reducers.vit import ReducedViT, reduce_tokens
+
+__all__ = [
+    "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Identity", "Keep", "Layout", "Merge", "Mix", "Placement",
+    "RandomDrop", "Ratio", "ReducedViT", "ReducerError", "SCORES", "Stack", "State", "ToMe", "TokenBatch", "TokenMap",
+    "TokenReducer", "TopK", "Trace", "UnsupportedModel", "at", "available", "build", "every", "parse_blocks",
+    "parse_budget", "placement_from", "reduce_tokens", "register",
+]  # fmt: skip

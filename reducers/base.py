@@ -1,0 +1,130 @@
+"""What a reducer is: it decides, the runtime carries the decision out.
+
+Every ordinary method overrides ``decide`` alone. The other steps of the lifecycle are for methods that change the input, plan
+ahead, replace a block's computation, or accumulate an output; state travels by argument and is never kept on the module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from reducers.budget import Budget
+from reducers.maps import TokenMap
+
+if TYPE_CHECKING:
+    from reducers.signals import Signals
+    from reducers.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the tokens at one block.
+
+    ``features`` (M, D) replaces W x where a method is not linear (max pooling, norm-preserving merges); the map still carries
+    sizes and provenance. ``proportional``: from here on, attention to a token is weighted by its size (ToMe).
+    """
+
+    map: TokenMap
+    features: Tensor | None = None
+    proportional: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a decision may know beyond the signals."""
+
+    block: int  # 0-based
+    depth: int
+    initial: int  # patch tokens entering block 0
+    image_keys: Tensor | None = None  # (B,) int64, for methods that draw random numbers
+    training: bool = False
+    plans: Mapping[int, Any] = field(default_factory=dict)  # what each reducer's ``plan`` returned, by id
+
+
+class TokenReducer(nn.Module):
+    """A token-reduction method with its settings. Subclasses keep each constructor argument under its own name."""
+
+    name: ClassVar[str] = ""  # as registered
+    summary: ClassVar[str] = ""  # one line
+    source: ClassVar[str] = ""  # paper
+    adaptive: ClassVar[bool] = False  # the number of tokens kept differs from image to image
+    trained: ClassVar[bool] = False  # works only after training
+    cuts_before_values: bool = False  # published order: attention rows are cut before they meet the values (ATS)
+    needs_class_token: bool = False
+    uses_random: bool = False
+    uses_previous_attention: bool = False
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        """What becomes of the tokens at this block; None leaves them alone."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it decides")
+
+    # The rest of the lifecycle is optional. ``None`` tells the runtime that a step is not used.
+    prepare: ClassVar[Any] = None  # (images) -> images: a smaller input image
+    plan: ClassVar[Any] = None  # (images, base) -> Any: all blocks ahead; reaches decide as state.plans[id(self)]
+    block: ClassVar[Any] = None  # (block, batch, state) -> TokenBatch: replaces a block's computation
+    finish: ClassVar[Any] = None  # (batch, state) -> TokenBatch: an accumulated output
+    losses: ClassVar[Any] = None  # (state, outputs, targets, teacher) -> {name: Tensor}: training losses
+
+    @property
+    def only_decides(self) -> bool:
+        """Reducers that only decide stack freely."""
+        return all(getattr(self, step) is None for step in ("prepare", "plan", "block", "finish"))
+
+    @property
+    def may_drop_class_token(self) -> bool:
+        return False
+
+    @classmethod
+    def settings(cls) -> list[inspect.Parameter]:
+        """What the method can be given by name, as its constructor says it."""
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [p for p in inspect.signature(cls).parameters.values() if p.kind in named]
+
+    def spec(self) -> dict[str, Any]:
+        """The reducer as plain data, defaults left out: ``build`` reads it back."""
+        data: dict[str, Any] = {"name": self.name}
+        for parameter in self.settings():
+            value = getattr(self, parameter.name)
+            if parameter.default is not inspect.Parameter.empty and value == parameter.default:
+                continue
+            data[parameter.name] = value.spec() if isinstance(value, (Budget, TokenReducer)) else value
+        return data
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "name")
+
+
+def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> TokenBatch:
+    """Carry everything that travels with the tokens through a decision; ``x`` (M, D) are features already reduced."""
+    token_map = decision.map
+    if x is None:
+        x = decision.features if decision.features is not None else token_map.apply(batch.x)
+    size = token_map.total(batch.size)
+    bias = batch.key_bias
+    if decision.proportional:
+        bias = size.to(torch.promote_types(x.dtype, torch.float32)).log()
+    elif bias is not None:  # exp(bias) is a number of tokens, so members add up
+        bias = token_map.total(bias.exp()).log()
+    pos = batch.pos
+    if pos is not None:
+        source = token_map.source
+        pos = pos[source.clamp(min=0)].masked_fill(source < 0, -1)
+    received = None if batch.received is None else token_map.total(batch.received)
+    class_rows = _class_rows(batch.cls, token_map)
+    return replace(
+        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received
+    )
+
+
+def _class_rows(rows: Tensor, token_map: TokenMap) -> Tensor:
+    """Where the class tokens (B,) went; -1 where there is none or it was dropped."""
+    old, new = token_map.old.uniform, token_map.new.uniform
+    if old is not None and new is not None and old[1] == new[1]:  # nobody lost a prefix token, and it comes first
+        return token_map.new.starts.where(rows >= 0, rows)
+    return token_map.destination[rows.clamp(min=0)].masked_fill(rows < 0, -1)

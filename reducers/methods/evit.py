@@ -1,0 +1,106 @@
+"""EViT: keep the patches the class token attends to most, fuse the rest into one (Liang et al., ICLR 2022; methods 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget
+from reducers.errors import ReducerError
+from reducers.maps import Keep, Merge
+from reducers.methods.topk import first_of, keep_count, keep_highest, rank_patches
+from reducers.registry import register
+from reducers.scores import class_attention, find_score
+from reducers.signals import Signals
+from reducers.tokens import Layout
+
+
+def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int | None) -> Merge:
+    """Keep prefix and ``chosen`` patches (B, N) bool; one more token per image sums the others, weighted.
+
+    weights: (T,), raw class attention, *not* renormalised, as the authors do. The fused token comes last, and only in images that leave
+    something out; ``count`` says that every image keeps so many and does, so that uniform images stay uniform unasked.
+    """
+    stays = layout.spread(chosen, prefix=True)  # (T,)
+    kept = layout.sum_rows(stays.long())
+    fused = (kept < layout.lengths).long()
+    lengths = kept + fused
+    if count is not None and layout.uniform is not None:
+        prefix = layout.uniform[1]
+        new = Layout.alike(layout.images, prefix + count + 1, prefix, stays.device)
+    else:
+        new = Layout.ragged(lengths, layout.prefix, int(lengths.sum()))
+    before = stays.long().cumsum(0) - 1  # kept rows so far over all images …
+    place = before - (kept.cumsum(0) - kept)[layout.row_image]  # … and within the image
+    place = torch.where(stays, place, kept[layout.row_image])
+    group = new.starts[layout.row_image] + place
+    weight = torch.where(stays, torch.ones_like(weights), weights)
+    ownerless = torch.zeros(new.rows, dtype=torch.bool, device=stays.device)
+    ownerless[(new.starts + kept)[fused.bool()]] = True
+    return Merge(layout, new, group, weight, ownerless)
+
+
+@register("evit")
+class EViT(TokenReducer):
+    """Keep the most attended patches and fuse what is left into one token, weighted by class attention.
+
+    Acts after the attention residual, before the MLP. ``Ratio`` rounds up and counts the tokens entering the block without the prefix; an
+    earlier fused token is a candidate like any other. Where nothing is left out there is no fused token. ``fuse=False`` drops the rest.
+    ``select``: another selecting reducer chooses (``ATS``), EViT fuses what it left; ``budget`` then caps the choice.
+    The order of kept tokens is theirs in the image, not their rank: no later attention can tell the difference.
+    """
+
+    summary = "keep the most attended patches, fuse the rest into one token"
+    source = "Liang et al., ICLR 2022 (arXiv 2202.07800)"
+
+    def __init__(
+        self, budget: Budget, *, fuse: bool = True, select: TokenReducer | None = None, score: str = "class_attention", seed: int = 0
+    ) -> None:
+        super().__init__()
+        if select is not None and (not select.only_decides or select.may_drop_class_token):
+            raise ReducerError(f"EViT(select={select.name}): the selector must only decide, and keep the class token")
+        self.budget = budget
+        self.fuse = fuse
+        self.select = select
+        self.score = score
+        self.seed = seed
+        self._score = find_score(score)
+        self.needs_class_token = fuse or self._score.needs_class_token or bool(select and select.needs_class_token)
+        self.uses_random = self._score.uses_random or bool(select and select.uses_random)
+        self.adaptive = bool(select and select.adaptive)  # type: ignore[misc]  # of this instance, not of the method
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        layout = signals.layout
+        count = keep_count(layout, self.budget, state, "ceil")
+        if self.select is None and isinstance(count, int) and count >= layout.longest - layout.uniform[1]:  # type: ignore[index]
+            return None
+        scores = self._score.compute(signals, state, "concat", self.seed)
+        selected = self._selected(signals, state)
+        if selected is not None:
+            scores = torch.where(selected, scores, -torch.inf)
+            counts = layout.sum_rows((selected & ~layout.is_prefix).long())
+            count = torch.minimum(counts, torch.as_tensor(count, device=counts.device))
+        if not self.fuse:
+            kept = keep_highest(layout, scores, count)
+            return None if kept is None else Decision(kept)
+        limit = torch.as_tensor(count, device=scores.device).expand(layout.images)
+        chosen = first_of(rank_patches(layout, scores), limit)
+        weights = class_attention(signals.class_attention())
+        merged = fuse_the_rest(layout, chosen, weights, count=count if isinstance(count, int) else None)
+        if signals.counting:
+            left_out = layout.lengths - (layout.prefix + torch.as_tensor(count, device=scores.device))
+            signals.spend(left_out * signals.values()[0].numel())
+        signals.output()  # fused features are those after the attention residual: every row is needed
+        return Decision(merged)
+
+    def _selected(self, signals: Signals, state: State) -> Tensor | None:
+        """(T,) bool: what the selector keeps; None where EViT itself chooses."""
+        if self.select is None:
+            return None
+        decision = self.select.decide(signals, state)
+        if decision is None:
+            return torch.ones(signals.layout.rows, dtype=torch.bool, device=signals.size.device)
+        if not isinstance(decision.map, Keep):
+            raise ReducerError(f"EViT(select={self.select.name}): the selector must keep or drop tokens, not merge them")
+        return decision.map.destination >= 0

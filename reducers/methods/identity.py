@@ -1,0 +1,18 @@
+"""No reduction: the control of every comparison."""
+
+from __future__ import annotations
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.registry import register
+from reducers.signals import Signals
+
+
+@register("identity")
+class Identity(TokenReducer):
+    """Keep every token. The result must equal the plain model's."""
+
+    summary = "no reduction"
+    source = "control"
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        return None

@@ -1,0 +1,21 @@
+"""Random drop: the baseline that keeps the field honest (methods 13, our decision [D])."""
+
+from __future__ import annotations
+
+from reducers.budget import Budget
+from reducers.methods.topk import TopK
+from reducers.registry import register
+
+
+@register("random")
+class RandomDrop(TopK):
+    """Keep a uniformly random subset of the patch tokens, nested across blocks.
+
+    The subset belongs to (seed, image): the same alone and in any batch. ``Ratio`` rounds down.
+    """
+
+    summary = "keep a random subset of the patch tokens"
+    source = "baseline"
+
+    def __init__(self, budget: Budget, *, seed: int = 0) -> None:
+        super().__init__(budget, score="random", seed=seed)

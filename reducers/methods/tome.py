@@ -1,0 +1,119 @@
+"""ToMe: merge the most similar token pairs (Bolya et al., ICLR 2023; methods 4)."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget
+from reducers.maps import Merge
+from reducers.registry import register
+from reducers.signals import Signals
+from reducers.tokens import Layout
+
+log = logging.getLogger(__name__)
+
+
+def bipartite_pairs(metric: Tensor, valid: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """For each even-placed token its most similar odd-placed partner. metric (B, L, d), valid (B, L), prefix (B,).
+
+    Returns the best cosine similarity (B, A), -inf for prefix tokens and padding, and the partner's index among the odd places (B, A).
+    """
+    normed = F.normalize(metric, dim=-1)
+    place = torch.arange(metric.shape[1], device=metric.device)
+    open_ = valid & (place >= prefix[:, None])
+    similarity = normed[:, 0::2] @ normed[:, 1::2].transpose(1, 2)
+    similarity = similarity.masked_fill(~open_[:, 1::2, None].transpose(1, 2), -torch.inf)
+    similarity = similarity.masked_fill(~open_[:, 0::2, None], -torch.inf)
+    best, partner = similarity.max(dim=2)
+    return best, partner
+
+
+def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | int, size: Tensor) -> Merge:
+    """Merge the ``count`` best pairs of each image into their odd-placed member, a mean weighted by size.
+
+    The result is ordered [prefix, unmerged even places, odd places], each in the order it had: merging depends on order, and
+    this is the published one. best, partner: (B, A); size: (T,) float32.
+    """
+    order = best.sort(dim=1, descending=True, stable=True).indices
+    ranks = torch.arange(order.shape[1], device=order.device)
+    limit = count if isinstance(count, int) else count[:, None]
+    merged = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
+    merged.scatter_(1, order, (ranks < limit).expand(order.shape))  # (B, A)
+
+    width = layout.longest
+    place = torch.arange(width, device=order.device)
+    movable = layout.valid & (place >= layout.prefix[:, None])
+    even, odd = movable[:, 0::2] & ~merged, movable[:, 1::2]
+    new_even = layout.prefix[:, None] + even.long().cumsum(1) - 1
+    new_odd = (layout.prefix + even.sum(1))[:, None] + odd.long().cumsum(1) - 1
+    new_even = torch.where(merged, new_odd.gather(1, partner), new_even)
+    target = place.expand(layout.images, -1).clone()  # prefix tokens stay where they are
+    target[:, 0::2] = torch.where(movable[:, 0::2], new_even, target[:, 0::2])
+    target[:, 1::2] = torch.where(odd, new_odd, target[:, 1::2])
+
+    if layout.uniform is not None and isinstance(count, int):
+        new = Layout.alike(layout.images, layout.uniform[0] - count, layout.uniform[1], order.device)
+    else:
+        lengths = layout.lengths - torch.as_tensor(count, device=order.device)
+        new = Layout.ragged(lengths, layout.prefix, int(lengths.sum()))
+    group = layout.unpad(target + new.starts[:, None])
+    sums = torch.zeros(new.rows, dtype=size.dtype, device=size.device).index_add_(0, group, size)
+    return Merge(layout, new, group, size / sums[group])
+
+
+@register("tome")
+class ToMe(TokenReducer):
+    """Merge the r most similar pairs of neighbouring sets at each block; ``ToMe(Drop(13))`` in every block is the paper's r = 13.
+
+    Metric: cosine of the head-mean keys. Even places form one set, odd ones the other, over the whole sequence, prefix tokens excluded
+    from matching. At most half the tokens can merge in one block: a larger request is cut to that, with a warning. ``proportional``:
+    later attention is weighted by size, as the authors do off the shelf for supervised models. ``Ratio`` rounds up what stays.
+    """
+
+    summary = "merge the most similar token pairs"
+    source = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+
+    def __init__(self, budget: Budget, *, proportional: bool = True) -> None:
+        super().__init__()
+        self.budget = budget
+        self.proportional = proportional
+        self._warned = False
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        layout = signals.layout
+        count = self._pairs(layout, state)
+        if isinstance(count, int) and count == 0:
+            return None
+        with torch.no_grad():
+            metric = signals.keys().mean(dim=1)  # (T, d)
+            best, partner = bipartite_pairs(layout.pad(metric), layout.valid, layout.prefix)
+            size = signals.size.to(torch.promote_types(metric.dtype, torch.float32))
+            merge = merge_pairs(layout, best, partner, count, size)
+        if signals.counting:
+            tokens = layout.lengths.double()
+            signals.spend((tokens / 2).ceil() * (tokens / 2).floor() * metric.shape[1])
+            signals.spend(tokens * signals.values()[0].numel())
+        return Decision(merge, proportional=self.proportional)
+
+    def _pairs(self, layout: Layout, state: State) -> Tensor | int:
+        """How many pairs merge in each image: one int where all images are alike."""
+        if layout.uniform is not None:
+            tokens, prefix = layout.uniform
+            patches = tokens - prefix
+            wanted = patches - self.budget.count(patches, initial=state.initial, prefix=prefix, rounding="ceil")
+            self._warn_if_cut(wanted > patches // 2, state.block)
+            return min(wanted, patches // 2)
+        patches_each = layout.patches
+        stay = self.budget.resolve(patches_each, initial=state.initial, prefix=layout.prefix, rounding="ceil")
+        self._warn_if_cut(bool((patches_each - stay > patches_each // 2).any()), state.block)
+        return torch.minimum(patches_each - stay, patches_each // 2)
+
+    def _warn_if_cut(self, cut: bool, block: int) -> None:
+        if cut and not self._warned:
+            log.warning("ToMe can merge at most half the tokens in one block; the budget at block %d is cut to that", block)
+            self._warned = True

@@ -1,0 +1,73 @@
+"""Top-K: keep the highest-scoring patch tokens (methods 5; the ATS paper's comparison, Haurum et al.'s baseline)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, Rounding
+from reducers.maps import Keep, keep_patches, keep_ranked
+from reducers.registry import register
+from reducers.scores import find_score
+from reducers.signals import Signals
+from reducers.tokens import Layout
+
+
+def rank_patches(layout: Layout, scores: Tensor) -> Tensor:
+    """Patch indices from highest to lowest score; ties go to the lower index, padding comes last. (T,) -> (B, N)"""
+    padded = layout.pad_patches(scores, fill=-torch.inf)
+    return padded.sort(dim=1, descending=True, stable=True).indices
+
+
+def first_of(order: Tensor, count: Tensor) -> Tensor:
+    """Mark the first ``count`` (B,) entries of each ``order`` (B, N): (B, N) bool by patch index."""
+    chosen = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
+    ranks = torch.arange(order.shape[1], device=order.device)
+    return chosen.scatter_(1, order, ranks < count[:, None])
+
+
+def keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Tensor | int:
+    """How many patches each image keeps: one int where all images are alike, else (B,)."""
+    if layout.uniform is not None:
+        tokens, prefix = layout.uniform
+        return budget.count(tokens - prefix, initial=state.initial, prefix=prefix, rounding=rounding)
+    return budget.resolve(layout.patches, initial=state.initial, prefix=layout.prefix, rounding=rounding)
+
+
+def keep_highest(layout: Layout, scores: Tensor, count: Tensor | int) -> Keep | None:
+    """Keep the ``count`` highest-scoring patches of each image; None where that is all of them."""
+    if isinstance(count, int):
+        if count >= layout.uniform[0] - layout.uniform[1]:  # type: ignore[index]  # an int count means uniform
+            return None
+        return keep_ranked(layout, rank_patches(layout, scores), count)
+    return keep_patches(layout, first_of(rank_patches(layout, scores), count))
+
+
+@register("topk")
+class TopK(TokenReducer):
+    """Keep the ``budget`` patch tokens of highest score; the rest are dropped.
+
+    The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n = floor(rho x tokens
+    entering the stage)) and counts patch tokens; with ``count_prefix=True`` it counts all. ``seed`` matters to ``score="random"`` only.
+    """
+
+    summary = "keep the K patch tokens of highest score"
+    source = "Fayyaz et al., ECCV 2022 (comparison); Haurum et al., ICCVW 2023"
+
+    def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
+        super().__init__()
+        self.budget = budget
+        self.score = score
+        self.seed = seed
+        self._score = find_score(score)
+        self.needs_class_token = self._score.needs_class_token
+        self.uses_random = self._score.uses_random
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        count = keep_count(signals.layout, self.budget, state, "floor")
+        if isinstance(count, int) and count >= signals.layout.longest - signals.layout.uniform[1]:  # type: ignore[index]
+            return None  # before the score is computed: keeping everything costs nothing
+        scores = self._score.compute(signals, state, "concat", self.seed)
+        kept = keep_highest(signals.layout, scores, count)
+        return None if kept is None else Decision(kept)

@@ -1,0 +1,117 @@
+"""Signals: what a reducer may look at, computed when asked for and not before.
+
+All are packed by token (T, ...). ``class_attention`` costs one query row an image, ``keys`` and ``values`` one projection; only
+``attention`` and ``output`` need the whole of the block's attention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reducers.base import Decision
+from reducers.errors import ReducerError
+from reducers.tokens import Layout
+
+Spend = Callable[[Tensor], None]
+
+
+class Signals(ABC):
+    """What a reducer at the attention site can ask for."""
+
+    def __init__(self, layout: Layout, size: Tensor, spend: Spend | None) -> None:
+        self.layout = layout
+        self.size = size  # (T,) float32
+        self._spend = spend
+
+    def spend(self, macs: Tensor | float) -> None:
+        """Book multiply-adds of the reducer's own, (B,) or one number for each image; free when nobody counts."""
+        if self._spend is not None:
+            zeros = torch.zeros(self.layout.images, dtype=torch.float64, device=self.layout.lengths.device)
+            self._spend(zeros + macs)
+
+    @property
+    def counting(self) -> bool:
+        """Whether costs are being counted; methods skip the arithmetic of ``spend`` otherwise."""
+        return self._spend is not None
+
+    @abstractmethod
+    def class_attention(self) -> Tensor:
+        """(T, H) attention each token receives from its image's class token, after the softmax."""
+
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """(T, H, d), after k_norm where the model has one."""
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """(T, H, d)."""
+
+    @abstractmethod
+    def attention(self) -> Tensor:
+        """(B, H, L, L) after the softmax, padded with zeros: rows are queries."""
+
+    @abstractmethod
+    def output(self) -> Tensor:
+        """(T, D) features after the attention residual, before the MLP."""
+
+    @abstractmethod
+    def previous_attention(self) -> Tensor:
+        """(T,) attention each token received in the block before, over its heads and queries (mean)."""
+
+    def attention_received(self) -> Tensor:
+        """(T,) attention each token receives, mean over heads and queries."""
+        received = self.attention().sum(dim=(1, 2)) / self.attention().shape[1]  # (B, L)
+        return self.layout.unpad(received / self.layout.lengths.clamp(min=1)[:, None])
+
+    def through(self, decision: Decision) -> Signals:
+        """The signals as the next reducer of a stack sees them: transported through what was decided so far."""
+        return Transported(self, decision)
+
+
+class Transported(Signals):
+    """Signals carried through a decision at the same block.
+
+    Attention columns add up over a group, keys and values average by map weight, and norms are taken afresh. After a merge this
+    approximates what the merged tokens would have signalled; after a selection it is exact.
+    """
+
+    def __init__(self, before: Signals, decision: Decision) -> None:
+        super().__init__(decision.map.new, decision.map.total(before.size), before._spend)
+        self._before = before
+        self._decision = decision
+
+    def _average(self, values: Tensor) -> Tensor:
+        summed = self._decision.map.apply(values)
+        ones = torch.ones(len(values), 1, dtype=values.dtype, device=values.device)
+        weight = self._decision.map.apply(ones).reshape(-1, *[1] * (values.dim() - 1))
+        return summed / torch.where(weight.abs() > 0, weight, torch.ones_like(weight))
+
+    def class_attention(self) -> Tensor:
+        return self._decision.map.total(self._before.class_attention())
+
+    def keys(self) -> Tensor:
+        return self._average(self._before.keys())
+
+    def values(self) -> Tensor:
+        return self._average(self._before.values())
+
+    def attention_received(self) -> Tensor:
+        return self._decision.map.total(self._before.attention_received())
+
+    def previous_attention(self) -> Tensor:
+        return self._decision.map.total(self._before.previous_attention())
+
+    def attention(self) -> Tensor:
+        raise ReducerError(
+            "the full attention map cannot be carried through another reducer at the same block; "
+            "place the reducer that needs it first, or at a block of its own"
+        )
+
+    def output(self) -> Tensor:
+        if self._decision.features is not None:
+            return self._decision.features
+        return self._decision.map.apply(self._before.output())

@@ -1,0 +1,65 @@
+"""Several reducers at one block, one after the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.errors import ReducerError
+from reducers.registry import register
+from reducers.signals import Signals
+
+
+@register("stack")
+class Stack(TokenReducer):
+    """``Stack(EViT(Ratio(0.7)), ATS(Ratio(0.7)))``: the second decides on what the first leaves.
+
+    Signals reach the later ones transported through the maps so far; the block's projection and MLP run once, on what remains.
+    """
+
+    summary = "several reducers at one block, one after the other"
+    source = "this project"
+
+    def __init__(self, *reducers: TokenReducer, stack: list[TokenReducer] | None = None) -> None:
+        super().__init__()
+        parts: list[TokenReducer] = []
+        for reducer in [*reducers, *(stack or [])]:
+            parts.extend(reducer.members if isinstance(reducer, Stack) else [reducer])
+        if not parts:
+            raise ReducerError("Stack() is empty; give it the reducers to apply, first to last")
+        for reducer in parts:
+            if not reducer.only_decides:
+                raise ReducerError(f"{reducer.name} does more than decide and cannot be stacked at one block")
+        self.reducers = nn.ModuleList(parts)
+
+    @property
+    def members(self) -> list[TokenReducer]:
+        return list(self.reducers)  # type: ignore[arg-type]  # a ModuleList of reducers
+
+    @property
+    def adaptive(self) -> bool:  # type: ignore[override]
+        return any(reducer.adaptive for reducer in self.members)
+
+    @property
+    def needs_class_token(self) -> bool:  # type: ignore[override]
+        return any(reducer.needs_class_token for reducer in self.members)
+
+    @property
+    def uses_random(self) -> bool:  # type: ignore[override]
+        return any(reducer.uses_random for reducer in self.members)
+
+    @property
+    def cuts_before_values(self) -> bool:  # type: ignore[override]
+        return all(reducer.cuts_before_values for reducer in self.members)
+
+    @property
+    def may_drop_class_token(self) -> bool:
+        return any(reducer.may_drop_class_token for reducer in self.members)
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        raise AssertionError("the runtime asks the members of a stack one by one")
+
+    def spec(self) -> dict[str, Any]:
+        return {"name": self.name, "stack": [reducer.spec() for reducer in self.members]}

@@ -1,0 +1,179 @@
+"""Packed tokens: all images' tokens one after another, so that no padding is ever multiplied.
+
+``Layout`` says where each image's rows lie; ``TokenBatch`` adds what travels with them. Reducers compute on
+*packed* rows (T, ...) or, where a rule compares the tokens of one image, on the *padded* view (B, N, ...) a layout gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each image's tokens lie in a packed tensor of ``rows`` rows; prefix tokens come first in each image.
+
+    ``uniform`` holds (tokens, prefix tokens) as plain ints when all images are alike: then every view is free
+    and nothing has to be read back from the device.
+    """
+
+    lengths: Tensor  # (B,) int64 tokens of each image, prefix included; 0 is legal (an image that has finished)
+    prefix: Tensor  # (B,) int64 class, distillation and register tokens that lead each image
+    rows: int  # T, the sum of lengths
+    uniform: tuple[int, int] | None = None
+
+    @classmethod
+    def alike(cls, images: int, tokens: int, prefix: int, device: torch.device) -> Layout:
+        """``images`` images of ``tokens`` tokens each."""
+        lengths = torch.full((images,), tokens, dtype=torch.int64, device=device)
+        return cls(lengths, torch.full_like(lengths, prefix), images * tokens, (tokens, prefix))
+
+    @classmethod
+    def ragged(cls, lengths: Tensor, prefix: Tensor, rows: int) -> Layout:
+        """Images of any lengths; ``rows`` is their sum, which the caller knows from the tensor it packs."""
+        uniform = None
+        if len(lengths) == 1:  # one image is always uniform: alone and in a batch then differ only in packing
+            uniform = (rows, int(prefix[0]))
+        return cls(lengths, prefix, rows, uniform)
+
+    @property
+    def images(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Lengths on the host: the one device read of an adaptive stage."""
+        if self.uniform is not None:
+            return [self.uniform[0]] * self.images
+        return self.lengths.tolist()
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.counts, default=0)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(B,) packed row of each image's first token."""
+        if self.uniform is not None:
+            return torch.arange(self.images, device=self.lengths.device) * self.uniform[0]
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def row_image(self) -> Tensor:
+        """(T,) the image each packed row belongs to."""
+        images = torch.arange(self.images, device=self.lengths.device)
+        return images.repeat_interleave(self.lengths, output_size=self.rows)
+
+    @cached_property
+    def row_index(self) -> Tensor:
+        """(T,) the place of each packed row within its image, prefix included."""
+        return torch.arange(self.rows, device=self.lengths.device) - self.starts[self.row_image]
+
+    @cached_property
+    def is_prefix(self) -> Tensor:
+        """(T,) bool."""
+        return self.row_index < self.prefix[self.row_image]
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(B,) tokens of each image that are not prefix tokens (a fused token counts)."""
+        return self.lengths - self.prefix
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        return torch.arange(self.longest, device=self.lengths.device)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """(B, L) bool: which places of the padded token view hold a token."""
+        return self._columns < self.lengths[:, None]
+
+    @cached_property
+    def valid_patches(self) -> Tensor:
+        """(B, L - smallest prefix) bool: which places of the padded patch view hold a token."""
+        return self.valid_from(self.prefix)
+
+    def valid_from(self, first: Tensor) -> Tensor:
+        """As ``valid``, for the view that leaves out the ``first`` tokens of each image; first: (B,)."""
+        width = self.width_from(first)
+        return self._columns[:width] < (self.lengths - first)[:, None]
+
+    def width_from(self, first: Tensor) -> int:
+        if self.uniform is not None:
+            return self.uniform[0] - int(first[0]) if first is not self.prefix else self.uniform[0] - self.uniform[1]
+        return max((n - f for n, f in zip(self.counts, first.tolist(), strict=True)), default=0)
+
+    def pad(self, values: Tensor, first: Tensor | None = None, *, fill: float = 0.0) -> Tensor:
+        """Packed (T, ...) -> padded (B, L, ...), each image's tokens from ``first`` (B,) on, left-aligned."""
+        if first is None:
+            first = torch.zeros_like(self.prefix)
+        if self.uniform is not None:
+            skip = self.uniform[0] - self.width_from(first)
+            return values.reshape(self.images, self.uniform[0], *values.shape[1:])[:, skip:]
+        valid = self.valid_from(first)
+        rows = (self.starts + first)[:, None] + self._columns[: valid.shape[1]]
+        padded = values[rows.clamp_(max=max(self.rows - 1, 0))]
+        keep = valid.reshape(*valid.shape, *[1] * (values.dim() - 1))
+        return torch.where(keep, padded, torch.full((), fill, dtype=values.dtype, device=values.device))
+
+    def pad_patches(self, values: Tensor, *, fill: float = 0.0) -> Tensor:
+        """Packed (T, ...) -> (B, N, ...) without the prefix tokens."""
+        return self.pad(values, self.prefix, fill=fill)
+
+    def unpad(self, padded: Tensor, first: Tensor | None = None) -> Tensor:
+        """The opposite of ``pad``: (B, L, ...) -> (rows it covers, ...)."""
+        if self.uniform is not None:
+            return padded.reshape(-1, *padded.shape[2:])
+        return padded[self.valid_from(torch.zeros_like(self.prefix) if first is None else first)]
+
+    def spread(self, padded: Tensor, *, prefix: float | bool) -> Tensor:
+        """Patch values (B, N) -> packed (T,), with one value for all prefix rows."""
+        packed = torch.full((self.rows,), prefix, dtype=padded.dtype, device=padded.device)
+        if self.uniform is not None:
+            packed.view(self.images, self.uniform[0])[:, self.uniform[1] :] = padded
+            return packed
+        packed[~self.is_prefix] = padded[self.valid_patches]
+        return packed
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """(T,) -> (B,) sum over each image's rows."""
+        if self.uniform is not None:
+            return values.view(self.images, -1).sum(1)
+        return torch.zeros(self.images, dtype=values.dtype, device=values.device).index_add_(0, self.row_image, values)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """All images' tokens, packed, and what every later step must know of them."""
+
+    x: Tensor  # (T, D)
+    layout: Layout
+    size: Tensor  # (T,) float32: how many original tokens each stands for
+    cls: Tensor  # (B,) packed row of the class token, -1 where there is none
+    pos: Tensor | None = None  # (T,) original patch a token still is, else -1; kept while tracing or on demand
+    key_bias: Tensor | None = None  # (T,) float32, added to the attention logits of every later block
+    received: Tensor | None = None  # (T,) attention received in the block before, kept where the next block asks for it
+
+    @classmethod
+    def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:
+        """(B, N, D) features as a timm ViT hands them to its blocks."""
+        images, tokens, width = x.shape
+        layout = Layout.alike(images, tokens, prefix, x.device)
+        class_rows = layout.starts if has_class_token else torch.full_like(layout.starts, -1)
+        pos = None
+        if track:
+            pos = (layout.row_index - prefix).clamp(min=-1)
+        size = torch.ones(images * tokens, dtype=torch.float32, device=x.device)
+        return cls(x.reshape(-1, width), layout, size, class_rows, pos)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.layout.lengths
+
+    def padded(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, ...) -> (B, L, ...) and which of its places hold a token (B, L)."""
+        return self.layout.pad(values), self.layout.valid

@@ -1,0 +1,92 @@
+"""The trace: what happened to every image's tokens on the way, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from reducers.cost import CostMeter
+from reducers.maps import TokenMap
+from reducers.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a traced forward pass tells."""
+
+    tokens: Tensor  # (B, depth + 1) int64: entering block 0, 1, …, and leaving the last one, prefix included
+    macs: Tensor  # (B,) float64: multiply-adds as executed, the reducers' own work included
+    reducer_macs: Tensor  # (B,) float64: the reducers' part of it
+    reference_macs: Tensor  # (B,) float64: the published order of work, without the reducers' own
+    _owner: list[Tensor]
+    _kept: list[Tensor]
+    _class_kept: list[Tensor]
+
+    def owner(self, block: int) -> Tensor:
+        """(B, N0) int64: which token (its place in its image, prefix included) leaving the block carries each original patch; -1 = dropped.
+
+        Under a dense map it is the token with the patch's largest weight.
+        """
+        return self._owner[block]
+
+    def kept(self, block: int) -> Tensor:
+        """(B, N0) bool: the patch still has a row of its own after the block (of a merged group its heaviest member)."""
+        return self._kept[block]
+
+    def class_kept(self, block: int) -> Tensor:
+        """(B,) bool: the class token is still there after the block; False for a model without one."""
+        return self._class_kept[block]
+
+
+@dataclass
+class Tracer:
+    """Collects a trace while the blocks run."""
+
+    cost: CostMeter
+    initial: int  # patch tokens entering block 0
+    _row_of_patch: Tensor  # (B, N0) packed row that carries each original patch, -1 = dropped
+    _tokens: list[Tensor] = field(default_factory=list)
+    _owner: list[Tensor] = field(default_factory=list)
+    _kept: list[Tensor] = field(default_factory=list)
+    _class_kept: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, batch: TokenBatch) -> Tracer:
+        """Before the first block."""
+        layout = batch.layout
+        assert layout.uniform is not None
+        initial = layout.uniform[0] - layout.uniform[1]
+        columns = torch.arange(initial, device=batch.x.device)
+        rows = (layout.starts + layout.uniform[1])[:, None] + columns
+        tracer = cls(CostMeter(layout.images, batch.x.device), initial, rows)
+        tracer._tokens.append(layout.lengths)
+        return tracer
+
+    def moved(self, token_map: TokenMap) -> None:
+        """The tokens went through a map."""
+        destination = token_map.destination
+        gone = self._row_of_patch < 0
+        if token_map.old.rows:
+            self._row_of_patch = destination[self._row_of_patch.clamp(min=0)].masked_fill(gone, -1)
+
+    def after_block(self, batch: TokenBatch) -> None:
+        """A block is done."""
+        assert batch.pos is not None
+        layout = batch.layout
+        self._tokens.append(layout.lengths)
+        gone = self._row_of_patch < 0
+        self._owner.append((self._row_of_patch - layout.starts[:, None]).masked_fill(gone, -1))
+        kept = torch.zeros(layout.images, self.initial, dtype=torch.bool, device=batch.x.device)
+        own = (batch.pos >= 0).nonzero().squeeze(1)
+        kept[layout.row_image[own], batch.pos[own]] = True
+        self._kept.append(kept)
+        self._class_kept.append(batch.cls >= 0)
+
+    def finish(self) -> Trace:
+        cost = self.cost
+        return Trace(
+            torch.stack(self._tokens, dim=1), cost.executed, cost.reducer, cost.reference,
+            self._owner, self._kept, self._class_kept,
+        )  # fmt: skip

@@ -1,0 +1,147 @@
+"""The one restatement of timm's attention, on packed tokens; it honours every optional part timm's has.
+
+Keys and values come first, for all tokens; queries, attention rows and the projection only for the rows asked for. Selecting rows
+before ``A @ V`` equals gathering them after the projection, so a pure selection never computes what it will throw away.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from timm.layers.attention import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.tokens import Layout
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Layout,
+    keys: Layout,
+    *,
+    scale: float,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq, H, d)."""
+    if queries.uniform is not None and keys.uniform is not None:
+        mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, -1).to(q.dtype)
+        out = _fused(
+            q.view(queries.images, -1, *q.shape[1:]), k.view(keys.images, -1, *k.shape[1:]),
+            v.view(keys.images, -1, *v.shape[1:]), mask, scale, dropout,
+        )  # fmt: skip
+        return out.reshape(q.shape)
+    if q.device.type == "cpu":
+        return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
+    valid = keys.valid
+    bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device) if key_bias is None else keys.pad(key_bias.to(q.dtype))
+    # a finished image has no key at all: leaving its (padded, unread) rows open keeps the softmax free of NaN
+    mask = bias.masked_fill(~valid & (keys.lengths > 0)[:, None], -torch.inf)[:, None, None]
+    return queries.unpad(_fused(queries.pad(q), keys.pad(k), keys.pad(v), mask, scale, dropout))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """(B, N, H, d) in and out; mask broadcasts to (B, H, Nq, Nk)."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+
+
+def _image_by_image(
+    q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in vain."""
+    biases = [None] * keys.images if bias is None else bias.to(q.dtype).split(keys.counts)
+    parts = zip(q.split(queries.counts), k.split(keys.counts), v.split(keys.counts), biases, strict=True)
+    out = [
+        _fused(qi[None], ki[None], vi[None], None if b is None else b.view(1, 1, 1, -1), scale, dropout)[0] if len(qi) else qi
+        for qi, ki, vi, b in parts
+    ]
+    return torch.cat(out) if out else q
+
+
+class PackedAttention:
+    """One block's attention over one batch: its parts computed when asked for, each at most once."""
+
+    def __init__(self, attn: Attention, x: Tensor, layout: Layout, key_bias: Tensor | None) -> None:
+        self.attn = attn
+        self.x = x  # (T, D), normed
+        self.layout = layout
+        self.key_bias = key_bias
+        self._fused_qkv: Tensor | None = None
+
+    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
+        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
+        qkv, width = self.attn.qkv, self.attn.attn_dim
+        bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
+        out = F.linear(x, qkv.weight[first * width : last * width], bias)
+        return out.view(len(x), last - first, self.attn.num_heads, self.attn.head_dim)
+
+    def use_all_queries(self) -> None:
+        """Say that every row will be asked for, so that queries, keys and values take one projection."""
+        if "_keys_values" not in self.__dict__:
+            self._fused_qkv = self._project(self.x, 0, 3)
+
+    @cached_property
+    def _keys_values(self) -> tuple[Tensor, Tensor]:
+        both = self._project(self.x, 1, 3) if self._fused_qkv is None else self._fused_qkv[:, 1:]
+        return self.attn.k_norm(both[:, 0]), both[:, 1]
+
+    @property
+    def keys(self) -> Tensor:
+        return self._keys_values[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self._keys_values[1]
+
+    def queries(self, rows: Tensor | None = None) -> Tensor:
+        """(Tq, H, d) of the given packed rows, or of all."""
+        if self._fused_qkv is not None:
+            q = self._fused_qkv[:, 0]
+            return self.attn.q_norm(q if rows is None else q[rows])
+        return self.attn.q_norm(self._project(self.x if rows is None else self.x[rows], 0, 1)[:, 0])
+
+    def row(self, rows: Tensor) -> Tensor:
+        """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at least float32."""
+        q = self.queries(rows)  # (B, H, d)
+        layout, keys = self.layout, self.keys
+        if layout.uniform is not None:
+            logits = (keys.view(layout.images, -1, *keys.shape[1:]) * q[:, None]).sum(-1).reshape(-1, q.shape[1])
+        else:
+            logits = (keys * q[layout.row_image]).sum(-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.attn.scale
+        if self.key_bias is not None:
+            logits = logits + self.key_bias[:, None]
+        return layout.unpad(layout.pad(logits, fill=-torch.inf).softmax(dim=1))
+
+    def map(self) -> Tensor:
+        """The whole attention map (B, H, L, L), after the softmax, at least float32; padded places are 0."""
+        layout, q, k = self.layout, self.queries(), self.keys
+        logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.attn.scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.key_bias is not None:
+            logits = logits + layout.pad(self.key_bias)[:, None, None]
+        if layout.uniform is not None:
+            return logits.softmax(dim=-1)
+        valid = layout.valid
+        logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
+        return logits.softmax(dim=-1) * (valid[:, None, :, None] & valid[:, None, None])
+
+    def rows_out(self, rows: Tensor | None, queries: Layout) -> Tensor:
+        """What the attention branch adds for the given packed rows (or all): (Tq, D), before LayerScale and DropPath."""
+        attn = self.attn
+        dropout = attn.attn_drop.p if attn.training else 0.0
+        out = packed_attention(
+            self.queries(rows), self.keys, self.values, queries, self.layout,
+            scale=attn.scale, key_bias=self.key_bias, dropout=dropout,
+        ).reshape(-1, attn.attn_dim)  # fmt: skip
+        out = attn.norm(out)
+        if attn.gate is not None:
+            out = out * attn.gate(self.x if rows is None else self.x[rows]).sigmoid()
+        return attn.proj_drop(attn.proj(out))

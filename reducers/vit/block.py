@@ -1,0 +1,159 @@
+"""One transformer block on packed tokens, with a reducer in it or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from reducers.base import Decision, State, TokenReducer, advance
+from reducers.cost import BlockShape
+from reducers.errors import ReducerError
+from reducers.maps import Keep
+from reducers.signals import Signals
+from reducers.stack import Stack
+from reducers.tokens import Layout, TokenBatch
+from reducers.trace import Tracer
+from reducers.vit.attention import PackedAttention
+
+
+class BlockSignals(Signals):
+    """The signals of one timm block over one batch."""
+
+    def __init__(self, block: Block, batch: TokenBatch, tracer: Tracer | None) -> None:
+        super().__init__(batch.layout, batch.size, None if tracer is None else tracer.cost.spend)
+        self.block = block
+        self.batch = batch
+        self.attention_core = PackedAttention(block.attn, block.norm1(batch.x), batch.layout, batch.key_bias)
+        self.shape = BlockShape.of(block)
+        self._class_attention: Tensor | None = None
+        self._attention: Tensor | None = None
+        self._output: Tensor | None = None
+
+    @property
+    def computed_output(self) -> bool:
+        return self._output is not None
+
+    def class_attention(self) -> Tensor:
+        if self._class_attention is None:
+            self._class_attention = self.attention_core.row(self.batch.cls)
+            width = self.shape.attention_width
+            if self.counting:
+                self.spend(self.shape.width * width + self.layout.lengths * width)
+        return self._class_attention
+
+    def keys(self) -> Tensor:
+        return self.attention_core.keys
+
+    def values(self) -> Tensor:
+        return self.attention_core.values
+
+    def attention(self) -> Tensor:
+        if self._attention is None:
+            self.attention_core.use_all_queries()
+            self._attention = self.attention_core.map()
+            if self.counting:  # the fused kernel computes these products once more
+                self.spend(self.layout.lengths.double() ** 2 * self.shape.attention_width)
+                self.spend(self.layout.lengths * self.shape.width * self.shape.attention_width)
+        return self._attention
+
+    def output(self) -> Tensor:
+        if self._output is None:
+            self.attention_core.use_all_queries()
+            self._output = self.rows(None, self.layout)
+        return self._output
+
+    def previous_attention(self) -> Tensor:
+        if self.batch.received is None:
+            raise ReducerError(
+                "previous_attention() needs a block before this one: place the reducer at block 1 or later, "
+                "and let it say uses_previous_attention"
+            )
+        return self.batch.received
+
+    def rows(self, rows: Tensor | None, layout: Layout) -> Tensor:
+        """Features after the attention residual, for the given packed rows alone."""
+        block = self.block
+        added = block.ls1(self.attention_core.rows_out(rows, layout))
+        x = self.batch.x if rows is None else self.batch.x[rows]
+        return x + drop_path(block.drop_path1, added, layout)
+
+
+def drop_path(module: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """timm's stochastic depth on packed tokens: a whole image's branch is dropped at once."""
+    if not isinstance(module, DropPath) or not module.training or module.drop_prob == 0:
+        return x
+    keep = 1 - module.drop_prob
+    images = torch.empty(layout.images, dtype=x.dtype, device=x.device).bernoulli_(keep)
+    if keep > 0 and module.scale_by_keep:
+        images = images / keep
+    return x * images[layout.row_image, None]
+
+
+def decisions_of(reducer: TokenReducer, signals: Signals, state: State) -> list[Decision]:
+    """What the reducer (or each member of a stack, on what those before it leave) decides."""
+    members: Sequence[TokenReducer] = reducer.members if isinstance(reducer, Stack) else [reducer]
+    decisions: list[Decision] = []
+    for member in members:
+        decision = member.decide(signals, state)
+        if decision is not None:
+            decisions.append(decision)
+            signals = signals.through(decision)
+    return decisions
+
+
+def _pure_selection(decisions: list[Decision]) -> Keep | None:
+    """The decisions as one gather, where that is all they are."""
+    composed: Keep | None = None
+    for decision in decisions:
+        if not isinstance(decision.map, Keep) or decision.features is not None or decision.proportional:
+            return None
+        joined = decision.map if composed is None else composed.then(decision.map)
+        assert isinstance(joined, Keep)
+        composed = joined
+    return composed
+
+
+def run_block(
+    block: Block,
+    batch: TokenBatch,
+    reducer: TokenReducer | None,
+    state: State,
+    tracer: Tracer | None,
+    *,
+    record_attention: bool = False,
+) -> TokenBatch:
+    """Attention, reduction, MLP: the only place where token counts change.
+
+    ``record_attention``: the next block's reducer asks for the attention that tokens received in this one.
+    """
+    entering = batch.layout.lengths
+    signals = BlockSignals(block, batch, tracer)
+    decisions = [] if reducer is None else decisions_of(reducer, signals, state)
+    batch = replace(batch, received=signals.attention_received() if record_attention else None)
+    selection = None if signals.computed_output else _pure_selection(decisions)
+    if selection is not None:
+        queries = selection.new.lengths
+        batch = advance(batch, Decision(selection), signals.rows(selection.rows, selection.new))
+        if tracer is not None:
+            tracer.moved(selection)
+    else:
+        queries = entering
+        batch = replace(batch, x=signals.output())
+        for decision in decisions:
+            batch = advance(batch, decision)
+            if tracer is not None:
+                tracer.moved(decision.map)
+    added = block.ls2(block.mlp(block.norm2(batch.x)))
+    batch = replace(batch, x=batch.x + drop_path(block.drop_path2, added, batch.layout))
+    if tracer is not None:
+        tracer.cost.block(
+            signals.shape, entering=entering, queries=queries, leaving=batch.layout.lengths,
+            cut_before_values=reducer is not None and reducer.cuts_before_values,
+        )  # fmt: skip
+        tracer.after_block(batch)
+    return batch

@@ -1,0 +1,87 @@
+"""From packed tokens to logits: a pool that knows lengths, then the model's own head."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from reducers.tokens import TokenBatch
+from reducers.trace import Tracer
+
+
+def classify(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits (B, classes) from the normed features x (T, D)."""
+    if isinstance(base, VisionTransformerDistilled):
+        return _classify_distilled(base, batch, x, tracer)
+    pooled = _pool(base, batch, x, tracer)
+    logits: Tensor = base.head(base.head_drop(base.fc_norm(pooled)))
+    _count_heads(tracer, base.head)
+    return logits
+
+
+def _classify_distilled(
+    base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor, tracer: Tracer | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled training."""
+    first = class_feature(batch, x)
+    second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
+    by_class, by_distillation = base.head(first), base.head_dist(second)
+    _count_heads(tracer, base.head, base.head_dist)
+    if base.distilled_training and base.training:
+        return by_class, by_distillation
+    return (by_class + by_distillation) / 2
+
+
+def _count_heads(tracer: Tracer | None, *heads: torch.nn.Module) -> None:
+    if tracer is not None:
+        tracer.cost.both(float(sum(head.weight.numel() for head in heads if isinstance(head, torch.nn.Linear))))
+
+
+def class_feature(batch: TokenBatch, x: Tensor) -> Tensor:
+    """(B, D) the class token; where an experiment let it be dropped, the mean of the survivors."""
+    layout = batch.layout
+    rows = x[batch.cls.clamp(min=0)]
+    if layout.uniform is not None and layout.uniform[1] > 0:
+        return rows
+    summed = torch.zeros(layout.images, x.shape[1], dtype=x.dtype, device=x.device).index_add(0, layout.row_image, x)
+    mean = summed / layout.lengths.clamp(min=1)[:, None].to(x.dtype)
+    return torch.where((batch.cls >= 0)[:, None], rows, mean)
+
+
+def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None) -> Tensor:
+    layout, kind = batch.layout, base.global_pool
+    if kind == "token":
+        return class_feature(batch, x)
+    first = torch.zeros_like(layout.prefix) if base.pool_include_prefix else layout.prefix
+    valid = layout.valid_from(first)
+    tokens = layout.pad(x, first)
+    if kind == "map":
+        return _attention_pool(base, batch, tokens, valid, first, tracer)
+    # a merged token stands for several patches, so the mean over patches weighs it by its size
+    size = layout.pad(batch.size, first).to(x.dtype).masked_fill(~valid, 0)[..., None]
+    mean = (tokens * size).sum(1) / size.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
+    if kind == "avg":
+        return mean
+    largest = tokens.masked_fill(~valid[..., None], -torch.inf).amax(1)
+    return largest if kind == "max" else 0.5 * (largest + mean)
+
+
+def _attention_pool(
+    base: VisionTransformer, batch: TokenBatch, tokens: Tensor, valid: Tensor, first: Tensor, tracer: Tracer | None
+) -> Tensor:
+    """timm's latent attention pool, with padded keys masked and the key bias (log size) honoured."""
+    layout, pool = batch.layout, base.attn_pool
+    mask = None
+    if layout.uniform is None or batch.key_bias is not None:
+        mask = torch.zeros(valid.shape, dtype=tokens.dtype, device=tokens.device)
+        if batch.key_bias is not None:
+            mask = layout.pad(batch.key_bias, first).to(tokens.dtype)
+        mask = mask.masked_fill(~valid, -torch.inf)[:, None, None].expand(-1, -1, pool.latent_len, -1)
+    if tracer is not None:
+        keys, width = (layout.lengths - first).double(), pool.q.weight.shape[0] if pool.q is not None else 0
+        rows = sum(p.numel() for n, p in pool.named_parameters() if p.dim() == 2 and not n.startswith("kv"))
+        tracer.cost.both(keys * pool.kv.weight.numel() + pool.latent_len * (rows + 2 * keys * width))
+    pooled: Tensor = pool(tokens, attn_mask=mask)
+    return pooled

@@ -1,0 +1,250 @@
+"""No reduction equals plain timm on every supported entry point, and everything else is refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pytest
+import timm
+import torch
+from timm.models import vision_transformer as vit_module
+
+from reducers import ATS, Count, EViT, Identity, Ratio, ToMe, TopK, UnsupportedModel, at, reduce_tokens
+from reducers.vit.adapter import check_model
+
+TRANSFORMER_MODULES = [
+    "vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "cait", "xcit", "tnt", "crossvit", "convit",
+    "pit", "volo", "levit", "visformer", "nest", "twins", "pvt_v2", "mvitv2", "hiera", "hieradet_sam2", "davit", "coat", "gcvit",
+    "maxxvit", "tiny_vit", "swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "mobilevit", "efficientformer",
+    "efficientformer_v2", "efficientvit_mit", "efficientvit_msra", "naflexvit", "vision_transformer_relpos", "vision_transformer_sam",
+    "edgenext", "mambaout", "metaformer", "sequencer", "mlp_mixer",
+]  # fmt: skip
+FAMILIES = ["vision_transformer", "deit"]
+
+
+def entry_points(modules: list[str]) -> list[str]:
+    known = set(timm.list_modules())
+    return sorted(name for module in modules if module in known for name in timm.list_models(module=module))
+
+
+@functools.cache
+def _noise() -> torch.Tensor:
+    return torch.randn(2**22, generator=torch.Generator().manual_seed(0))
+
+
+def shallow(name: str, probe: torch.nn.Module) -> torch.nn.Module:
+    """The entry point at depth 2, on a 4 x 4 grid, its parameters random and far from any neutral value.
+
+    Made on the meta device and filled with ready-made noise: timm's own initialisation of the giants would take minutes.
+    """
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=2, img_size=4 * probe.patch_embed.patch_size[0])
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            flat = _noise().repeat(-(-parameter.numel() // len(_noise()))) if parameter.numel() > len(_noise()) else _noise()
+            noise = flat.roll(7919 * index)[: parameter.numel()] if parameter.numel() < 2**16 else flat[: parameter.numel()]
+            spread = 0.3 if parameter.dim() <= 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(noise.view_as(parameter) * spread)
+            if parameter.dim() <= 1:  # norms and LayerScale: around 1, so that a dropped one cannot hide
+                parameter.add_(1.0)
+    assert not list(model.buffers()), "buffers would be left uninitialised"
+    return model.eval()
+
+
+def check_equal_or_refused(name: str) -> str:
+    """'equal' or 'refused'; fails where a model would be run wrongly."""
+    with torch.device("meta"):
+        probe = timm.create_model(name, depth=2)
+    try:
+        check_model(probe)
+    except UnsupportedModel as error:
+        assert "upported" in str(error)
+        return "refused"
+    model = shallow(name, probe)
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    with torch.inference_mode():
+        expected = model(images)
+        found = reduce_tokens(model, at([0, 1], Identity()))(images)
+    scale = max(1.0, float(expected.abs().max()))  # random weights make some logits large; 1e-5 is relative to them then
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+    return "equal"
+
+
+def test_no_reduction_is_plain_timm_on_every_entry_point_of_the_families():
+    found = {name: check_equal_or_refused(name) for name in entry_points(FAMILIES)}
+    equal = [name for name, verdict in found.items() if verdict == "equal"]
+    assert len(equal) >= 165, f"only {len(equal)} entry points are supported"
+    assert {"deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"} <= set(equal)
+    assert any("siglip" in name for name in equal)
+    assert any("clip" in name for name in equal)
+
+
+@pytest.mark.slow
+def test_every_transformer_of_timm_is_equal_or_refused():
+    for name in entry_points([m for m in TRANSFORMER_MODULES if m not in FAMILIES]):
+        try:
+            with torch.device("meta"):
+                probe = timm.create_model(name)
+        except (RuntimeError, NotImplementedError, TypeError):
+            probe = timm.create_model(name)  # some cannot be made on the meta device
+        try:
+            check_model(probe)
+        except UnsupportedModel:
+            continue
+        _check_full_depth(name)
+
+
+def _check_full_depth(name: str) -> None:
+    model = timm.create_model(name).eval()
+    images = torch.randn(1, 3, *model.patch_embed.img_size)
+    with torch.inference_mode():
+        expected, found = model(images), reduce_tokens(model, at([0], Identity()))(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+REFUSED = ["eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "pit_ti_224",
+           "swin_tiny_patch4_window7_224", "vit_relpos_small_patch16_224", "tnt_s_patch16_224", "volo_d1_224", "mvitv2_tiny"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_families_are_refused_with_what_is_supported(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedModel, match="Supported"):
+        reduce_tokens(model, at([0], Identity()))
+
+
+@pytest.mark.parametrize("block_name", ["ParallelScalingBlock", "ResPostBlock", "ParallelThingsBlock"])
+def test_blocks_of_another_type_are_refused(block_name):
+    model = vit_module.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, block_fn=getattr(vit_module, block_name)
+    )
+    with pytest.raises(UnsupportedModel, match=block_name):
+        reduce_tokens(model, at([0], Identity()))
+
+
+def test_a_model_that_drops_patches_itself_is_refused():
+    model = vit_module.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, patch_drop_rate=0.5)
+    with pytest.raises(UnsupportedModel, match="patch_drop_rate"):
+        reduce_tokens(model, at([0], Identity()))
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (96, 64)])
+@torch.inference_mode()
+def test_other_input_sizes_where_the_model_takes_them(image_size):
+    model = vit_module.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, dynamic_img_size=True
+    ).eval()
+    images = torch.randn(2, 3, *image_size)
+    torch.testing.assert_close(reduce_tokens(model, at([0], Identity()))(images), model(images), rtol=0, atol=1e-5)
+    logits, trace = reduce_tokens(model, at([0], ATS(Count(9)))).trace(images)
+    assert trace.kept(1).shape == (2, image_size[0] * image_size[1] // 64)
+    assert logits.shape == (2, 5)
+
+
+def test_stochastic_depth_drops_whole_images():
+    torch.manual_seed(0)
+    model = vit_module.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, drop_path_rate=0.9
+    ).train()
+    images = torch.randn(64, 3, 32, 32)
+    logits = reduce_tokens(model, at([1], ATS(Count(6)))).train()(images)
+    logits.sum().backward()
+    assert torch.isfinite(logits).all()
+    plain = model.eval()(images)
+    torch.testing.assert_close(reduce_tokens(model, at([1], Identity())).eval()(images), plain, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_average_pooling_after_merging_is_the_mean_over_patches():
+    """With the blocks after the merge made neutral, merging cannot change the size-weighted mean."""
+    model = vit_module.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5, class_token=False, global_pool="avg"
+    ).double().eval()  # fmt: skip
+    for parameter in model.blocks[0].mlp.parameters():
+        parameter.zero_()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    merged = reduce_tokens(model, at(0, ToMe(Ratio(0.6))))(images)
+    torch.testing.assert_close(merged, model(images), rtol=0, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_a_reducer_may_use_the_whole_lifecycle(images):
+    """prepare, plan, block and finish reach the runtime: a reducer of each kind, written here, does what it says."""
+    from reducers import Decision, TokenReducer
+    from reducers.maps import keep_patches
+
+    from .conftest import make_vit
+
+    class HalfSize(TokenReducer):
+        name = "half_size"
+
+        def prepare(self, batch):
+            return torch.nn.functional.avg_pool2d(batch, 2)
+
+        def decide(self, signals, state):
+            return None
+
+    class Planned(TokenReducer):
+        name = "planned"
+
+        def plan(self, batch, base):
+            return base.patch_embed(batch).norm(dim=2) > 0  # every patch
+
+        def decide(self, signals, state):
+            chosen = state.plans[id(self)].clone()
+            chosen[:, 5:] = False
+            return Decision(keep_patches(signals.layout, chosen))
+
+    class Skip(TokenReducer):
+        name = "skip"
+
+        def block(self, block, batch, state):
+            return batch
+
+    class PreviousAttention(TokenReducer):
+        name = "previous"
+        uses_previous_attention = True
+
+        def decide(self, signals, state):
+            received = signals.layout.pad_patches(signals.previous_attention())
+            return Decision(keep_patches(signals.layout, received > received.median(dim=1, keepdim=True).values))
+
+    small = vit_module.VisionTransformer(
+        img_size=48, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, dynamic_img_size=True
+    ).eval()
+    half = torch.nn.functional.avg_pool2d(images, 2)
+    torch.testing.assert_close(reduce_tokens(small, at(0, HalfSize()))(images), small(half), rtol=0, atol=1e-5)
+    _, trace = reduce_tokens(make_vit(), at(1, Planned())).trace(images)
+    assert trace.tokens[0].tolist() == [37, 37, 6, 6, 6]
+    model = make_vit()
+    skipped = reduce_tokens(model, at([0, 1, 2, 3], Skip()))(images)
+    direct = model.forward_head(model.norm(model.norm_pre(model._pos_embed(model.patch_embed(images)))))
+    torch.testing.assert_close(skipped, direct, rtol=0, atol=1e-5)
+    _, trace = reduce_tokens(make_vit(), at(2, PreviousAttention())).trace(images[:2])
+    assert (trace.tokens[:, 3] <= 19).all()
+    with pytest.raises(ValueError, match="block before"):
+        reduce_tokens(make_vit(), at(0, PreviousAttention()))(images)
+
+
+def test_signatures_of_the_restated_timm_parts_have_not_moved():
+    """A timm that adds a step to its block or attention must be looked at before it is supported."""
+    from timm.layers.attention import Attention
+
+    block, attention = inspect.getsource(vit_module.Block.forward), inspect.getsource(Attention.forward)
+    assert block.count("self.") == 8, "Block.forward uses norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2"
+    for part in ("gate", "qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
+        assert f"self.{part}" in attention
+
+
+@torch.inference_mode()
+def test_other_reducers_on_a_model_without_class_token(images):
+    from .conftest import make_vit
+
+    for reducer in (ToMe(Ratio(0.7)), TopK(Ratio(0.5), score="value_norm"), ATS(Ratio(0.5), score="attention_received")):
+        logits = reduce_tokens(make_vit("map"), at([1, 2], reducer))(images)
+        assert torch.isfinite(logits).all()
+    with pytest.raises(ValueError, match="needs a class token"):
+        reduce_tokens(make_vit("average"), at(1, EViT(Ratio(0.5))))
