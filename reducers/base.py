@@ -1,7 +1,8 @@
 """What a reducer is: it decides, the runtime carries the decision out.
 
-Every ordinary method overrides ``decide`` alone. The other steps of the lifecycle are for methods that change the input, plan
-ahead, replace a block's computation, or accumulate an output; state travels by argument and is never kept on the module.
+Every ordinary method overrides ``decide`` alone. The other steps of the lifecycle are for methods that change the
+input, plan ahead, replace a block's computation, or accumulate an output; state travels by argument and is never
+kept on the module.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 class Decision:
     """What becomes of the tokens at one block.
 
-    ``features`` (M, D) replaces W x where a method is not linear (max pooling, norm-preserving merges); the map still carries
-    sizes and provenance. ``proportional``: from here on, attention to a token is weighted by its size (ToMe).
+    ``features`` (M, D) replaces W x where a method is not linear (max pooling, norm-preserving merges); the map
+    still carries sizes and provenance. ``proportional``: from here on, attention to a token is weighted by its
+    size (ToMe).
     """
 
     map: TokenMap

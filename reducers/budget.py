@@ -1,6 +1,7 @@
 """Budgets: how many patch tokens a reducing block may keep.
 
-Counts are worked out in exact integer arithmetic (0.7 is seven tenths, not 0.69999…), so that a rounding rule means what it says.
+Counts are worked out in exact integer arithmetic (0.7 is seven tenths, not 0.69999…), so that a rounding rule
+means what it says.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ class Budget:
 
 @dataclass(frozen=True, init=False)
 class Ratio(Budget):
-    """A share of the tokens: ``Ratio(0.7)`` of those entering the block, ``Ratio(0.5, of="initial")`` of those entering block 0.
+    """A share of the tokens: ``Ratio(0.7)`` of those entering the block, ``Ratio(0.5, of="initial")`` of those
+    entering block 0.
 
-    The value lies in (0, 1] and may be a float, a ``Fraction`` or a string such as ``"48/196"``. ``count_prefix``: the share is of
-    all tokens, prefix included, and so is the number kept (the prefix always stays).
+    The value lies in (0, 1] and may be a float, a ``Fraction`` or a string such as ``"48/196"``. ``count_prefix``:
+    the share is of all tokens, prefix included, and so is the number kept (the prefix always stays).
     """
 
     value: Fraction

@@ -1,12 +1,14 @@
 """Cost, counted once and honestly: multiply-adds for each image, from the rows that were really computed.
 
-One multiply-add counts 1, the convention of every table in this field (their "GFLOPs" are giga multiply-adds). Linear layers,
-convolutions and the two attention products count; norms, softmax, biases and sorting do not (methods 0.4).
+One multiply-add counts 1, the convention of every table in this field (their "GFLOPs" are giga multiply-adds).
+Linear layers, convolutions and the two attention products count; norms, softmax, biases and sorting do not
+(methods 0.4).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class BlockShape:
     mlp_row: int  # multiply-adds of the MLP for one token
 
     @classmethod
-    def of(cls, block: nn.Module) -> BlockShape:
+    def of(cls, block: Any) -> BlockShape:
         """Read off a timm block."""
         attention = block.attn
         mlp_row = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
@@ -31,8 +33,8 @@ class BlockShape:
     def macs(self, *, queries: Tensor, keys: Tensor, outputs: Tensor, mlp: Tensor) -> Tensor:
         """Multiply-adds of one block, (B,) float64, from the rows each part computes (B,).
 
-        ``queries`` rows get a query and a row of attention logits; ``keys`` rows a key and a value; ``outputs`` rows are summed
-        over the values, gated and projected; ``mlp`` rows pass the MLP.
+        ``queries`` rows get a query and a row of attention logits; ``keys`` rows a key and a value; ``outputs``
+        rows are summed over the values, gated and projected; ``mlp`` rows pass the MLP.
         """
         queries, keys, outputs, mlp = queries.double(), keys.double(), outputs.double(), mlp.double()
         linear = self.width * self.attention_width
@@ -73,10 +75,12 @@ class CostMeter:
 
 
 def linear_macs(module: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-adds for one image of all linear layers and convolutions inside ``module``, by running it once on ``inputs`` (1, …)."""
+    """Multiply-adds for one image of all linear layers and convolutions inside ``module``, by running it once on
+    ``inputs`` (1, …).
+    """
     total = 0
 
-    def count(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         total += output.numel() * layer.weight[0].numel()  # each output is one dot product with a row of weights
 

@@ -1,7 +1,7 @@
 """A second opinion on cost: fvcore's tracer, taught the two things it gets wrong on current timm.
 
-Out of the box it has no handler for fused attention and reports 4.25 G for DeiT-S instead of 4.60, a mistake found in print;
-and it counts LayerNorm, which the field's convention does not.
+Out of the box it has no handler for fused attention and reports 4.25 G for DeiT-S instead of 4.60, a mistake found
+in print; and it counts LayerNorm, which the field's convention does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Handle for ``scaled_dot_product_attention``: query-key and attention-value products. q (…, Nq, d), k and v (…, Nk, d)."""
+    """Handle for ``scaled_dot_product_attention``: query-key and attention-value products. q (…, Nq, d), k and v
+    (…, Nk, d).
+    """
     query, key = inputs[0].type().sizes(), inputs[1].type().sizes()
     value = inputs[2].type().sizes()
     rows = 1

@@ -20,7 +20,9 @@ class Placement:
     blocks: Mapping[int, TokenReducer] = field(default_factory=dict)
 
     def __or__(self, other: Placement) -> Placement:
-        """Both placements; where they share a block, this one's reducer acts first and the other's on what it leaves."""
+        """Both placements; where they share a block, this one's reducer acts first and the other's on what it
+        leaves.
+        """
         joined = dict(self.blocks)
         for block, reducer in other.blocks.items():
             joined[block] = Stack(joined[block], reducer) if block in joined else reducer
@@ -30,7 +32,9 @@ class Placement:
         """Refuse blocks outside a network of ``depth`` blocks."""
         for block in self.blocks:
             if not 0 <= block < depth:
-                raise ReducerError(f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
+                raise ReducerError(
+                    f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}"
+                )
 
     def spec(self) -> list[dict[str, Any]]:
         """The placement as plain data: blocks that share a reducer are written together."""
@@ -57,7 +61,9 @@ def at(blocks: int | Iterable[int], reducer: TokenReducer) -> Placement:
 
 
 def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int = 12) -> Placement:
-    """The reducer in every ``step``-th block from ``start`` on; ``every(1, ToMe(Drop(13)))`` is ToMe's own placement."""
+    """The reducer in every ``step``-th block from ``start`` on; ``every(1, ToMe(Drop(13)))`` is ToMe's own
+    placement.
+    """
     if step < 1:
         raise ReducerError(f"every({step}) must be a step of at least 1 block")
     return at(range(start, depth, step), reducer)
@@ -84,7 +90,9 @@ def parse_blocks(where: Any, depth: int) -> list[int]:
 
 
 def placement_from(stages: list[dict[str, Any]], depth: int = 12) -> Placement:
-    """A placement from plain data, e.g. ``[{"at": [3, 6, 9], "stack": [{"name": "evit", "budget": {"ratio": 0.7}}]}]``."""
+    """A placement from plain data, e.g. ``[{"at": [3, 6, 9], "stack": [{"name": "evit", "budget": {"ratio":
+    0.7}}]}]``.
+    """
     placement = Placement()
     for stage in stages:
         if not isinstance(stage, dict) or "at" not in stage or ("stack" in stage) == ("reducer" in stage):

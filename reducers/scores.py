@@ -1,6 +1,7 @@
 """Scores: how much a token matters, as pure functions of what the block computes.
 
-All return one non-negative number a token, (T,) packed, prefix rows included; who selects normalises over the candidates it has.
+All return one non-negative number a token, (T,) packed, prefix rows included; who selects normalises over the
+candidates it has.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def class_attention(attention: Tensor) -> Tensor:
 def class_attention_value_norm(attention: Tensor, values: Tensor, *, heads: Heads = "concat") -> Tensor:
     """Class attention times the norm of the value: ATS's significance score (methods 14.1), not yet normalised.
 
-    attention: (T, H), values: (T, H, d) -> (T,). ``concat``: head-summed attention times the norm of the concatenated value, as the
-    authors' code does; ``per_head``: the sum over heads of the per-head products, the literal reading of the formula.
+    attention: (T, H), values: (T, H, d) -> (T,). ``concat``: head-summed attention times the norm of the
+    concatenated value, as the authors' code does; ``per_head``: the sum over heads of the per-head products, the
+    literal reading of the formula.
     """
     if heads == "per_head":
         return (attention * values.norm(dim=2)).sum(dim=1)

@@ -1,6 +1,7 @@
 """Signals: what a reducer may look at, computed when asked for and not before.
 
-All are packed by token (T, ...). ``class_attention`` costs one query row an image, ``keys`` and ``values`` one projection; only
+All are packed by token (T, ...). ``class_attention`` costs one query row an image, ``keys`` and ``values`` one
+projection; only
 ``attention`` and ``output`` need the whole of the block's attention.
 """
 
@@ -75,8 +76,8 @@ class Signals(ABC):
 class Transported(Signals):
     """Signals carried through a decision at the same block.
 
-    Attention columns add up over a group, keys and values average by map weight, and norms are taken afresh. After a merge this
-    approximates what the merged tokens would have signalled; after a selection it is exact.
+    Attention columns add up over a group, keys and values average by map weight, and norms are taken afresh. After
+    a merge this approximates what the merged tokens would have signalled; after a selection it is exact.
     """
 
     def __init__(self, before: Signals, decision: Decision) -> None:

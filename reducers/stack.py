@@ -16,7 +16,8 @@ from reducers.signals import Signals
 class Stack(TokenReducer):
     """``Stack(EViT(Ratio(0.7)), ATS(Ratio(0.7)))``: the second decides on what the first leaves.
 
-    Signals reach the later ones transported through the maps so far; the block's projection and MLP run once, on what remains.
+    Signals reach the later ones transported through the maps so far; the block's projection and MLP run once, on
+    what remains.
     """
 
     summary = "several reducers at one block, one after the other"

@@ -1,7 +1,8 @@
 """Packed tokens: all images' tokens one after another, so that no padding is ever multiplied.
 
 ``Layout`` says where each image's rows lie; ``TokenBatch`` adds what travels with them. Reducers compute on
-*packed* rows (T, ...) or, where a rule compares the tokens of one image, on the *padded* view (B, N, ...) a layout gives.
+*packed* rows (T, ...) or, where a rule compares the tokens of one image, on the *padded* view (B, N, ...) a layout
+gives.
 """
 
 from __future__ import annotations

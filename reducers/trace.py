@@ -25,14 +25,17 @@ class Trace:
     _class_kept: list[Tensor]
 
     def owner(self, block: int) -> Tensor:
-        """(B, N0) int64: which token (its place in its image, prefix included) leaving the block carries each original patch; -1 = dropped.
+        """(B, N0) int64: which token (its place in its image, prefix included) leaving the block carries each
+        original patch; -1 = dropped.
 
         Under a dense map it is the token with the patch's largest weight.
         """
         return self._owner[block]
 
     def kept(self, block: int) -> Tensor:
-        """(B, N0) bool: the patch still has a row of its own after the block (of a merged group its heaviest member)."""
+        """(B, N0) bool: the patch still has a row of its own after the block (of a merged group its heaviest
+        member).
+        """
         return self._kept[block]
 
     def class_kept(self, block: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Adaptive Token Sampling (Fayyaz et al., ECCV 2022; methods 14.1, traps C1).
 
-Inverse-transform sampling over significance scores: K evenly spaced points, each picks the token where the cumulative score reaches it; a
-token picked several times is kept once. So K bounds the count from above, and the count adapts to the image.
-The choice is hard: gradients pass through the rows that were chosen, never through the choosing.
+Inverse-transform sampling over significance scores: K evenly spaced points, each picks the token where the
+cumulative score reaches it; a token picked several times is kept once. So K bounds the count from above, and the
+count adapts to the image. The choice is hard: gradients pass through the rows that were chosen, never through the
+choosing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Lookup = Literal["inverse", "nearest"]
 
 
 def significance(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores as a distribution over the candidates, float32 or wider; all-zero scores mean that all are alike. (B, N)"""
+    """Scores as a distribution over the candidates, float32 or wider; all-zero scores mean that all are alike. (B,
+    N)
+    """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0)
     total = scores.sum(dim=1, keepdim=True)
     even = valid.to(scores.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
@@ -41,7 +44,8 @@ def cumulative(shares: Tensor, valid: Tensor) -> Tensor:
 
 
 def sample_inverse(cdf: Tensor, points: Tensor) -> Tensor:
-    """Tokens that hold at least one of the points u_k = (2k - 1) / 2K, k = 1 … K: the first with CDF >= u_k. (B, N) bool
+    """Tokens that hold at least one of the points u_k = (2k - 1) / 2K, k = 1 … K: the first with CDF >= u_k. (B,
+    N) bool
 
     The number of points at or below a value c is floor(K c + 1/2), so no point is ever written out. points: (B,) int64.
     """
@@ -75,10 +79,11 @@ def even_points(points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def sample_official(shares: Tensor, valid: Tensor, points: int) -> Tensor:
-    """The authors' release, for one image alone: scores sorted ascending, CDF min-max normalised, ``points`` points from the smallest
-    positive CDF value to 1 inclusive, nearest CDF entry. (B, N) bool
+    """The authors' release, for one image alone: scores sorted ascending, CDF min-max normalised, ``points``
+    points from the smallest positive CDF value to 1 inclusive, nearest CDF entry. (B, N) bool
 
-    Padding the CDF with zeros on the left, as the release does, never wins: no point lies nearer to 0 than to the smallest positive value.
+    Padding the CDF with zeros on the left, as the release does, never wins: no point lies nearer to 0 than to the
+    smallest positive value.
     """
     order = shares.masked_fill(~valid, torch.inf).sort(dim=1, stable=True).indices  # padding comes last
     ordered = shares.gather(1, order).masked_fill(~valid, 0)
@@ -95,7 +100,9 @@ def sample_official(shares: Tensor, valid: Tensor, points: int) -> Tensor:
 
 
 def sample_gumbel(shares: Tensor, valid: Tensor, points: Tensor, draws: Tensor) -> Tensor:
-    """K independent draws from the distribution, by Gumbel-max; random at test time too. draws (B, K, N) in (0, 1). (B, N) bool"""
+    """K independent draws from the distribution, by Gumbel-max; random at test time too. draws (B, K, N) in (0,
+    1). (B, N) bool
+    """
     logits = shares.double().log().masked_fill(~valid, -torch.inf)
     winners = (logits[:, None] - (-draws.log()).log()).argmax(dim=2)  # (B, K)
     used = torch.arange(draws.shape[1], device=points.device) < points[:, None]
@@ -110,13 +117,16 @@ class ATS(TokenReducer):
 
     Ratio budgets round down. The count kept never exceeds K and differs from image to image.
 
-    score: ``class_attention_value_norm`` (the paper's), ``class_attention``, ``value_norm``, ``attention_received`` or ``random``.
-    variant: ``paper``: CDF in token order, points (2k - 1) / 2K. ``official``: the authors' release, sorted ascending; its number of points
-        is the initial patch count whatever the budget says, unless the budget is a ``Count``. ``unsorted`` and ``gumbel``: published
-        re-implementations (K - 1 points, nearest; K random draws), different methods under the same name.
-    heads: ``concat``: head-summed attention times the norm of the concatenated value (the authors' code), or ``per_head``.
-    lookup: ``inverse``: the first token whose CDF reaches the point, or ``nearest`` (for ``paper``; the other variants fix theirs).
-    keep_class_token: False lets the class token be sampled like any other (its score is the diagonal's); where it is dropped, the head
+    score: ``class_attention_value_norm`` (the paper's), ``class_attention``, ``value_norm``,
+    ``attention_received`` or ``random``. variant: ``paper``: CDF in token order, points (2k - 1) / 2K.
+    ``official``: the authors' release, sorted ascending; its number of points
+        is the initial patch count whatever the budget says, unless the budget is a ``Count``. ``unsorted`` and
+        ``gumbel``: published re-implementations (K - 1 points, nearest; K random draws), different methods under
+        the same name.
+    heads: ``concat``: head-summed attention times the norm of the concatenated value (the authors' code), or
+    ``per_head``. lookup: ``inverse``: the first token whose CDF reaches the point, or ``nearest`` (for ``paper``;
+    the other variants fix theirs). keep_class_token: False lets the class token be sampled like any other (its
+    score is the diagonal's); where it is dropped, the head
         reads the mean of the survivors. An experiment of the paper (Fig. A.4).
     """
 
@@ -137,11 +147,10 @@ class ATS(TokenReducer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for setting, value, choices in (
-            ("variant", variant, get_args(Variant)), ("heads", heads, get_args(Heads)), ("lookup", lookup, get_args(Lookup)),
-        ):  # fmt: skip
-            if value not in choices:
-                raise ReducerError(f"ATS({setting}={value!r}): choose one of {', '.join(choices)}")
+        named = (("variant", variant, Variant), ("heads", heads, Heads), ("lookup", lookup, Lookup))
+        for setting, value, choices in named:
+            if value not in get_args(choices):
+                raise ReducerError(f"ATS({setting}={value!r}): choose one of {', '.join(get_args(choices))}")
         self.budget = budget
         self.score = score
         self.variant = variant

@@ -1,4 +1,6 @@
-"""EViT: keep the patches the class token attends to most, fuse the rest into one (Liang et al., ICLR 2022; methods 3)."""
+"""EViT: keep the patches the class token attends to most, fuse the rest into one (Liang et al., ICLR 2022; methods
+3).
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from reducers.tokens import Layout
 def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int | None) -> Merge:
     """Keep prefix and ``chosen`` patches (B, N) bool; one more token per image sums the others, weighted.
 
-    weights: (T,), raw class attention, *not* renormalised, as the authors do. The fused token comes last, and only in images that leave
-    something out; ``count`` says that every image keeps so many and does, so that uniform images stay uniform unasked.
+    weights: (T,), raw class attention, *not* renormalised, as the authors do. The fused token comes last, and only
+    in images that leave something out; ``count`` says that every image keeps so many and does, so that uniform
+    images stay uniform unasked.
     """
     stays = layout.spread(chosen, prefix=True)  # (T,)
     kept = layout.sum_rows(stays.long())
@@ -45,8 +48,9 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
 class EViT(TokenReducer):
     """Keep the most attended patches and fuse what is left into one token, weighted by class attention.
 
-    Acts after the attention residual, before the MLP. ``Ratio`` rounds up and counts the tokens entering the block without the prefix; an
-    earlier fused token is a candidate like any other. Where nothing is left out there is no fused token. ``fuse=False`` drops the rest.
+    Acts after the attention residual, before the MLP. ``Ratio`` rounds up and counts the tokens entering the block
+    without the prefix; an earlier fused token is a candidate like any other. Where nothing is left out there is no
+    fused token. ``fuse=False`` drops the rest.
     ``select``: another selecting reducer chooses (``ATS``), EViT fuses what it left; ``budget`` then caps the choice.
     The order of kept tokens is theirs in the image, not their rank: no later attention can tell the difference.
     """
@@ -55,7 +59,13 @@ class EViT(TokenReducer):
     source = "Liang et al., ICLR 2022 (arXiv 2202.07800)"
 
     def __init__(
-        self, budget: Budget, *, fuse: bool = True, select: TokenReducer | None = None, score: str = "class_attention", seed: int = 0
+        self,
+        budget: Budget,
+        *,
+        fuse: bool = True,
+        select: TokenReducer | None = None,
+        score: str = "class_attention",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if select is not None and (not select.only_decides or select.may_drop_class_token):
@@ -102,5 +112,7 @@ class EViT(TokenReducer):
         if decision is None:
             return torch.ones(signals.layout.rows, dtype=torch.bool, device=signals.size.device)
         if not isinstance(decision.map, Keep):
-            raise ReducerError(f"EViT(select={self.select.name}): the selector must keep or drop tokens, not merge them")
+            raise ReducerError(
+                f"EViT(select={self.select.name}): the selector must keep or drop tokens, not merge them"
+            )
         return decision.map.destination >= 0

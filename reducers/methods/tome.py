@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 def bipartite_pairs(metric: Tensor, valid: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
     """For each even-placed token its most similar odd-placed partner. metric (B, L, d), valid (B, L), prefix (B,).
 
-    Returns the best cosine similarity (B, A), -inf for prefix tokens and padding, and the partner's index among the odd places (B, A).
+    Returns the best cosine similarity (B, A), -inf for prefix tokens and padding, and the partner's index among
+    the odd places (B, A).
     """
     normed = F.normalize(metric, dim=-1)
     place = torch.arange(metric.shape[1], device=metric.device)
@@ -36,8 +37,8 @@ def bipartite_pairs(metric: Tensor, valid: Tensor, prefix: Tensor) -> tuple[Tens
 def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | int, size: Tensor) -> Merge:
     """Merge the ``count`` best pairs of each image into their odd-placed member, a mean weighted by size.
 
-    The result is ordered [prefix, unmerged even places, odd places], each in the order it had: merging depends on order, and
-    this is the published one. best, partner: (B, A); size: (T,) float32.
+    The result is ordered [prefix, unmerged even places, odd places], each in the order it had: merging depends on
+    order, and this is the published one. best, partner: (B, A); size: (T,) float32.
     """
     order = best.sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(order.shape[1], device=order.device)
@@ -68,11 +69,13 @@ def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | i
 
 @register("tome")
 class ToMe(TokenReducer):
-    """Merge the r most similar pairs of neighbouring sets at each block; ``ToMe(Drop(13))`` in every block is the paper's r = 13.
+    """Merge the r most similar pairs of neighbouring sets at each block; ``ToMe(Drop(13))`` in every block is the
+    paper's r = 13.
 
-    Metric: cosine of the head-mean keys. Even places form one set, odd ones the other, over the whole sequence, prefix tokens excluded
-    from matching. At most half the tokens can merge in one block: a larger request is cut to that, with a warning. ``proportional``:
-    later attention is weighted by size, as the authors do off the shelf for supervised models. ``Ratio`` rounds up what stays.
+    Metric: cosine of the head-mean keys. Even places form one set, odd ones the other, over the whole sequence,
+    prefix tokens excluded from matching. At most half the tokens can merge in one block: a larger request is cut
+    to that, with a warning. ``proportional``: later attention is weighted by size, as the authors do off the shelf
+    for supervised models. ``Ratio`` rounds up what stays.
     """
 
     summary = "merge the most similar token pairs"
@@ -115,5 +118,7 @@ class ToMe(TokenReducer):
 
     def _warn_if_cut(self, cut: bool, block: int) -> None:
         if cut and not self._warned:
-            log.warning("ToMe can merge at most half the tokens in one block; the budget at block %d is cut to that", block)
+            log.warning(
+                "ToMe can merge at most half the tokens in one block; the budget at block %d is cut to that", block
+            )
             self._warned = True

@@ -48,8 +48,9 @@ def keep_highest(layout: Layout, scores: Tensor, count: Tensor | int) -> Keep | 
 class TopK(TokenReducer):
     """Keep the ``budget`` patch tokens of highest score; the rest are dropped.
 
-    The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n = floor(rho x tokens
-    entering the stage)) and counts patch tokens; with ``count_prefix=True`` it counts all. ``seed`` matters to ``score="random"`` only.
+    The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n =
+    floor(rho x tokens entering the stage)) and counts patch tokens; with ``count_prefix=True`` it counts all.
+    ``seed`` matters to ``score="random"`` only.
     """
 
     summary = "keep the K patch tokens of highest score"

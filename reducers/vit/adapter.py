@@ -12,8 +12,8 @@ from torch import nn
 from reducers.errors import UnsupportedModel
 
 _SUPPORTED = (
-    "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, DINOv2, …) "
-    "whose blocks are plain Block with Attention"
+    "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
+    "DINOv2, …) whose blocks are plain Block with Attention"
 )
 _MODELS = (VisionTransformer, VisionTransformerDistilled)
 _ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU)  # each token by itself; one that mixes tokens would be run wrongly
@@ -22,10 +22,12 @@ _POOLS = ("token", "avg", "max", "avgmax", "map")
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model that could not be run exactly, saying why and what is supported."""
-    if type(model) not in _MODELS:
+    if type(model) not in _MODELS or not isinstance(model, VisionTransformer):
         raise UnsupportedModel(f"{type(model).__name__} is not supported. {_SUPPORTED}.")
     if not isinstance(model.patch_drop, nn.Identity):
-        raise UnsupportedModel("the model drops patches by itself (patch_drop_rate > 0); create it with patch_drop_rate=0")
+        raise UnsupportedModel(
+            "the model drops patches by itself (patch_drop_rate > 0); create it with patch_drop_rate=0"
+        )
     for index, block in enumerate(model.blocks):
         _check_block(index, block)
     if model.global_pool not in _POOLS:
@@ -40,9 +42,13 @@ def check_model(model: nn.Module) -> None:
 
 def _check_block(index: int, block: nn.Module) -> None:
     if type(block) is not Block:
-        raise UnsupportedModel(f"block {index} is a {type(block).__name__}, which has another order of work. {_SUPPORTED}.")
+        raise UnsupportedModel(
+            f"block {index} is a {type(block).__name__}, which has another order of work. {_SUPPORTED}."
+        )
     if type(block.attn) is not Attention:
         raise UnsupportedModel(f"block {index} attends with {type(block.attn).__name__}. {_SUPPORTED}.")
     mlp = block.mlp
     if type(mlp) not in _ROWWISE_MLPS or any(isinstance(layer, nn.Conv2d) for layer in mlp.modules()):
-        raise UnsupportedModel(f"block {index} has the MLP {type(mlp).__name__}, which is not known to act token by token.")
+        raise UnsupportedModel(
+            f"block {index} has the MLP {type(mlp).__name__}, which is not known to act token by token."
+        )

@@ -1,7 +1,8 @@
 """The one restatement of timm's attention, on packed tokens; it honours every optional part timm's has.
 
-Keys and values come first, for all tokens; queries, attention rows and the projection only for the rows asked for. Selecting rows
-before ``A @ V`` equals gathering them after the projection, so a pure selection never computes what it will throw away.
+Keys and values come first, for all tokens; queries, attention rows and the projection only for the rows asked for.
+Selecting rows before ``A @ V`` equals gathering them after the projection, so a pure selection never computes what
+it will throw away.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def packed_attention(
     key_bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq, H, d)."""
+    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq,
+    H, d).
+    """
     if queries.uniform is not None and keys.uniform is not None:
         mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, -1).to(q.dtype)
         out = _fused(
@@ -38,7 +41,9 @@ def packed_attention(
     if q.device.type == "cpu":
         return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
     valid = keys.valid
-    bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device) if key_bias is None else keys.pad(key_bias.to(q.dtype))
+    bias = (
+        torch.zeros(valid.shape, dtype=q.dtype, device=q.device) if key_bias is None else keys.pad(key_bias.to(q.dtype))
+    )
     # a finished image has no key at all: leaving its (padded, unread) rows open keeps the softmax free of NaN
     mask = bias.masked_fill(~valid & (keys.lengths > 0)[:, None], -torch.inf)[:, None, None]
     return queries.unpad(_fused(queries.pad(q), keys.pad(k), keys.pad(v), mask, scale, dropout))
@@ -55,11 +60,15 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
 def _image_by_image(
     q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, bias: Tensor | None, dropout: float
 ) -> Tensor:
-    """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in vain."""
+    """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in
+    vain.
+    """
     biases = [None] * keys.images if bias is None else bias.to(q.dtype).split(keys.counts)
     parts = zip(q.split(queries.counts), k.split(keys.counts), v.split(keys.counts), biases, strict=True)
     out = [
-        _fused(qi[None], ki[None], vi[None], None if b is None else b.view(1, 1, 1, -1), scale, dropout)[0] if len(qi) else qi
+        _fused(qi[None], ki[None], vi[None], None if b is None else b.view(1, 1, 1, -1), scale, dropout)[0]
+        if len(qi)
+        else qi
         for qi, ki, vi, b in parts
     ]
     return torch.cat(out) if out else q
@@ -108,7 +117,9 @@ class PackedAttention:
         return self.attn.q_norm(self._project(self.x if rows is None else self.x[rows], 0, 1)[:, 0])
 
     def row(self, rows: Tensor) -> Tensor:
-        """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at least float32."""
+        """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at
+        least float32.
+        """
         q = self.queries(rows)  # (B, H, d)
         layout, keys = self.layout, self.keys
         if layout.uniform is not None:
@@ -134,7 +145,9 @@ class PackedAttention:
         return logits.softmax(dim=-1) * (valid[:, None, :, None] & valid[:, None, None])
 
     def rows_out(self, rows: Tensor | None, queries: Layout) -> Tensor:
-        """What the attention branch adds for the given packed rows (or all): (Tq, D), before LayerScale and DropPath."""
+        """What the attention branch adds for the given packed rows (or all): (Tq, D), before LayerScale and
+        DropPath.
+        """
         attn = self.attn
         dropout = attn.attn_drop.p if attn.training else 0.0
         out = packed_attention(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from timm.layers import DropPath
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -28,7 +29,9 @@ class BlockSignals(Signals):
         super().__init__(batch.layout, batch.size, None if tracer is None else tracer.cost.spend)
         self.block = block
         self.batch = batch
-        self.attention_core = PackedAttention(block.attn, block.norm1(batch.x), batch.layout, batch.key_bias)
+        attn = block.attn
+        assert isinstance(attn, Attention)  # check_model saw to it
+        self.attention_core = PackedAttention(attn, block.norm1(batch.x), batch.layout, batch.key_bias)
         self.shape = BlockShape.of(block)
         self._class_attention: Tensor | None = None
         self._attention: Tensor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from reducers.base import State, TokenReducer
@@ -34,14 +34,18 @@ def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
 
 
 class ReducedViT(nn.Module):
-    """A timm ViT and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and what it cost."""
+    """A timm ViT and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and what
+    it cost.
+    """
 
     def __init__(self, base: nn.Module, placement: Placement) -> None:
         super().__init__()
         check_model(base)
         assert isinstance(base, VisionTransformer)
         if not isinstance(placement, Placement):
-            raise ReducerError(f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}")
+            raise ReducerError(
+                f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
+            )
         placement.check(len(base.blocks))
         _check_class_token(base, placement)
         self.base = base
@@ -83,6 +87,7 @@ class ReducedViT(nn.Module):
             tracer.cost.both(float(self._embedding_macs(images)))
         depth, initial = len(base.blocks), embedded.shape[1] - prefix
         for index, block in enumerate(base.blocks):
+            assert isinstance(block, Block)  # check_model saw to it
             reducer = self.placement.blocks.get(index)
             state = State(index, depth, initial, keys, self.training, plans)
             if reducer is not None and reducer.block is not None:
@@ -126,8 +131,9 @@ def _check_class_token(base: VisionTransformer, placement: Placement) -> None:
                 )
             if member.needs_class_token and dropper is not None:
                 raise ReducerError(
-                    f"{member.name} at block {block} needs the class token, which {dropper[1].name} at block {dropper[0]} may "
-                    "have dropped; keep it there (keep_class_token=True) or use score='attention_received' here"
+                    f"{member.name} at block {block} needs the class token, which {dropper[1].name} at block "
+                    f"{dropper[0]} may have dropped; keep it there (keep_class_token=True) or use "
+                    "score='attention_received' here"
                 )
             if member.may_drop_class_token:
                 if not base.has_class_token:

@@ -11,7 +11,9 @@ from reducers.tokens import TokenBatch
 from reducers.trace import Tracer
 
 
-def classify(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None) -> Tensor | tuple[Tensor, Tensor]:
+def classify(
+    base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Logits (B, classes) from the normed features x (T, D)."""
     if isinstance(base, VisionTransformerDistilled):
         return _classify_distilled(base, batch, x, tracer)
@@ -24,7 +26,9 @@ def classify(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Trac
 def _classify_distilled(
     base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor, tracer: Tracer | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled training."""
+    """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled
+    training.
+    """
     first = class_feature(batch, x)
     second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
     by_class, by_distillation = base.head(first), base.head_dist(second)
@@ -80,7 +84,7 @@ def _attention_pool(
             mask = layout.pad(batch.key_bias, first).to(tokens.dtype)
         mask = mask.masked_fill(~valid, -torch.inf)[:, None, None].expand(-1, -1, pool.latent_len, -1)
     if tracer is not None:
-        keys, width = (layout.lengths - first).double(), pool.q.weight.shape[0] if pool.q is not None else 0
+        keys, width = (layout.lengths - first).double(), pool.num_heads * pool.head_dim
         rows = sum(p.numel() for n, p in pool.named_parameters() if p.dim() == 2 and not n.startswith("kv"))
         tracer.cost.both(keys * pool.kv.weight.numel() + pool.latent_len * (rows + 2 * keys * width))
     pooled: Tensor = pool(tokens, attn_mask=mask)

@@ -57,7 +57,8 @@ def test_budgets_resolve_image_by_image():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Ratio(0), lambda: Ratio(-0.1), lambda: Ratio(1.01), lambda: Ratio("half"), lambda: Ratio(0.5, of="first"),
+        lambda: Ratio(0), lambda: Ratio(-0.1), lambda: Ratio(1.01), lambda: Ratio("half"),
+        lambda: Ratio(0.5, of="first"),
         lambda: Ratio(0.5, rounding="up"), lambda: Count(0), lambda: Count(-3), lambda: Count(1.5), lambda: Count(True),
         lambda: Drop(-1), lambda: Ratio(float("nan")), lambda: Ratio("1/0"),
     ],
@@ -67,7 +68,9 @@ def test_impossible_budgets_are_refused(make):
         make()
 
 
-@pytest.mark.parametrize("data", [7, None, {}, {"ratio": 0.5, "count": 3}, {"count": 3, "of": "initial"}, {"keep": 0.5}])
+@pytest.mark.parametrize(
+    "data", [7, None, {}, {"ratio": 0.5, "count": 3}, {"count": 3, "of": "initial"}, {"keep": 0.5}]
+)
 def test_budgets_that_are_no_budgets_say_how_one_is_written(data):
     with pytest.raises(ReducerError, match="a budget is written"):
         parse_budget(data)

@@ -9,7 +9,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers import ATS, Count, Drop, EViT, Identity, Ratio, Stack, ToMe, TokenReducer, TopK, at, available, build, reduce_tokens
+from reducers import (
+    ATS,
+    Count,
+    Drop,
+    EViT,
+    Identity,
+    Ratio,
+    Stack,
+    TokenReducer,
+    ToMe,
+    TopK,
+    at,
+    available,
+    build,
+    reduce_tokens,
+)
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
@@ -172,7 +187,9 @@ def test_every_kind_of_model_runs_or_is_refused_by_name(reducer, kind, images):
     assert isinstance(trace.macs, Tensor)
 
 
-@pytest.mark.parametrize("reducer", [r for r in CASES.values() if not isinstance(r, Stack)], ids=lambda r: str(r.spec())[:60])
+@pytest.mark.parametrize(
+    "reducer", [r for r in CASES.values() if not isinstance(r, Stack)], ids=lambda r: str(r.spec())[:60]
+)
 @torch.no_grad()
 def test_identity_in_a_stack_changes_nothing(reducer, images):
     alone = reduced(reducer)(images.double())
@@ -201,7 +218,9 @@ def test_a_registered_method_says_what_it_is(name):
 
 @torch.no_grad()
 def test_permuting_the_patches_permutes_the_selection():
-    """True of every method that neither uses order nor draws by place (ToMe's sets alternate; ATS's CDF runs in token order)."""
+    """True of every method that neither uses order nor draws by place (ToMe's sets alternate; ATS's CDF runs in
+    token order).
+    """
     model = make_vit().double()
     with torch.no_grad():
         model.pos_embed.zero_()

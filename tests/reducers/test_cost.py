@@ -64,7 +64,9 @@ def test_the_other_deits(size, gmacs):
     assert reference(model.eval(), at([], Identity())) == pytest.approx(gmacs, abs=5.01e-4)
 
 
-@pytest.mark.parametrize(("points", "bound"), [(24, 1.69), (48, 2.07), (72, 2.46), (96, 2.86), (128, 3.41), (160, 3.96)])
+@pytest.mark.parametrize(
+    ("points", "bound"), [(24, 1.69), (48, 2.07), (72, 2.46), (96, 2.86), (128, 3.41), (160, 3.96)]
+)
 def test_the_upper_bounds_of_ats_at_block_3(small, points, bound):
     """Methods 14.2: ATS cuts the attention rows before they meet the values. Even scores make it keep all K."""
     reducer = ATS(Count(points), score="value_norm")
@@ -74,7 +76,9 @@ def test_the_upper_bounds_of_ats_at_block_3(small, points, bound):
         model.blocks[3].attn.qkv.bias[2 * 384 :].fill_(1.0)
         _, trace = reduce_tokens(model, at(3, reducer)).trace(torch.randn(1, 3, 224, 224))
     assert trace.tokens[0, -1] == points + 1
-    assert float(trace.reference_macs[0]) / 1e9 == pytest.approx(bound, abs=6e-3)  # given to two decimals; K = 128 is 3.405
+    assert float(trace.reference_macs[0]) / 1e9 == pytest.approx(
+        bound, abs=6e-3
+    )  # given to two decimals; K = 128 is 3.405
 
 
 def test_hvt_published_costs_follow_from_the_counting_rule():
@@ -115,7 +119,9 @@ def test_fvcore_agrees_on_deit_small_fused_or_not(small):
 
 @torch.no_grad()
 def test_fvcore_agrees_on_the_rows_really_computed(images):
-    """The reduced model, traced: what runs is what is counted, but for the reducer's own work, which fvcore sees in part."""
+    """The reduced model, traced: what runs is what is counted, but for the reducer's own work, which fvcore sees
+    in part.
+    """
     model = make_vit()
     reduced = reduce_tokens(model, at([1, 3], TopK(Count(9))))
     _, trace = reduced.trace(images[:1])

@@ -80,7 +80,7 @@ def slow_tome(model, images, r, proportional=True):
             for _, a, b in pairs:
                 groups[b].append(a)
             merged = {a for _, a, _ in pairs}
-            order = [i for i in range(prefix)]
+            order = list(range(prefix))
             order += [i for i in range(0, t, 2) if i >= prefix and i not in merged]
             order += [i for i in range(1, t, 2) if i >= prefix]
             rows = [sum(size[i] * y[0, i] for i in groups[o]) / sum(size[i] for i in groups[o]) for o in order]
@@ -122,7 +122,9 @@ def test_tome_without_proportional_attention(images):
 def test_topk_equals_evit_without_fusion_at_equal_counts(images):
     model = make_vit().double()
     by_topk = reduce_tokens(model, at(1, TopK(Count(20))) | at(3, TopK(Count(9))))(images.double())
-    by_evit = reduce_tokens(model, at(1, EViT(Count(20), fuse=False)) | at(3, EViT(Count(9), fuse=False)))(images.double())
+    by_evit = reduce_tokens(model, at(1, EViT(Count(20), fuse=False)) | at(3, EViT(Count(9), fuse=False)))(
+        images.double()
+    )
     torch.testing.assert_close(by_topk, by_evit, rtol=0, atol=0)
 
 

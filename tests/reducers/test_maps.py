@@ -93,7 +93,9 @@ def test_a_merge_conserves_sizes_and_the_weighted_sum_of_tokens():
 
 def test_the_heaviest_member_lives_on_in_a_group_and_a_fused_token_is_nobody():
     layout = alike(images=1, tokens=5, prefix=1)
-    fused = fuse_the_rest(layout, torch.tensor([[True, False, False, True]]), torch.tensor([0.9, 0.1, 0.3, 0.2, 0.4]), count=2)
+    fused = fuse_the_rest(
+        layout, torch.tensor([[True, False, False, True]]), torch.tensor([0.9, 0.1, 0.3, 0.2, 0.4]), count=2
+    )
     assert fused.source.tolist() == [0, 1, 4, -1]
     assert fused.destination.tolist() == [0, 1, 3, 3, 2]
     new = Layout.alike(1, 3, 1, torch.device("cpu"))

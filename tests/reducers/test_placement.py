@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from reducers import (
-    ATS, Count, EViT, Identity, Ratio, ReducerError, Stack, ToMe, TopK, at, available, build, every, placement_from, reduce_tokens,
+    ATS,
+    Count,
+    EViT,
+    Identity,
+    Ratio,
+    ReducerError,
+    Stack,
+    ToMe,
+    TopK,
+    at,
+    available,
+    build,
+    every,
+    placement_from,
+    reduce_tokens,
 )  # fmt: skip
 from reducers.registry import register
 
@@ -27,7 +41,9 @@ def test_every_places_by_step():
 
 
 def test_placements_survive_being_written_as_data():
-    stages = [{"at": [3, 6], "stack": [{"name": "evit", "budget": {"ratio": 0.7}}, {"name": "ats", "budget": {"count": 9}}]}]
+    stages = [
+        {"at": [3, 6], "stack": [{"name": "evit", "budget": {"ratio": 0.7}}, {"name": "ats", "budget": {"count": 9}}]}
+    ]
     placement = placement_from(stages)
     assert placement.spec() == stages
     assert placement_from(placement.spec()).spec() == stages

@@ -1,0 +1,103 @@
+# Sievit: every command sets up what it needs first. `make help` lists them.
+
+VENV ?= .venv
+PYTHON ?=
+CONSTRAINTS ?= constraints.txt
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.sievit-installed
+
+# results/embedded, results/imagefolder, results/torchvision-CIFAR10, …
+OUT ?= results/$(subst /,-,$(subst :,-,$(or $(WORKLOAD),embedded)))
+TESTS ?= tests
+SMOKE_SPECS ?= k_values class_token
+
+# the options of a run, each passed on only when it is set
+option = $(if $($(1)),--$(2) '$($(1))')
+RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call option,MODEL,model) \
+	$(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers)
+
+.DEFAULT_GOAL := help
+.PHONY: help ablations smoke test test-slow lint bench weights report clean
+
+help: ## this list
+	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'variables (all optional):'
+	@echo '  WORKLOAD   embedded (default), imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
+	@echo '  DATA       folder of the images, for workloads that read one'
+	@echo '  MODEL      a timm name, such as deit_small_patch16_224 (default: the embedded model)'
+	@echo '  WEIGHTS    a .safetensors file, or random (default: the model'"'"'s own)'
+	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
+	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
+	@echo '  BATCH      images in a batch          WORKERS  trials at once'
+	@echo '  OUT        folder of the results (default: results/WORKLOAD)'
+	@echo '  VENV       the environment to install into (default: .venv; VENV=$$VIRTUAL_ENV uses the active one)'
+	@echo '  RAY_ADDRESS=HOST:PORT runs the trials on an existing Ray cluster'
+	@echo
+	@echo 'examples:'
+	@echo '  make ablations'
+	@echo '  make ablations WORKLOAD=imagefolder DATA=imagenet/val MODEL=deit_small_patch16_224 LIMIT=5000'
+
+ablations: $(STAMP) ## run the ablations that are not finished yet, then draw the figures and the report
+	@status=0; \
+	$(PY) -m ablations run --out '$(OUT)' $(call option,SPECS,specs) $(call option,LIMIT,limit) $(RUN_OPTIONS) \
+		|| status=$$?; \
+	if [ $$status -gt 1 ]; then exit $$status; fi; \
+	$(PY) -m analysis '$(OUT)' || exit $$?; \
+	exit $$status
+
+smoke: ## two specs on 256 images, in about a minute: does everything work here?
+	@$(MAKE) --no-print-directory ablations SPECS='$(SMOKE_SPECS)' LIMIT=256 OUT=results/smoke
+
+test: $(STAMP) ## all tests but the slow ones (TESTS=tests/reducers for a part)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest -q -m 'not slow' $(TESTS)
+
+test-slow: $(STAMP) ## the slow tests
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest -q -m slow $(TESTS)
+
+lint: $(STAMP) ## style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP) ## measured speed of each reducer against the dense model
+	$(PY) -m benchmarks
+
+weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
+	$(PY) -m ablations.workloads.train_embedded --out ablations/workloads/weights
+
+report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
+	$(PY) -m analysis '$(OUT)'
+
+clean: ## remove caches and build files; results and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find ablations analysis reducers tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
+	@set -e; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		base=; \
+		for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+			if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+				base=$$candidate; break; \
+			fi; \
+		done; \
+		if [ -z "$$base" ]; then \
+			echo 'error: Python 3.11 or newer is needed and none was found; install it, or name it: make PYTHON=/path/to/python3' >&2; \
+			exit 1; \
+		fi; \
+		echo "creating $(VENV) with $$($$base --version)"; \
+		if ! $$base -m venv '$(VENV)'; then \
+			echo "error: $$base cannot create an environment; on Debian and Ubuntu: apt install python3-venv" >&2; \
+			exit 1; \
+		fi; \
+	fi; \
+	if ! $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo 'error: $(VENV) holds a Python older than 3.11; remove it, or name another: make VENV=folder' >&2; \
+		exit 1; \
+	fi; \
+	echo 'installing into $(VENV) (the first time takes some minutes) …'; \
+	$(PY) -m pip install --quiet $(if $(CONSTRAINTS),--constraint '$(CONSTRAINTS)') --editable '.[dev]'; \
+	touch '$@'

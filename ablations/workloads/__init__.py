@@ -1,0 +1,107 @@
+"""Workloads: the images an ablation is measured on, and the models with their weights.
+
+``open_workload`` and ``open_model`` are the two doors; all that is behind them ends in a ``Workload`` and a
+``LoadedModel``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from ablations.workloads import embedded
+from ablations.workloads.base import Workload, WorkloadError, check_limit
+from ablations.workloads.checkpoint import ModelError
+from ablations.workloads.image_folder import open_image_folder
+from ablations.workloads.models import (
+    LoadedModel,
+    check_model,
+    embedded_needs,
+    head_classes,
+    input_config,
+    open_model,
+)
+from ablations.workloads.named import FAMILIES, open_named
+from ablations.workloads.preprocess import Preprocess, Resize
+
+__all__ = [
+    "LoadedModel",
+    "ModelError",
+    "Workload",
+    "WorkloadError",
+    "available_workloads",
+    "open_model",
+    "open_workload",
+]
+
+EMBEDDED_IMAGES = 2160  # the default: each held-out digit six times
+
+
+def available_workloads() -> dict[str, str]:
+    """Every kind of workload name, with one line that says what it is."""
+    return {
+        "embedded": "cluttered digits, made by the suite; nothing to download",
+        "imagefolder": "DATA=FOLDER with one folder a class: ImageNet's layout (any subset) or any other",
+        "timm:SPEC": "a data set of timm.data.create_dataset, kept in DATA",
+        "torchvision:NAME": "a class of torchvision.datasets, kept in DATA; NAME@SPLIT chooses the split",
+        "hub:NAME": "a Hugging Face data set, with the package `datasets`; NAME@SPLIT chooses the split",
+    }
+
+
+def open_workload(
+    name: str,
+    *,
+    data: str | None,
+    model: str,
+    limit: int | None,
+    strict: bool,
+    cache: Path | None,
+    weights: str | None = None,
+    resize: Resize = "auto",
+    download: bool = False,
+) -> Workload:
+    """Open images for a model, decoded and cropped to its input, with labels in its head's class numbering.
+
+    ``limit`` takes a fixed subset spread over the classes; ``strict`` refuses images that cannot be read instead of
+    skipping and reporting them; ``cache`` is the folder that keeps the decoded images (None: memory only).
+    ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are.
+    ``resize`` is explained in ``preprocess``; ``download`` lets torchvision and timm fetch a data set.
+    """
+    check_limit(limit)
+    check_model(model)
+    if name == "embedded":
+        return _embedded(model, data=data, limit=limit)
+    family = name.partition(":")[0]
+    if name != "imagefolder" and (":" not in name or family not in FAMILIES):
+        raise WorkloadError(_unknown(name))
+    head = head_classes(model, weights=weights)
+    preprocess = Preprocess.from_config(input_config(model), resize=resize)
+    if name == "imagefolder":
+        return open_image_folder(data, head=head, preprocess=preprocess, limit=limit, strict=strict, cache=cache)
+    return open_named(
+        name,
+        data=data,
+        head=head,
+        preprocess=preprocess,
+        limit=limit,
+        strict=strict,
+        cache=cache,
+        download=download,
+    )
+
+
+def _embedded(model: str, *, data: str | None, limit: int | None) -> Workload:
+    if data:
+        raise WorkloadError(
+            f"the embedded workload makes its own images: leave DATA={data} out, or use WORKLOAD=imagefolder"
+        )
+    if model not in embedded.MODELS:
+        raise WorkloadError(embedded_needs(model))
+    return embedded.embedded_workload(limit=EMBEDDED_IMAGES if limit is None else limit)
+
+
+def _unknown(name: str) -> str:
+    kinds = available_workloads()
+    near = difflib.get_close_matches(name, kinds, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"unknown workload {name!r}: {hint}choose {', '.join(kinds)}"

@@ -1,0 +1,141 @@
+"""What a workload is: decoded images, their labels in the model's own class numbering, and a digest of both.
+
+Every source of images (embedded, folders, named data sets) ends in the one frozen ``Workload``, so nothing behind it
+knows where the images came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_LOGGED = 10  # skipped images named in the log; the workload holds them all
+_CHUNK = 256  # images hashed at once, so that a memory map never comes into memory whole
+
+
+class WorkloadError(ValueError):
+    """The images cannot be used as asked; the message names the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Images to evaluate: decoded once, already resized and cropped to the model's input."""
+
+    name: str
+    pixels: np.ndarray  # (n, H, W, C) uint8, may be a memory map
+    labels: np.ndarray  # (n,) int64: class index of the model's head
+    ids: tuple[str, ...]  # a stable name for each image
+    mean: tuple[float, ...]  # per channel, of pixel / 255
+    std: tuple[float, ...]
+    classes: int  # size of the head the labels refer to
+    digest: str  # sha256 over all that is evaluated: see ``data_digest``
+    skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) of what could not be read
+    masks: np.ndarray | None = None  # (n, H, W) bool: pixels of the object, where known
+    clutter: np.ndarray | None = None  # (n,) int64, where known
+
+    def __post_init__(self) -> None:
+        count = len(self.ids)
+        if count == 0:
+            raise WorkloadError(f"workload {self.name} holds no image")
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or len(self.pixels) != count:
+            raise WorkloadError(
+                f"workload {self.name}: pixels must be ({count}, H, W, C) uint8, "
+                f"not {self.pixels.shape} {self.pixels.dtype}"
+            )
+        if self.labels.shape != (count,) or not 0 <= self.labels.min() <= self.labels.max() < self.classes:
+            raise WorkloadError(f"workload {self.name}: needs one label in 0..{self.classes - 1} for each image")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, start: int, stop: int) -> Tensor:
+        """Images ``start`` … ``stop - 1`` as the model reads them: (b, C, H, W) float32, normalised."""
+        part = torch.from_numpy(np.array(self.pixels[start:stop])).permute(0, 3, 1, 2).float() / 255
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return ((part - mean) / std).contiguous()
+
+    def thumbnail(self, index: int) -> np.ndarray:
+        """One image as (H, W, 3) uint8, for drawing; grey images repeat their channel."""
+        image = np.array(self.pixels[index])
+        return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def pixel_digest(pixels: np.ndarray) -> str:
+    """sha256 over the bytes of (n, H, W, C) images."""
+    digest = hashlib.sha256()
+    for start in range(0, len(pixels), _CHUNK):
+        digest.update(np.ascontiguousarray(pixels[start : start + _CHUNK]).data)
+    return digest.hexdigest()
+
+
+def data_digest(
+    pixels: np.ndarray,
+    *,
+    labels: np.ndarray,
+    ids: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    pixels_sha256: str | None = None,
+) -> str:
+    """sha256 over everything about the data that can change a result: pixels, labels, names, order, normalisation.
+
+    ``pixels_sha256`` spares hashing the pixels again where their ``pixel_digest`` is already known.
+    """
+    content = {
+        "shape": list(pixels.shape),
+        "pixels": pixels_sha256 or pixel_digest(pixels),
+        "labels": labels.tolist(),
+        "ids": list(ids),
+        "mean": list(mean),
+        "std": list(std),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves nothing to evaluate."""
+    if limit is not None and limit < 1:
+        raise WorkloadError(f"a limit of {limit} images leaves nothing to evaluate: give LIMIT 1 or more, or none")
+
+
+def spread_subset(ids: Sequence[str], labels: Sequence[int], limit: int | None) -> list[int]:
+    """Positions of at most ``limit`` images spread evenly over the classes, in their original order.
+
+    Each class is put in the order of its ids' hashes, then the classes are dealt from in turn: the choice depends on
+    the names alone, and a smaller limit takes a subset of a larger one.
+    """
+    check_limit(limit)
+    if limit is None or limit >= len(ids):
+        return list(range(len(ids)))
+    by_class: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for position, (name, label) in enumerate(zip(ids, labels, strict=True)):
+        by_class[label].append((hashlib.sha256(name.encode()).hexdigest(), position))
+    dealt = [(turn, *entry) for entries in by_class.values() for turn, entry in enumerate(sorted(entries))]
+    return sorted(position for _, _, position in sorted(dealt)[:limit])
+
+
+def refuse_or_keep(skipped: Sequence[tuple[str, str]], *, strict: bool, name: str) -> tuple[tuple[str, str], ...]:
+    """Images that could not be read: an error that lists them under ``strict``, else what the workload reports."""
+    if strict and skipped:
+        listed = "; ".join(f"{file}: {reason}" for file, reason in skipped[:5])
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise WorkloadError(
+            f"{name}: {len(skipped)} image(s) cannot be read ({listed}{more}). "
+            "Repair or remove them, or run without --strict to skip and report them"
+        )
+    for file, reason in skipped[:_LOGGED]:
+        log.warning("skipped %s: %s", file, reason)
+    if len(skipped) > _LOGGED:
+        log.warning("skipped %d more images of %s", len(skipped) - _LOGGED, name)
+    return tuple(skipped)

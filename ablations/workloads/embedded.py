@@ -1,0 +1,68 @@
+"""The embedded workload: cluttered digits and the small ViTs trained on them, with nothing to download."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from ablations.workloads import digits
+from ablations.workloads.base import Workload, data_digest
+
+PATCH = 8
+MODELS: dict[str, dict[str, Any]] = {  # 12 blocks each, so that "blocks 3-11" means what it means for DeiT
+    "digits_vit_small": {"embed_dim": 128, "num_heads": 4},
+    "digits_vit_tiny": {"embed_dim": 64, "num_heads": 2},
+}
+WEIGHTS = Path(__file__).parent / "weights"
+_MEAN, _STD = 0.13, 0.27
+
+
+def create_digits_model(name: str) -> VisionTransformer:
+    """A plain timm ``VisionTransformer`` for 64 x 64 grey scenes in 8 x 8 patches, with random weights."""
+    return VisionTransformer(
+        img_size=digits.CANVAS, patch_size=PATCH, in_chans=1, num_classes=digits.CLASSES, depth=12, **MODELS[name]
+    )
+
+
+@functools.lru_cache(maxsize=2)  # drawing them takes a second; nobody changes them
+def embedded_workload(limit: int = 2160) -> Workload:
+    """The first ``limit`` held-out scenes, with the mask of each digit and its clutter level.
+
+    A multiple of 360 shows every held-out digit equally often. There are only 360 of them: intervals over images
+    do not know that a digit comes back in another place, so treat small differences with care.
+    """
+    scenes = [digits.render("test", index) for index in range(limit)]
+    pixels = np.stack([scene.image for scene in scenes])[..., None]
+    labels = np.array([scene.label for scene in scenes], dtype=np.int64)
+    ids = tuple(f"test/{index}" for index in range(limit))
+    return Workload(
+        name="embedded",
+        pixels=pixels,
+        labels=labels,
+        ids=ids,
+        mean=(_MEAN,),
+        std=(_STD,),
+        classes=digits.CLASSES,
+        digest=data_digest(pixels, labels=labels, ids=ids, mean=(_MEAN,), std=(_STD,)),
+        masks=np.stack([scene.mask for scene in scenes]),
+        clutter=np.array([scene.clutter for scene in scenes], dtype=np.int64),
+    )
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 scenes (B, 64, 64) -> what the models read, (B, 1, 64, 64) float32."""
+    return ((images.float() / 255 - _MEAN) / _STD).unsqueeze(1)
+
+
+def save_weights(model: torch.nn.Module, name: str, folder: Path) -> Path:
+    """Write the weights as float16 safetensors, as they are shipped."""
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.detach().half().contiguous().cpu() for key, value in model.state_dict().items()}, path)
+    return path

@@ -1,0 +1,238 @@
+"""Data sets by name: timm's, torchvision's and the hub's, turned into the same ``Workload`` as every other source.
+
+Names are ``timm:SPEC`` (``timm.data.create_dataset``), ``torchvision:CLASS`` (``torchvision.datasets``) and
+``hub:NAME`` (a Hugging Face data set), each with an optional ``@split``. What needs no network is tested
+(``torchvision:FakeData``, and folders through timm); data sets that must be downloaded go the same way, but are not
+verified.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torchvision
+from PIL import Image
+
+from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
+from ablations.workloads.classes import class_indices
+from ablations.workloads.decode import Source, decode, load_image
+from ablations.workloads.preprocess import Preprocess
+
+log = logging.getLogger(__name__)
+
+FAMILIES = ("timm", "torchvision", "hub")
+_STREAMED = ("hfids/", "tfds/", "wds/")
+_TORCHVISION_SPLITS = ("val", "test", "valid")  # the first the class accepts is taken
+
+
+def open_named(
+    name: str,
+    *,
+    data: str | None,
+    head: int | None,
+    preprocess: Preprocess,
+    limit: int | None,
+    strict: bool,
+    cache: Path | None,
+    download: bool = False,
+) -> Workload:
+    """Open a data set by name; ``data`` is the folder it is kept in, ``download=True`` lets torchvision fetch it."""
+    family, _, rest = name.partition(":")
+    spec, _, split = rest.partition("@")
+    if not spec:
+        raise WorkloadError(f"the workload {name!r} names no data set: write {family}:NAME or {family}:NAME@SPLIT")
+    dataset = _create(name, family=family, spec=spec, split=split, data=data, download=download)
+    count = _length(dataset, name)
+    ids = [_item_id(dataset, position) for position in range(count)]
+    labels = _known_labels(dataset) or [0] * count
+    chosen = spread_subset(ids, labels, limit)
+    sources = [_source(dataset, position, ids[position]) for position in chosen]
+    origin = f"{name} {Path(data).expanduser().resolve() if data else ''} {count} torchvision {torchvision.__version__}"
+    # one thread: data sets are not promised to be thread-safe (FakeData sets the global seed)
+    decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
+    skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)
+    mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name)
+    return decoded.workload(name, preprocess=preprocess, labels=mapped, classes=classes, skipped=skipped)
+
+
+def _create(name: str, *, family: str, spec: str, split: str, data: str | None, download: bool) -> Any:
+    if family == "torchvision":
+        create: Callable[[], Any] = _torchvision(spec, split=split, data=data, download=download)
+    else:
+        if spec.lower().startswith(_STREAMED):
+            raise WorkloadError(f"{name} is read as a stream, in no fixed order: use hub:NAME or an image folder")
+        full = f"hfds/{spec}" if family == "hub" else spec
+        create = _timm(full, split=split or "validation", data=data, download=download)
+    try:
+        return create()
+    except WorkloadError:
+        raise
+    except ImportError as error:
+        raise WorkloadError(f"{name} needs a package that is not installed ({error}): pip install datasets") from error
+    except Exception as error:  # each data set fails in its own way (paths, splits, network); the reason is passed on
+        raise WorkloadError(
+            f"{name} cannot be opened ({type(error).__name__}: {error}). Check DATA, the folder it is kept in, "
+            "and the split (NAME@SPLIT); a data set that is not there yet must be downloaded first (--download)"
+        ) from error
+
+
+def _timm(spec: str, *, split: str, data: str | None, download: bool) -> Callable[[], Any]:
+    needs_folder = not spec.lower().startswith("hfds/")
+    if needs_folder and not data:
+        raise WorkloadError(f"timm:{spec} needs DATA=FOLDER, where the data set is or is to be kept")
+    # timm's own name for a plain folder of classes is the empty one
+    reader = "" if spec == "folder" else spec
+    return lambda: timm.data.create_dataset(reader, root=data, split=split, download=download)
+
+
+def _torchvision(spec: str, *, split: str, data: str | None, download: bool) -> Callable[[], Any]:
+    names = [name for name in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, name))]
+    if spec not in names:
+        spelled = {name.lower(): name for name in names}
+        near = [spelled[match] for match in difflib.get_close_matches(spec.lower(), spelled, n=3)]
+        hint = f"did you mean {', '.join(near)}?" if near else "torchvision.datasets lists the names"
+        raise WorkloadError(f"torchvision has no data set {spec!r}: {hint}")
+    dataset = getattr(torchvision.datasets, spec)
+    accepted = _accepted(dataset)
+    common: dict[str, Any] = {}
+    if "root" in accepted:
+        if not data:
+            raise WorkloadError(f"torchvision:{spec} needs DATA=FOLDER, where the data set is or is to be kept")
+        common["root"] = data
+    if "download" in accepted:
+        common["download"] = download
+    if "train" in accepted:
+        common["train"] = split == "train"
+    if "split" in accepted:
+        return lambda: _first_split(dataset, common, (split,) if split else _TORCHVISION_SPLITS)
+    if split and not ("train" in accepted and split in ("train", "test")):
+        raise WorkloadError(f"torchvision:{spec} has no split {split!r}: leave @{split} out")
+    return lambda: dataset(**common)
+
+
+def _accepted(dataset: type) -> set[str]:
+    """Names of the arguments a class takes, those it passes on to its base classes included."""
+    names: set[str] = set()
+    for cls in dataset.__mro__[:-1]:
+        parameters = inspect.signature(cls).parameters
+        names |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
+def _first_split(dataset: Callable[..., Any], common: dict[str, Any], splits: Sequence[str]) -> Any:
+    """The first split the class has: it refuses others with ValueError before it touches the disk."""
+    problem: ValueError | None = None
+    for split in splits:
+        try:
+            return dataset(**common, split=split)
+        except ValueError as error:
+            problem = error
+    raise WorkloadError(f"{problem}. Name one of its splits after an @") from problem
+
+
+def _length(dataset: Any, name: str) -> int:
+    try:
+        count = len(dataset)
+    except TypeError as error:
+        raise WorkloadError(
+            f"{name} is read as a stream, in no fixed order: choose a data set of known size"
+        ) from error
+    if count == 0:
+        raise WorkloadError(f"{name} holds no image: check DATA and the split")
+    return count
+
+
+def _item_id(dataset: Any, position: int) -> str:
+    """The file's name where the data set tells it, else the position."""
+    if hasattr(dataset, "reader"):
+        filename = dataset.filename(position)
+        if filename:
+            return str(filename)
+    return f"{position:06d}"
+
+
+def _known_labels(dataset: Any) -> list[int] | None:
+    """Labels that are known without decoding, for spreading a subset over the classes."""
+    reader = getattr(dataset, "reader", None)
+    samples = getattr(reader, "samples", None)
+    targets = [label for _, label in samples] if samples else getattr(dataset, "targets", None)
+    try:
+        labels = [int(label) for label in (() if targets is None else targets)]
+    except (TypeError, ValueError):  # no classes; loading says so
+        return None
+    return labels if len(labels) == len(dataset) else None
+
+
+def _source(dataset: Any, position: int, name: str) -> Source:
+    def load() -> tuple[Image.Image, int]:
+        if hasattr(dataset, "reader"):
+            # not dataset[position], which puts another image in the place of one it cannot read
+            file, target, *_ = dataset.reader[position]
+            with file:
+                return load_image(file), _label(target)
+        image, target = dataset[position]
+        return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), _label(target)
+
+    return Source(name, _stamp(dataset, position), load)
+
+
+def _stamp(dataset: Any, position: int) -> str:
+    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
+    if not isinstance(samples, list):
+        return ""
+    path, label = samples[position][:2]
+    try:
+        status = Path(path).stat()
+    except (OSError, TypeError):
+        return f"{label}"
+    return f"{status.st_size}:{status.st_mtime_ns}:{label}"
+
+
+def _label(target: Any) -> int:
+    try:
+        return operator.index(target)
+    except TypeError as error:
+        raise ValueError(
+            f"its target is a {type(target).__name__} and no class: only classification data sets can be evaluated"
+        ) from error
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """Class names in index order; WordNet ids where the data set has them."""
+    reader = getattr(dataset, "reader", dataset)
+    for attribute in ("wnids", "classes"):
+        names = getattr(reader, attribute, None)
+        if names is not None and all(isinstance(name, str) for name in names):
+            return list(names)
+    indices = getattr(reader, "class_to_idx", None)
+    return sorted(indices, key=indices.__getitem__) if indices else None
+
+
+def _map_labels(dataset: Any, labels: np.ndarray, *, head: int | None, name: str) -> tuple[np.ndarray, int]:
+    if labels.min() < 0:
+        raise WorkloadError(f"{name} has images without a label: choose a split that has labels (NAME@SPLIT)")
+    names = _class_names(dataset)
+    if names:
+        indices, classes = class_indices(names, head=head, where=name)
+        if labels.max() >= len(indices):
+            raise WorkloadError(f"{name} has label {labels.max()}, but names only {len(indices)} classes")
+        return indices[labels], classes
+    classes = getattr(dataset, "num_classes", None) or int(labels.max()) + 1
+    if head is not None and (classes > head or (hasattr(dataset, "num_classes") and classes != head)):
+        raise WorkloadError(
+            f"{name} has {classes} classes, but the model's head has {head}: "
+            "choose a model (or WEIGHTS) trained on these classes"
+        )
+    if head is not None and classes < head:
+        log.warning("%s does not name its classes: its labels are taken as the first %d of %d", name, classes, head)
+    return labels, head or classes

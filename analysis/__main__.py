@@ -1,0 +1,59 @@
+"""``python -m analysis OUT``: figures, tables and a report from the results of a run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.frame import AnalysisError, read_results
+from analysis.report import write_analysis
+
+EPILOG = """\
+reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
+        OUT/images/*.parquet for paired tests, OUT/samples/ for the sheet of sample images
+writes  OUT/figures/*.png and *.svg    one or two figures a spec, and those that belong to all
+        OUT/tables/*.md, *.csv, *.tex  our numbers, and published ones beside them, apart
+        OUT/report.html                all of it in one file that needs no network
+
+No trial is computed, and nothing that a run wrote is changed: call it as often as you like.
+
+exit status: 0 written; 1 written, but no trial had finished; 2 OUT cannot be read
+
+example:  python -m analysis results
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis",
+        description="Draw the figures, tables and report of an ablation run.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="output folder of a run (make ablations OUT=...)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        results = read_results(options.out)
+        written = write_analysis(results)
+    except (AnalysisError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not options.quiet:
+        print(
+            f"{len(results.finished)} finished trials, {len(results.failed)} failed: "
+            f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {written.report}"
+        )
+    if results.finished.empty:
+        print("error: no trial finished; the report lists the reasons", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

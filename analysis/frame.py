@@ -1,0 +1,241 @@
+"""The result files of a run as tidy data frames: the only place where the analysis reads what the experiments
+wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+
+REQUIRED = ("spec", "key", "status", "variant")
+NUMBERS = (
+    "x", "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
+    "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "dense_top1", "coverage", "class_kept",
+    "params_m", "target_gmacs", "images", "seed", "seconds",
+)  # fmt: skip
+WORDS = (
+    "error", "model", "weights", "workload", "placement", "reducer", "score", "budget", "data_digest",
+    "weights_digest", "device", "versions", "created",
+)  # fmt: skip
+LISTS = ("blocks", "tokens", "tokens_std")
+REMEDY = "run the experiments first: make ablations OUT={out}"
+
+
+class AnalysisError(ValueError):
+    """The results cannot be read; the message names the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was evaluated on what: numbers of two settings never share a figure, a table or a test."""
+
+    workload: str
+    model: str
+    weights: str  # "embedded", "hub", "file" or "random"
+    images: int
+    weights_digest: str
+    data_digest: str
+
+    @property
+    def slug(self) -> str:
+        """Short, safe in a file name, and different for different settings of the same model."""
+        name = "".join(c if c.isalnum() or c in "_-" else "-" for c in f"{self.workload}-{self.model}-{self.images}")
+        return f"{name}-{self.weights_digest[:6]}{self.data_digest[:6]}".strip("-")
+
+
+class ImageTables(Mapping[str, pd.DataFrame]):
+    """``images/<key>.parquet`` by key, read when asked for; a key whose file is missing or unreadable is not
+    there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[str, pd.DataFrame | None] = {}
+
+    def _load(self, key: str) -> pd.DataFrame | None:
+        if key not in self._read:
+            path = self._folder / f"{key}.parquet"
+            table = None
+            if path.is_file():
+                try:
+                    table = pq.read_table(path).to_pandas()
+                except (OSError, pa.ArrowException) as error:
+                    log.warning("%s cannot be read (%s): the tests that need it are left out", path, error)
+            self._read[key] = table if table is not None and {"image", "correct"} <= set(table.columns) else None
+        return self._read[key]
+
+    def __getitem__(self, key: str) -> pd.DataFrame:
+        table = self._load(key)
+        if table is None:
+            raise KeyError(key)
+        return table
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.stem for path in sorted(self._folder.glob("*.parquet")) if self._load(path.stem) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One output folder: its trials, its per-image tables, and the record of what was run."""
+
+    folder: Path
+    trials: pd.DataFrame
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def images(self) -> ImageTables:
+        return ImageTables(self.folder / "images")
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        rows = self.trials
+        return rows[(rows["status"] == "ok") & rows["top1"].notna() & rows["gmacs_mean"].notna()]
+
+    @property
+    def failed(self) -> pd.DataFrame:
+        return self.trials.drop(self.finished.index)
+
+    @property
+    def specs(self) -> list[str]:
+        """Names of the specs, in the order they were run, then any other that left trials."""
+        named = list(self.about_specs)
+        return named + [name for name in self.trials["spec"].unique() if name not in named]
+
+    @property
+    def about_specs(self) -> dict[str, dict[str, Any]]:
+        """Title, question and caption of each spec as the run recorded them; {} where it did not."""
+        specs = self.run.get("specs") or {}
+        if isinstance(specs, Mapping):
+            return {str(name): dict(about) if isinstance(about, Mapping) else {} for name, about in specs.items()}
+        entries = [entry if isinstance(entry, Mapping) else {"name": entry} for entry in specs]
+        return {str(entry.get("name", entry.get("spec"))): dict(entry) for entry in entries}
+
+    @property
+    def skipped_images(self) -> list[tuple[str, str]]:
+        """(file, reason) of each image the workload could not read."""
+        return [_file_and_reason(entry) for entry in self.run.get("skipped") or self.run.get("skipped_images") or []]
+
+    def settings(self) -> list[Setting]:
+        rows = self.finished
+        columns = ["workload", "model", "weights", "images", "weights_digest", "data_digest"]
+        groups = rows.groupby(columns, sort=False, dropna=False).size()
+        return [Setting(w, m, k, int(n), str(wd), str(dd)) for w, m, k, n, wd, dd in groups.index]
+
+    def of(self, setting: Setting, spec: str | None = None) -> pd.DataFrame:
+        """Finished trials of a setting (and a spec)."""
+        rows = self.finished
+        keep = np.ones(len(rows), dtype=bool)
+        for name, value in vars(setting).items():
+            keep &= (rows[name] == value).to_numpy()
+        if spec is not None:
+            keep &= (rows["spec"] == spec).to_numpy()
+        return rows[keep]
+
+
+def read_results(out: Path) -> Results:
+    """Read an output folder; AnalysisError where it is missing, empty or damaged."""
+    remedy = REMEDY.format(out=out)
+    if not out.is_dir():
+        raise AnalysisError(f"{out} is not a folder: {remedy}")
+    compacted, parts = out / "results.parquet", sorted((out / "trials").glob("*.parquet"))
+    if not compacted.is_file() and not parts:
+        raise AnalysisError(f"{out} holds neither results.parquet nor trials/*.parquet: {remedy}")
+    try:
+        # A run that was stopped before it compacted still left its trials, one file each.
+        paths = [compacted] if compacted.is_file() else parts
+        trials = pd.concat([pq.read_table(path).to_pandas() for path in paths], ignore_index=True)
+    except (OSError, pa.ArrowException) as error:
+        raise AnalysisError(f"{out}: results cannot be read ({error}); delete the damaged file and {remedy}") from error
+    if trials.empty:
+        raise AnalysisError(f"{out}/results.parquet has no rows: {remedy}")
+    missing = [name for name in REQUIRED if name not in trials.columns]
+    if missing:
+        raise AnalysisError(f"{out}/results.parquet lacks the columns {', '.join(missing)}: {remedy}")
+    return Results(out, tidy(trials), _read_run(out / "run.json"))
+
+
+def tidy(trials: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with every column the analysis uses, of the type it expects, nulls included."""
+    rows = trials.reset_index(drop=True).copy()
+    for name in NUMBERS:
+        rows[name] = pd.to_numeric(rows[name], errors="coerce") if name in rows else np.nan
+    for name in (*REQUIRED, *WORDS):
+        column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
+        rows[name] = column.astype(object).where(column.notna(), "").astype(str)
+    for name in LISTS:
+        column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
+        rows[name] = pd.Series([_as_list(value) for value in column], index=rows.index, dtype=object)
+    rows["images"] = rows["images"].fillna(0).astype(int)
+    finetuned = rows["finetuned"] if "finetuned" in rows else pd.Series(False, index=rows.index)
+    rows["finetuned"] = finetuned.astype(object).where(finetuned.notna(), False).astype(bool)
+    rows["variant"] = [
+        f"{v or s}{' (finetuned)' if f else ''}"
+        for v, s, f in zip(rows["variant"], rows["spec"], rows["finetuned"], strict=True)
+    ]
+    rows["dense"] = [is_dense(row) for row in rows.to_dict("records")]
+    return rows
+
+
+def is_dense(row: Mapping[str, Any]) -> bool:
+    """Whether a trial ran the plain model: it says so, or no block reduces anything."""
+    plain = row["status"] == "ok" and row["reducer"] != "" and set(reducer_names(row["reducer"])) <= {"identity"}
+    return plain or str(row["variant"]).casefold() == "dense"
+
+
+def reducer_names(stages: str) -> list[str]:
+    """Reducer names in the JSON of a placement, outermost first, each once: ["evit", "ats"]."""
+    found: list[str] = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, Mapping):
+            if isinstance(value.get("name"), str) and value["name"] not in ("stack", *found):
+                found.append(value["name"])
+            for part in value.values():
+                walk(part)
+        elif isinstance(value, list):
+            for part in value:
+                walk(part)
+
+    try:
+        walk(json.loads(stages))
+    except (TypeError, ValueError):
+        return [stages] if stages else []
+    return found
+
+
+def _as_list(value: object) -> list[Any]:
+    return list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
+
+
+def _file_and_reason(entry: object) -> tuple[str, str]:
+    if isinstance(entry, Mapping):
+        return str(entry.get("file", entry.get("image", "?"))), str(entry.get("reason", entry.get("error", "")))
+    if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) >= 2:
+        return str(entry[0]), str(entry[1])
+    return str(entry), "no reason recorded"
+
+
+def _read_run(path: Path) -> Mapping[str, Any]:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s): the report does without it", path, error)
+        return {}
+    return run if isinstance(run, Mapping) else {}

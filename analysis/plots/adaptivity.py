@@ -1,0 +1,105 @@
+"""Do methods that adapt to the image keep more tokens where there is more to look at?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import stats, style
+from analysis.style import Look
+
+CAPTION_CLUTTER = (
+    "Left: how many images leave the last block with how many tokens, for methods that let the number "
+    "differ. Right: the mean number against the known amount of clutter in the image, with 95 % bootstrap "
+    "intervals; the legend states Spearman's rank correlation over images with its 95 % interval. Trials "
+    "nearest to {level}."
+)
+CAPTION = (
+    "How many images leave the last block with how many tokens, for methods that let the number differ "
+    "from image to image. Trials nearest to {level}."
+)
+BINS = 30  # of the histogram, about
+
+
+def tokens_out(table: pd.DataFrame) -> np.ndarray:
+    """Tokens leaving the last block, one number an image."""
+    return np.array([tokens[-1] for tokens in table["tokens"]], dtype=float)
+
+
+def adaptive(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The trials whose number of tokens differs between images, by their per-image tables."""
+    keep = [
+        key in images and "tokens" in images[key] and len(images[key]) > 1 and np.ptp(tokens_out(images[key])) > 0
+        for key in trials["key"]
+    ]
+    return trials[np.array(keep, dtype=bool)]
+
+
+def clutter_known(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> bool:
+    tables = [images[key] for key in trials["key"] if key in images]
+    return bool(tables) and all("clutter" in table and table["clutter"].notna().all() for table in tables)
+
+
+def correlation(table: pd.DataFrame) -> stats.Interval:
+    """Spearman's rank correlation of tokens leaving the last block with clutter, over images."""
+    return stats.spearman(tokens_out(table), table["clutter"].to_numpy(dtype=float))
+
+
+@style.themed
+def adaptivity(
+    trials: pd.DataFrame,
+    images: Mapping[str, pd.DataFrame],
+    *,
+    looks: Mapping[str, Look],
+    title: str,
+    subtitle: str,
+) -> Figure:
+    """Distribution of tokens over images and, where clutter is known, tokens against clutter."""
+    rows = adaptive(trials, images)
+    known = clutter_known(rows, images)
+    figure = style.new_figure(height=4.4)
+    panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
+    counts = [tokens_out(images[key]) for key in rows["key"]]
+    low, high = min(map(np.min, counts)), max(map(np.max, counts))
+    # the same bins for all: a whole number of tokens wide, about thirty of them, centred on whole numbers
+    width = max(1, round((high - low) / BINS))
+    bins = np.arange(low - 0.5, high + 0.5 + width, width)
+    handles = []
+    for row in rows.to_dict("records"):
+        table, look, name = images[row["key"]], style.look_of(row["variant"], looks), row["variant"]
+        tokens = tokens_out(table)
+        sns.histplot(
+            x=tokens,
+            bins=bins,
+            element="step",
+            fill=False,
+            ax=panels[0],
+            color=look.colour,
+            linewidth=1.6,
+            linestyle=look.dashes,
+            label=name,
+        )
+        entry = style.handle(name, looks)
+        if known:
+            _against_clutter(panels[1], table.assign(_tokens=tokens), row["variant"], looks)
+            rho = correlation(table)
+            entry.set_label(f"{style.label(name)}: rho = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
+        handles.append(entry)
+    panels[0].set(xlabel="tokens leaving the last block", ylabel="images", ylim=(0, None))
+    if known:
+        panels[1].set(xlabel="clutter (pieces around the object)", ylabel="tokens leaving the last block")
+    style.put_title(figure, title, subtitle)
+    style.put_legend(figure, handles)
+    return style.finish(figure)
+
+
+def _against_clutter(axes: Axes, table: pd.DataFrame, name: str, looks: Mapping[str, Look]) -> None:
+    groups = [(float(level), stats.bootstrap(part["_tokens"], draws=1000)) for level, part in table.groupby("clutter")]
+    x, middle = [level for level, _ in groups], [interval.value for _, interval in groups]
+    bars = [[i.value - i.low for _, i in groups], [i.high - i.value for _, i in groups]]
+    axes.errorbar(x, middle, yerr=bars, elinewidth=1, capsize=2, label=name, **style.look_of(name, looks).line())

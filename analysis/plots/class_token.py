@@ -1,0 +1,46 @@
+"""Keep the class token or sample it like any other (Figure A.4 of the ATS paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import style
+from analysis.matching import merge_seeds
+from analysis.plots.tradeoff import draw_curves
+from analysis.style import Look
+
+CAPTION = (
+    "Left: top-1 accuracy against multiply-adds as executed, with 95 % intervals. Right: the share of "
+    "images in which the class token did not survive; there the head reads the mean of the surviving "
+    "tokens."
+)
+
+
+@style.themed
+def class_token(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+    """Accuracy against GMACs, and the share of images that lost their class token at that cost."""
+    rows = merge_seeds(trials[~trials["dense"]])
+    figure = style.new_figure(height=4.3)
+    accuracy, dropped = figure.subplots(1, 2)
+    names = draw_curves(accuracy, trials, looks=looks)
+    for name in names:
+        part = rows[(rows["variant"] == name) & rows["class_kept"].notna()].sort_values("gmacs_mean", kind="stable")
+        if len(part):
+            dropped.plot(
+                part["gmacs_mean"],
+                100 * (1 - part["class_kept"]),
+                label=name,
+                clip_on=False,
+                **style.look_of(name, looks).line(),
+            )
+    dropped.set(xlabel=style.GMACS, ylabel="class token lost (% of images)", ylim=(0, None))
+    if dropped.get_ylim()[1] < 1:
+        dropped.set_ylim(0, 1)
+    dropped.set_xlim(accuracy.get_xlim())
+    style.put_title(figure, title, subtitle)
+    handles = [style.handle(name, looks) for name in names]
+    style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    return style.finish(figure)

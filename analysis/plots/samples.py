@@ -1,0 +1,148 @@
+"""A sheet of sample images with the patches that survive each reducing stage of a few methods."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from analysis import style
+
+CAPTION = (
+    "Patches that still have a token of their own after a reducing stage; the others are greyed. The "
+    "number is how many of them are left; the frame of a method's last picture is green (and marked "
+    "\u2713) where its answer is right, red (\u2717) where it is wrong. A method's name and mean cost "
+    "stand above its columns."
+)
+RIGHT, WRONG = "#007a55", "#b2401f"
+STAGES = 3  # pictures a method
+GAP = 0.18  # between methods, in pictures
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One thumbnail: which image it is, its pixels, and the grid of patches on it."""
+
+    image: str
+    row: int  # of the per-image tables
+    pixels: np.ndarray  # (H, W, 3) uint8
+    grid: tuple[int, int]  # rows, columns of patches
+
+
+def kept_patches(packed: bytes, grid: tuple[int, int]) -> np.ndarray:
+    """The bits of one block as a (rows, columns) bool mask of surviving patches."""
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8))
+    return bits[: grid[0] * grid[1]].astype(bool).reshape(grid)
+
+
+def darken(pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 with the patches that are gone washed to a bluish grey, their content still just
+    visible.
+    """
+    rows = np.minimum(np.arange(pixels.shape[0]) * kept.shape[0] // pixels.shape[0], kept.shape[0] - 1)
+    columns = np.minimum(np.arange(pixels.shape[1]) * kept.shape[1] // pixels.shape[1], kept.shape[1] - 1)
+    mask = kept[rows[:, None], columns[None, :]][..., None]
+    grey = pixels.mean(axis=2, keepdims=True)
+    return np.where(mask, pixels, 0.25 * grey + np.array([84, 92, 122])).astype(np.uint8)
+
+
+def stages(blocks: Sequence[int], limit: int = STAGES) -> list[int]:
+    """At most ``limit`` of the reducing blocks, first and last among them."""
+    if len(blocks) <= limit:
+        return [int(block) for block in blocks]
+    return [int(blocks[i]) for i in np.linspace(0, len(blocks) - 1, limit).round().astype(int)]
+
+
+def find_row(table: pd.DataFrame, sample: Sample) -> Mapping[str, Any] | None:
+    """The sample's row in a per-image table, by its name; by its number where names do not tell."""
+    named = table[table["image"] == sample.image]
+    if len(named) == 1:
+        return dict(named.iloc[0])
+    return dict(table.iloc[sample.row]) if 0 <= sample.row < len(table) else None
+
+
+@style.themed
+def samples(
+    trials: pd.DataFrame,
+    images: Mapping[str, pd.DataFrame],
+    pictures: Sequence[Sample],
+    *,
+    title: str,
+    subtitle: str,
+) -> Figure:
+    """One row an image: the input, then each row of ``trials`` stage by stage."""
+    methods = [
+        (row, stages(row["blocks"])) for row in trials.to_dict("records") if row["key"] in images and len(row["blocks"])
+    ]
+    widths = [
+        1.0,
+        *(width for _, shown in methods for width in (GAP, *(1.0 for _ in shown))),
+    ]  # a gap before each method
+    size = 1.02
+    figure = style.new_figure(
+        width=max(style.WIDTH, size * sum(widths) + 0.3), height=size * 1.16 * len(pictures) + 1.3
+    )
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.02, wspace=0.01, hspace=0.01)  # type: ignore[union-attr, call-arg]
+    grid = figure.subplots(len(pictures), len(widths), squeeze=False, width_ratios=widths)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for line, sample in zip(grid, pictures, strict=True):
+        line[0].imshow(sample.pixels)
+        column = 0
+        for row, shown in methods:
+            column += 2  # past the picture before and the gap
+            found = find_row(images[row["key"]], sample)
+            for block in shown:
+                if found is not None:
+                    _picture(line[column], sample, found, block, last=block == shown[-1])
+                column += block != shown[-1]
+    _headings(figure, grid, methods)
+    style.put_title(figure, title, subtitle)
+    return figure
+
+
+def _picture(axes: Axes, sample: Sample, row: Mapping[str, Any], block: int, *, last: bool) -> None:
+    packed = list(row["kept"])
+    if block >= len(packed):
+        return
+    kept = kept_patches(packed[block], sample.grid)
+    axes.imshow(darken(sample.pixels, kept))
+    text, colour = f"{int(kept.sum())}", "#333333"
+    if last:
+        right = bool(row["correct"])
+        text, colour = (f"{text} \u2713", RIGHT) if right else (f"{text} \u2717", WRONG)
+        axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=2.4))
+    axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color=colour)
+
+
+def _headings(figure: Figure, grid: np.ndarray, methods: Sequence[tuple[dict[str, Any], list[int]]]) -> None:
+    """What each column is; a method's name and cost stand over its first column, no wider than its own
+    columns.
+    """
+    grid[0, 0].set_title("input", fontsize=8.5)
+    column = 2
+    for row, shown in methods:
+        name = f"{row['variant'].replace('_', ' ')}, {style.cost(row['gmacs_mean'])} GMACs"
+        for i, block in enumerate(shown):
+            # The blank lines hold the room above: the name itself, wider than a column, must not push columns
+            # apart.
+            grid[0, column + i].set_title(f"\n\nafter block {block}", fontsize=8.5)
+        head = grid[0, column].annotate(
+            "\n".join(textwrap.wrap(name, 11 * len(shown) + 1)),
+            (0, 1),
+            xytext=(0, 19),
+            fontsize=9,
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+        head.set_in_layout(False)
+        column += len(shown) + 1

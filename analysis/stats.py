@@ -1,0 +1,173 @@
+"""Intervals, paired tests, and what a number of images can and cannot tell. Pure functions of numbers and
+arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as scipy_stats
+
+LEVEL = 0.95  # every interval of the project
+ALPHA = 0.05
+POWER = 0.8  # "can tell" means: finds a difference of this size in 80 % of repetitions
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its bounds, all in the unit of the estimate."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two trials on the same images: ``difference`` = accuracy of the first minus that of the second (-1 ..
+    1).
+    """
+
+    images: int
+    first_only: int  # images only the first gets right
+    second_only: int
+    difference: float
+    low: float
+    high: float
+    p_value: float  # McNemar's exact test, two-sided
+
+    @property
+    def discordance(self) -> float:
+        """Share of images the two disagree about."""
+        return (self.first_only + self.second_only) / self.images
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The smallest difference in accuracy (0 .. 1) that a number of images shows with 80 % power at the 5 %
+    level.
+    """
+
+    images: int
+    unpaired: float
+    paired: float
+
+
+def wilson(correct: float, images: int, *, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a proportion (E. B. Wilson, 1927): sound near 0 and 1, where Wald's is
+    not.
+    """
+    if images <= 0:
+        raise ValueError(f"{images} images: an interval needs at least one")
+    z = _z(level)
+    share = correct / images
+    centre = (share + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(
+    values: ArrayLike,
+    *,
+    statistic: Callable[..., NDArray[np.float64]] = np.mean,
+    draws: int = 2000,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap over images: ``statistic(resampled, axis=1)`` of ``draws`` samples with
+    replacement.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim != 1 or not len(data):
+        raise ValueError(f"values of shape {data.shape}: a bootstrap needs one number an image, and at least one image")
+    random = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // len(data))  # resampled values in memory at a time
+    sizes = [min(chunk, draws - start) for start in range(0, draws, chunk)]
+    found = [statistic(data[random.integers(len(data), size=(size, len(data)))], axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(statistic(data[None], axis=1)[0]), float(low), float(high))
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> Paired:
+    """Compare two trials by the images on which they disagree.
+
+    p: McNemar's exact (binomial) test. Interval of the difference: Bonett and Price's adjusted Wald interval
+    for paired proportions (2012), which holds its level for few disagreements, where the plain one has width
+    0.
+    """
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"{a.shape} and {b.shape} outcomes: a paired test needs the same images, at least one")
+    n, a_only, b_only = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    p = 1.0 if a_only + b_only == 0 else float(scipy_stats.binomtest(a_only, a_only + b_only, 0.5).pvalue)
+    pa, pb = (a_only + 1) / (n + 2), (b_only + 1) / (n + 2)
+    half = _z(level) * math.sqrt((pa + pb - (pa - pb) ** 2) / (n + 2))
+    return Paired(n, a_only, b_only, (a_only - b_only) / n, max(-1.0, pa - pb - half), min(1.0, pa - pb + half), p)
+
+
+def compare(first: pd.DataFrame, second: pd.DataFrame) -> Paired:
+    """``mcnemar`` on two per-image tables (columns ``image``, ``correct``), matched by image whatever their
+    order.
+    """
+    a, b = (table.sort_values("image", kind="stable") for table in (first, second))
+    if len(a) != len(b) or not np.array_equal(a["image"].to_numpy(), b["image"].to_numpy()):
+        raise ValueError("the two trials saw different images: a paired test needs the same ones")
+    return mcnemar(a["correct"].to_numpy(), b["correct"].to_numpy())
+
+
+def compare_with_dense(table: pd.DataFrame) -> Paired:
+    """A trial against the plain model on the same images (columns ``correct``, ``dense_correct``)."""
+    return mcnemar(table["correct"].to_numpy(), table["dense_correct"].to_numpy())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values adjusted for having looked at all of them."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def resolution(images: int, *, accuracy: float, discordance: float) -> Resolution:
+    """The smallest differences ``images`` can show: between two independent sets of them, and on the same
+    images.
+
+    Unpaired: two proportions near ``accuracy``, normal approximation. Paired: Connor's formula (1987) for
+    McNemar's test where two models disagree about a share ``discordance`` of the images, or by the difference
+    itself if that is more.
+    """
+    if images <= 0:
+        raise ValueError(f"{images} images: at least one is needed")
+    alpha, beta = _z(1 - ALPHA), float(scipy_stats.norm.ppf(POWER))
+    unpaired = (alpha + beta) * math.sqrt(2 * accuracy * (1 - accuracy) / images)
+    paired = (alpha + beta) * math.sqrt(discordance / images)
+    for _ in range(100):  # fixed point of d = (z_a sqrt(psi) + z_b sqrt(psi - d^2)) / sqrt(n)
+        psi = max(discordance, paired)
+        inner = math.sqrt(max(0.0, psi - paired**2))
+        paired = min(1.0, (alpha * math.sqrt(psi) + beta * inner) / math.sqrt(images))
+    return Resolution(images, min(1.0, unpaired), min(1.0, paired))
+
+
+def spearman(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> Interval:
+    """Spearman's rank correlation with Bonett and Wright's interval (2000); nan where one side never
+    varies.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if len(a) < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    rho = float(scipy_stats.spearmanr(a, b).statistic)
+    if abs(rho) >= 1:
+        return Interval(rho, rho, rho)
+    half = _z(level) * math.sqrt((1 + rho * rho / 2) / (len(a) - 3))
+    return Interval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
+
+
+def _z(level: float) -> float:
+    return float(scipy_stats.norm.ppf((1 + level) / 2))

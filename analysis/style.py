@@ -1,0 +1,235 @@
+"""How every figure looks: one theme, one colour and marker a series, one way to title. No figure decides
+these itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis.frame import Setting, reducer_names
+
+GMACS = "GMACs (the papers' GFLOPs)"
+TOP1 = "top-1 accuracy (%)"
+FEW_IMAGES = 200  # below this a figure says that it cannot rank methods
+DENSE = "dense model"
+DENSE_COLOUR = "#3a3a3a"
+WIDTH = 7.2  # inches: a page's text width; also legible when a phone shows it scaled
+# Colour-blind safe (Okabe and Ito's as seaborn tunes them, then Tol's); the pale yellow and pink are
+# unreadable on white.
+COLOURS = (
+    *(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 4, 9, 3)),
+    "#332288",
+    "#882255",
+    sns.color_palette("colorblind").as_hex()[5],
+)
+MARKERS = (
+    "o",
+    "s",
+    "^",
+    "D",
+    "v",
+    "P",
+    "X",
+    "<",
+    ">",
+    "h",
+    "p",
+)  # 11: no colour meets its first marker again soon
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
+WORKLOADS = {"embedded": "cluttered digits", "imagefolder": "image folder"}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker and line of a series: any one of the three is enough to tell it from its neighbours."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments for ``Axes.plot`` and ``Axes.errorbar``."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "linestyle": self.dashes,
+            "linewidth": 1.6,
+            "markersize": 6,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.7,
+        }
+
+
+@contextmanager
+def theme() -> Iterator[None]:
+    """The settings every figure is made and saved under; the caller's own are restored."""
+    settings = {
+        **sns.axes_style("whitegrid"),
+        **sns.plotting_context("paper", font_scale=1.15),
+        "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same figure on every machine
+        "grid.color": "#e4e4e4",
+        "axes.edgecolor": "#8a8a8a",
+        "axes.titlesize": 10.5,
+        "figure.titlesize": 11,
+        "legend.frameon": False,
+        "legend.fontsize": 9.5,
+        "svg.hashsalt": "sievit",
+        "figure.dpi": 100,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def themed(draw: Callable[P, R]) -> Callable[P, R]:
+    """Run a figure function under ``theme()``."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with theme():
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+def new_figure(*, height: float = 4.6, width: float = WIDTH) -> Figure:
+    """A figure that belongs to no window and no global state; its parts are laid out without overlaps."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def assign_looks(trials: pd.DataFrame, *, order: Sequence[str] = ()) -> dict[str, Look]:
+    """One look for each series of a whole run: the same series looks the same in every figure.
+
+    Two series that meet in a spec never share a look. Series that never meet share one where they are made of
+    the same reducers at the same blocks ("ATS" here, "ATS (block 3)" there). ``order`` names the specs whose
+    series choose first.
+    """
+    trials = trials[~trials["dense"]] if "dense" in trials else trials  # it has a look of its own
+    specs = [*order, *(name for name in trials["spec"].unique() if name not in order)]
+    series = {spec: list(dict.fromkeys(trials.loc[trials["spec"] == spec, "variant"])) for spec in specs}
+    first = trials.drop_duplicates("variant").set_index("variant")
+    made = {str(name): _made_of(row) for name, row in first.iterrows()}
+    slots: dict[str, int] = {}
+    for name in dict.fromkeys(label for spec in specs for label in series[spec]):
+        beside = {other for labels in series.values() if name in labels for other in labels}
+        met = {slots[other] for other in beside if other in slots}
+        kin = [slot for other, slot in slots.items() if made[other] == made[name] and slot not in met]
+        slots[name] = kin[0] if kin else next(i for i in range(len(slots) + 1) if i not in met)
+    return {name: look(slot) for name, slot in slots.items()}
+
+
+def _made_of(row: pd.Series) -> tuple[object, ...]:
+    """What a series is made of, as far as its look goes; each nameless one is made of something else."""
+    names = reducer_names(str(row.get("reducer", "")))
+    return (*names, row.get("placement")) if names else (row.name,)
+
+
+def look(slot: int) -> Look:
+    """The look of a slot: colours first, then the same colours with another line and marker."""
+    return Look(COLOURS[slot % len(COLOURS)], MARKERS[slot % len(MARKERS)], DASHES[slot // len(COLOURS) % len(DASHES)])
+
+
+def look_of(name: str, looks: Mapping[str, Look]) -> Look:
+    """The look of a series; of one that was never assigned, a look of its own that depends on its name
+    alone.
+    """
+    return looks[name] if name in looks else look(sum(map(ord, name)) % len(COLOURS))
+
+
+def cost(gmacs: float) -> str:
+    """GMACs as text, three digits that mean something: "0.094", "1.25", "17.6"."""
+    return f"{gmacs:.3f}" if gmacs < 1 else f"{gmacs:.2f}" if gmacs < 10 else f"{gmacs:.1f}"
+
+
+def label(variant: str) -> str:
+    """A series as legends and tables write it."""
+    return textwrap.fill(variant.replace("_", " "), 42)
+
+
+def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:
+    """Workload, model, number of images, trained how: what a title has to say to be honest."""
+    workload = WORKLOADS.get(setting.workload, setting.workload) + (f" {data}" if data else "")
+    tuned = set(trials["finetuned"])
+    how = "off the shelf" if tuned <= {False} else "finetuned" if tuned == {True} else "off the shelf and finetuned"
+    text = f"{workload}, {setting.model}, {setting.images:,} images, {how}"
+    return "\n".join([text, *caution(setting)])
+
+
+def caution(setting: Setting) -> list[str]:
+    """Why a setting's numbers must not be believed; [] where nothing speaks against them."""
+    said = []
+    if setting.weights == "random":
+        said.append("RANDOM WEIGHTS: this shows that the suite runs, nothing about methods")
+    if setting.images < FEW_IMAGES:
+        said.append(f"ONLY {setting.images} IMAGES: too few to rank methods")
+    return said
+
+
+def put_title(figure: Figure, title: str, subtitle: str) -> None:
+    """Title and honest subtitle at the top left, inside the layout."""
+    columns = int(12.2 * figure.get_figwidth())  # characters of this size that fit across
+    lines = [line for part in (title, *subtitle.split("\n")) for line in textwrap.wrap(part, columns)]
+    figure.suptitle("\n".join(lines), x=0.012, ha="left", linespacing=1.35)
+
+
+def put_legend(figure: Figure, handles: Iterable[Any], *, columns: int | None = None) -> None:
+    """A legend below the axes, where it can hide no data."""
+    entries = list(handles)
+    if not entries:
+        return
+    longest = max(max(map(len, str(entry.get_label()).split("\n"))) for entry in entries)
+    fits = max(1, int(figure.get_figwidth() * 12 / (longest + 7)))
+    figure.legend(
+        handles=entries,
+        loc="outside lower center",
+        ncols=min(columns or fits, fits, len(entries)),
+        handlelength=2.6,
+        columnspacing=1.4,
+    )
+
+
+def handle(name: str, looks: Mapping[str, Look]) -> Line2D:
+    """A legend entry for a series."""
+    return Line2D([], [], label=label(name), **look_of(name, looks).line())
+
+
+def dense_handle() -> Line2D:
+    return Line2D([], [], color=DENSE_COLOUR, marker="*", markersize=11, linestyle="--", linewidth=1, label=DENSE)
+
+
+def draw_dense(axes: Axes, *, gmacs: float | None, value: float) -> None:
+    """The plain model: a dashed line at its value and, where its cost is on the axis, a star."""
+    axes.axhline(value, color=DENSE_COLOUR, linestyle="--", linewidth=1, zorder=1.5, gid="dense-line")
+    if gmacs is not None:
+        axes.plot(
+            [gmacs],
+            [value],
+            marker="*",
+            markersize=12,
+            color=DENSE_COLOUR,
+            linestyle="none",
+            zorder=5,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            label=DENSE,
+        )
+
+
+def finish(figure: Figure) -> Figure:
+    """Remove the frame's top and right sides where no second axis needs them."""
+    sns.despine(fig=figure)
+    return figure

@@ -1,0 +1,242 @@
+"""Tables of results: numbers as data frames, and the same in Markdown, CSV and LaTeX, published numbers apart
+from ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import stats
+from analysis.matching import dense_gmacs, merge_seeds
+
+OUR_NOTE = (
+    "GMACs: as executed, reducer included, mean ± standard deviation over images. Reference: the published "
+    "algorithm's order of work, for comparison with print. Brackets: 95 % intervals; the difference to "
+    "dense is paired on the same images."
+)
+PUBLISHED_NOTE = (
+    "Published by others, as printed. Not measured here; what differs from our setting stands in the last column."
+)
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": r"$-$", "×": r"$\times$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+}  # fmt: skip
+
+
+def measured(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Numbers of one spec, the dense model first: accuracies and differences 0 .. 1, costs in GMACs, trial
+    keys.
+    """
+    rows = merge_seeds(trials[~trials["dense"]])
+    dense_cost = dense_gmacs(trials)
+    records = [_dense_record(trials, dense_cost)] if trials["dense_top1"].notna().any() else []
+    for row in rows.to_dict("records"):
+        paired = None
+        if row["key"] in images and "dense_correct" in images[row["key"]]:
+            paired = stats.compare_with_dense(images[row["key"]])
+        records.append(
+            {
+                "variant": row["variant"],
+                "x": row["x"],
+                "placement": row["placement"],
+                "budget": row["budget"],
+                "seeds": row["seeds"],
+                "gmacs": row["gmacs_mean"],
+                "gmacs_std": row["gmacs_std"],
+                "reference_gmacs": row["reference_gmacs_mean"],
+                "reducer_gmacs": row["reducer_gmacs_mean"],
+                "share_of_dense": row["gmacs_mean"] / dense_cost,
+                "top1": row["top1"],
+                "top1_low": row["top1_low"],
+                "top1_high": row["top1_high"],
+                "difference": row["top1"] - row["dense_top1"],
+                "difference_low": paired.low if paired else math.nan,
+                "difference_high": paired.high if paired else math.nan,
+                "mcnemar_p": paired.p_value if paired else math.nan,
+                "tokens_out": row["tokens"][-1] if len(row["tokens"]) else math.nan,
+                "agreement": row["agreement"],
+                "coverage": row["coverage"],
+                "class_kept": row["class_kept"],
+                "keys": " ".join(row["keys"]),
+            }
+        )
+    return pd.DataFrame(records)
+
+
+def display(table: pd.DataFrame) -> pd.DataFrame:
+    """``measured`` as a reader sees it: every cell text, units in the header."""
+    seeds = table["seeds"] > 1
+    columns = {
+        "variant": [
+            f"{v.replace('_', ' ')}{f' ({int(n)} seeds)' if many else ''}"
+            for v, n, many in zip(table["variant"], table["seeds"], seeds, strict=True)
+        ],
+        "placement": table["placement"].to_list(),
+        "budget": [b or (f"{x:g}" if pd.notna(x) else "") for b, x in zip(table["budget"], table["x"], strict=True)],
+        "GMACs": [
+            f"{_number(m, 3)} ± {_number(s, 3)}" if pd.notna(s) and s >= 0.0005 else _number(m, 3)
+            for m, s in zip(table["gmacs"], table["gmacs_std"], strict=True)
+        ],
+        "GMACs, reference": [_number(value, 3) for value in table["reference_gmacs"]],
+        "share of dense (%)": [_number(100 * value, 1) for value in table["share_of_dense"]],
+        "top-1 (%)": [with_bounds(*row) for row in table[["top1", "top1_low", "top1_high"]].to_numpy(dtype=float)],
+        "to dense (points)": [
+            with_bounds(*row, sign=True)
+            for row in table[["difference", "difference_low", "difference_high"]].to_numpy(dtype=float)
+        ],
+        "tokens out": [_number(value, 1) for value in table["tokens_out"]],
+        "trial": [keys.split(" ")[0] + (f" +{keys.count(' ')}" if " " in keys else "") for keys in table["keys"]],
+    }
+    return pd.DataFrame(columns)
+
+
+def display_published(rows: pd.DataFrame) -> pd.DataFrame:
+    """Published rows as a reader sees them: source and setting in every row, then what differs from ours."""
+    return pd.DataFrame(
+        {
+            "model": rows["model"].fillna(""),
+            "method": rows["method"].fillna("none (dense)"),
+            "GFLOPs as printed": [_number(value, None) for value in rows["gflops"]],
+            "top-1 as printed (%)": [_number(value, None) for value in rows["top1"]],
+            "data": rows["dataset"].fillna(""),
+            "setting": rows["setting"].fillna(""),
+            "source": [f"{source}, {table}" for source, table in zip(rows["source"], rows["table"], strict=True)],
+            "differs from ours": rows["differs"],
+        }
+    )
+
+
+def with_bounds(value: float, low: float, high: float, *, sign: bool = False) -> str:
+    """A share 0 .. 1 in percent with its bounds: "78.2 [75.4, 80.7]"; a true minus sign where ``sign`` is
+    asked for.
+    """
+    if math.isnan(value):
+        return ""
+    if math.isnan(low) or math.isnan(high):
+        return percent(value, sign=sign)
+    return f"{percent(value, sign=sign)} [{percent(low, sign=sign)}, {percent(high, sign=sign)}]"
+
+
+def percent(value: float, *, sign: bool = False) -> str:
+    """A share 0 .. 1 as a number of percent with one decimal, without "-0.0"."""
+    text = f"{100 * value + 0.0:{'+' if sign else ''}.1f}"
+    text = text.replace("-0.0", "0.0").replace("+0.0", "0.0") if float(text) == 0 else text
+    return text.replace("-", "−")
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A pipe table; a pipe or a line break inside a cell cannot break it."""
+
+    def line(cells: list[str]) -> str:
+        clean = [
+            str(c).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for c in cells
+        ]
+        return f"| {' | '.join(clean)} |"
+
+    rows = [line(list(table.columns)), f"|{' --- |' * table.shape[1]}"]
+    return "\n".join(rows + [line(list(row)) for row in table.itertuples(index=False)]) + "\n"
+
+
+def to_latex(table: pd.DataFrame, *, caption: str, label: str) -> str:
+    """A table with booktabs rules; every cell escaped."""
+    lines = [
+        r"\begin{table}[t]",
+        r"\centering\small",
+        f"\\caption{{{latex(caption)}}}",
+        f"\\label{{tab:{label}}}",
+        f"\\begin{{tabular}}{{{'l' * table.shape[1]}}}",
+        r"\toprule",
+    ]
+    lines.append(" & ".join(latex(name) for name in table.columns) + r" \\")
+    lines.append(r"\midrule")
+    lines += [" & ".join(latex(str(cell)) for cell in row) + r" \\" for row in table.itertuples(index=False)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def latex(text: str) -> str:
+    """Plain text as LaTeX source."""
+    return "".join(_LATEX.get(character, character) for character in text).replace("\n", " ")
+
+
+def write(
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    subtitle: str,
+    ours: pd.DataFrame,
+    published: pd.DataFrame,
+    note: str,
+) -> list[Path]:
+    """Write a spec's tables: <name>.md and .tex with both parts apart, <name>.csv with our numbers only, and
+    <name>_published.csv where there are published ones. Returns what was written."""
+    shown, printed = display(ours), display_published(published)
+    heading = ". ".join(subtitle.split("\n"))
+    md = [f"# {title}\n", f"{heading}\n", to_markdown(shown), f"{OUR_NOTE}\n"]
+    tex = [to_latex(shown, caption=f"{title} ({heading}). {OUR_NOTE}", label=name)]
+    if len(published) or note:
+        md.append("## Published\n")
+        md += [f"{note}\n"] if note else []
+    if len(published):
+        md += [to_markdown(printed), f"{PUBLISHED_NOTE}\n"]
+        tex.append(
+            to_latex(printed, caption=f"{title}: published numbers. {PUBLISHED_NOTE}", label=f"{name}-published")
+        )
+    paths = {
+        folder / f"{name}.md": "\n".join(md),
+        folder / f"{name}.tex": "\n".join(tex),
+        folder / f"{name}.csv": ours.to_csv(index=False),
+    }
+    if len(published):
+        paths[folder / f"{name}_published.csv"] = published.to_csv(index=False)
+    for path, text in paths.items():
+        path.write_text(text, encoding="utf-8")
+    return list(paths)
+
+
+def _dense_record(trials: pd.DataFrame, cost: float) -> dict[str, object]:
+    """The plain model as a row: from its own trial where there is one, else from what every trial notes of
+    it.
+    """
+    first = trials[trials["dense_top1"].notna()].iloc[0]
+    own = trials[trials["dense"]]
+    top1, images = float(first["dense_top1"]), int(first["images"])
+    bounds = stats.wilson(top1 * images, images) if images else stats.Interval(top1, math.nan, math.nan)
+    tokens = own.iloc[0]["tokens"] if len(own) else first["tokens"][:1]  # the first block has not reduced anything yet
+    return {
+        "variant": "dense",
+        "x": math.nan,
+        "placement": "",
+        "budget": "",
+        "seeds": 1,
+        "gmacs": cost,
+        "gmacs_std": 0.0,
+        "reference_gmacs": cost,
+        "reducer_gmacs": 0.0,
+        "share_of_dense": 1.0,
+        "top1": top1,
+        "top1_low": bounds.low,
+        "top1_high": bounds.high,
+        "difference": 0.0,
+        "difference_low": math.nan,
+        "difference_high": math.nan,
+        "mcnemar_p": math.nan,
+        "tokens_out": tokens[-1] if len(tokens) else math.nan,
+        "agreement": 1.0,
+        "coverage": math.nan,
+        "class_kept": math.nan,
+        "keys": " ".join(own["key"]),
+    }
+
+
+def _number(value: float, digits: int | None) -> str:
+    """A number with fixed decimals, or as short as it is where ``digits`` is None; "" for a null."""
+    if pd.isna(value):
+        return ""
+    return f"{value:g}" if digits is None else f"{value:.{digits}f}"

@@ -1,0 +1,105 @@
+"""Tiny but real: the embedded scenes, a small timm ViT with random weights, and specs of a few trials."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ablations.__main__ import main
+from ablations.evaluate import model_facts
+from ablations.plan import Target
+from ablations.trial import ModelFacts
+from ablations.workloads import open_model
+
+ROOT = Path(__file__).parents[2]
+TINY = ("--model", "digits_vit_tiny", "--weights", "random", "--limit", "10", "--batch", "4")
+
+SPEC = """\
+name: tiny
+title: A tiny question
+base:
+  x: budget
+  vary: {K: [48, 96]}
+  stages: [{at: 3, stack: [{name: $method, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
+arms:
+  - {variant: ATS, set: {method: ats}}
+  - {variant: top-K, set: {method: topk}}
+"""
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of processes that must not fight for the machine's cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _single_thread() -> Iterator[None]:
+    """Serial runs compute with one thread, as workers do: what they find is then equal to the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def facts() -> ModelFacts:
+    """What is known of the narrow embedded model: 12 blocks, 64 patches."""
+    loaded = open_model("digits_vit_tiny", weights="random", workload_name="embedded")
+    return model_facts(
+        loaded.model, name="digits_vit_tiny", weights="random", digest=loaded.digest, params_m=loaded.params_m
+    )
+
+
+@pytest.fixture(scope="session")
+def target(facts: ModelFacts) -> Target:
+    return Target(facts, "embedded", "d" * 64, 10, 4)
+
+
+@pytest.fixture
+def spec_path(tmp_path: Path) -> Path:
+    """A spec of four trials in a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+@pytest.fixture
+def ablate(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Run a command line in this process: the exit status. ``run`` is serial, tiny, and writes to tmp_path/out."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str | Path) -> int:
+        words = [str(argument) for argument in arguments]
+        if words[0] == "run":
+            words = ["run", "--serial", "--out", str(tmp_path / "out"), *TINY, *words[1:]]
+        return main(words)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a command line in a process of its own; whatever is left of it ends with the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def call(*arguments: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ablations", *map(str, arguments)],
+            cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

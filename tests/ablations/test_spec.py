@@ -1,0 +1,251 @@
+"""Specs: what is read, and that every mistake is a SpecError that names the file, the place and the remedy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ablations.plan import Target, expand, jobs
+from ablations.spec import MAX_BYTES, SpecError, find_specs, load_spec, parse_spec
+from reducers import reduce_tokens
+from tests.ablations.conftest import SPEC
+
+
+def refused(text: str, target: Target) -> str:
+    """The message a spec is refused with, when read or when expanded."""
+    with pytest.raises(SpecError) as caught:
+        expand(parse_spec(text, "my.yaml"), target)
+    message = str(caught.value)
+    assert message.startswith("my.yaml"), "a message begins with the file"
+    return message
+
+
+def test_a_short_spec_becomes_one_trial_for_each_combination(target: Target) -> None:
+    trials = expand(parse_spec(SPEC), target)
+    assert [(trial.variant, trial.x) for trial in trials] == [
+        ("ATS", 16.0), ("ATS", 31.0), ("top-K", 16.0), ("top-K", 31.0),
+    ]  # fmt: skip
+    assert trials[0].stage_list() == [
+        {"at": [3], "stack": [{"name": "ats", "budget": {"ratio": "12/49", "of": "initial", "rounding": "nearest"}}]}
+    ]
+
+
+def test_the_same_spec_fits_models_with_other_patch_counts(target: Target) -> None:
+    wide = dataclasses.replace(target, facts=dataclasses.replace(target.facts, patches=196))
+    assert [trial.x for trial in expand(parse_spec(SPEC), wide)] == [48, 96, 48, 96]
+
+
+def test_blocks_can_be_written_in_every_way_and_varied(target: Target) -> None:
+    def blocks(at: str) -> list[list[int]]:
+        text = (
+            "{name: a, title: A, arms: [{variant: v, vary: {b: [1, 5]}, stages: [{at: " + at + ", stack: "
+            "[{name: random, seed: $b, budget: {count: 9}}]}]}]}"
+        )
+        return [trial.stage_list()[0]["at"] for trial in expand(parse_spec(text), target)]
+
+    assert blocks("$b") == [[1], [5]]
+    assert blocks("[$b, 7]") == [[1, 7], [5, 7]]
+    assert blocks("'$b-6'") == [[1, 2, 3, 4, 5, 6], [5, 6]]
+    assert blocks("all") == [list(range(12))] * 2
+    assert blocks("'0, 4-5'") == [[0, 4, 5]] * 2
+
+
+def test_cases_go_together_and_vary_spans_all_combinations(target: Target) -> None:
+    text = """
+name: a
+title: A
+arms:
+  - variant: block $at
+    x: at
+    cases: [{at: 0, K: 40}, {at: 5, K: 20}]
+    vary: {score: [class_attention, value_norm]}
+    stages: [{at: $at, stack: [{name: topk, score: $score, budget: {count: $K}}]}]
+"""
+    trials = expand(parse_spec(text), target)
+    assert [(trial.variant, trial.x) for trial in trials] == [("block 0", 0)] * 2 + [("block 5", 5)] * 2
+    assert {trial.stage_list()[0]["stack"][0]["budget"]["count"] for trial in trials[:2]} == {40}
+
+
+def test_trials_that_are_the_same_appear_once(target: Target) -> None:
+    doubled = SPEC.replace("[48, 96]", "[48, 96, 48]")
+    assert len(expand(parse_spec(doubled), target)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "to", "expected"),
+    [
+        ("title:", "titel:", r":1: title: the key 'title' is missing(.|\n)*:2: titel: .* did you mean 'title'"),
+        ("{variant: ATS,", "{variant: ATS, sedes: [0],", r":8: arms\[0\].sedes: unknown key .* did you mean 'seeds'"),
+        ("{at: 3,", "{att: 3,", r":6: base.stages\[0\].att: unknown key 'att'; did you mean 'at'"),
+        ("{method: ats}", "{method: atss}", r"base.stages\[0\].stack\[0\].name: unknown .*did you mean 'ats'"),
+        ("name: $method,", "name: $method, scoer: random,", "no setting 'scoer'"),
+        ("name: $method,", "name: $method, score: clas_attention,", "class_attention_value_norm"),
+        ("name: $method,", "name: $method, score: [1],", r"stack\[0\]"),
+        ("name: $method,", "", "a reducer is written"),
+        ("[48, 96]", "[48, 0]", r"must lie in \(0, 1\]"),
+        ("$K/196", "-$K/196", r"must lie in \(0, 1\]"),
+        ("[48, 96]", "[48, 197]", r"must lie in \(0, 1\]"),
+        ("$K/196", "$K/40", r"must lie in \(0, 1\]"),
+        ("$K/196, of: initial", "$K/196, off: initial", "unknown key 'off'"),
+        ("ratio: $K/196, of: initial, rounding: nearest}", "count: 0}, seed: $K", "at least 1"),
+        ("ratio: $K/196, of: initial, rounding: nearest}", "drop: -1}, seed: $K", "0 or more"),
+        ("ratio: $K/196, of: initial, rounding: nearest}", "keep: 0.5}, seed: $K", "a budget is written"),
+        ("at: 3,", "at: 12,", r":6: base.stages\[0\].at: block 12 .* its 12 blocks count from 0 to 11"),
+        ("at: 3,", "at: -1,", "block -1 is outside"),
+        ("at: 3,", "at: 3-99999999999,", "outside the network"),
+        ("at: 3,", "at: [],", "no block is named"),
+        ("at: 3,", "at: [3, 3],", "named twice"),
+        ("at: 3,", "at: three,", "blocks are written"),
+        ("at: 3,", "at: 3.5,", r"base.stages\[0\].at"),
+        ("$K/196", "$k/196", r"\$k has no value; did you mean 'K'"),
+        ("$K/196", "0.5", "'K' varies but no stage uses"),
+        ("x: budget", "x: budgets", r"'budgets' is none of K, budget"),
+        ("x: budget", "x: method", "is no number"),
+        ("x: budget", "x: budget\n  seeds: [0, 1]", r"no stage uses \$seed"),
+        ("x: budget", "x: budget\n  seeds: [-1]", r"base.seeds\[0\]"),
+        ("x: budget", "x: budget\n  set: {seed: 1}", "given by `seeds"),
+        ("x: budget", "x: budget\n  set: {K: 1}", "'K' is given twice"),
+        ("x: budget", "x: budget\n  cases: [{a: 1}, {b: 1}]", "every case names the same"),
+        ("[48, 96]", "[]", "base.vary.K"),
+        ("[48, 96]", "[.nan]", "no finite number"),
+        ("[48, 96]", "[1.0e+400]", "no finite number"),
+        ("[48, 96]", "[{a: 1}]", "base.vary.K"),
+        ("name: tiny", "name: ../../etc/passwd", "lower-case letters"),
+        ("name: tiny", "name: 7", "name: "),
+        ("name: tiny", "name: tiny\nname: other", ":2: duplicate key 'name'"),
+        ("{method: ats}", "{method: ats, method: topk}", "duplicate key 'method'"),
+        ("title: A tiny question", "1: A", "no plain name"),
+        ("title: A tiny question", "title: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("title: A tiny question", "title: !!binary aGk=", "a bytes is no plain value"),
+        ("title: A tiny question", "title: &a [x]\nquestion: *a", "aliases"),
+        ("title: A tiny question", "title: [", ":4: expected"),
+        ("arms:", "arms: []\nx:", "arms: "),
+        ("{variant: ATS, ", "{", "arms[0] has no 'variant'".replace("[", r"\[").replace("]", r"\]")),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_place_and_remedy(change: str, to: str, expected: str, target: Target) -> None:
+    assert change in SPEC
+    message = refused(SPEC.replace(change, to, 1), target)
+    assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "just words", "- a\n- b", "\x00", "a: b: c", "%TAG", "!!int ''"])
+def test_what_is_no_spec_at_all_is_refused(text: str, target: Target) -> None:
+    refused(text, target)
+
+
+def test_deep_nesting_is_refused(target: Target) -> None:
+    assert "nested too deeply" in refused("a: " + "[" * 3000 + "]" * 3000, target)
+    assert "nested too deeply" in refused("a: " + "[" * 40 + "]" * 40, target)
+
+
+def test_too_many_combinations_are_refused_before_they_are_made(target: Target) -> None:
+    many = SPEC.replace("{K: [48, 96]}", f"{{K: {list(range(1, 197))}, a: {list(range(196))}, b: [1, 2]}}")
+    many = many.replace("name: $method", "name: $method, seed: $a, score: $b")
+    assert "combinations" in refused(many, target)
+
+
+def test_a_file_that_is_large_missing_or_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("#" * (MAX_BYTES + 1))
+    for content, expected in ((None, "split it"), (b"\xff\xfe", "not UTF-8")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(SpecError, match=expected) as caught:
+            load_spec(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path / "missing.yaml")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_spec(tmp_path)
+
+
+def test_an_unknown_spec_name_gets_a_suggestion() -> None:
+    with pytest.raises(SpecError, match=r"no spec 'k_valus'; did you mean 'k_values'"):
+        find_specs(["k_valus"])
+
+
+def test_two_specs_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text(SPEC)
+    with pytest.raises(SpecError, match="rename one"):
+        find_specs([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")])
+
+
+def test_what_the_model_cannot_carry_out_is_named_with_its_arm(target: Target) -> None:
+    headless = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", depth=12)
+    with pytest.raises(SpecError, match=r"my.yaml:8: arms\[0\]: .*class token"):
+        expand(parse_spec(SPEC, "my.yaml"), target, check=lambda placement: reduce_tokens(headless, placement))
+
+
+def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -> None:
+    files = find_specs()
+    assert {file.spec.name for file in files} >= {
+        "score_functions", "k_values", "stage_placement", "class_token", "evit_stacking", "methods",
+    }  # fmt: skip
+    trials = [trial for file in files for trial in expand(file, target)]
+    assert len(trials) >= 60
+    assert len(jobs(trials, target.facts)) <= 90, "more computations than two cores finish in time"
+    for file in files:
+        assert file.spec.title and file.spec.question and file.spec.caption and file.spec.published
+
+
+def test_jobs_come_longest_first_and_answer_every_trial(target: Target) -> None:
+    trials = [trial for file in find_specs() for trial in expand(file, target)]
+    made = jobs(trials, target.facts)
+    assert [job.cost for job in made] == sorted((job.cost for job in made), reverse=True)
+    assert sorted(trial.key for job in made for trial in job.trials) == sorted(trial.key for trial in trials)
+    for job in made:
+        assert len({(trial.stages, trial.seed) for trial in job.trials}) == 1
+
+
+_WORDS = st.sampled_from(
+    ["name", "ats", "budget", "count", "ratio", "$K", "$", "${}", "at", "all", "3-11", "stack", "select", "48/0"]
+)
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | _WORDS
+_DATA = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS | st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_content_of_a_spec_can_cause_anything_but_a_spec_error(data: st.DataObject, target: Target) -> None:
+    spec = copy.deepcopy(yaml.safe_load(SPEC))
+    for _ in range(data.draw(st.integers(1, 2))):
+        *path, last = data.draw(st.sampled_from(_places(spec)[1:]))
+        inside = spec
+        for part in path:
+            inside = inside[part]
+        inside[last] = data.draw(_DATA)
+    try:
+        trials = expand(parse_spec(yaml.safe_dump(spec, allow_unicode=True)), target)
+    except SpecError:
+        return
+    assert all(re.fullmatch("[0-9a-f]{16}", trial.key) for trial in trials)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=60) | st.text(alphabet="[]{}:,-&*!|>'\"#% \nab1$", max_size=60))
+def test_no_text_can_cause_anything_but_a_spec_error(text: str) -> None:
+    try:
+        parse_spec(text)
+    except SpecError:
+        return
+    raise AssertionError("random text is no spec")

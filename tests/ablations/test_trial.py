@@ -1,0 +1,116 @@
+"""Trials: keys that change with everything that matters and nothing else, and the labels of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from ablations.plan import Target, expand
+from ablations.spec import parse_spec
+from ablations.trial import (
+    ModelFacts,
+    Trial,
+    budget_label,
+    budget_number,
+    estimated_cost,
+    failed,
+    labels_of,
+    placement_label,
+    relabel,
+    resolve_count,
+)  # fmt: skip
+from tests.ablations.conftest import SPEC
+
+CHANGED: dict[str, Any] = {
+    "spec": "other", "variant": "other", "x": 17.0, "stages": '[{"at":[4],"stack":[{"name":"identity"}]}]',
+    "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
+    "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trial(target: Target) -> Trial:
+    return expand(parse_spec(SPEC), target)[0]
+
+
+def test_every_field_changes_the_key(trial: Trial) -> None:
+    assert set(CHANGED) == {field.name for field in dataclasses.fields(Trial)}, "a new field belongs into this test"
+    keys = [dataclasses.replace(trial, **{name: value}).key for name, value in CHANGED.items()]
+    assert len({trial.key, *keys}) == len(CHANGED) + 1
+
+
+def test_labels_alone_leave_the_computation_as_it_is(trial: Trial) -> None:
+    for name, value in CHANGED.items():
+        other = dataclasses.replace(trial, **{name: value})
+        assert (other.computation == trial.computation) == (name in ("spec", "variant", "x"))
+
+
+def test_spelling_does_not_change_a_key(target: Target) -> None:
+    def key(stage: str) -> str:
+        text = "{name: a, title: A, arms: [{variant: v, stages: [%s]}]}" % stage  # noqa: UP031
+        return expand(parse_spec(text), target)[0].key
+
+    written = key("{at: [3, 4, 5], stack: [{name: evit, budget: {ratio: 0.5}}]}")
+    assert written == key("{stack: [{budget: {ratio: 0.5}, name: evit}], at: 3-5}")
+    assert written == key("{at: [5, 3, 4], stack: [{name: evit, budget: {ratio: 1/2, of: current}, fuse: true}]}")
+    assert written != key("{at: 3-5, stack: [{name: evit, budget: {ratio: 0.5}, fuse: false}]}")
+
+
+def test_a_key_stays_what_it_is_from_version_to_version() -> None:
+    fixed = Trial("s", "v", 1.5, "[]", "m", "file", "0" * 64, "w", "1" * 64, 10, 5, 0)
+    assert fixed.key == "6267ff8511430d8f", "results on disk would be lost: raise RESULT_VERSION only on purpose"
+
+
+def test_placements_read_as_a_person_writes_them() -> None:
+    assert placement_label([3]) == "block 3"
+    assert placement_label(list(range(3, 12))) == "blocks 3-11"
+    assert placement_label([3, 6, 9]) == "blocks 3, 6, 9"
+    assert placement_label([0, 1, 4, 5, 6]) == "blocks 0, 1, 4-6"
+    assert placement_label([]) == "no block"
+
+
+def test_budgets_read_as_the_field_names_them() -> None:
+    assert budget_label({"count": 98}, 196) == "K = 98"
+    assert budget_label({"drop": 13}, 196) == "r = 13"
+    assert budget_label({"ratio": 0.7}, 196) == "keep 0.7"
+    assert budget_label({"ratio": "48/196", "of": "initial", "rounding": "nearest"}, 64) == "K = 16"
+    assert budget_number({"ratio": "7/10"}, 64) == 0.7
+
+
+def test_counts_are_exact_and_halves_round_up() -> None:
+    assert resolve_count(0.7, 10, "ceil") == 7, "0.7 is seven tenths, not a little more"
+    assert [resolve_count(0.5, 5, rounding) for rounding in ("floor", "nearest", "ceil")] == [2, 3, 3]
+
+
+def test_labels_name_what_decides_also_inside_a_stack() -> None:
+    ats = {"name": "ats", "budget": {"ratio": 0.7}}
+    chosen = [{"at": [3], "stack": [{"name": "evit", "budget": {"ratio": 0.7}, "select": ats}]}]
+    assert labels_of(chosen, 64) == {"score": "class_attention_value_norm", "budget": "keep 0.7"}
+    both = [{"at": [3], "stack": [{"name": "topk", "budget": {"count": 9}}, ats]}]
+    assert labels_of(both, 64) == {
+        "score": "class_attention + class_attention_value_norm", "budget": "K = 9 + keep 0.7",
+    }  # fmt: skip
+    assert labels_of([{"at": [3], "stack": [{"name": "identity"}]}], 64) == {"score": None, "budget": None}
+
+
+def test_cost_estimates_order_placements_as_their_real_costs(facts: ModelFacts) -> None:
+    def cost(block: int, **budget: object) -> float:
+        return estimated_cost([{"at": [block], "stack": [{"name": "topk", "budget": budget}]}], facts)
+
+    whole = estimated_cost([], facts)
+    assert cost(3, count=16) < cost(3, count=32) < cost(8, count=32) < whole
+    assert cost(3, drop=10) < whole and cost(3, ratio=0.5) < cost(3, ratio=0.9)
+
+
+def test_a_failed_trial_keeps_its_reason_and_no_metric(trial: Trial, facts: ModelFacts) -> None:
+    row = failed(trial, facts, ValueError("no such token")).row
+    assert (row["status"], row["error"], row["top1"]) == ("failed", "ValueError: no such token", None)
+
+
+def test_relabelling_changes_labels_only(trial: Trial, facts: ModelFacts) -> None:
+    first = failed(trial, facts, "reason")
+    other = dataclasses.replace(trial, spec="other", variant="elsewhere", x=3.0)
+    row = relabel(first, other, facts).row
+    assert {name for name in row if row[name] != first.row[name]} == {"spec", "key", "variant", "x"}

@@ -1,0 +1,118 @@
+"""Intervals and tests against known values, scipy, and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from analysis import stats
+
+
+@pytest.mark.parametrize(("correct", "images"), [(0, 10), (10, 10), (81, 100), (752, 928), (1, 3)])
+def test_wilson_agrees_with_scipy(correct: int, images: int) -> None:
+    expected = scipy_stats.binomtest(correct, images).proportion_ci(0.95, method="wilson")
+    found = stats.wilson(correct, images)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert found.value == correct / images
+
+
+def test_an_interval_needs_an_image() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        stats.wilson(0, 0)
+    with pytest.raises(ValueError, match="at least one image"):
+        stats.bootstrap([])
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        sample = random.exponential(2.0, size=80)
+        found = stats.bootstrap(sample, draws=400, seed=trial)
+        hits += found.low <= 2.0 <= found.high
+    assert 0.90 <= hits / 300 <= 0.98  # skewed data of this size: a little below 95 %
+
+
+def test_bootstrap_agrees_with_scipy_and_repeats_itself() -> None:
+    sample = np.random.default_rng(1).normal(5, 2, 200)
+    expected = scipy_stats.bootstrap((sample,), np.mean, method="percentile", rng=2).confidence_interval
+    found = stats.bootstrap(sample, draws=9999)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.03)
+    assert found == stats.bootstrap(sample, draws=9999)
+    median = stats.bootstrap(sample, statistic=np.median)
+    assert median.value == np.median(sample)
+
+
+def test_mcnemar_is_the_exact_binomial_test_on_disagreements() -> None:
+    first = np.array([True] * 60 + [True] * 15 + [False] * 5 + [False] * 20)
+    second = np.array([True] * 60 + [False] * 15 + [True] * 5 + [False] * 20)
+    found = stats.mcnemar(first, second)
+    assert (found.first_only, found.second_only, found.images) == (15, 5, 100)
+    assert found.difference == pytest.approx(0.10)
+    assert found.p_value == pytest.approx(0.041389465, abs=1e-8)  # 2 * P(X <= 5), X ~ B(20, 1/2)
+    assert found.discordance == pytest.approx(0.20)
+    assert found.low < 0.10 < found.high
+
+
+def test_mcnemar_of_equal_answers_is_one_with_an_interval_of_some_width() -> None:
+    found = stats.mcnemar([True, False] * 50, [True, False] * 50)
+    assert found.p_value == 1.0 and found.difference == 0.0
+    assert -0.05 < found.low < 0 < found.high < 0.05
+
+
+def test_interval_of_the_paired_difference_covers_it() -> None:
+    random, hits = np.random.default_rng(3), 0
+    for _ in range(500):
+        outcome = random.choice(4, size=150, p=[0.7, 0.12, 0.06, 0.12])  # both, first only, second only, none
+        found = stats.mcnemar(outcome <= 1, (outcome == 0) | (outcome == 2))
+        hits += found.low <= 0.06 <= found.high
+    assert 0.92 <= hits / 500 <= 0.98
+
+
+def test_compare_matches_images_by_name_and_refuses_others() -> None:
+    one = pd.DataFrame({"image": ["a", "b", "c"], "correct": [True, False, True]})
+    two = pd.DataFrame({"image": ["c", "a", "b"], "correct": [True, True, True]})
+    found = stats.compare(one, two)
+    assert (found.first_only, found.second_only) == (0, 1)
+    with pytest.raises(ValueError, match="different images"):
+        stats.compare(one, two.assign(image=["c", "a", "d"]))
+    with pytest.raises(ValueError, match="same images"):
+        stats.mcnemar([True], [True, False])
+
+
+def test_holm_on_a_worked_example() -> None:
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([]) == []
+
+
+def test_resolution_is_the_difference_found_in_four_of_five_repetitions() -> None:
+    need = stats.resolution(1000, accuracy=0.8, discordance=0.1)
+    assert need.unpaired == pytest.approx(2.8016 * math.sqrt(2 * 0.16 / 1000), rel=1e-3)
+    assert need.paired < need.unpaired
+    random, shown = np.random.default_rng(4), 0
+    gain, loss = (0.1 + need.paired) / 2, (0.1 - need.paired) / 2
+    for _ in range(400):
+        outcome = random.choice(3, size=1000, p=[gain, loss, 0.9])
+        shown += stats.mcnemar(outcome == 0, outcome == 1).p_value < 0.05
+    assert 0.70 <= shown / 400 <= 0.87  # the exact test is a little conservative
+
+
+def test_resolution_falls_with_images_and_never_exceeds_one() -> None:
+    sizes = [stats.resolution(n, accuracy=0.8, discordance=0.05).paired for n in (20, 200, 2000)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert stats.resolution(1, accuracy=0.5, discordance=0.0).paired <= 1.0
+
+
+def test_spearman_agrees_with_scipy_and_its_interval_covers() -> None:
+    random = np.random.default_rng(5)
+    x = random.integers(0, 10, 500)
+    y = x + random.normal(0, 5, 500)
+    found = stats.spearman(x, y)
+    assert found.value == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    assert found.low < found.value < found.high
+    assert math.isnan(stats.spearman([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]).value)
+    assert stats.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]).value == pytest.approx(1.0)
