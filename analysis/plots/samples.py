@@ -123,19 +123,20 @@ def _picture(axes: Axes, sample: Sample, row: Mapping[str, Any], block: int, *, 
 
 
 def _headings(figure: Figure, grid: np.ndarray, methods: Sequence[tuple[dict[str, Any], list[int]]]) -> None:
-    """What each column is; a method's name and cost stand over its first column, no wider than its own
-    columns.
-    """
+    """What each column is; a method's name and cost stand over its own columns."""
     grid[0, 0].set_title("input", fontsize=8.5)
-    column = 2
+    names = []
     for row, shown in methods:
         name = f"{row['variant'].replace('_', ' ')}, {style.cost(row['gmacs_mean'])} GMACs"
+        names.append(textwrap.wrap(name, 11 * len(shown) + 1))
+    # Blank lines hold the room above: a name is wider than a column, and must not push columns apart.
+    room = "\n" * max(2, *(1 + len(lines) for lines in names))
+    column = 2
+    for (_, shown), lines in zip(methods, names, strict=True):
         for i, block in enumerate(shown):
-            # The blank lines hold the room above: the name itself, wider than a column, must not push columns
-            # apart.
-            grid[0, column + i].set_title(f"\n\nafter block {block}", fontsize=8.5)
+            grid[0, column + i].set_title(f"{room}after block {block}", fontsize=8.5)
         head = grid[0, column].annotate(
-            "\n".join(textwrap.wrap(name, 11 * len(shown) + 1)),
+            "\n".join(lines),
             (0, 1),
             xytext=(0, 19),
             fontsize=9,

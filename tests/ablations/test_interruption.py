@@ -58,9 +58,8 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     family = {process.pid}
     while found := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= found
-    return [
-        pid for pid in sorted(family) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ResourceTrain")
-    ]
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in sorted(family)}
+    return [pid for pid, name in names.items() if name.startswith(b"ray::ResourceTrainable")]
 
 
 def stop_after_two(process: subprocess.Popen[str], out: Path, how: signal.Signals) -> str:
@@ -137,7 +136,8 @@ run_serial(jobs, context=context, store=Store(Path(out) / "serial").create(), pr
 broken = [dataclasses.replace(jobs[1], trials=(stale,)), *jobs]
 progress = RunProgress(broken, terminal=True)  # Tune must cope with a bar as well
 saved = save_context(session, context)
-run_on_ray(broken, context=saved, facts=session.facts, store=session.store, progress=progress, workers=2)
+with progress:
+    run_on_ray(broken, context=saved, facts=session.facts, store=session.store, progress=progress, workers=2)
 print(serial.finished, progress.finished, progress.failures)
 """
     done = subprocess.run(
