@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import os
 import signal
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ablations.listing import reducer_rows, table, trial_rows
+
 if TYPE_CHECKING:
     from ablations.plan import Job
     from ablations.session import Session
-    from ablations.trial import Trial
 
 log = logging.getLogger("ablations")
 
@@ -116,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
     running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
     running.add_argument("--strict", action="store_true", help="refuse images that cannot be read, instead of skipping")
+    running.add_argument(
+        "--download", action="store_true", help="let torchvision and timm fetch a data set into --data"
+    )
     running.add_argument("--workers", type=int, metavar="N", help="trials at once (one a core, or four a GPU)")
     running.add_argument("--serial", action="store_true", help="run in this process, one after the other, without Ray")
     running.add_argument("--dry-run", action="store_true", help="open everything, show the plan and stop")
@@ -139,13 +141,13 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.reducers:
-        _print_table(["name", "settings", "adaptive", "what it does", "source"], _reducer_rows())
+        print(table(["name", "settings", "adaptive", "what it does", "source"], reducer_rows()))
         return OK
     from ablations.session import Settings, preview
 
     plan = preview(Settings())
     rows = [[file.spec.name, str(len(plan.trials[file.spec.name])), file.spec.title] for file in plan.specs]
-    _print_table(["spec", "trials", "title"], [*rows, ["all", str(sum(int(row[1]) for row in rows)), ""]])
+    print(table(["spec", "trials", "title"], [*rows, ["all", str(sum(int(row[1]) for row in rows)), ""]]))
     return OK
 
 
@@ -157,8 +159,8 @@ def _validate(arguments: argparse.Namespace) -> int:
     for file in plan.specs:
         trials = plan.trials[file.spec.name]
         print(f"{file.spec.name}: {file.spec.title} ({len(trials)} trials)")
-        rows = _trial_rows(trials, plan.facts.patches)
-        _print_table(["variant", "x", "placement", "budget", "seed"], rows, indent="  ")
+        rows = trial_rows(trials, plan.facts.patches)
+        print(table(["variant", "x", "placement", "budget", "seed"], rows, indent="  "))
     print(f"valid for {settings.model_name}; nothing was run")
     return OK
 
@@ -179,6 +181,7 @@ def _run(arguments: argparse.Namespace) -> int:
         limit=arguments.limit,
         batch=arguments.batch,
         strict=arguments.strict,
+        download=arguments.download,
     )
     session = open_session(settings)
     pending = session.pending()
@@ -209,7 +212,7 @@ def _status(arguments: argparse.Namespace) -> int:
     print(f"{run.get('model')} ({run.get('weights')} weights) on {run.get('images')} images of {run.get('workload')}")
     rows = [[s.spec, *(str(n) for n in (s.planned, s.finished, s.failed, s.stale))] for s in states]
     sums = [str(sum(int(row[column]) for row in rows)) for column in range(1, 5)]
-    _print_table(["spec", "planned", "finished", "failed", "stale"], [*rows, ["all", *sums]])
+    print(table(["spec", "planned", "finished", "failed", "stale"], [*rows, ["all", *sums]]))
     return OK
 
 
@@ -288,49 +291,6 @@ def _announce(session: Session, pending: int, computations: int) -> None:
     shared = f" ({computations} computations; the others ask the same)" if computations < pending else ""
     print(f"{pending} to compute{shared}" if pending else "all of them are finished: nothing to compute")
     sys.stdout.flush()
-
-
-def _trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
-    from ablations.trial import blocks_of, labels_of, placement_label
-
-    return [
-        [
-            trial.variant,
-            "" if trial.x is None else f"{trial.x:g}",
-            placement_label(blocks_of(trial.stage_list())),
-            labels_of(trial.stage_list(), patches)["budget"] or "",
-            str(trial.seed),
-        ]
-        for trial in trials
-    ]
-
-
-def _reducer_rows() -> list[list[str]]:
-    from reducers import available
-
-    rows = []
-    for name, cls in available().items():
-        settings = [
-            parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"
-            for parameter in inspect.signature(cls).parameters.values()
-            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        ]
-        adaptive = "yes" if cls.__dict__.get("adaptive") is True else "no"
-        rows.append([name, ", ".join(settings), adaptive, cls.summary, cls.source])
-    return rows
-
-
-def _print_table(header: list[str], rows: list[list[str]], *, indent: str = "") -> None:
-    """Aligned columns; long cells are wrapped so that a terminal of 120 columns holds a row."""
-    cells = [[textwrap.wrap(cell, 44) or [""] for cell in row] for row in [header, *rows]]
-    widths = [max(len(line) for row in cells for line in row[column]) for column in range(len(header))]
-    for number, row in enumerate(cells):
-        for line in range(max(len(cell) for cell in row)):
-            texts = [cell[line] if line < len(cell) else "" for cell in row]
-            padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
-            print((indent + "  ".join(padded)).rstrip())
-        if number == 0:
-            print(indent + "  ".join("-" * width for width in widths))
 
 
 if __name__ == "__main__":

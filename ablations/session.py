@@ -37,6 +37,7 @@ class Settings:
     limit: int | None = None
     batch: int | None = None
     strict: bool = False
+    download: bool = False
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch"):
@@ -102,6 +103,7 @@ def open_session(settings: Settings) -> Session:
         strict=settings.strict,
         cache=store.cache,
         weights=settings.weights,
+        download=settings.download,
     )
     if workload.skipped:
         log.warning("%d images could not be read and are skipped; run.json lists them", len(workload.skipped))

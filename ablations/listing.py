@@ -1,0 +1,54 @@
+"""Tables for the terminal: the trials of a plan, the reducers and their settings."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ablations.trial import Trial
+
+_CELL = 44  # characters: longer cells are wrapped, so that a terminal of 120 columns holds a row
+
+
+def trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
+    """Variant, x, placement, budget and seed of each trial; ``patches`` is what the model starts with."""
+    from ablations.trial import blocks_of, labels_of, placement_label
+
+    return [
+        [
+            trial.variant,
+            "" if trial.x is None else f"{trial.x:g}",
+            placement_label(blocks_of(trial.stage_list())),
+            labels_of(trial.stage_list(), patches)["budget"] or "",
+            str(trial.seed),
+        ]
+        for trial in trials
+    ]
+
+
+def reducer_rows() -> list[list[str]]:
+    """Name, settings, adaptive or not, summary and source of every registered reducer."""
+    from reducers import available
+
+    rows = []
+    for name, cls in available().items():
+        settings = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in cls.settings()]
+        rows.append([name, ", ".join(settings), "yes" if cls.adaptive is True else "no", cls.summary, cls.source])
+    return rows
+
+
+def table(header: list[str], rows: list[list[str]], *, indent: str = "") -> str:
+    """Aligned columns, a rule under the header."""
+    cells = [[textwrap.wrap(cell, _CELL) or [""] for cell in row] for row in [header, *rows]]
+    widths = [max(len(line) for row in cells for line in row[column]) for column in range(len(header))]
+    lines = []
+    for number, row in enumerate(cells):
+        for line in range(max(len(cell) for cell in row)):
+            texts = [cell[line] if line < len(cell) else "" for cell in row]
+            padded = [text.ljust(width) for text, width in zip(texts, widths, strict=True)]
+            lines.append((indent + "  ".join(padded)).rstrip())
+        if number == 0:
+            lines.append(indent + "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
