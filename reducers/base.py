@@ -21,6 +21,7 @@ from reducers.maps import TokenMap
 if TYPE_CHECKING:
     from reducers.signals import Signals
     from reducers.tokens import TokenBatch
+    from reducers.trace import Tracer
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class State:
     image_keys: Tensor | None = None  # (B,) int64, for methods that draw random numbers
     training: bool = False
     plans: Mapping[int, Any] = field(default_factory=dict)  # what each reducer's ``plan`` returned, by id
+    draw: int = 0  # how many reducers of the same block draw random numbers before this one
+    tracer: Tracer | None = None  # while tracing: a reducer that replaces a block reports its maps and its cost here
 
 
 class TokenReducer(nn.Module):
@@ -109,22 +112,26 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
         x = decision.features if decision.features is not None else token_map.apply(batch.x)
     size = token_map.total(batch.size)
     bias = batch.key_bias
-    if decision.proportional:
-        bias = size.to(torch.promote_types(x.dtype, torch.float32)).log()
-    elif bias is not None:  # exp(bias) is a number of tokens, so members add up
+    if bias is not None:  # exp(bias) is a number of tokens, so members add up
         bias = token_map.total(bias.exp()).log()
+    if decision.proportional:
+        by_size = size.to(torch.promote_types(x.dtype, torch.float32)).log()
+        if token_map.new.uniform is None:  # images of which nothing was merged keep the attention they had
+            changed = (token_map.new.lengths < token_map.old.lengths)[token_map.new.row_image]
+            by_size = torch.where(changed, by_size, torch.zeros_like(by_size) if bias is None else bias)
+        bias = by_size
     pos = batch.pos
     if pos is not None:
         source = token_map.source
         pos = pos[source.clamp(min=0)].masked_fill(source < 0, -1)
     received = None if batch.received is None else token_map.total(batch.received)
-    class_rows = _class_rows(batch.cls, token_map)
+    class_rows = class_rows_after(batch.cls, token_map)
     return replace(
         batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received
     )
 
 
-def _class_rows(rows: Tensor, token_map: TokenMap) -> Tensor:
+def class_rows_after(rows: Tensor, token_map: TokenMap) -> Tensor:
     """Where the class tokens (B,) went; -1 where there is none or it was dropped."""
     old, new = token_map.old.uniform, token_map.new.uniform
     if old is not None and new is not None and old[1] == new[1]:  # nobody lost a prefix token, and it comes first

@@ -24,13 +24,13 @@ class Budget:
     """How many patch tokens may stay. Use ``Ratio``, ``Count`` or ``Drop``."""
 
     def resolve(self, current: Tensor, *, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
-        """Patch tokens to keep of each image, between 0 and ``current`` (B,) int64.
+        """Patch tokens to keep of each image, (B,) int64: at least 1 where there is one, at most ``current``.
 
         ``initial``: patch tokens entering block 0. ``prefix`` (B,): prefix tokens, for budgets that count them.
         ``rounding``: the reducer's own default, used where the budget names none.
         """
         wanted = self._wanted(current, initial, prefix, rounding)
-        return torch.minimum(wanted.clamp(min=0), current)
+        return torch.minimum(wanted.clamp(min=1), current)
 
     def count(self, current: int, *, initial: int, prefix: int, rounding: Rounding) -> int:
         """``resolve`` for one image, on the host."""
@@ -145,6 +145,27 @@ class Drop(Budget):
 
     def spec(self) -> dict[str, Any]:
         return {"drop": self.value}
+
+
+def checked_budget(budget: object, owner: str) -> Budget:
+    """The budget, or an error that shows how one is written."""
+    if not isinstance(budget, Budget):
+        raise ReducerError(f"{owner} takes a budget such as Ratio(0.7), Count(108) or Drop(13); got {budget!r}")
+    return budget
+
+
+def checked_flag(value: object, setting: str) -> bool:
+    """True or False and nothing else: a word such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise ReducerError(f"{setting} must be true or false; got {value!r}")
+    return value
+
+
+def checked_seed(value: object) -> int:
+    """A whole number."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ReducerError(f"seed must be a whole number; got {value!r}")
+    return value
 
 
 _FORMS = '{"ratio": 0.7}, {"ratio": "48/196", "of": "initial"}, {"count": 108} or {"drop": 13}'

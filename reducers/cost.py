@@ -7,6 +7,7 @@ Linear layers, convolutions and the two attention products count; norms, softmax
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ class CostMeter:
 
 
 def linear_macs(module: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-adds for one image of all linear layers and convolutions inside ``module``, by running it once on
+    """Multiply-adds for one image of all linear layers and convolutions in ``module``, by running a copy once on
     ``inputs`` (1, …).
     """
     total = 0
@@ -84,14 +85,12 @@ def linear_macs(module: nn.Module, *inputs: Tensor) -> int:
         nonlocal total
         total += output.numel() * layer.weight[0].numel()  # each output is one dot product with a row of weights
 
+    module = copy.deepcopy(
+        module
+    ).eval()  # hooks and modes of the original are its user's, and other threads may run it
     layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    training = module.training
-    try:
-        with torch.no_grad():
-            module.eval()(*inputs)
-    finally:
-        module.train(training)
-        for hook in hooks:
-            hook.remove()
+    for layer in layers:
+        layer.register_forward_hook(count)
+    with torch.no_grad():
+        module(*inputs)
     return total

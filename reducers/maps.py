@@ -152,9 +152,9 @@ class Mix(TokenMap):
     weights: Tensor  # (B, M, N) padded over all tokens, prefix rows included
 
     def apply(self, x: Tensor) -> Tensor:
-        flat = x.reshape(len(x), -1)
+        flat = x.flatten(1) if x.dim() > 1 else x[:, None]
         mixed = self.weights.to(x.dtype) @ self.old.pad(flat)
-        return self.new.unpad(mixed).reshape(-1, *x.shape[1:])
+        return self.new.unpad(mixed).view(self.new.rows, *x.shape[1:])
 
     def total(self, values: Tensor) -> Tensor:
         return self.apply(values)

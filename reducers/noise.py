@@ -36,11 +36,16 @@ def _mix(value: Tensor) -> Tensor:
 
 def image_keys(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B,) int64, a hash of each image's pixels."""
-    flat = images.detach().reshape(len(images), -1)
+    flat = images.detach().flatten(1)
     step = max(1, flat.shape[1] // _SAMPLED_PIXELS)
     bits = flat[:, ::step].float().contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     return _mix((bits + 1) * _mix((place + 1) * _GOLDEN)).sum(1)
+
+
+def stream(block: int, draw: int, *, kind: int = 0) -> int:
+    """A stream of its own for each block, each reducer of a stack that draws, and each kind of use."""
+    return (block * 64 + draw) * 4 + kind
 
 
 def uniform(keys: Tensor, counter: Tensor, *, seed: int, stream: int) -> Tensor:

@@ -54,10 +54,14 @@ def at(blocks: int | Iterable[int], reducer: TokenReducer) -> Placement:
     """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks."""
     if not isinstance(reducer, TokenReducer):
         raise ReducerError(f"at() places a reducer such as ATS(Count(108)); got {reducer!r}")
+    if isinstance(blocks, str) or not isinstance(blocks, (int, Iterable)):  # type: ignore[unreachable]
+        raise ReducerError(f"at() takes block indices such as 3, [3, 6, 9] or range(3, 12); got {blocks!r}")
     listed = [blocks] if isinstance(blocks, int) else list(blocks)
+    if any(isinstance(block, bool) or not isinstance(block, int) for block in listed):
+        raise ReducerError(f"block indices are whole numbers; got {listed!r}")
     if len(set(listed)) != len(listed):
         raise ReducerError(f"block named twice in {listed}; to act twice in one block, use Stack(first, second)")
-    return Placement({int(block): reducer for block in listed})
+    return Placement(dict.fromkeys(listed, reducer))
 
 
 def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int = 12) -> Placement:
@@ -80,6 +84,8 @@ def parse_blocks(where: Any, depth: int) -> list[int]:
             if not match:
                 raise ReducerError(f'blocks are written 3, [3, 6, 9], "3-11" or "all"; got {where!r}')
             first, last = int(match[1]), int(match[2] or match[1])
+            if last < first:
+                raise ReducerError(f"blocks {where!r} run backwards; write the smaller one first")
             blocks.extend(range(first, last + 1))
         return blocks
     if isinstance(where, int) and not isinstance(where, bool):
@@ -104,6 +110,8 @@ def placement_from(stages: list[dict[str, Any]], depth: int = 12) -> Placement:
         if not parts:
             raise ReducerError(f"the stack of stage {stage!r} is empty; leave the stage out instead")
         reducer = parts[0] if len(parts) == 1 else Stack(*parts)
+        if stage["at"] == []:
+            raise ReducerError(f"stage {stage!r} names no block; leave the stage out instead")
         placement = placement | at(parse_blocks(stage["at"], depth), reducer)
     placement.check(depth)
     return placement

@@ -37,9 +37,9 @@ def build(data: dict[str, Any]) -> TokenReducer:
     if not isinstance(data, dict) or "name" not in data:
         raise ReducerError(f'a reducer is written {{"name": "ats", "budget": {{"count": 108}}}}; got {data!r}')
     name = data["name"]
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ReducerError(f"unknown reducer {name!r}{hint} Registered: {', '.join(sorted(_METHODS))}")
     cls = _METHODS[name]
     parameters = {p.name: p for p in cls.settings()}

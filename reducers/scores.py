@@ -48,7 +48,7 @@ def random(signals: Signals, state: State, *, seed: int) -> Tensor:
         raise ReducerError("this reducer draws random numbers: set uses_random so that the runtime supplies image keys")
     layout = signals.layout
     keys = state.image_keys[layout.row_image]
-    return noise.uniform(keys, layout.row_index, seed=seed, stream=state.block)
+    return noise.uniform(keys, layout.row_index, seed=seed, stream=noise.stream(state.block, state.draw))
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,6 @@ SCORES: dict[str, Score] = {
 
 def find_score(name: str) -> Score:
     """The score of that name; an unknown one is refused with the list of those there are."""
-    if name not in SCORES:
+    if not isinstance(name, str) or name not in SCORES:
         raise ReducerError(f"unknown score {name!r}; choose one of {', '.join(SCORES)}")
     return SCORES[name]

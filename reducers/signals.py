@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reducers.base import Decision
+from reducers.base import Decision, class_rows_after
 from reducers.errors import ReducerError
 from reducers.tokens import Layout
 
@@ -23,9 +23,10 @@ Spend = Callable[[Tensor], None]
 class Signals(ABC):
     """What a reducer at the attention site can ask for."""
 
-    def __init__(self, layout: Layout, size: Tensor, spend: Spend | None) -> None:
+    def __init__(self, layout: Layout, size: Tensor, cls: Tensor, spend: Spend | None) -> None:
         self.layout = layout
         self.size = size  # (T,) float32
+        self.cls = cls  # (B,) packed row of the class token, -1 where there is none
         self._spend = spend
 
     def spend(self, macs: Tensor | float) -> None:
@@ -81,7 +82,8 @@ class Transported(Signals):
     """
 
     def __init__(self, before: Signals, decision: Decision) -> None:
-        super().__init__(decision.map.new, decision.map.total(before.size), before._spend)
+        class_rows = class_rows_after(before.cls, decision.map)
+        super().__init__(decision.map.new, decision.map.total(before.size), class_rows, before._spend)
         self._before = before
         self._decision = decision
 

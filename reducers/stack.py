@@ -26,7 +26,9 @@ class Stack(TokenReducer):
     def __init__(self, *reducers: TokenReducer, stack: list[TokenReducer] | None = None) -> None:
         super().__init__()
         parts: list[TokenReducer] = []
-        for reducer in [*reducers, *(stack or [])]:
+        for reducer in [*reducers, *(stack if isinstance(stack, list) else [])]:
+            if not isinstance(reducer, TokenReducer):
+                raise ReducerError(f"Stack takes reducers, first to last; got {reducer!r}")
             parts.extend(reducer.members if isinstance(reducer, Stack) else [reducer])
         if not parts:
             raise ReducerError("Stack() is empty; give it the reducers to apply, first to last")

@@ -54,7 +54,7 @@ class Layout:
 
     @cached_property
     def longest(self) -> int:
-        return max(self.counts, default=0)
+        return self.uniform[0] if self.uniform is not None else max(self.counts, default=0)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -105,7 +105,9 @@ class Layout:
 
     def width_from(self, first: Tensor) -> int:
         if self.uniform is not None:
-            return self.uniform[0] - int(first[0]) if first is not self.prefix else self.uniform[0] - self.uniform[1]
+            if first is self.prefix:
+                return self.uniform[0] - self.uniform[1]
+            return self.uniform[0] - (int(first[0]) if len(first) else 0)
         return max((n - f for n, f in zip(self.counts, first.tolist(), strict=True)), default=0)
 
     def pad(self, values: Tensor, first: Tensor | None = None, *, fill: float = 0.0) -> Tensor:
@@ -128,7 +130,7 @@ class Layout:
     def unpad(self, padded: Tensor, first: Tensor | None = None) -> Tensor:
         """The opposite of ``pad``: (B, L, ...) -> (rows it covers, ...)."""
         if self.uniform is not None:
-            return padded.reshape(-1, *padded.shape[2:])
+            return padded.flatten(0, 1)
         return padded[self.valid_from(torch.zeros_like(self.prefix) if first is None else first)]
 
     def spread(self, padded: Tensor, *, prefix: float | bool) -> Tensor:
@@ -143,7 +145,7 @@ class Layout:
     def sum_rows(self, values: Tensor) -> Tensor:
         """(T,) -> (B,) sum over each image's rows."""
         if self.uniform is not None:
-            return values.view(self.images, -1).sum(1)
+            return values.view(self.images, self.uniform[0]).sum(1)
         return torch.zeros(self.images, dtype=values.dtype, device=values.device).index_add_(0, self.row_image, values)
 
 
@@ -162,14 +164,14 @@ class TokenBatch:
     @classmethod
     def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:
         """(B, N, D) features as a timm ViT hands them to its blocks."""
-        images, tokens, width = x.shape
+        images, tokens, _ = x.shape
         layout = Layout.alike(images, tokens, prefix, x.device)
         class_rows = layout.starts if has_class_token else torch.full_like(layout.starts, -1)
         pos = None
         if track:
             pos = (layout.row_index - prefix).clamp(min=-1)
         size = torch.ones(images * tokens, dtype=torch.float32, device=x.device)
-        return cls(x.reshape(-1, width), layout, size, class_rows, pos)
+        return cls(x.flatten(0, 1), layout, size, class_rows, pos)
 
     @property
     def lengths(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reducers import noise
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget
+from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
 from reducers.errors import ReducerError
 from reducers.maps import keep_rows
 from reducers.registry import register
@@ -151,13 +151,13 @@ class ATS(TokenReducer):
         for setting, value, choices in named:
             if value not in get_args(choices):
                 raise ReducerError(f"ATS({setting}={value!r}): choose one of {', '.join(get_args(choices))}")
-        self.budget = budget
+        self.budget = checked_budget(budget, "ATS")
         self.score = score
         self.variant = variant
         self.heads = heads
         self.lookup = lookup
-        self.keep_class_token = keep_class_token
-        self.seed = seed
+        self.keep_class_token = checked_flag(keep_class_token, "ATS(keep_class_token=…)")
+        self.seed = checked_seed(seed)
         self._score = find_score(score)
         self.needs_class_token = self._score.needs_class_token
         self.uses_random = self._score.uses_random or variant == "gumbel"
@@ -176,7 +176,8 @@ class ATS(TokenReducer):
         if self.keep_class_token:
             candidates = ~layout.is_prefix
         else:
-            candidates = ~layout.is_prefix | (layout.row_index == 0)
+            candidates = ~layout.is_prefix
+            candidates[signals.cls[signals.cls >= 0]] = True
         valid = layout.valid_from(first) & layout.pad(candidates, first)
         chosen = self._sample(layout.pad(scores, first), valid, signals, state)
         kept = chosen if first is layout.prefix else chosen | (layout.valid & ~layout.pad(candidates))
@@ -187,6 +188,8 @@ class ATS(TokenReducer):
     def _sample(self, scores: Tensor, valid: Tensor, signals: Signals, state: State) -> Tensor:
         """Which candidates are kept, (B, N) bool."""
         layout = signals.layout
+        if scores.shape[1] == 0:  # no image has a candidate left
+            return valid
         points = self.budget.points(layout.patches, initial=state.initial, prefix=layout.prefix, rounding="floor")
         shares = significance(scores, valid)
         if self.variant == "official":
@@ -198,12 +201,16 @@ class ATS(TokenReducer):
             pairs = torch.arange(most * shares.shape[1], device=shares.device)
             # numbered by draw first, so that padding does not renumber another image's draws
             pairs = pairs // shares.shape[1] + (pairs % shares.shape[1]) * 2**20
-            draws = noise.uniform(state.image_keys[:, None], pairs, seed=self.seed, stream=1000 + state.block)
+            draws = noise.uniform(
+                state.image_keys[:, None], pairs, seed=self.seed, stream=noise.stream(state.block, state.draw, kind=1)
+            )
             return sample_gumbel(shares, valid, points, draws.view(len(shares), most, -1))
         cdf = cumulative(shares, valid)
         if self.variant == "unsorted":
             grid, used = even_points(points, cdf.dtype)
-            return sample_nearest(cdf, valid, grid, used & (grid < grid.gather(1, points[:, None] - 1)))
+            last = grid >= grid.gather(1, points[:, None] - 1)
+            last = last & (points > 1)[:, None]  # of one point, that one stays
+            return sample_nearest(cdf, valid, grid, used & ~last)
         if self.lookup == "nearest":
             return sample_nearest(cdf, valid, *even_points(points, cdf.dtype))
         return sample_inverse(cdf, points) & valid

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget
+from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Merge
 from reducers.methods.topk import first_of, keep_count, keep_highest, rank_patches
@@ -68,16 +68,19 @@ class EViT(TokenReducer):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if select is not None and (not isinstance(select, TokenReducer) or select.name == "stack"):
+            raise ReducerError(f"EViT(select={select!r}): the selector is one reducer, such as ATS(Ratio(0.7))")
         if select is not None and (not select.only_decides or select.may_drop_class_token):
             raise ReducerError(f"EViT(select={select.name}): the selector must only decide, and keep the class token")
-        self.budget = budget
-        self.fuse = fuse
+        self.budget = checked_budget(budget, "EViT")
+        self.fuse = checked_flag(fuse, "EViT(fuse=…)")
         self.select = select
         self.score = score
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self._score = find_score(score)
         self.needs_class_token = fuse or self._score.needs_class_token or bool(select and select.needs_class_token)
         self.uses_random = self._score.uses_random or bool(select and select.uses_random)
+        self.uses_previous_attention = bool(select and select.uses_previous_attention)
         self.adaptive = bool(select and select.adaptive)  # type: ignore[misc]  # of this instance, not of the method
 
     def decide(self, signals: Signals, state: State) -> Decision | None:

@@ -13,6 +13,7 @@ class Identity(TokenReducer):
 
     summary = "no reduction"
     source = "control"
+    cuts_before_values = True  # it cuts nothing, so a stack is counted as its other members are
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         return None

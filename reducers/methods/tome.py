@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget
+from reducers.budget import Budget, checked_budget, checked_flag
 from reducers.maps import Merge
 from reducers.registry import register
 from reducers.signals import Signals
@@ -53,9 +53,11 @@ def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | i
     new_even = layout.prefix[:, None] + even.long().cumsum(1) - 1
     new_odd = (layout.prefix + even.sum(1))[:, None] + odd.long().cumsum(1) - 1
     new_even = torch.where(merged, new_odd.gather(1, partner), new_even)
+    if not isinstance(count, int):  # an image that merges nothing keeps its order, as it would alone
+        movable = movable & (count > 0)[:, None]
     target = place.expand(layout.images, -1).clone()  # prefix tokens stay where they are
     target[:, 0::2] = torch.where(movable[:, 0::2], new_even, target[:, 0::2])
-    target[:, 1::2] = torch.where(odd, new_odd, target[:, 1::2])
+    target[:, 1::2] = torch.where(movable[:, 1::2], new_odd, target[:, 1::2])
 
     if layout.uniform is not None and isinstance(count, int):
         new = Layout.alike(layout.images, layout.uniform[0] - count, layout.uniform[1], order.device)
@@ -83,22 +85,22 @@ class ToMe(TokenReducer):
 
     def __init__(self, budget: Budget, *, proportional: bool = True) -> None:
         super().__init__()
-        self.budget = budget
-        self.proportional = proportional
+        self.budget = checked_budget(budget, "ToMe")
+        self.proportional = checked_flag(proportional, "ToMe(proportional=…)")
         self._warned = False
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         count = self._pairs(layout, state)
-        if isinstance(count, int) and count == 0:
+        if not (count if isinstance(count, int) else bool(count.any())):
             return None
         with torch.no_grad():
-            metric = signals.keys().mean(dim=1)  # (T, d)
+            metric = signals.keys().detach().mean(dim=1)  # (T, d)
             best, partner = bipartite_pairs(layout.pad(metric), layout.valid, layout.prefix)
             size = signals.size.to(torch.promote_types(metric.dtype, torch.float32))
             merge = merge_pairs(layout, best, partner, count, size)
         if signals.counting:
-            tokens = layout.lengths.double()
+            tokens = layout.lengths.double() * (torch.as_tensor(count, device=metric.device) > 0)
             signals.spend((tokens / 2).ceil() * (tokens / 2).floor() * metric.shape[1])
             signals.spend(tokens * signals.values()[0].numel())
         return Decision(merge, proportional=self.proportional)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, Rounding
+from reducers.budget import Budget, Rounding, checked_budget, checked_seed
 from reducers.maps import Keep, keep_patches, keep_ranked
 from reducers.registry import register
 from reducers.scores import find_score
@@ -58,9 +58,9 @@ class TopK(TokenReducer):
 
     def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
         super().__init__()
-        self.budget = budget
+        self.budget = checked_budget(budget, "TopK")
         self.score = score
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self._score = find_score(score)
         self.needs_class_token = self._score.needs_class_token
         self.uses_random = self._score.uses_random

@@ -41,12 +41,24 @@ def check_model(model: nn.Module) -> None:
 
 
 def _check_block(index: int, block: nn.Module) -> None:
+    """Block, attention and qkv are restated, not called: whatever would change them must be seen here."""
     if type(block) is not Block:
         raise UnsupportedModel(
             f"block {index} is a {type(block).__name__}, which has another order of work. {_SUPPORTED}."
         )
     if type(block.attn) is not Attention:
         raise UnsupportedModel(f"block {index} attends with {type(block.attn).__name__}. {_SUPPORTED}.")
+    if type(block.attn.qkv) is not nn.Linear:
+        raise UnsupportedModel(
+            f"block {index} has its qkv replaced by a {type(block.attn.qkv).__name__}, which would be bypassed; "
+            f"merge it into a plain Linear first (LoRA, quantisation, parametrisation). {_SUPPORTED}."
+        )
+    for name, module in (("block", block), ("attn", block.attn), ("attn.qkv", block.attn.qkv)):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedModel(
+                f"block {index} has a forward hook on its {name}, which would be bypassed; remove the hook, or make "
+                f"the pruning permanent, first. {_SUPPORTED}."
+            )
     mlp = block.mlp
     if type(mlp) not in _ROWWISE_MLPS or any(isinstance(layer, nn.Conv2d) for layer in mlp.modules()):
         raise UnsupportedModel(

@@ -32,10 +32,11 @@ def packed_attention(
     H, d).
     """
     if queries.uniform is not None and keys.uniform is not None:
-        mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, -1).to(q.dtype)
+        mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, keys.uniform[0]).to(q.dtype)
         out = _fused(
-            q.view(queries.images, -1, *q.shape[1:]), k.view(keys.images, -1, *k.shape[1:]),
-            v.view(keys.images, -1, *v.shape[1:]), mask, scale, dropout,
+            q.view(queries.images, queries.uniform[0], *q.shape[1:]),
+            k.view(keys.images, keys.uniform[0], *k.shape[1:]),
+            v.view(keys.images, keys.uniform[0], *v.shape[1:]), mask, scale, dropout,
         )  # fmt: skip
         return out.reshape(q.shape)
     if q.device.type == "cpu":
@@ -83,13 +84,17 @@ class PackedAttention:
         self.layout = layout
         self.key_bias = key_bias
         self._fused_qkv: Tensor | None = None
+        self._all_queries: Tensor | None = None
+        # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
+        self._differentiable = torch.is_grad_enabled()
 
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
         qkv, width = self.attn.qkv, self.attn.attn_dim
         bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
-        out = F.linear(x, qkv.weight[first * width : last * width], bias)
-        return out.view(len(x), last - first, self.attn.num_heads, self.attn.head_dim)
+        with torch.set_grad_enabled(self._differentiable):
+            out = F.linear(x, qkv.weight[first * width : last * width], bias)
+            return out.view(len(x), last - first, self.attn.num_heads, self.attn.head_dim)
 
     def use_all_queries(self) -> None:
         """Say that every row will be asked for, so that queries, keys and values take one projection."""
@@ -98,8 +103,9 @@ class PackedAttention:
 
     @cached_property
     def _keys_values(self) -> tuple[Tensor, Tensor]:
-        both = self._project(self.x, 1, 3) if self._fused_qkv is None else self._fused_qkv[:, 1:]
-        return self.attn.k_norm(both[:, 0]), both[:, 1]
+        with torch.set_grad_enabled(self._differentiable):
+            both = self._project(self.x, 1, 3) if self._fused_qkv is None else self._fused_qkv[:, 1:]
+            return self.attn.k_norm(both[:, 0]), both[:, 1]
 
     @property
     def keys(self) -> Tensor:
@@ -111,31 +117,39 @@ class PackedAttention:
 
     def queries(self, rows: Tensor | None = None) -> Tensor:
         """(Tq, H, d) of the given packed rows, or of all."""
-        if self._fused_qkv is not None:
-            q = self._fused_qkv[:, 0]
-            return self.attn.q_norm(q if rows is None else q[rows])
-        return self.attn.q_norm(self._project(self.x if rows is None else self.x[rows], 0, 1)[:, 0])
+        with torch.set_grad_enabled(self._differentiable):
+            if rows is None or self._fused_qkv is not None or self._all_queries is not None:
+                if self._all_queries is None:
+                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv
+                    self._all_queries = self.attn.q_norm(q[:, 0])
+                return self._all_queries if rows is None else self._all_queries[rows]
+            return self.attn.q_norm(self._project(self.x[rows], 0, 1)[:, 0])
+
+    @property
+    def computed_all_queries(self) -> bool:
+        return self._fused_qkv is not None or self._all_queries is not None
 
     def row(self, rows: Tensor) -> Tensor:
         """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at
         least float32.
         """
-        q = self.queries(rows)  # (B, H, d)
-        layout, keys = self.layout, self.keys
+        layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
+        q, keys = self.queries(rows).to(wide), self.keys.to(wide)  # q: (B, H, d)
         if layout.uniform is not None:
-            logits = (keys.view(layout.images, -1, *keys.shape[1:]) * q[:, None]).sum(-1).reshape(-1, q.shape[1])
+            by_image = keys.view(layout.images, layout.uniform[0], *keys.shape[1:])
+            logits = (by_image * q[:, None]).sum(-1).flatten(0, 1)
         else:
             logits = (keys * q[layout.row_image]).sum(-1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.attn.scale
+        logits = logits * self.attn.scale
         if self.key_bias is not None:
             logits = logits + self.key_bias[:, None]
         return layout.unpad(layout.pad(logits, fill=-torch.inf).softmax(dim=1))
 
     def map(self) -> Tensor:
         """The whole attention map (B, H, L, L), after the softmax, at least float32; padded places are 0."""
-        layout, q, k = self.layout, self.queries(), self.keys
+        layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
+        q, k = self.queries().to(wide), self.keys.to(wide)
         logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.attn.scale
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.key_bias is not None:
             logits = logits + layout.pad(self.key_bias)[:, None, None]
         if layout.uniform is not None:
@@ -153,7 +167,7 @@ class PackedAttention:
         out = packed_attention(
             self.queries(rows), self.keys, self.values, queries, self.layout,
             scale=attn.scale, key_bias=self.key_bias, dropout=dropout,
-        ).reshape(-1, attn.attn_dim)  # fmt: skip
+        ).flatten(1)  # fmt: skip
         out = attn.norm(out)
         if attn.gate is not None:
             out = out * attn.gate(self.x if rows is None else self.x[rows]).sigmoid()

@@ -26,7 +26,7 @@ class BlockSignals(Signals):
     """The signals of one timm block over one batch."""
 
     def __init__(self, block: Block, batch: TokenBatch, tracer: Tracer | None) -> None:
-        super().__init__(batch.layout, batch.size, None if tracer is None else tracer.cost.spend)
+        super().__init__(batch.layout, batch.size, batch.cls, None if tracer is None else tracer.cost.spend)
         self.block = block
         self.batch = batch
         attn = block.attn
@@ -61,7 +61,6 @@ class BlockSignals(Signals):
             self._attention = self.attention_core.map()
             if self.counting:  # the fused kernel computes these products once more
                 self.spend(self.layout.lengths.double() ** 2 * self.shape.attention_width)
-                self.spend(self.layout.lengths * self.shape.width * self.shape.attention_width)
         return self._attention
 
     def output(self) -> Tensor:
@@ -101,8 +100,9 @@ def decisions_of(reducer: TokenReducer, signals: Signals, state: State) -> list[
     """What the reducer (or each member of a stack, on what those before it leave) decides."""
     members: Sequence[TokenReducer] = reducer.members if isinstance(reducer, Stack) else [reducer]
     decisions: list[Decision] = []
-    for member in members:
-        decision = member.decide(signals, state)
+    for place, member in enumerate(members):
+        draw = sum(before.uses_random for before in members[:place])
+        decision = member.decide(signals, replace(state, draw=draw))
         if decision is not None:
             decisions.append(decision)
             signals = signals.through(decision)
@@ -141,6 +141,8 @@ def run_block(
     selection = None if signals.computed_output else _pure_selection(decisions)
     if selection is not None:
         queries = selection.new.lengths
+        if signals.counting and signals.attention_core.computed_all_queries:  # a signal needed those of the others too
+            signals.spend((entering - queries) * signals.shape.width * signals.shape.attention_width)
         batch = advance(batch, Decision(selection), signals.rows(selection.rows, selection.new))
         if tracer is not None:
             tracer.moved(selection)

@@ -51,7 +51,8 @@ class ReducedViT(nn.Module):
         self.base = base
         self.placement = placement
         self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
-        self.train(base.training)
+        self.training = base.training  # not self.train(): the base keeps the modes its user gave its parts
+        self.reducers.train(base.training)
         self._embed_macs: dict[tuple[int, ...], int] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class ReducedViT(nn.Module):
         for index, block in enumerate(base.blocks):
             assert isinstance(block, Block)  # check_model saw to it
             reducer = self.placement.blocks.get(index)
-            state = State(index, depth, initial, keys, self.training, plans)
+            state = State(index, depth, initial, keys, self.training, plans, tracer=tracer)
             if reducer is not None and reducer.block is not None:
                 batch = reducer.block(block, batch, state)
                 if tracer is not None:

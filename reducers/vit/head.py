@@ -29,9 +29,9 @@ def _classify_distilled(
     """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled
     training.
     """
-    first = class_feature(batch, x)
+    first = class_feature(base, batch, x)
     second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
-    by_class, by_distillation = base.head(first), base.head_dist(second)
+    by_class, by_distillation = base.head(base.head_drop(first)), base.head_dist(base.head_drop(second))
     _count_heads(tracer, base.head, base.head_dist)
     if base.distilled_training and base.training:
         return by_class, by_distillation
@@ -43,12 +43,12 @@ def _count_heads(tracer: Tracer | None, *heads: torch.nn.Module) -> None:
         tracer.cost.both(float(sum(head.weight.numel() for head in heads if isinstance(head, torch.nn.Linear))))
 
 
-def class_feature(batch: TokenBatch, x: Tensor) -> Tensor:
+def class_feature(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tensor:
     """(B, D) the class token; where an experiment let it be dropped, the mean of the survivors."""
     layout = batch.layout
     rows = x[batch.cls.clamp(min=0)]
-    if layout.uniform is not None and layout.uniform[1] > 0:
-        return rows
+    if layout.uniform is not None and layout.uniform[1] == base.num_prefix_tokens:
+        return rows  # no image has lost a prefix token
     summed = torch.zeros(layout.images, x.shape[1], dtype=x.dtype, device=x.device).index_add(0, layout.row_image, x)
     mean = summed / layout.lengths.clamp(min=1)[:, None].to(x.dtype)
     return torch.where((batch.cls >= 0)[:, None], rows, mean)
@@ -57,10 +57,12 @@ def class_feature(batch: TokenBatch, x: Tensor) -> Tensor:
 def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None) -> Tensor:
     layout, kind = batch.layout, base.global_pool
     if kind == "token":
-        return class_feature(batch, x)
+        return class_feature(base, batch, x)
     first = torch.zeros_like(layout.prefix) if base.pool_include_prefix else layout.prefix
     valid = layout.valid_from(first)
     tokens = layout.pad(x, first)
+    if tokens.shape[1] == 0:  # no image has a token left to pool
+        return x.new_zeros(layout.images, x.shape[1])
     if kind == "map":
         return _attention_pool(base, batch, tokens, valid, first, tracer)
     # a merged token stands for several patches, so the mean over patches weighs it by its size
@@ -68,7 +70,7 @@ def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer 
     mean = (tokens * size).sum(1) / size.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
     if kind == "avg":
         return mean
-    largest = tokens.masked_fill(~valid[..., None], -torch.inf).amax(1)
+    largest = tokens.masked_fill(~valid[..., None], -torch.inf).amax(1).masked_fill(~valid.any(1)[:, None], 0)
     return largest if kind == "max" else 0.5 * (largest + mean)
 
 

@@ -20,9 +20,10 @@ def keep(budget, current, *, initial=196, prefix=1, rounding="floor"):
 @given(st.integers(1, 999), st.integers(0, 2000))
 def test_a_ratio_rounds_like_exact_fractions(thousandths, current):
     ratio, exact = Ratio(thousandths / 1000), Fraction(thousandths, 1000) * current
-    assert keep(ratio, current, rounding="floor") == math.floor(exact)
+    least = min(1, current)
+    assert keep(ratio, current, rounding="floor") == max(math.floor(exact), least)
     assert keep(ratio, current, rounding="ceil") == math.ceil(exact)
-    assert keep(ratio, current, rounding="nearest") == math.floor(exact + Fraction(1, 2))
+    assert keep(ratio, current, rounding="nearest") == max(math.floor(exact + Fraction(1, 2)), least)
 
 
 def test_shares_are_exact_whatever_floats_say():
@@ -46,12 +47,12 @@ def test_a_share_of_the_initial_tokens_does_not_depend_on_what_is_left():
     assert keep(Ratio("48/196", of="initial"), 30) == 30  # never more than there are
 
 
-def test_budgets_resolve_image_by_image():
+def test_budgets_resolve_image_by_image_and_leave_at_least_one():
     current = torch.tensor([0, 1, 10, 196])
     options = {"initial": 196, "prefix": torch.ones(4, dtype=torch.int64), "rounding": "floor"}
-    assert Ratio(0.5).resolve(current, **options).tolist() == [0, 0, 5, 98]
+    assert Ratio(0.5).resolve(current, **options).tolist() == [0, 1, 5, 98]
     assert Count(8).resolve(current, **options).tolist() == [0, 1, 8, 8]
-    assert Drop(13).resolve(current, **options).tolist() == [0, 0, 0, 183]
+    assert Drop(13).resolve(current, **options).tolist() == [0, 1, 1, 183]
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def slow_evit(model, images, rate, blocks, fuse=True):
             weights, _, y = attention_parts(block, x)
             if index in blocks:
                 prefix = model.num_prefix_tokens
-                a = weights[0, :, 0, prefix:].mean(0).tolist()
+                a = weights[0, :, 0, prefix:].mean(0)
                 k = math.ceil(round(rate * len(a), 9))
                 if k < len(a):
-                    ranked = sorted(range(len(a)), key=lambda j: -a[j])
+                    ranked = sorted(range(len(a)), key=(-a).tolist().__getitem__)
                     rows = [y[0, i] for i in range(prefix)] + [y[0, prefix + j] for j in ranked[:k]]
                     if fuse:
                         rows.append(sum(a[j] * y[0, prefix + j] for j in ranked[k:]))
@@ -67,7 +67,7 @@ def slow_tome(model, images, r, proportional=True):
         for block in model.blocks:
             log_size = size.log()[None] if proportional else None
             _, keys, y = attention_parts(block, x, log_size)
-            metric = F.normalize(keys[0].mean(0), dim=-1)
+            metric = F.normalize(keys[0].mean(0), dim=-1).detach()
             t = metric.shape[0]
             pairs = []
             for a in range(0, t, 2):
