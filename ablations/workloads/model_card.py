@@ -116,7 +116,7 @@ def write_card(folder: Path, records: dict[str, dict[str, Any]], choices: dict[s
     ]
     lines += ["", "## Training curve", "", "Top-1 (%) on 1,080 held-out scenes with full clutter.", ""]
     for name, record in records.items():
-        points = ", ".join(f"{point['images'] // 1000}k {100 * point['top1']:.1f}" for point in record["curve"])
+        points = ", ".join(f"{round(point['images'] / 1000)}k {100 * point['top1']:.1f}" for point in record["curve"])
         lines += [f"{name}: {points}.", ""]
     path = folder / "MODEL_CARD.md"
     path.write_text("\n".join(lines), encoding="utf-8")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 RECIPES = {  # scenes of the one-cycle schedule, and where it is cut
     "digits_vit_small": (400_000, 225_280),
-    "digits_vit_tiny": (200_064, 200_064),
+    "digits_vit_tiny": (200_064, 143_360),
 }
 BATCH = 128
 PEAK_LR = 2e-3
