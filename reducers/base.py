@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class TokenReducer(nn.Module):
     source: ClassVar[str] = ""  # paper
     adaptive: ClassVar[bool] = False  # the number of tokens kept differs from image to image
     trained: ClassVar[bool] = False  # works only after training
+    site: ClassVar[Literal["attention", "input"]] = "attention"  # "input": before the block, with the features alone
     cuts_before_values: bool = False  # published order: attention rows are cut before they meet the values (ATS)
     needs_class_token: bool = False
     uses_random: bool = False

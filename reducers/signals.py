@@ -15,9 +15,15 @@ from torch import Tensor
 
 from reducers.base import Decision, class_rows_after
 from reducers.errors import ReducerError
-from reducers.tokens import Layout
+from reducers.tokens import Layout, TokenBatch
 
 Spend = Callable[[Tensor], None]
+
+_INPUT_ONLY = "at the input site a reducer has the features alone; what attention computes is at site = 'attention'"
+NO_PREVIOUS = (
+    "previous_attention() needs a block before this one: place the reducer at block 1 or later, "
+    "and let it say uses_previous_attention"
+)
 
 
 class Signals(ABC):
@@ -58,7 +64,7 @@ class Signals(ABC):
 
     @abstractmethod
     def output(self) -> Tensor:
-        """(T, D) features after the attention residual, before the MLP."""
+        """(T, D) features after the attention residual, before the MLP; at the input site, those entering the block."""
 
     @abstractmethod
     def previous_attention(self) -> Tensor:
@@ -72,6 +78,34 @@ class Signals(ABC):
     def through(self, decision: Decision) -> Signals:
         """The signals as the next reducer of a stack sees them: transported through what was decided so far."""
         return Transported(self, decision)
+
+
+class InputSignals(Signals):
+    """What a reducer at the input site can ask for: the features entering the block, and what the block before saw."""
+
+    def __init__(self, batch: TokenBatch, spend: Spend | None) -> None:
+        super().__init__(batch.layout, batch.size, batch.cls, spend)
+        self._batch = batch
+
+    def output(self) -> Tensor:
+        return self._batch.x
+
+    def previous_attention(self) -> Tensor:
+        if self._batch.received is None:
+            raise ReducerError(NO_PREVIOUS)
+        return self._batch.received
+
+    def class_attention(self) -> Tensor:
+        raise ReducerError(_INPUT_ONLY)
+
+    def keys(self) -> Tensor:
+        raise ReducerError(_INPUT_ONLY)
+
+    def values(self) -> Tensor:
+        raise ReducerError(_INPUT_ONLY)
+
+    def attention(self) -> Tensor:
+        raise ReducerError(_INPUT_ONLY)
 
 
 class Transported(Signals):

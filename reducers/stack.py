@@ -35,6 +35,11 @@ class Stack(TokenReducer):
         for reducer in parts:
             if not reducer.only_decides:
                 raise ReducerError(f"{reducer.name} does more than decide and cannot be stacked at one block")
+        sites = [reducer.site for reducer in parts]
+        if sites != sorted(sites, key="input attention".index):
+            raise ReducerError(
+                "reducers at the input site act before the block's attention: put them first in the stack"
+            )
         self.reducers = nn.ModuleList(parts)
 
     @property

@@ -15,7 +15,7 @@ from reducers.base import Decision, State, TokenReducer, advance
 from reducers.cost import BlockShape
 from reducers.errors import ReducerError
 from reducers.maps import Keep
-from reducers.signals import Signals
+from reducers.signals import NO_PREVIOUS, InputSignals, Signals
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Tracer
@@ -71,10 +71,7 @@ class BlockSignals(Signals):
 
     def previous_attention(self) -> Tensor:
         if self.batch.received is None:
-            raise ReducerError(
-                "previous_attention() needs a block before this one: place the reducer at block 1 or later, "
-                "and let it say uses_previous_attention"
-            )
+            raise ReducerError(NO_PREVIOUS)
         return self.batch.received
 
     def rows(self, rows: Tensor | None, layout: Layout) -> Tensor:
@@ -96,17 +93,37 @@ def drop_path(module: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     return x * images[layout.row_image, None]
 
 
-def decisions_of(reducer: TokenReducer, signals: Signals, state: State) -> list[Decision]:
-    """What the reducer (or each member of a stack, on what those before it leave) decides."""
-    members: Sequence[TokenReducer] = reducer.members if isinstance(reducer, Stack) else [reducer]
+def members_of(reducer: TokenReducer | None) -> list[TokenReducer]:
+    """The reducers that act at a block, first to last."""
+    if reducer is None:
+        return []
+    return reducer.members if isinstance(reducer, Stack) else [reducer]
+
+
+def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State) -> list[Decision]:
+    """What each reducer decides, on what those before it leave."""
     decisions: list[Decision] = []
-    for place, member in enumerate(members):
-        draw = sum(before.uses_random for before in members[:place])
-        decision = member.decide(signals, replace(state, draw=draw))
+    for member in members:
+        decision = member.decide(signals, state)
+        state = replace(state, draw=state.draw + member.uses_random)
         if decision is not None:
             decisions.append(decision)
             signals = signals.through(decision)
     return decisions
+
+
+def _carry_out(decisions: list[Decision], batch: TokenBatch, tracer: Tracer | None) -> TokenBatch:
+    for decision in decisions:
+        batch = advance(batch, decision)
+        if tracer is not None:
+            tracer.moved(decision.map)
+    return batch
+
+
+def _reduce_input(members: list[TokenReducer], batch: TokenBatch, state: State, tracer: Tracer | None) -> TokenBatch:
+    """Reducers at the input site: they see the features that enter the block, and the block sees what they leave."""
+    signals = InputSignals(batch, None if tracer is None else tracer.cost.spend)
+    return _carry_out(decisions_of(members, signals, state), batch, tracer)
 
 
 def _pure_selection(decisions: list[Decision]) -> Keep | None:
@@ -134,9 +151,14 @@ def run_block(
 
     ``record_attention``: the next block's reducer asks for the attention that tokens received in this one.
     """
+    members = members_of(reducer)
+    first = [member for member in members if member.site == "input"]
+    if first:
+        batch = _reduce_input(first, batch, state, tracer)
+        state = replace(state, draw=sum(member.uses_random for member in first))
     entering = batch.layout.lengths
     signals = BlockSignals(block, batch, tracer)
-    decisions = [] if reducer is None else decisions_of(reducer, signals, state)
+    decisions = decisions_of(members[len(first) :], signals, state)
     batch = replace(batch, received=signals.attention_received() if record_attention else None)
     selection = None if signals.computed_output else _pure_selection(decisions)
     if selection is not None:
@@ -148,11 +170,7 @@ def run_block(
             tracer.moved(selection)
     else:
         queries = entering
-        batch = replace(batch, x=signals.output())
-        for decision in decisions:
-            batch = advance(batch, decision)
-            if tracer is not None:
-                tracer.moved(decision.map)
+        batch = _carry_out(decisions, replace(batch, x=signals.output()), tracer)
     added = block.ls2(block.mlp(block.norm2(batch.x)))
     batch = replace(batch, x=batch.x + drop_path(block.drop_path2, added, batch.layout))
     if tracer is not None:

@@ -226,6 +226,14 @@ def test_a_reducer_may_use_the_whole_lifecycle(images):
         def block(self, block, batch, state):
             return batch
 
+    class LongestFeatures(TokenReducer):
+        name = "longest_features"
+        site = "input"
+
+        def decide(self, signals, state):
+            norms = signals.layout.pad_patches(signals.output().norm(dim=1))
+            return Decision(keep_patches(signals.layout, norms > norms.median(dim=1, keepdim=True).values))
+
     class PreviousAttention(TokenReducer):
         name = "previous"
         uses_previous_attention = True
@@ -241,6 +249,11 @@ def test_a_reducer_may_use_the_whole_lifecycle(images):
     torch.testing.assert_close(reduce_tokens(small, at(0, HalfSize()))(images), small(half), rtol=0, atol=1e-5)
     _, trace = reduce_tokens(make_vit(), at(1, Planned())).trace(images)
     assert trace.tokens[0].tolist() == [37, 37, 6, 6, 6]
+    _, trace = reduce_tokens(make_vit(), at(1, LongestFeatures()) | at(1, ATS(Count(7)))).trace(images[:4])
+    assert trace.tokens[0, :2].tolist() == [37, 37]
+    assert (trace.tokens[:, 2] <= 8).all()
+    with pytest.raises(ValueError, match="put them first"):
+        reduce_tokens(make_vit(), at(1, ATS(Count(7))) | at(1, LongestFeatures()))
     model = make_vit()
     skipped = reduce_tokens(model, at([0, 1, 2, 3], Skip()))(images)
     direct = model.forward_head(model.norm(model.norm_pre(model._pos_embed(model.patch_embed(images)))))
