@@ -197,7 +197,8 @@ def _run(arguments: argparse.Namespace) -> int:
             status = _execute(session, jobs, serial=arguments.serial, workers=arguments.workers)
         kept = _compact(session)
     if status != INTERRUPTED:
-        print(f"{session.store.results}: {kept} finished trials" + ("" if jobs else "; nothing was left to compute"))
+        done = f"{session.store.results}: {kept} of the {len(session.all_trials)} trials asked for are finished"
+        print(done + ("" if jobs else "; nothing was left to compute"))
     return status
 
 
