@@ -140,7 +140,7 @@ def test_a_mistake_is_named_with_its_place_and_remedy(change: str, to: str, expe
 
 @pytest.mark.parametrize("text", ["", "[]", "7", "just words", "- a\n- b", "\x00", "a: b: c", "%TAG", "!!int ''"])
 def test_what_is_no_spec_at_all_is_refused(text: str, target: Target) -> None:
-    refused(text, target)
+    assert refused(text, target), "the refusal says why"
 
 
 def test_deep_nesting_is_refused(target: Target) -> None:
@@ -194,7 +194,7 @@ def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -
     }  # fmt: skip
     trials = [trial for file in files for trial in expand(file, target)]
     assert len(trials) >= 60
-    assert len(jobs(trials, target.facts)) <= 95, "more computations than two cores finish in time"
+    assert len(jobs(trials, target.facts)) <= 90, "more computations than two cores finish in time"
     for file in files:
         assert file.spec.title and file.spec.question and file.spec.caption and file.spec.published
 
