@@ -17,11 +17,11 @@ from reducers.scores import SCORES
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Trace
-from reducers.vit import ReducedViT, reduce_tokens
+from reducers.vit import ReducedViT, Shared, reduce_tokens
 
 __all__ = [
     "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Identity", "Keep", "Layout", "Merge", "Mix", "Placement",
-    "RandomDrop", "Ratio", "ReducedViT", "ReducerError", "SCORES", "Stack", "State", "ToMe", "TokenBatch", "TokenMap",
-    "TokenReducer", "TopK", "Trace", "UnsupportedModel", "at", "available", "build", "every", "parse_blocks",
-    "parse_budget", "placement_from", "reduce_tokens", "register",
+    "RandomDrop", "Ratio", "ReducedViT", "ReducerError", "SCORES", "Shared", "Stack", "State", "ToMe", "TokenBatch",
+    "TokenMap", "TokenReducer", "TopK", "Trace", "UnsupportedModel", "at", "available", "build", "every",
+    "parse_blocks", "parse_budget", "placement_from", "reduce_tokens", "register",
 ]  # fmt: skip

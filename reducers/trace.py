@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,32 +43,33 @@ class Trace:
         return self._class_kept[block]
 
 
-@dataclass
 class Tracer:
-    """Collects a trace while the blocks run."""
+    """Collects a trace while the blocks run; without ``detail`` the cost alone."""
 
     cost: CostMeter
-    initial: int  # patch tokens entering block 0
-    _row_of_patch: Tensor  # (B, N0) packed row that carries each original patch, -1 = dropped
-    _tokens: list[Tensor] = field(default_factory=list)
-    _owner: list[Tensor] = field(default_factory=list)
-    _kept: list[Tensor] = field(default_factory=list)
-    _class_kept: list[Tensor] = field(default_factory=list)
 
-    @classmethod
-    def start(cls, batch: TokenBatch) -> Tracer:
-        """Before the first block."""
+    def __init__(self, *, detail: bool = True) -> None:
+        self.detail = detail
+        self._tokens: list[Tensor] = []
+        self._owner: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._class_kept: list[Tensor] = []
+
+    def start(self, batch: TokenBatch) -> None:
+        """Before the first block that runs, with nothing reduced yet."""
         layout = batch.layout
         assert layout.uniform is not None
-        initial = layout.uniform[0] - layout.uniform[1]
-        columns = torch.arange(initial, device=batch.x.device)
-        rows = (layout.starts + layout.uniform[1])[:, None] + columns
-        tracer = cls(CostMeter(layout.images, batch.x.device), initial, rows)
-        tracer._tokens.append(layout.lengths)
-        return tracer
+        self.cost = CostMeter(layout.images, batch.x.device)
+        self.initial = layout.uniform[0] - layout.uniform[1]  # patch tokens entering block 0
+        columns = torch.arange(self.initial, device=batch.x.device)
+        # (B, N0) packed row that carries each original patch, -1 = dropped
+        self._row_of_patch = (layout.starts + layout.uniform[1])[:, None] + columns
+        self._tokens.append(layout.lengths)
 
     def moved(self, token_map: TokenMap) -> None:
         """The tokens went through a map."""
+        if not self.detail:
+            return
         destination = token_map.destination
         gone = self._row_of_patch < 0
         if token_map.old.rows:
@@ -76,6 +77,8 @@ class Tracer:
 
     def after_block(self, batch: TokenBatch) -> None:
         """A block is done."""
+        if not self.detail:
+            return
         assert batch.pos is not None
         layout = batch.layout
         self._tokens.append(layout.lengths)

@@ -7,13 +7,12 @@ it will throw away.
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from reducers.lazy import cached_property
 from reducers.tokens import Layout
 
 

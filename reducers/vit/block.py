@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -146,10 +146,13 @@ def run_block(
     tracer: Tracer | None,
     *,
     record_attention: bool = False,
+    decide_only: bool = False,
 ) -> TokenBatch:
     """Attention, reduction, MLP: the only place where token counts change.
 
     ``record_attention``: the next block's reducer asks for the attention that tokens received in this one.
+    ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
+    the batch returned mean nothing.
     """
     members = members_of(reducer)
     first = [member for member in members if member.site == "input"]
@@ -161,18 +164,21 @@ def run_block(
     decisions = decisions_of(members[len(first) :], signals, state)
     batch = replace(batch, received=signals.attention_received() if record_attention else None)
     selection = None if signals.computed_output else _pure_selection(decisions)
-    if selection is not None:
-        queries = selection.new.lengths
-        if signals.counting and signals.attention_core.computed_all_queries:  # a signal needed those of the others too
-            signals.spend((entering - queries) * signals.shape.width * signals.shape.attention_width)
+    queries = entering if selection is None else selection.new.lengths
+    if selection is not None and signals.counting and signals.attention_core.computed_all_queries:
+        # a signal needed the queries of the others too
+        signals.spend((entering - queries) * signals.shape.width * signals.shape.attention_width)
+    if decide_only:
+        batch = replace(batch, layout=decisions[-1].map.new if decisions else batch.layout)
+    elif selection is not None:
         batch = advance(batch, Decision(selection), signals.rows(selection.rows, selection.new))
         if tracer is not None:
             tracer.moved(selection)
     else:
-        queries = entering
         batch = _carry_out(decisions, replace(batch, x=signals.output()), tracer)
-    added = block.ls2(block.mlp(block.norm2(batch.x)))
-    batch = replace(batch, x=batch.x + drop_path(block.drop_path2, added, batch.layout))
+    if not decide_only:
+        added = block.ls2(block.mlp(block.norm2(batch.x)))
+        batch = replace(batch, x=batch.x + drop_path(block.drop_path2, added, batch.layout))
     if tracer is not None:
         tracer.cost.block(
             signals.shape, entering=entering, queries=queries, leaving=batch.layout.lengths,
@@ -180,3 +186,12 @@ def run_block(
         )  # fmt: skip
         tracer.after_block(batch)
     return batch
+
+
+def account(blocks: Iterable[nn.Module], batch: TokenBatch, tracer: Tracer) -> None:
+    """Book blocks that reduce nothing without running them: their tokens are known already, or nobody asks for them."""
+    tokens = batch.layout.lengths
+    for block in blocks:
+        shape = BlockShape.of(block)
+        tracer.cost.block(shape, entering=tokens, queries=tokens, leaving=tokens, cut_before_values=False)
+        tracer.after_block(batch)

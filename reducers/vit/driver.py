@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -17,8 +19,9 @@ from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 from reducers.vit.adapter import check_model
-from reducers.vit.block import run_block
-from reducers.vit.head import classify
+from reducers.vit.block import account, run_block
+from reducers.vit.head import classify, head_macs
+from reducers.vit.shared import Shared
 
 
 def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
@@ -57,13 +60,29 @@ class ReducedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> logits (B, classes)."""
-        return self._run(images, trace=False)[0]
+        return self._run(images, None)
 
-    def trace(self, images: Tensor) -> tuple[Tensor, Trace]:
-        """As ``forward``, and a trace of every image's tokens and cost."""
-        logits, trace = self._run(images, trace=True)
-        assert trace is not None
-        return logits, trace
+    def trace(self, images: Tensor, shared: Shared | None = None) -> tuple[Tensor, Trace]:
+        """As ``forward``, and a trace of every image's tokens and cost.
+
+        ``shared``: what other placements on the same images have computed of the blocks before ``first_block``.
+        """
+        tracer = Tracer()
+        logits = self._run(images, tracer, shared)
+        return logits, tracer.finish()
+
+    @torch.no_grad()
+    def cost(self, images: Tensor, shared: Shared | None = None) -> Tensor:
+        """``trace(images)[1].macs``, (B,) float64, without running what comes after the last reducer."""
+        tracer = Tracer(detail=False)
+        self._run(images, tracer, shared, cost_only=True)
+        return tracer.cost.executed
+
+    @property
+    def first_block(self) -> int:
+        """The first block that does not compute what the plain model computes there; the depth if there is none."""
+        acts = [*self.placement.blocks, len(self.base.blocks)]
+        return min(block - _asks_previous(self.placement.blocks.get(block)) for block in acts)
 
     def members(self) -> list[TokenReducer]:
         """Every reducer that acts, a stack's members one by one."""
@@ -74,35 +93,72 @@ class ReducedViT(nn.Module):
                     found.append(member)
         return found
 
-    def _run(self, images: Tensor, *, trace: bool) -> tuple[Any, Trace | None]:
+    def _run(
+        self, images: Tensor, tracer: Tracer | None, shared: Shared | None = None, *, cost_only: bool = False
+    ) -> Any:
         base, members = self.base, self.members()
-        keys = image_keys(images) if any(member.uses_random for member in members) else None
+        if any(member.prepare is not None or member.plan is not None for member in members):
+            shared = None  # they look at the images in their own way first
+        if shared is not None:
+            shared.claim(base, images)
+        keys = self._image_keys(images, shared)
         for prepare in _steps(members, "prepare"):
             images = prepare(images)
         plans = {id(member): member.plan(images, base) for member in members if member.plan is not None}
-        embedded = base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images))))
-        prefix = base.num_prefix_tokens
-        batch = TokenBatch.from_images(embedded, prefix=prefix, has_class_token=base.has_class_token, track=trace)
-        tracer = Tracer.start(batch) if trace else None
+        start, batch = self._enter(images, shared, tracer)
+        assert batch.layout.uniform is not None
+        depth, initial = len(base.blocks), batch.layout.uniform[0] - base.num_prefix_tokens
+        state = State(0, depth, initial, keys, self.training, plans, tracer=tracer)
+        last = max(self.placement.blocks, default=-1) if cost_only else depth
+        for index in range(start, last + 1 if cost_only else depth):
+            if shared is not None and index == self.first_block:
+                shared.put(index, batch)
+            batch = self._block(batch, replace(state, block=index), decide_only=index == last)
         if tracer is not None:
-            tracer.cost.both(float(self._embedding_macs(images)))
-        depth, initial = len(base.blocks), embedded.shape[1] - prefix
-        for index, block in enumerate(base.blocks):
-            assert isinstance(block, Block)  # check_model saw to it
-            reducer = self.placement.blocks.get(index)
-            state = State(index, depth, initial, keys, self.training, plans, tracer=tracer)
-            if reducer is not None and reducer.block is not None:
-                batch = reducer.block(block, batch, state)
-                if tracer is not None:
-                    tracer.after_block(batch)
-            else:
-                recorded = _asks_previous(self.placement.blocks.get(index + 1))
-                batch = run_block(block, batch, reducer, state, tracer, record_attention=recorded)
-        state = State(depth, depth, initial, keys, self.training, plans)
+            account(base.blocks[max(start, last + 1) :], batch, tracer)
+            tracer.cost.both(head_macs(base, batch.layout))
+        if cost_only:
+            return None
         for finish in _steps(members, "finish"):
-            batch = finish(batch, state)
-        logits = classify(base, batch, base.norm(batch.x), tracer)
-        return logits, None if tracer is None else tracer.finish()
+            batch = finish(batch, replace(state, block=depth))
+        return classify(base, batch, base.norm(batch.x))
+
+    def _image_keys(self, images: Tensor, shared: Shared | None) -> Tensor | None:
+        if not any(member.uses_random for member in self.members()):
+            return None
+        return image_keys(images) if shared is None else shared.image_keys(images)
+
+    def _enter(self, images: Tensor, shared: Shared | None, tracer: Tracer | None) -> tuple[int, TokenBatch]:
+        """The first block to run and the tokens that enter it."""
+        base = self.base
+        known = None if shared is None else shared.latest(self.first_block)
+        if known is None:
+            embedded = base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images))))
+            track = shared is not None or (tracer is not None and tracer.detail)
+            known = (
+                0,
+                TokenBatch.from_images(
+                    embedded, prefix=base.num_prefix_tokens, has_class_token=base.has_class_token, track=track
+                ),
+            )
+        start, batch = known
+        if tracer is not None:
+            tracer.start(batch)
+            tracer.cost.both(float(self._embedding_macs(images)))
+            account(base.blocks[:start], batch, tracer)
+        return start, batch
+
+    def _block(self, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
+        """One block with what was placed in it."""
+        block, reducer = self.base.blocks[state.block], self.placement.blocks.get(state.block)
+        assert isinstance(block, Block)  # check_model saw to it
+        if reducer is not None and reducer.block is not None:
+            batch = reducer.block(block, batch, state)
+            if state.tracer is not None:
+                state.tracer.after_block(batch)
+            return batch
+        recorded = _asks_previous(self.placement.blocks.get(state.block + 1))
+        return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
 
     def _embedding_macs(self, images: Tensor) -> int:
         shape = tuple(images.shape[1:])

@@ -7,24 +7,33 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from reducers.tokens import TokenBatch
-from reducers.trace import Tracer
+from reducers.tokens import Layout, TokenBatch
 
 
-def classify(
-    base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def classify(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
     """Logits (B, classes) from the normed features x (T, D)."""
     if isinstance(base, VisionTransformerDistilled):
-        return _classify_distilled(base, batch, x, tracer)
-    pooled = _pool(base, batch, x, tracer)
-    logits: Tensor = base.head(base.head_drop(base.fc_norm(pooled)))
-    _count_heads(tracer, base.head)
+        return _classify_distilled(base, batch, x)
+    logits: Tensor = base.head(base.head_drop(base.fc_norm(_pool(base, batch, x))))
     return logits
 
 
+def head_macs(base: VisionTransformer, layout: Layout) -> Tensor:
+    """Multiply-adds of pool and head for each image, (B,) float64."""
+    heads = [base.head, base.head_dist] if isinstance(base, VisionTransformerDistilled) else [base.head]
+    linear = sum(head.weight.numel() for head in heads if isinstance(head, torch.nn.Linear))
+    macs = torch.full((layout.images,), float(linear), dtype=torch.float64, device=layout.lengths.device)
+    if base.global_pool != "map" or isinstance(base, VisionTransformerDistilled):
+        return macs
+    pool = base.attn_pool
+    keys = (layout.lengths if base.pool_include_prefix else layout.patches).double()
+    width = pool.num_heads * pool.head_dim
+    rows = sum(p.numel() for n, p in pool.named_parameters() if p.dim() == 2 and not n.startswith("kv"))
+    return macs + keys * pool.kv.weight.numel() + pool.latent_len * (rows + 2 * keys * width)
+
+
 def _classify_distilled(
-    base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor, tracer: Tracer | None
+    base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled
     training.
@@ -32,15 +41,9 @@ def _classify_distilled(
     first = class_feature(base, batch, x)
     second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
     by_class, by_distillation = base.head(base.head_drop(first)), base.head_dist(base.head_drop(second))
-    _count_heads(tracer, base.head, base.head_dist)
     if base.distilled_training and base.training:
         return by_class, by_distillation
     return (by_class + by_distillation) / 2
-
-
-def _count_heads(tracer: Tracer | None, *heads: torch.nn.Module) -> None:
-    if tracer is not None:
-        tracer.cost.both(float(sum(head.weight.numel() for head in heads if isinstance(head, torch.nn.Linear))))
 
 
 def class_feature(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def class_feature(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tens
     return torch.where((batch.cls >= 0)[:, None], rows, mean)
 
 
-def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer | None) -> Tensor:
+def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tensor:
     layout, kind = batch.layout, base.global_pool
     if kind == "token":
         return class_feature(base, batch, x)
@@ -64,7 +67,7 @@ def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer 
     if tokens.shape[1] == 0:  # no image has a token left to pool
         return x.new_zeros(layout.images, x.shape[1])
     if kind == "map":
-        return _attention_pool(base, batch, tokens, valid, first, tracer)
+        return _attention_pool(base, batch, tokens, valid, first)
     # a merged token stands for several patches, so the mean over patches weighs it by its size
     size = layout.pad(batch.size, first).to(x.dtype).masked_fill(~valid, 0)[..., None]
     mean = (tokens * size).sum(1) / size.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
@@ -74,9 +77,7 @@ def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor, tracer: Tracer 
     return largest if kind == "max" else 0.5 * (largest + mean)
 
 
-def _attention_pool(
-    base: VisionTransformer, batch: TokenBatch, tokens: Tensor, valid: Tensor, first: Tensor, tracer: Tracer | None
-) -> Tensor:
+def _attention_pool(base: VisionTransformer, batch: TokenBatch, tokens: Tensor, valid: Tensor, first: Tensor) -> Tensor:
     """timm's latent attention pool, with padded keys masked and the key bias (log size) honoured."""
     layout, pool = batch.layout, base.attn_pool
     mask = None
@@ -85,9 +86,5 @@ def _attention_pool(
         if batch.key_bias is not None:
             mask = layout.pad(batch.key_bias, first).to(tokens.dtype)
         mask = mask.masked_fill(~valid, -torch.inf)[:, None, None].expand(-1, -1, pool.latent_len, -1)
-    if tracer is not None:
-        keys, width = (layout.lengths - first).double(), pool.num_heads * pool.head_dim
-        rows = sum(p.numel() for n, p in pool.named_parameters() if p.dim() == 2 and not n.startswith("kv"))
-        tracer.cost.both(keys * pool.kv.weight.numel() + pool.latent_len * (rows + 2 * keys * width))
     pooled: Tensor = pool(tokens, attn_mask=mask)
     return pooled

@@ -1,0 +1,88 @@
+"""Work shared between placements, and cost alone: nothing of either may show in a result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, TopK, at, available, reduce_tokens
+from reducers.placement import Placement
+
+from .conftest import DEPTH, make_vit
+from .test_contract import CASES, both, settings
+
+
+def bits(trace):
+    kept = [trace.kept(block) for block in range(DEPTH)]
+    owner = [trace.owner(block) for block in range(DEPTH)]
+    class_kept = [trace.class_kept(block) for block in range(DEPTH)]
+    return [trace.tokens, trace.macs, trace.reference_macs, trace.reducer_macs, *kept, *owner, *class_kept]
+
+
+@torch.no_grad()
+def test_sharing_changes_no_bit_of_any_method(images):
+    base = make_vit()
+    models = [reduce_tokens(base, Placement())]
+    models += [reduce_tokens(base, at(blocks, reducer)) for blocks in (0, 2, [1, 3], 3) for reducer in CASES.values()]
+    shared = Shared()
+    for model in sorted(models, key=lambda model: model.first_block):
+        alone, own = model.trace(images)
+        together, trace = model.trace(images, shared=shared)
+        assert torch.equal(alone, together)
+        assert all(torch.equal(mine, its) for mine, its in zip(bits(own), bits(trace), strict=True))
+
+
+@torch.no_grad()
+def test_sharing_spares_the_blocks_before_the_first_reduction(images):
+    base = make_vit()
+    runs = [0] * DEPTH
+    for index, block in enumerate(base.blocks):
+        block.norm2.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    shared = Shared()
+    for placement in (at(2, TopK(Ratio(0.5))), at(2, ATS(Count(9))), at(3, EViT(Ratio(0.5))), at(1, TopK(Count(5)))):
+        reduce_tokens(base, placement).trace(images, shared=shared)
+    # block 2 runs for each of the first three, and the last, out of order, starts over
+    assert runs == [2, 2, 4, 4]
+
+
+@both
+@torch.no_grad()
+def test_cost_is_the_cost_of_the_whole_pass(reducer, images):
+    base = make_vit().double()
+    images = images.double()
+    for blocks in (0, [1, 3], 3):
+        model = reduce_tokens(base, at(blocks, reducer))
+        _, trace = model.trace(images)
+        assert torch.equal(model.cost(images), trace.macs)
+        assert torch.equal(model.cost(images, shared=Shared()), trace.macs)
+
+
+@torch.no_grad()
+def test_cost_of_every_kind_of_head(images):
+    for kind in ("average", "map", "distilled"):
+        model = reduce_tokens(make_vit(kind), at([1], settings("random")))
+        assert torch.equal(model.cost(images), model.trace(images)[1].macs)
+    dense = reduce_tokens(make_vit(), at(1, Identity()))
+    assert torch.equal(dense.cost(images), dense.trace(images)[1].macs)
+
+
+def test_tokens_of_other_images_models_or_of_training_are_refused(images):
+    base = make_vit()
+    model = reduce_tokens(base, at(2, TopK(Ratio(0.5))))
+    shared = Shared()
+    model.trace(images, shared=shared)
+    with pytest.raises(ReducerError, match="other images"):
+        model.trace(images.clone(), shared=shared)
+    with pytest.raises(ReducerError, match="another model"):
+        reduce_tokens(make_vit(seed=1), at(2, TopK(Ratio(0.5)))).trace(images, shared=shared)
+    with pytest.raises(ReducerError, match="eval mode"):
+        reduce_tokens(base.train(), at(2, TopK(Ratio(0.5)))).trace(images, shared=Shared())
+
+
+def test_the_first_block_counts_one_that_must_record_its_attention():
+    base = make_vit()
+    assert reduce_tokens(base, Placement()).first_block == DEPTH
+    for name in available():
+        reducer = settings(name)
+        early = reducer.uses_previous_attention
+        assert reduce_tokens(base, at([2, 3], reducer)).first_block == 2 - early
