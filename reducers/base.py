@@ -45,6 +45,7 @@ class State:
     block: int  # 0-based
     depth: int
     initial: int  # patch tokens entering block 0
+    grid: tuple[int, int] = (0, 0)  # rows and columns of the original patches, which ``Signals.positions`` count
     image_keys: Tensor | None = None  # (B,) int64, for methods that draw random numbers
     training: bool = False
     plans: Mapping[int, Any] = field(default_factory=dict)  # what each reducer's ``plan`` returned, by id
@@ -65,14 +66,15 @@ class TokenReducer(nn.Module):
     needs_class_token: bool = False
     uses_random: bool = False
     uses_previous_attention: bool = False
+    uses_positions: bool = False  # asks for ``positions``, which are not tracked otherwise
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         """What becomes of the tokens at this block; None leaves them alone."""
         raise NotImplementedError(f"{type(self).__name__} must say what it decides")
 
     # The rest of the lifecycle is optional. ``None`` tells the runtime that a step is not used.
-    prepare: ClassVar[Any] = None  # (images) -> images: a smaller input image
-    plan: ClassVar[Any] = None  # (images, base) -> Any: all blocks ahead; reaches decide as state.plans[id(self)]
+    prepare: ClassVar[Any] = None  # (images, host) -> images: a smaller input image
+    plan: ClassVar[Any] = None  # (images, host) -> Any: all blocks ahead; reaches decide as state.plans[id(self)]
     block: ClassVar[Any] = None  # (block, batch, state) -> TokenBatch: replaces a block's computation
     finish: ClassVar[Any] = None  # (batch, state) -> TokenBatch: an accumulated output
     losses: ClassVar[Any] = None  # (state, outputs, targets, teacher) -> {name: Tensor}: training losses
@@ -134,7 +136,7 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
 
 def class_rows_after(rows: Tensor, token_map: TokenMap) -> Tensor:
     """Where the class tokens (B,) went; -1 where there is none or it was dropped."""
-    old, new = token_map.old.uniform, token_map.new.uniform
-    if old is not None and new is not None and old[1] == new[1]:  # nobody lost a prefix token, and it comes first
+    if token_map.old.lead is not None and token_map.old.lead == token_map.new.lead:
+        # nobody lost a prefix token, and the class token comes first
         return token_map.new.starts.where(rows >= 0, rows)
     return token_map.destination[rows.clamp(min=0)].masked_fill(rows < 0, -1)

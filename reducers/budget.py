@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from reducers.errors import ReducerError
 
 Rounding = Literal["floor", "ceil", "nearest"]
 Base = Literal["current", "initial"]
+N = TypeVar("N", Tensor, int)  # a count of each image, or of one on the host
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,21 @@ class Budget:
         ``initial``: patch tokens entering block 0. ``prefix`` (B,): prefix tokens, for budgets that count them.
         ``rounding``: the reducer's own default, used where the budget names none.
         """
-        wanted = self._wanted(current, initial, prefix, rounding)
-        return torch.minimum(wanted.clamp(min=1), current)
+        return torch.minimum(self.points(current, initial=initial, prefix=prefix, rounding=rounding), current)
 
     def count(self, current: int, *, initial: int, prefix: int, rounding: Rounding) -> int:
-        """``resolve`` for one image, on the host."""
-        one = torch.tensor([current])
-        return int(self.resolve(one, initial=initial, prefix=torch.tensor([prefix]), rounding=rounding)[0])
+        """``resolve`` for one image, in plain integers."""
+        return min(self.point_count(current, initial=initial, prefix=prefix, rounding=rounding), current)
+
+    def point_count(self, current: int, *, initial: int, prefix: int, rounding: Rounding) -> int:
+        """``points`` for one image, in plain integers."""
+        return max(self._wanted(current, initial, prefix, rounding), 1)
 
     def points(self, current: Tensor, *, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
         """As ``resolve``, but not bounded by ``current``: sample points, which may outnumber the tokens."""
-        return self._wanted(current, initial, prefix, rounding).clamp(min=1)
+        return (torch.zeros_like(current) + self._wanted(current, initial, prefix, rounding)).clamp(min=1)
 
-    def _wanted(self, current: Tensor, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
+    def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
         raise NotImplementedError(f"{type(self).__name__} does not say how many tokens it keeps")
 
     def spec(self) -> dict[str, Any]:
@@ -85,8 +88,8 @@ class Ratio(Budget):
         object.__setattr__(self, "rounding", rounding)
         object.__setattr__(self, "count_prefix", bool(count_prefix))
 
-    def _wanted(self, current: Tensor, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
-        whole = current if self.of == "current" else torch.full_like(current, initial)
+    def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
+        whole = current if self.of == "current" else initial
         if self.count_prefix:
             whole = whole + prefix
         share = whole * self.value.numerator
@@ -123,8 +126,8 @@ class Count(Budget):
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < 1:
             raise ReducerError(f"Count({self.value!r}) must be a whole number of patch tokens, at least 1")
 
-    def _wanted(self, current: Tensor, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
-        return torch.full_like(current, self.value)
+    def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
+        return self.value
 
     def spec(self) -> dict[str, Any]:
         return {"count": self.value}
@@ -140,7 +143,7 @@ class Drop(Budget):
         if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < 0:
             raise ReducerError(f"Drop({self.value!r}) must be a whole number of tokens to remove, 0 or more")
 
-    def _wanted(self, current: Tensor, initial: int, prefix: Tensor, rounding: Rounding) -> Tensor:
+    def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
         return current - self.value
 
     def spec(self) -> dict[str, Any]:

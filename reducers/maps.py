@@ -7,11 +7,12 @@ that says it all, and carries anything that belongs to tokens through it: featur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from reducers.lazy import cached_property
 from reducers.tokens import Layout
 
 
@@ -60,7 +61,7 @@ class TokenMap:
         second = torch.cat([other.destination, first.new_full((1,), -1)])[first]  # row -1 stays -1
         weight = self.member_weights() * torch.cat([other.member_weights(), other.member_weights().new_zeros(1)])[first]
         alive = torch.cat([other.source, other.source.new_full((1,), -1)])
-        ownerless = (alive[: len(other.source)] < 0) | (self.source[alive[: len(other.source)].clamp(min=0)] < 0)
+        ownerless = (alive[:-1] < 0) | (self.source[alive[:-1].clamp(min=0)] < 0)
         return Merge(self.old, other.new, second, weight, ownerless)
 
 
@@ -97,25 +98,18 @@ class Merge(TokenMap):
     group: Tensor  # (T,) packed new row of each old row, -1 = dropped
     weight: Tensor  # (T,) its weight there; not necessarily normalised
     ownerless: Tensor | None = None  # (M,) bool: new rows that are nobody's continuation (EViT's fused token)
+    drops_none: bool = False  # no group is -1: known beforehand, it spares a step
 
     @cached_property
-    def _members(self) -> tuple[Tensor, Tensor] | None:
-        """Old rows that go somewhere and where; None when all do, which is the cheap and usual case."""
+    def _slot(self) -> Tensor:
+        """``group`` with one more row, behind the last, for what is dropped: nobody has to ask the device for it."""
         if self.drops_none:
-            return None
-        rows = (self.group >= 0).nonzero().squeeze(1)
-        return rows, self.group[rows]
-
-    @cached_property
-    def drops_none(self) -> bool:
-        return bool((self.group >= 0).all())
+            return self.group
+        return self.group.where(self.group >= 0, self.new.rows)
 
     def _add_up(self, values: Tensor) -> Tensor:
-        out = torch.zeros(self.new.rows, *values.shape[1:], dtype=values.dtype, device=values.device)
-        if self._members is None:
-            return out.index_add_(0, self.group, values)
-        rows, group = self._members
-        return out.index_add_(0, group, values[rows])
+        out = values.new_zeros(self.new.rows + (not self.drops_none), *values.shape[1:])
+        return out.index_add_(0, self._slot, values)[: self.new.rows]
 
     def apply(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -130,15 +124,13 @@ class Merge(TokenMap):
 
     @cached_property
     def source(self) -> Tensor:
-        device = self.group.device
-        members = (self.group >= 0).nonzero().squeeze(1)
-        group, weight = self.group[members], self.weight[members].double()
-        heaviest = torch.full((self.new.rows,), -torch.inf, dtype=torch.float64, device=device)
-        heaviest.scatter_reduce_(0, group, weight, "amax")
-        tied = weight >= heaviest[group]
-        first = torch.full((self.new.rows,), self.old.rows, dtype=torch.int64, device=device)
-        first.scatter_reduce_(0, group[tied], members[tied], "amin")
-        first[first == self.old.rows] = -1
+        weight = self.weight.double()
+        heaviest = weight.new_full((self.new.rows + 1,), -torch.inf).scatter_reduce_(0, self._slot, weight, "amax")
+        members = torch.arange(self.old.rows, device=weight.device)
+        members = members.where(weight >= heaviest[self._slot], self.old.rows)
+        first = torch.full_like(heaviest, self.old.rows, dtype=torch.int64)
+        first = first.scatter_reduce_(0, self._slot, members, "amin")[:-1]
+        first = first.masked_fill(first == self.old.rows, -1)
         return first if self.ownerless is None else first.masked_fill(self.ownerless, -1)
 
     def member_weights(self) -> Tensor:
@@ -157,7 +149,7 @@ class Mix(TokenMap):
         return self.new.unpad(mixed).view(self.new.rows, *x.shape[1:])
 
     def total(self, values: Tensor) -> Tensor:
-        return self.apply(values)
+        return self.apply(values.double()).to(values.dtype)  # wide, so that a batch's shape leaves no trace in sizes
 
     @cached_property
     def destination(self) -> Tensor:
@@ -174,15 +166,26 @@ class Mix(TokenMap):
 
 def keep_rows(layout: Layout, chosen: Tensor) -> Keep:
     """Keep the rows where ``chosen`` (T,) bool holds; the count may differ from image to image."""
-    rows = chosen.nonzero().squeeze(1)
     lengths = layout.sum_rows(chosen.long())
-    prefix = torch.minimum(layout.sum_rows((chosen & layout.is_prefix).long()), lengths)
-    return Keep(layout, Layout.ragged(lengths, prefix, len(rows)), rows)
+    prefix = layout.sum_rows((chosen & layout.is_prefix).long())
+    new = Layout.ragged(lengths, prefix)
+    rows = chosen.nonzero_static(size=new.rows).squeeze(1)  # their number is known: nothing is asked of the device
+    return Keep(layout, new, rows)
 
 
 def keep_patches(layout: Layout, chosen: Tensor) -> Keep:
-    """Keep the prefix tokens and the patches where ``chosen`` (B, N) bool holds."""
-    return keep_rows(layout, layout.spread(chosen, prefix=True))
+    """Keep the prefix tokens and the patches where ``chosen`` (B, N) bool holds; it holds nowhere in the padding."""
+    lead = layout.lead
+    if lead is None:  # some image has lost a prefix token
+        return keep_rows(layout, layout.spread(chosen, prefix=True))
+    kept = F.pad(chosen, (lead, 0), value=True)
+    new = Layout.ragged(kept.sum(dim=1), layout.prefix)
+    rows = kept.flatten().nonzero_static(size=new.rows).squeeze(1)
+    if layout.uniform is None:  # from places in the padded view to packed rows
+        width = kept.shape[1]
+        padding = layout.starts - torch.arange(layout.images, device=rows.device) * width
+        rows = rows + padding[rows // width]
+    return Keep(layout, new, rows)
 
 
 def keep_ranked(layout: Layout, order: Tensor, count: int) -> Keep:

@@ -40,7 +40,9 @@ def image_keys(images: Tensor) -> Tensor:
     step = max(1, flat.shape[1] // _SAMPLED_PIXELS)
     bits = flat[:, ::step].float().contiguous().view(torch.int32).long()
     place = torch.arange(bits.shape[1], device=bits.device)
-    return _mix((bits + 1) * _mix((place + 1) * _GOLDEN)).sum(1)
+    hashed = _mix((bits + 1) * _mix((place + 1) * _GOLDEN))
+    # one sum modulo 2^64, by halves: not every runtime that runs an exported model adds large integers exactly
+    return (hashed >> 32).sum(1) * 2**32 + (hashed & (2**32 - 1)).sum(1)
 
 
 def stream(block: int, draw: int, *, kind: int = 0) -> int:

@@ -26,6 +26,13 @@ NO_PREVIOUS = (
 )
 
 
+def known_positions(batch: TokenBatch) -> Tensor:
+    """The positions a batch carries."""
+    if batch.pos is None:
+        raise ReducerError("positions() are tracked for reducers that say uses_positions")
+    return batch.pos
+
+
 class Signals(ABC):
     """What a reducer at the attention site can ask for."""
 
@@ -34,6 +41,12 @@ class Signals(ABC):
         self.size = size  # (T,) float32
         self.cls = cls  # (B,) packed row of the class token, -1 where there is none
         self._spend = spend
+
+    @property
+    def is_class_token(self) -> Tensor:
+        """(T,) bool."""
+        rows = torch.arange(self.layout.rows, device=self.cls.device)
+        return rows == self.cls[self.layout.row_image]
 
     def spend(self, macs: Tensor | float) -> None:
         """Book multiply-adds of the reducer's own, (B,) or one number for each image; free when nobody counts."""
@@ -70,6 +83,12 @@ class Signals(ABC):
     def previous_attention(self) -> Tensor:
         """(T,) attention each token received in the block before, over its heads and queries (mean)."""
 
+    @abstractmethod
+    def positions(self) -> Tensor:
+        """(T,) the original patch (rows of ``State.grid`` one after another) a token still is, -1 for prefix tokens and
+        those that are no one patch's continuation; needs ``uses_positions``.
+        """
+
     def attention_received(self) -> Tensor:
         """(T,) attention each token receives, mean over heads and queries."""
         received = self.attention().sum(dim=(1, 2)) / self.attention().shape[1]  # (B, L)
@@ -89,6 +108,9 @@ class InputSignals(Signals):
 
     def output(self) -> Tensor:
         return self._batch.x
+
+    def positions(self) -> Tensor:
+        return known_positions(self._batch)
 
     def previous_attention(self) -> Tensor:
         if self._batch.received is None:
@@ -123,7 +145,7 @@ class Transported(Signals):
 
     def _average(self, values: Tensor) -> Tensor:
         summed = self._decision.map.apply(values)
-        ones = torch.ones(len(values), 1, dtype=values.dtype, device=values.device)
+        ones = torch.ones(values.shape[0], 1, dtype=values.dtype, device=values.device)
         weight = self._decision.map.apply(ones).reshape(-1, *[1] * (values.dim() - 1))
         return summed / torch.where(weight.abs() > 0, weight, torch.ones_like(weight))
 
@@ -142,11 +164,15 @@ class Transported(Signals):
     def previous_attention(self) -> Tensor:
         return self._decision.map.total(self._before.previous_attention())
 
+    def positions(self) -> Tensor:
+        source = self._decision.map.source
+        return self._before.positions()[source.clamp(min=0)].masked_fill(source < 0, -1)
+
     def attention(self) -> Tensor:
-        raise ReducerError(
-            "the full attention map cannot be carried through another reducer at the same block; "
-            "place the reducer that needs it first, or at a block of its own"
-        )
+        token_map = self._decision.map
+        columns = token_map.total(token_map.old.unpad(self._before.attention().permute(0, 3, 1, 2)))  # (M, H, L)
+        rows = self._average(token_map.old.unpad(token_map.new.pad(columns).permute(0, 3, 2, 1)))  # (M, H, M)
+        return token_map.new.pad(rows).transpose(1, 2)
 
     def output(self) -> Tensor:
         if self._decision.features is not None:

@@ -8,10 +8,11 @@ gives.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from reducers.lazy import cached_property
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,7 @@ class Layout:
     prefix: Tensor  # (B,) int64 class, distillation and register tokens that lead each image
     rows: int  # T, the sum of lengths
     uniform: tuple[int, int] | None = None
+    on_host: tuple[list[int], list[int]] | None = None  # lengths and prefix as plain ints, where they have been read
 
     @classmethod
     def alike(cls, images: int, tokens: int, prefix: int, device: torch.device) -> Layout:
@@ -34,27 +36,52 @@ class Layout:
         return cls(lengths, torch.full_like(lengths, prefix), images * tokens, (tokens, prefix))
 
     @classmethod
-    def ragged(cls, lengths: Tensor, prefix: Tensor, rows: int) -> Layout:
-        """Images of any lengths; ``rows`` is their sum, which the caller knows from the tensor it packs."""
-        uniform = None
-        if len(lengths) == 1:  # one image is always uniform: alone and in a batch then differ only in packing
-            uniform = (rows, int(prefix[0]))
-        return cls(lengths, prefix, rows, uniform)
+    def ragged(cls, lengths: Tensor, prefix: Tensor, rows: int | None = None) -> Layout:
+        """Images of any lengths, read to the host here: the one wait for the device of an adaptive stage. ``rows``,
+        their sum, need not be said.
+        """
+        counts, leads = torch.stack([lengths, prefix]).tolist()
+        rows, uniform = sum(counts), None
+        if len(counts) == 1:  # one image is always uniform: alone and in a batch then differ only in packing
+            uniform = (rows, leads[0])
+        return cls(lengths, prefix, rows, uniform, (counts, leads))
 
     @property
     def images(self) -> int:
-        return len(self.lengths)
+        return self.lengths.shape[0]
 
     @cached_property
     def counts(self) -> list[int]:
-        """Lengths on the host: the one device read of an adaptive stage."""
+        """Lengths on the host."""
         if self.uniform is not None:
             return [self.uniform[0]] * self.images
-        return self.lengths.tolist()
+        assert self.on_host is not None
+        return self.on_host[0]
+
+    @cached_property
+    def patch_counts(self) -> list[int]:
+        """Patches of each image on the host."""
+        if self.uniform is not None:
+            return [self.uniform[0] - self.uniform[1]] * self.images
+        assert self.on_host is not None
+        return [length - lead for length, lead in zip(*self.on_host, strict=True)]
+
+    @cached_property
+    def kinds(self) -> set[tuple[int, int]]:
+        """The different (patches, prefix tokens) that images have, on the host."""
+        if self.uniform is not None:
+            return {(self.uniform[0] - self.uniform[1], self.uniform[1])}
+        assert self.on_host is not None
+        return {(length - lead, lead) for length, lead in zip(*self.on_host, strict=True)}
 
     @cached_property
     def longest(self) -> int:
         return self.uniform[0] if self.uniform is not None else max(self.counts, default=0)
+
+    @cached_property
+    def outset(self) -> Tensor:
+        """(B,) zeros: for views that begin with each image's very first token."""
+        return torch.zeros_like(self.prefix)
 
     @cached_property
     def starts(self) -> Tensor:
@@ -64,19 +91,40 @@ class Layout:
         return self.lengths.cumsum(0) - self.lengths
 
     @cached_property
+    def offsets(self) -> Tensor:
+        """(B + 1,) int32: where each image begins and the last one ends, as flash attention over packed rows wants."""
+        ends = self.starts + self.lengths
+        return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+    @cached_property
+    def lead(self) -> int | None:
+        """Prefix tokens of each image on the host, where all images have the same number."""
+        if self.uniform is not None:
+            return self.uniform[1]
+        assert self.on_host is not None
+        leads = self.on_host[1]
+        return leads[0] if len(set(leads)) == 1 else None
+
+    @cached_property
     def row_image(self) -> Tensor:
         """(T,) the image each packed row belongs to."""
         images = torch.arange(self.images, device=self.lengths.device)
+        if self.uniform is not None:
+            return images[:, None].expand(-1, self.uniform[0]).flatten()
         return images.repeat_interleave(self.lengths, output_size=self.rows)
 
     @cached_property
     def row_index(self) -> Tensor:
         """(T,) the place of each packed row within its image, prefix included."""
+        if self.uniform is not None:
+            return self._columns.expand(self.images, -1).flatten()
         return torch.arange(self.rows, device=self.lengths.device) - self.starts[self.row_image]
 
     @cached_property
     def is_prefix(self) -> Tensor:
         """(T,) bool."""
+        if self.uniform is not None:
+            return self.row_index < self.uniform[1]
         return self.row_index < self.prefix[self.row_image]
 
     @cached_property
@@ -104,16 +152,17 @@ class Layout:
         return self._columns[:width] < (self.lengths - first)[:, None]
 
     def width_from(self, first: Tensor) -> int:
-        if self.uniform is not None:
-            if first is self.prefix:
-                return self.uniform[0] - self.uniform[1]
-            return self.uniform[0] - (int(first[0]) if len(first) else 0)
+        """Places of the view that leaves out the ``first`` tokens; free for ``prefix`` and ``outset`` themselves."""
+        if first is self.outset:
+            return self.longest
+        if first is self.prefix:
+            return self.uniform[0] - self.uniform[1] if self.uniform is not None else max(self.patch_counts, default=0)
         return max((n - f for n, f in zip(self.counts, first.tolist(), strict=True)), default=0)
 
     def pad(self, values: Tensor, first: Tensor | None = None, *, fill: float = 0.0) -> Tensor:
         """Packed (T, ...) -> padded (B, L, ...), each image's tokens from ``first`` (B,) on, left-aligned."""
         if first is None:
-            first = torch.zeros_like(self.prefix)
+            first = self.outset
         if self.uniform is not None:
             skip = self.uniform[0] - self.width_from(first)
             return values.reshape(self.images, self.uniform[0], *values.shape[1:])[:, skip:]
@@ -127,20 +176,21 @@ class Layout:
         """Packed (T, ...) -> (B, N, ...) without the prefix tokens."""
         return self.pad(values, self.prefix, fill=fill)
 
-    def unpad(self, padded: Tensor, first: Tensor | None = None) -> Tensor:
-        """The opposite of ``pad``: (B, L, ...) -> (rows it covers, ...)."""
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The opposite of ``pad``: (B, L, ...) -> (T, ...)."""
         if self.uniform is not None:
             return padded.flatten(0, 1)
-        return padded[self.valid_from(torch.zeros_like(self.prefix) if first is None else first)]
+        return padded.flatten(0, 1).index_select(0, self.row_image * padded.shape[1] + self.row_index)
 
     def spread(self, padded: Tensor, *, prefix: float | bool) -> Tensor:
         """Patch values (B, N) -> packed (T,), with one value for all prefix rows."""
-        packed = torch.full((self.rows,), prefix, dtype=padded.dtype, device=padded.device)
         if self.uniform is not None:
-            packed.view(self.images, self.uniform[0])[:, self.uniform[1] :] = padded
-            return packed
-        packed[~self.is_prefix] = padded[self.valid_patches]
-        return packed
+            lead = padded.new_full((1, 1), prefix).expand(self.images, self.uniform[1])
+            return torch.cat([lead, padded], dim=1).flatten()
+        if padded.shape[1] == 0:  # no image has a patch left
+            return padded.new_full((self.rows,), prefix)
+        place = (self.row_index - self.prefix[self.row_image]).clamp(min=0)
+        return padded.flatten()[self.row_image * padded.shape[1] + place].masked_fill(self.is_prefix, prefix)
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """(T,) -> (B,) sum over each image's rows."""

@@ -55,13 +55,18 @@ class Tracer:
         self._kept: list[Tensor] = []
         self._class_kept: list[Tensor] = []
 
-    def start(self, batch: TokenBatch) -> None:
-        """Before the first block that runs, with nothing reduced yet."""
+    def start(self, batch: TokenBatch, carrier: Tensor | None = None) -> None:
+        """Before the first block that runs, with nothing reduced yet.
+
+        ``carrier`` (N0,): where the image came in smaller than the model's own, the patch that covers each original
+        one.
+        """
         layout = batch.layout
         assert layout.uniform is not None
         self.cost = CostMeter(layout.images, batch.x.device)
-        self.initial = layout.uniform[0] - layout.uniform[1]  # patch tokens entering block 0
-        columns = torch.arange(self.initial, device=batch.x.device)
+        columns = torch.arange(layout.uniform[0] - layout.uniform[1], device=batch.x.device)
+        columns = columns if carrier is None else carrier
+        self.initial = len(columns)  # original patches
         # (B, N0) packed row that carries each original patch, -1 = dropped
         self._row_of_patch = (layout.starts + layout.uniform[1])[:, None] + columns
         self._tokens.append(layout.lengths)

@@ -12,15 +12,17 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reducers import noise
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
 from reducers.errors import ReducerError
-from reducers.maps import keep_rows
+from reducers.maps import keep_patches, keep_rows
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals
+from reducers.tokens import Layout
 
 Variant = Literal["paper", "official", "unsorted", "gumbel"]
 Lookup = Literal["inverse", "nearest"]
@@ -36,21 +38,29 @@ def significance(scores: Tensor, valid: Tensor) -> Tensor:
     return torch.where(total > 0, scores / total.clamp(min=torch.finfo(scores.dtype).tiny), even)
 
 
-def cumulative(shares: Tensor, valid: Tensor) -> Tensor:
-    """The cumulative distribution, ending in exactly 1 at each image's last candidate and staying there. (B, N)"""
-    cdf = shares.cumsum(dim=1)
-    last = cdf.gather(1, (valid.sum(dim=1, keepdim=True) - 1).clamp(min=0))
-    return (cdf / last.clamp(min=torch.finfo(cdf.dtype).tiny)).clamp(max=1)
+def cumulative(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """The cumulative distribution over the candidates, float32 or wider, ending in exactly 1 at each image's last and
+    staying there; all-zero scores mean that all are alike. (B, N); ``valid`` None: every place is a candidate.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if valid is not None:
+        scores = scores.masked_fill(~valid, 0)
+    sums = scores.cumsum(dim=1)
+    alike = torch.ones_like(scores) if valid is None else valid.to(scores.dtype)
+    sums = torch.where(sums[:, -1:] > 0, sums, alike.cumsum(dim=1))
+    return sums / sums[:, -1:].clamp(min=torch.finfo(sums.dtype).tiny)
 
 
-def sample_inverse(cdf: Tensor, points: Tensor) -> Tensor:
+def sample_inverse(cdf: Tensor, points: Tensor | int) -> Tensor:
     """Tokens that hold at least one of the points u_k = (2k - 1) / 2K, k = 1 … K: the first with CDF >= u_k. (B,
     N) bool
 
-    The number of points at or below a value c is floor(K c + 1/2), so no point is ever written out. points: (B,) int64.
+    The number of points at or below a value c is floor(K c + 1/2), so no point is ever written out. points: (B,)
+    int64, or one number for all.
     """
-    reached = (cdf * points[:, None] + 0.5).floor()
-    return reached.diff(dim=1, prepend=torch.zeros_like(reached[:, :1])) > 0
+    each = points if isinstance(points, int) else points[:, None]
+    reached = F.pad((cdf * each + 0.5).floor(), (1, 0))
+    return reached[:, 1:] > reached[:, :-1]
 
 
 def sample_nearest(cdf: Tensor, valid: Tensor, points: Tensor, used: Tensor) -> Tensor:
@@ -72,9 +82,9 @@ def sample_nearest(cdf: Tensor, valid: Tensor, points: Tensor, used: Tensor) -> 
     return (hits > 0) & valid
 
 
-def even_points(points: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(2k - 1) / 2K for each image's own K, padded: (B, Kmax) values and which of them count. points: (B,) int64."""
-    k = torch.arange(1, int(points.max()) + 1 if len(points) else 1, device=points.device)
+def even_points(points: Tensor, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(2k - 1) / 2K for each image's own K, padded: (B, most) values and which of them count. points: (B,) int64."""
+    k = torch.arange(1, most + 1, device=points.device)
     return (2 * k - 1).to(dtype) / (2 * points[:, None]).to(dtype), k <= points[:, None]
 
 
@@ -168,22 +178,26 @@ class ATS(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        first = layout.prefix
-        if not self.keep_class_token:  # the class token, which comes first, is a candidate; other prefix tokens are not
-            first = torch.zeros_like(layout.prefix)
         scores = self._score.compute(signals, state, self.heads, self.seed).detach()
-        candidates = torch.ones(layout.rows, dtype=torch.bool, device=scores.device)
         if self.keep_class_token:
-            candidates = ~layout.is_prefix
-        else:
-            candidates = ~layout.is_prefix
-            candidates[signals.cls[signals.cls >= 0]] = True
-        valid = layout.valid_from(first) & layout.pad(candidates, first)
-        chosen = self._sample(layout.pad(scores, first), valid, signals, state)
-        kept = chosen if first is layout.prefix else chosen | (layout.valid & ~layout.pad(candidates))
-        if first is layout.prefix:
-            return Decision(keep_rows(layout, layout.spread(kept, prefix=True)))
-        return Decision(keep_rows(layout, layout.unpad(kept)))
+            padded = layout.pad_patches(scores)
+            if layout.uniform is not None and padded.shape[1] and (self.variant, self.lookup) == ("paper", "inverse"):
+                chosen = self._sample_alike(padded, layout.uniform, state)  # the usual case, in the few steps it needs
+            else:
+                chosen = self._sample(padded, layout.valid_patches, signals, state)
+            return Decision(keep_patches(layout, chosen))
+        # the class token, which comes first, is a candidate; other prefix tokens are not
+        candidates = layout.pad(~layout.is_prefix)
+        candidates = candidates | layout.pad(signals.is_class_token)
+        candidates = candidates & layout.valid
+        chosen = self._sample(layout.pad(scores), candidates, signals, state)
+        return Decision(keep_rows(layout, layout.unpad(chosen | (layout.valid & ~candidates))))
+
+    def _sample_alike(self, scores: Tensor, uniform: tuple[int, int], state: State) -> Tensor:
+        """The published rule where all images have the same number of tokens: nothing is padding. (B, N) bool"""
+        tokens, prefix = uniform
+        points = self.budget.point_count(tokens - prefix, initial=state.initial, prefix=prefix, rounding="floor")
+        return sample_inverse(cumulative(scores, None), points)
 
     def _sample(self, scores: Tensor, valid: Tensor, signals: Signals, state: State) -> Tensor:
         """Which candidates are kept, (B, N) bool."""
@@ -191,26 +205,31 @@ class ATS(TokenReducer):
         if scores.shape[1] == 0:  # no image has a candidate left
             return valid
         points = self.budget.points(layout.patches, initial=state.initial, prefix=layout.prefix, rounding="floor")
+        if self.variant == "paper" and self.lookup == "inverse":
+            return sample_inverse(cumulative(scores, valid), points) & valid
         shares = significance(scores, valid)
         if self.variant == "official":
             fixed = self.budget.spec().get("count", state.initial)
             return sample_official(shares, valid, int(fixed))
         if self.variant == "gumbel":
             assert state.image_keys is not None
-            most = int(points.max())
+            most = self._most_points(layout, state)
             pairs = torch.arange(most * shares.shape[1], device=shares.device)
             # numbered by draw first, so that padding does not renumber another image's draws
             pairs = pairs // shares.shape[1] + (pairs % shares.shape[1]) * 2**20
             draws = noise.uniform(
                 state.image_keys[:, None], pairs, seed=self.seed, stream=noise.stream(state.block, state.draw, kind=1)
             )
-            return sample_gumbel(shares, valid, points, draws.view(len(shares), most, -1))
-        cdf = cumulative(shares, valid)
+            return sample_gumbel(shares, valid, points, draws.view(shares.shape[0], most, -1))
+        cdf = cumulative(scores, valid)
         if self.variant == "unsorted":
-            grid, used = even_points(points, cdf.dtype)
+            grid, used = even_points(points, self._most_points(layout, state), cdf.dtype)
             last = grid >= grid.gather(1, points[:, None] - 1)
             last = last & (points > 1)[:, None]  # of one point, that one stays
             return sample_nearest(cdf, valid, grid, used & ~last)
-        if self.lookup == "nearest":
-            return sample_nearest(cdf, valid, *even_points(points, cdf.dtype))
-        return sample_inverse(cdf, points) & valid
+        return sample_nearest(cdf, valid, *even_points(points, self._most_points(layout, state), cdf.dtype))
+
+    def _most_points(self, layout: Layout, state: State) -> int:
+        """The most points that any image has, from what is known on the host."""
+        count = self.budget.point_count
+        return max(count(n, initial=state.initial, prefix=prefix, rounding="floor") for n, prefix in layout.kinds)

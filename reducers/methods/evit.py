@@ -11,6 +11,7 @@ from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Merge
+from reducers.methods.clusters import count_each
 from reducers.methods.topk import first_of, keep_count, keep_highest, rank_patches
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
@@ -33,15 +34,14 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
         prefix = layout.uniform[1]
         new = Layout.alike(layout.images, prefix + count + 1, prefix, stays.device)
     else:
-        new = Layout.ragged(lengths, layout.prefix, int(lengths.sum()))
+        new = Layout.ragged(lengths, layout.prefix)
     before = stays.long().cumsum(0) - 1  # kept rows so far over all images …
     place = before - (kept.cumsum(0) - kept)[layout.row_image]  # … and within the image
     place = torch.where(stays, place, kept[layout.row_image])
     group = new.starts[layout.row_image] + place
     weight = torch.where(stays, torch.ones_like(weights), weights)
-    ownerless = torch.zeros(new.rows, dtype=torch.bool, device=stays.device)
-    ownerless[(new.starts + kept)[fused.bool()]] = True
-    return Merge(layout, new, group, weight, ownerless)
+    ownerless = new.row_index == kept[new.row_image]  # none where an image keeps all: its rows end before that
+    return Merge(layout, new, group, weight, ownerless, drops_none=True)
 
 
 @register("evit")
@@ -93,16 +93,15 @@ class EViT(TokenReducer):
         if selected is not None:
             scores = torch.where(selected, scores, -torch.inf)
             counts = layout.sum_rows((selected & ~layout.is_prefix).long())
-            count = torch.minimum(counts, torch.as_tensor(count, device=counts.device))
+            count = torch.minimum(counts, count_each(layout, count))
         if not self.fuse:
             kept = keep_highest(layout, scores, count)
             return None if kept is None else Decision(kept)
-        limit = torch.as_tensor(count, device=scores.device).expand(layout.images)
-        chosen = first_of(rank_patches(layout, scores), limit)
+        chosen = first_of(rank_patches(layout, scores), count_each(layout, count))
         weights = class_attention(signals.class_attention())
         merged = fuse_the_rest(layout, chosen, weights, count=count if isinstance(count, int) else None)
         if signals.counting:
-            left_out = layout.lengths - (layout.prefix + torch.as_tensor(count, device=scores.device))
+            left_out = layout.lengths - (layout.prefix + count)
             signals.spend(left_out * signals.values()[0].numel())
         signals.output()  # fused features are those after the attention residual: every row is needed
         return Decision(merged)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from reducers.base import Decision, State, TokenReducer, advance
 from reducers.cost import BlockShape
 from reducers.errors import ReducerError
+from reducers.lazy import cached_property
 from reducers.maps import Keep
-from reducers.signals import NO_PREVIOUS, InputSignals, Signals
+from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Tracer
@@ -32,10 +33,13 @@ class BlockSignals(Signals):
         attn = block.attn
         assert isinstance(attn, Attention)  # check_model saw to it
         self.attention_core = PackedAttention(attn, block.norm1(batch.x), batch.layout, batch.key_bias)
-        self.shape = BlockShape.of(block)
         self._class_attention: Tensor | None = None
         self._attention: Tensor | None = None
         self._output: Tensor | None = None
+
+    @cached_property
+    def shape(self) -> BlockShape:
+        return BlockShape.of(self.block)
 
     @property
     def computed_output(self) -> bool:
@@ -44,8 +48,8 @@ class BlockSignals(Signals):
     def class_attention(self) -> Tensor:
         if self._class_attention is None:
             self._class_attention = self.attention_core.row(self.batch.cls)
-            width = self.shape.attention_width
             if self.counting:
+                width = self.shape.attention_width
                 self.spend(self.shape.width * width + self.layout.lengths * width)
         return self._class_attention
 
@@ -69,6 +73,9 @@ class BlockSignals(Signals):
             self._output = self.rows(None, self.layout)
         return self._output
 
+    def positions(self) -> Tensor:
+        return known_positions(self.batch)
+
     def previous_attention(self) -> Tensor:
         if self.batch.received is None:
             raise ReducerError(NO_PREVIOUS)
@@ -78,8 +85,8 @@ class BlockSignals(Signals):
         """Features after the attention residual, for the given packed rows alone."""
         block = self.block
         added = block.ls1(self.attention_core.rows_out(rows, layout))
-        x = self.batch.x if rows is None else self.batch.x[rows]
-        return x + drop_path(block.drop_path1, added, layout)
+        x = self.batch.x if rows is None else self.batch.x.index_select(0, rows)
+        return _residual(x, drop_path(block.drop_path1, added, layout))
 
 
 def drop_path(module: nn.Module, x: Tensor, layout: Layout) -> Tensor:
@@ -154,7 +161,32 @@ def run_block(
     ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
     the batch returned mean nothing.
     """
-    members = members_of(reducer)
+    batch, entering, queries = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
+    if not decide_only:
+        added = block.ls2(block.mlp(block.norm2(batch.x)))
+        batch = replace(batch, x=_residual(batch.x, drop_path(block.drop_path2, added, batch.layout)))
+    if tracer is not None:
+        tracer.cost.block(
+            BlockShape.of(block), entering=entering, queries=queries, leaving=batch.layout.lengths,
+            cut_before_values=reducer is not None and reducer.cuts_before_values,
+        )  # fmt: skip
+        tracer.after_block(batch)
+    return batch
+
+
+def _attend(
+    block: Block,
+    batch: TokenBatch,
+    members: list[TokenReducer],
+    state: State,
+    tracer: Tracer | None,
+    record_attention: bool,
+    decide_only: bool,
+) -> tuple[TokenBatch, Tensor, Tensor]:
+    """Everything before the MLP; also the tokens entering the attention and the query rows computed in it, (B,) each.
+
+    Queries, keys and values are free again when it returns: held through the MLP they would set the peak of memory.
+    """
     first = [member for member in members if member.site == "input"]
     if first:
         batch = _reduce_input(first, batch, state, tracer)
@@ -169,23 +201,20 @@ def run_block(
         # a signal needed the queries of the others too
         signals.spend((entering - queries) * signals.shape.width * signals.shape.attention_width)
     if decide_only:
-        batch = replace(batch, layout=decisions[-1].map.new if decisions else batch.layout)
-    elif selection is not None:
-        batch = advance(batch, Decision(selection), signals.rows(selection.rows, selection.new))
-        if tracer is not None:
-            tracer.moved(selection)
-    else:
-        batch = _carry_out(decisions, replace(batch, x=signals.output()), tracer)
-    if not decide_only:
-        added = block.ls2(block.mlp(block.norm2(batch.x)))
-        batch = replace(batch, x=batch.x + drop_path(block.drop_path2, added, batch.layout))
+        return replace(batch, layout=decisions[-1].map.new if decisions else batch.layout), entering, queries
+    if selection is None:
+        return _carry_out(decisions, replace(batch, x=signals.output()), tracer), entering, queries
+    batch = advance(batch, Decision(selection), signals.rows(selection.rows, selection.new))
     if tracer is not None:
-        tracer.cost.block(
-            signals.shape, entering=entering, queries=queries, leaving=batch.layout.lengths,
-            cut_before_values=reducer is not None and reducer.cuts_before_values,
-        )  # fmt: skip
-        tracer.after_block(batch)
-    return batch
+        tracer.moved(selection)
+    return batch, entering, queries
+
+
+def _residual(x: Tensor, added: Tensor) -> Tensor:
+    """x + added, in the memory of ``added`` where no gradient can ask for it again."""
+    if torch.is_grad_enabled() or added.dtype != x.dtype:  # autocast: the sum keeps the wider type
+        return x + added
+    return added.add_(x)
 
 
 def account(blocks: Iterable[nn.Module], batch: TokenBatch, tracer: Tracer) -> None:

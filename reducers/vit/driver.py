@@ -21,6 +21,7 @@ from reducers.trace import Trace, Tracer
 from reducers.vit.adapter import check_model
 from reducers.vit.block import account, run_block
 from reducers.vit.head import classify, head_macs
+from reducers.vit.host import Host, carriers, embed, entrance, grid_of
 from reducers.vit.shared import Shared
 
 
@@ -60,6 +61,8 @@ class ReducedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> logits (B, classes)."""
+        if torch.compiler.is_exporting():
+            check_exportable(self)
         return self._run(images, None)
 
     def trace(self, images: Tensor, shared: Shared | None = None) -> tuple[Tensor, Trace]:
@@ -102,13 +105,17 @@ class ReducedViT(nn.Module):
         if shared is not None:
             shared.claim(base, images)
         keys = self._image_keys(images, shared)
+        host, asked = Host(base), images.shape
         for prepare in _steps(members, "prepare"):
-            images = prepare(images)
-        plans = {id(member): member.plan(images, base) for member in members if member.plan is not None}
-        start, batch = self._enter(images, shared, tracer)
+            images = prepare(images, host)
+        plans = {id(member): member.plan(images, host) for member in members if member.plan is not None}
+        start, batch = self._enter(images, shared, tracer, resized=images.shape != asked)
         assert batch.layout.uniform is not None
+        if tracer is not None and host.spent is not None:
+            tracer.cost.spend(host.spent)
         depth, initial = len(base.blocks), batch.layout.uniform[0] - base.num_prefix_tokens
-        state = State(0, depth, initial, keys, self.training, plans, tracer=tracer)
+        grid = grid_of(base) if images.shape != asked else grid_of(base, images)
+        state = State(0, depth, initial, grid, keys, self.training, plans, tracer=tracer)
         last = max(self.placement.blocks, default=-1) if cost_only else depth
         for index in range(start, last + 1 if cost_only else depth):
             if shared is not None and index == self.first_block:
@@ -128,13 +135,17 @@ class ReducedViT(nn.Module):
             return None
         return image_keys(images) if shared is None else shared.image_keys(images)
 
-    def _enter(self, images: Tensor, shared: Shared | None, tracer: Tracer | None) -> tuple[int, TokenBatch]:
+    def _enter(
+        self, images: Tensor, shared: Shared | None, tracer: Tracer | None, *, resized: bool
+    ) -> tuple[int, TokenBatch]:
         """The first block to run and the tokens that enter it."""
-        base = self.base
+        base, carrier = self.base, None
+        front = entrance(base, resized=resized)
         known = None if shared is None else shared.latest(self.first_block)
         if known is None:
-            embedded = base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images))))
+            embedded = embed(front, images)
             track = shared is not None or (tracer is not None and tracer.detail)
+            track = track or any(member.uses_positions for member in self.members())
             known = (
                 0,
                 TokenBatch.from_images(
@@ -142,9 +153,13 @@ class ReducedViT(nn.Module):
                 ),
             )
         start, batch = known
+        if resized and batch.pos is not None:  # provenance is told in the patches of the image as it was given
+            carrier, original = carriers(grid_of(base), grid_of(base, images), images.device)
+            place = original[batch.pos.clamp(min=0)]
+            batch = replace(batch, pos=place.where(batch.pos >= 0, batch.pos))
         if tracer is not None:
-            tracer.start(batch)
-            tracer.cost.both(float(self._embedding_macs(images)))
+            tracer.start(batch, carrier)
+            tracer.cost.both(float(self._embedding_macs(front, images)))
             account(base.blocks[:start], batch, tracer)
         return start, batch
 
@@ -160,10 +175,10 @@ class ReducedViT(nn.Module):
         recorded = _asks_previous(self.placement.blocks.get(state.block + 1))
         return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
 
-    def _embedding_macs(self, images: Tensor) -> int:
+    def _embedding_macs(self, front: VisionTransformer, images: Tensor) -> int:
         shape = tuple(images.shape[1:])
         if shape not in self._embed_macs:
-            self._embed_macs[shape] = linear_macs(self.base.patch_embed, images[:1])
+            self._embed_macs[shape] = linear_macs(front.patch_embed, images[:1])
         return self._embed_macs[shape]
 
 
@@ -174,6 +189,16 @@ def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
 def _asks_previous(reducer: TokenReducer | None) -> bool:
     members = reducer.members if isinstance(reducer, Stack) else [reducer]
     return any(member is not None and member.uses_previous_attention for member in members)
+
+
+def check_exportable(fast: ReducedViT) -> None:
+    """Refuse what no exported graph can hold, and say what could be exported instead."""
+    adaptive = sorted({member.name for member in fast.members() if member.adaptive})
+    if adaptive:
+        raise ReducerError(
+            f"{', '.join(adaptive)} keeps a different number of tokens in each image, and an exported graph has fixed "
+            "sizes; export a method of fixed count (topk, evit, tome, …), or run this one in PyTorch"
+        )
 
 
 def _check_class_token(base: VisionTransformer, placement: Placement) -> None:

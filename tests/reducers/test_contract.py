@@ -30,6 +30,7 @@ from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
 BUDGETS = {"tome": Drop(5)}  # where a ratio of 0.6 is not the natural request
 KEEP_ALL = {"tome": Drop(0), "ats": Count(4000)}
+NEVER_THE_IDENTITY = {"hvt_pool"}  # its own test says what holds instead
 
 
 def settings(name: str, budget: object | None = None) -> TokenReducer:
@@ -50,6 +51,20 @@ CASES |= {
     "ats random": ATS(Ratio(0.6), score="random"),
     "evit drop": EViT(Ratio(0.6), fuse=False),
     "evit of ats": EViT(Ratio(0.8), select=ATS(Ratio(0.7))),
+    "dpc_knn at the input": build({"name": "dpc_knn", "budget": {"ratio": 0.6}, "site": "input"}),
+    "kmedoids equal": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "weights": "equal"}),
+    "kmedoids at the input": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "site": "input"}),
+    "token_pooling at the input": build({"name": "token_pooling", "budget": {"ratio": 0.6}, "site": "input"}),
+    "atc single": build({"name": "atc", "budget": {"ratio": 0.6}, "linkage": "single"}),
+    "atc complete": build({"name": "atc", "budget": {"ratio": 0.6}, "linkage": "complete"}),
+    "tofu prunes": build({"name": "tofu", "budget": {"drop": 5}, "switch": 1.0}),
+    "tofu merges": build({"name": "tofu", "budget": {"drop": 5}, "switch": 0.0}),
+    "pitome proportional": build({"name": "pitome", "budget": {"ratio": 0.6}, "proportional": True}),
+    "gtp cosine": build({"name": "gtp", "budget": {"drop": 5}, "graph": "cosine"}),
+    "fixed_pattern l1": build({"name": "fixed_pattern", "budget": {"ratio": 0.6}, "norm": "l1"}),
+    "hvt_pool at the input": build({"name": "hvt_pool", "site": "input"}),
+    "stack zero_tprune gtp": Stack(*[build({"name": n, "budget": {"ratio": 0.8}}) for n in ("zero_tprune", "gtp")]),
+    "stack gtp zero_tprune": Stack(*[build({"name": n, "budget": {"ratio": 0.8}}) for n in ("gtp", "zero_tprune")]),
     "stack evit ats": Stack(EViT(Ratio(0.7)), ATS(Ratio(0.7))),
     "stack ats evit": Stack(ATS(Ratio(0.7)), EViT(Ratio(0.7))),
     "stack ats tome": Stack(ATS(Ratio(0.8)), ToMe(Drop(4))),
@@ -129,7 +144,7 @@ def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
         assert (trace.reference_macs >= trace.macs - trace.reducer_macs - 1e-3).all(), "we never compute more rows"
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", [name for name in available() if name not in NEVER_THE_IDENTITY])
 @torch.no_grad()
 def test_keeping_everything_is_the_plain_model(name, images):
     plain = make_vit().double()
@@ -188,7 +203,9 @@ def test_every_kind_of_model_runs_or_is_refused_by_name(reducer, kind, images):
 
 
 @pytest.mark.parametrize(
-    "reducer", [r for r in CASES.values() if not isinstance(r, Stack)], ids=lambda r: str(r.spec())[:60]
+    "reducer",
+    [r for r in CASES.values() if not isinstance(r, Stack) and r.only_decides and r.site == "attention"],
+    ids=lambda r: str(r.spec())[:60],
 )
 @torch.no_grad()
 def test_identity_in_a_stack_changes_nothing(reducer, images):

@@ -26,7 +26,7 @@ def some_keep(layout: Layout) -> Keep:
 
 def some_merge(layout: Layout) -> Merge:
     metric = torch.randn(layout.rows, 5, dtype=torch.float64)
-    best, partner = bipartite_pairs(layout.pad(metric), layout.valid, layout.prefix)
+    best, partner = bipartite_pairs(metric, layout)
     return merge_pairs(layout, best, partner, layout.patches // 2, torch.rand(layout.rows).double() + 0.5)
 
 
@@ -79,7 +79,7 @@ def test_a_merge_conserves_sizes_and_the_weighted_sum_of_tokens():
     layout = ragged((9, 4, 12))
     size = torch.rand(layout.rows, dtype=torch.float64) + 0.5
     metric = torch.randn(layout.rows, 5, dtype=torch.float64)
-    best, partner = bipartite_pairs(layout.pad(metric), layout.valid, layout.prefix)
+    best, partner = bipartite_pairs(metric, layout)
     merge = merge_pairs(layout, best, partner, torch.tensor([3, 1, 5]), size)
     new_size = merge.total(size)
     x = torch.randn(layout.rows, 2, dtype=torch.float64)

@@ -203,7 +203,7 @@ def test_a_reducer_may_use_the_whole_lifecycle(images):
     class HalfSize(TokenReducer):
         name = "half_size"
 
-        def prepare(self, batch):
+        def prepare(self, batch, host):
             return torch.nn.functional.avg_pool2d(batch, 2)
 
         def decide(self, signals, state):
@@ -212,8 +212,8 @@ def test_a_reducer_may_use_the_whole_lifecycle(images):
     class Planned(TokenReducer):
         name = "planned"
 
-        def plan(self, batch, base):
-            return base.patch_embed(batch).norm(dim=2) > 0  # every patch
+        def plan(self, batch, host):
+            return host.base.patch_embed(batch).norm(dim=2) > 0  # every patch
 
         def decide(self, signals, state):
             chosen = state.plans[id(self)].clone()

@@ -1,0 +1,81 @@
+"""Fixed radial patterns: keep the middle of the image, whatever it shows (Haurum et al., ICCVW 2023; methods 13)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, checked_budget
+from reducers.methods.clusters import checked_choice, count_each, keeps_all
+from reducers.methods.topk import keep_count, keep_highest
+from reducers.registry import register
+from reducers.signals import Signals
+
+Norm = Literal["l1", "l2", "linf"]
+
+
+@functools.cache
+def radii(grid: tuple[int, int], norm: Norm) -> tuple[int, ...]:
+    """How far each patch's centre lies from the grid's, row by row: in half patches, for ``l2`` squared."""
+    height, width = grid
+    found = []
+    for row, column in itertools.product(range(height), range(width)):
+        down, across = abs(2 * row - height + 1), abs(2 * column - width + 1)
+        found.append({"l1": down + across, "l2": down**2 + across**2, "linf": max(down, across)}[norm])
+    return tuple(found)
+
+
+@functools.cache
+def ring_counts(grid: tuple[int, int], norm: Norm) -> tuple[int, ...]:
+    """How many patches each possible radius holds, the smallest radius first."""
+    ordered = sorted(radii(grid, norm))
+    return tuple(i + 1 for i in range(len(ordered)) if i + 1 == len(ordered) or ordered[i] != ordered[i + 1])
+
+
+def nearest_ring(target: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """The count nearest to each target, of two equally near ones the smaller. (B,) int64 -> (B,)"""
+    offered = torch.tensor(counts, device=target.device)
+    return offered[(offered - target[:, None]).abs().argmin(dim=1)]
+
+
+@register("fixed_pattern")
+class FixedPattern(TokenReducer):
+    """Keep the patches within a radius of the image's centre: a control that looks at no image.
+
+    ``norm``: diamonds (``l1``), circles (``l2``) or squares (``linf``). Of the radii there are, the one whose number of
+    patches is nearest to the budget (the smaller of two); so counts come in rings and a budget is met only nearly: of
+    14 x 14 patches 4, 12, 24, … (``l1``), 4, 12, 16, … (``l2``) or 4, 16, 36, … (``linf``). Nested; symmetric under
+    rotation by 90 degrees on a square grid. Where another reducer has removed some of the patches, as many are kept,
+    from the middle outwards; a token that is no single patch's continuation goes first. ``Ratio`` rounds down before
+    the ring is chosen. Acts after the attention residual.
+    """
+
+    summary = "keep the middle of the image, whatever it shows"
+    source = "Haurum et al., ICCVW 2023 (baseline)"
+    uses_positions = True
+
+    def __init__(self, budget: Budget, *, norm: Norm = "l2") -> None:
+        super().__init__()
+        self.budget = checked_budget(budget, "FixedPattern")
+        self.norm: Norm = checked_choice(norm, Norm, "FixedPattern(norm=…)")  # type: ignore[assignment]
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        layout, counts = signals.layout, ring_counts(state.grid, self.norm)
+        wanted = keep_count(layout, self.budget, state, "floor")
+        count: Tensor | int
+        if isinstance(wanted, int):
+            count = min(counts, key=lambda offered: abs(offered - wanted))
+        else:
+            count = torch.minimum(nearest_ring(count_each(layout, wanted), counts), layout.patches)
+        if keeps_all(layout, count):
+            return None
+        pos = signals.positions()
+        table = torch.tensor(radii(state.grid, self.norm), dtype=torch.float32, device=pos.device)
+        middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
+        kept = keep_highest(layout, middle, count)
+        return None if kept is None else Decision(kept)

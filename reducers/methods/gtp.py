@@ -1,0 +1,118 @@
+"""GTP-ViT: tokens that matter little pass on what they know to their neighbours, and go (Xu et al., WACV 2024;
+methods 13).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, checked_budget
+from reducers.errors import ReducerError
+from reducers.maps import Mix
+from reducers.methods.clusters import busy, checked_choice, count_each, keeps_all
+from reducers.methods.topk import keep_count, keep_highest
+from reducers.registry import register
+from reducers.signals import Signals
+
+Graph = Literal["spatial", "cosine"]
+
+
+def spatial_graph(pos: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The graph of the eight neighbours on the patch grid, D^-1/2 G D^-1/2 with the degrees of the whole grid.
+
+    pos (B, L): original patches, -1 for tokens that are none and so have no neighbour -> (B, L, L), float32
+    """
+    height, width = grid
+    row, column = pos.div(max(width, 1), rounding_mode="floor"), pos % max(width, 1)
+    near = ((row[:, :, None] - row[:, None]).abs() <= 1) & ((column[:, :, None] - column[:, None]).abs() <= 1)
+    near = near & (pos[:, :, None] != pos[:, None]) & (pos >= 0)[:, :, None] & (pos >= 0)[:, None]
+    rows = 1 + (row > 0).long() + (row < height - 1).long()
+    columns = 1 + (column > 0).long() + (column < width - 1).long()
+    degree = (rows * columns - 1).clamp(min=1).to(torch.float32)
+    return near / (degree[:, :, None] * degree[:, None]).sqrt()
+
+
+def cosine_graph(x: Tensor, valid: Tensor, *, neighbours: int) -> Tensor:
+    """The graph that joins each token to its most similar ones, made symmetric, D^-1/2 G D^-1/2. (B, L, L)
+
+    x (B, L, D), valid (B, L): which tokens take part.
+    """
+    normed = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        alike = normed @ normed.transpose(1, 2)
+    own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    pair = valid[:, :, None] & valid[:, None] & ~own
+    nearest = alike.masked_fill(~pair, -torch.inf).topk(min(neighbours, x.shape[1]), dim=2).indices
+    joined = torch.zeros_like(pair).scatter(2, nearest, True) & pair
+    joined = joined | joined.transpose(1, 2)
+    degree = joined.sum(2).clamp(min=1).to(alike.dtype)
+    return joined / (degree[:, :, None] * degree[:, None]).sqrt()
+
+
+def token_rank(attention: Tensor) -> Tensor:
+    """How little is lost with a token: its attention to itself times that it receives, each the largest over heads.
+
+    attention (B, H, L, L): rows are queries -> (B, L). Low ranks propagate and go.
+    """
+    itself = attention.diagonal(dim1=2, dim2=3).amax(dim=1)
+    return itself * attention.sum(dim=2).amax(dim=1)
+
+
+@register("gtp")
+class GTP(TokenReducer):
+    """Remove the tokens of lowest rank; each first adds ``alpha`` times its features to those of its neighbours.
+
+    x_kept += alpha G[kept, gone] x_gone, and likewise the tokens' scales (their size here), whose logarithm is added to
+    later attention. ``graph="spatial"``: the eight neighbours on the grid of original patches; ``"cosine"``: each
+    token's eight most similar ones, among the tokens at hand, not among the initial ones as published [D]. A gone
+    token's neighbours may be gone as well: then its features are lost. ``Drop(P)`` in every block is the authors'
+    setting; ``Ratio`` rounds up what stays. Acts after the attention residual. The count is fixed. The authors'
+    sparsified attention (theta < 1) is left out: theta is 1.
+    """
+
+    summary = "remove tokens after passing their features on to their neighbours"
+    source = "Xu et al., WACV 2024 (arXiv 2311.03035)"
+
+    def __init__(self, budget: Budget, *, alpha: float = 0.2, graph: Graph = "spatial") -> None:
+        super().__init__()
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise ReducerError(f"GTP(alpha={alpha!r}) must be a number from 0 to 1")
+        self.budget = checked_budget(budget, "GTP")
+        self.alpha = alpha
+        self.graph = checked_choice(graph, Graph, "GTP(graph=…)")
+        self.uses_positions = graph == "spatial"
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        layout = signals.layout
+        count = keep_count(layout, self.budget, state, "ceil")
+        if keeps_all(layout, count):
+            return None
+        attention, x = signals.attention().detach(), signals.output()
+        with torch.no_grad():
+            keep = keep_highest(layout, layout.unpad(token_rank(attention)), count)
+            assert keep is not None
+            if self.graph == "spatial":
+                graph = spatial_graph(layout.pad(signals.positions(), fill=-1), state.grid)
+            else:
+                graph = cosine_graph(layout.pad(x.detach()), layout.pad(~layout.is_prefix), neighbours=8)
+            gone = layout.pad(keep.destination < 0) & layout.valid  # (B, L)
+            passed = keep.new.pad(keep.apply(layout.unpad(self.alpha * graph * gone[:, None])))  # (B, M, L)
+            itself = torch.eye(layout.longest, dtype=passed.dtype, device=passed.device)[layout.row_index]
+            weights = passed + keep.new.pad(keep.apply(itself))
+            most = layout.uniform[0] - keep.new.uniform[0] if layout.uniform and keep.new.uniform else layout.longest
+            movers = gone.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :most]  # (B, P)
+            passed = passed.gather(2, movers[:, None].expand(-1, passed.shape[1], -1)).to(x.dtype)
+        moved = layout.pad(x).gather(1, movers[..., None].expand(-1, -1, x.shape[1]))
+        features = keep.apply(x) + keep.new.unpad(passed @ moved)
+        if signals.counting:
+            reduces = busy(layout, count)
+            kept = count_each(layout, count).double() + layout.prefix
+            signals.spend(reduces * kept * (layout.lengths - kept) * x.shape[1])
+            if self.graph == "cosine":
+                signals.spend(reduces * layout.lengths.double() ** 2 * x.shape[1])
+        return Decision(Mix(layout, keep.new, weights), features, proportional=True)

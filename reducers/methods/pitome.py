@@ -1,0 +1,119 @@
+"""PiToMe: protect the informative tokens, merge the redundant ones (Tran et al., NeurIPS 2024; methods 13).
+
+A token that is like many others has a high energy and may be merged; one that is like few is protected.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, checked_budget, checked_flag
+from reducers.methods.clusters import merge_labels
+from reducers.methods.topk import keep_count
+from reducers.registry import register
+from reducers.signals import Signals
+from reducers.tokens import Layout
+
+log = logging.getLogger(__name__)
+
+
+def margin_at(block: int, depth: int) -> float:
+    """How alike two tokens must be to count as alike: 0.75 at the first block, falling to 0."""
+    return 0.75 * (1 - block / depth)
+
+
+def energy(metric: Tensor, valid: Tensor, *, margin: float) -> Tensor:
+    """Mean over an image's tokens j of elu(cos_ij - margin), the token itself included; padding gets -inf.
+
+    metric (B, N, d), of length 1; valid (B, N) -> (B, N)
+    """
+    with torch.autocast(metric.device.type, enabled=False):
+        alike = F.elu(metric @ metric.transpose(1, 2) - margin).masked_fill(~valid[:, None], 0)
+    return (alike.sum(2) / valid.sum(1).clamp(min=1)[:, None]).masked_fill(~valid, -torch.inf)
+
+
+def merge_by_rank(layout: Layout, metric: Tensor, order: Tensor, pairs: Tensor) -> Tensor:
+    """The new place of each patch: of the first 2r in ``order``, alternate ranks form two sets, and each token of
+    the first joins the most similar one of the second.
+
+    The result is ordered [protected, second set], each by rank, as published. metric (B, N, d) of length 1, order
+    (B, N), pairs (B,) = r of each image -> (B, N). An image that merges nothing keeps its order.
+    """
+    ranked = metric.gather(1, order[..., None].expand(-1, -1, metric.shape[2]))
+    with torch.autocast(metric.device.type, enabled=False):
+        alike = ranked[:, 0::2] @ ranked[:, 1::2].transpose(1, 2)
+    rank = torch.arange(order.shape[1], device=order.device)
+    open_ = rank[: alike.shape[2]] < pairs[:, None]
+    partner = alike.masked_fill(~open_[:, None], -torch.inf).argmax(dim=2)  # (B, first set)
+    protected = (layout.patches - 2 * pairs)[:, None]
+    half = (rank // 2).expand(order.shape)
+    host = torch.where(rank % 2 == 1, half, partner.gather(1, half))
+    place = torch.where(rank >= 2 * pairs[:, None], rank - 2 * pairs[:, None], protected + host)
+    label = torch.zeros_like(order).scatter(1, order, place)
+    return torch.where(pairs[:, None] > 0, label, rank)
+
+
+@register("pitome")
+class PiToMe(TokenReducer):
+    """Merge the tokens of highest energy pairwise, protect the others.
+
+    Metric: cosine of the patches' head-mean keys. Of the 2r tokens of highest energy each second one, by rank, is
+    merged into the most similar of the rest of them, a mean weighted by size. At most half the tokens can merge in one
+    block: a larger request is cut to that, with a warning. ``Ratio`` rounds up what stays. ``proportional``: later
+    attention is weighted by size; off by default, as in the authors' code. Acts after the attention residual. The
+    count is fixed. The authors' variant for the first blocks, which merges without protecting, is left out.
+    """
+
+    summary = "merge redundant tokens, protect informative ones"
+    source = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
+
+    def __init__(self, budget: Budget, *, proportional: bool = False) -> None:
+        super().__init__()
+        self.budget = checked_budget(budget, "PiToMe")
+        self.proportional = checked_flag(proportional, "PiToMe(proportional=…)")
+        self._warned = False
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        layout = signals.layout
+        pairs = self._pairs(layout, state)
+        if not (pairs if isinstance(pairs, int) else bool(pairs.any())):
+            return None
+        pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs
+        with torch.no_grad():
+            keys = layout.pad_patches(signals.keys().detach().mean(dim=1))
+            metric = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+            valid = layout.valid_patches
+            redundant = energy(metric, valid, margin=margin_at(state.block, state.depth))
+            order = redundant.sort(dim=1, descending=True, stable=True).indices
+            label = merge_by_rank(layout, metric, order, pairs_each)
+            kept = layout.uniform[0] - layout.uniform[1] - pairs if isinstance(pairs, int) else layout.patches - pairs  # type: ignore[index]  # an int means uniform
+            merge = merge_labels(layout, label, kept, signals.size)
+        if signals.counting:
+            patches = layout.patches.double() * (pairs_each > 0)
+            halves = (patches / 2).ceil() * (patches / 2).floor()
+            signals.spend((patches**2 + halves) * metric.shape[2])
+            signals.spend(patches * signals.values()[0].numel())
+        return Decision(merge, proportional=self.proportional)
+
+    def _pairs(self, layout: Layout, state: State) -> Tensor | int:
+        """How many pairs merge in each image: one int where all images are alike."""
+        count = keep_count(layout, self.budget, state, "ceil")
+        if isinstance(count, int):
+            patches = layout.uniform[0] - layout.uniform[1]  # type: ignore[index]  # an int means uniform
+            self._warn_if_cut(patches - count > patches // 2, state.block)
+            return min(patches - count, patches // 2)
+        most = layout.patches // 2
+        self._warn_if_cut(bool((layout.patches - count > most).any()), state.block)
+        return torch.minimum(layout.patches - count, most)
+
+    def _warn_if_cut(self, cut: bool, block: int) -> None:
+        if cut and not self._warned:
+            log.warning(
+                "PiToMe can merge at most half the tokens in one block; the budget at block %d is cut to that", block
+            )
+            self._warned = True

@@ -1,0 +1,63 @@
+"""A smaller input image: the baseline that reduces tokens before there are any (methods 13, our decision [D])."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.budget import Budget, checked_budget
+from reducers.registry import register
+from reducers.signals import Signals
+
+
+def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
+    """Rows and columns of about ``count`` patches, of nearly the same shape.
+
+    Sides are rounded to whole patches each by itself, so that 13 x 14 lies between 13 x 13 and 14 x 14; of two grids
+    equally near to the count the smaller one.
+    """
+    height, width = grid
+    shapes = [
+        (rows, columns)
+        for rows in range(1, height + 1)
+        for columns in range(1, width + 1)
+        if abs(rows * width - columns * height) <= max(height, width)
+    ]
+    return min(shapes, key=lambda shape: (abs(shape[0] * shape[1] - count), shape[0] * shape[1], shape[0]))
+
+
+@register("small_input")
+class SmallInput(TokenReducer):
+    """Show the model a smaller image: fewer patches of the same size, with interpolated positions.
+
+    ``budget``: patches of the smaller image; the nearest grid of nearly the same shape is taken (196, 182, 169, 156,
+    144, … of 14 x 14), and ``Ratio`` rounds to the nearest. Bicubic, antialiased. It acts on the whole network
+    wherever it is placed; place it once, at block 0. Provenance is told in the patches of the original image: a patch
+    is carried by the one that covers its centre.
+    """
+
+    summary = "a smaller input image, positions interpolated"
+    source = "baseline"
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.budget = checked_budget(budget, "SmallInput")
+
+    def prepare(self, images: Tensor, host: Any) -> Tensor:
+        """The images (B, C, H, W) at the size of the smaller grid."""
+        height, width = host.grid
+        patches = height * width
+        count = self.budget.count(patches, initial=patches, prefix=host.prefix, rounding="nearest")
+        rows, columns = smaller_grid((height, width), count)
+        if (rows, columns) == (height, width):
+            return images
+        size = images.shape[-2] // height * rows, images.shape[-1] // width * columns
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))
+        return F.interpolate(wide, size=size, mode="bicubic", antialias=True).to(images.dtype)
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        return None

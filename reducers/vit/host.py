@@ -1,0 +1,129 @@
+"""What comes before the blocks: how images enter the model, and what a reducer may ask of it to plan ahead."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.layers import PatchEmbed
+from timm.layers.format import Format
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from reducers.base import Decision, State, TokenReducer
+from reducers.errors import ReducerError
+from reducers.signals import Signals
+from reducers.tokens import TokenBatch
+from reducers.trace import Tracer
+from reducers.vit.block import run_block
+
+Grid = tuple[int, int]
+
+
+def grid_of(base: VisionTransformer, images: Tensor | None = None) -> Grid:
+    """Rows and columns of patches: of these images, or of those the model was made for."""
+    embed = base.patch_embed
+    if images is None and embed.grid_size is not None:
+        return int(embed.grid_size[0]), int(embed.grid_size[1])
+    if images is None:
+        raise ReducerError("the model has no image size of its own; create it with img_size=…")
+    rows, columns = embed.dynamic_feat_size(images.shape[-2:])
+    return int(rows), int(columns)
+
+
+def entrance(base: VisionTransformer, *, resized: bool) -> VisionTransformer:
+    """The model to embed images with: itself, or for resized ones a twin that shares every weight and interpolates
+    positions.
+    """
+    if not resized or base.dynamic_img_size:
+        return base
+    if type(base.patch_embed) is not PatchEmbed:
+        raise ReducerError(
+            f"images cannot be resized for a model whose patches come from {type(base.patch_embed).__name__}; "
+            "create the model with dynamic_img_size=True"
+        )
+    twin, patches = copy.copy(base), copy.copy(base.patch_embed)
+    patches.strict_img_size, patches.flatten, patches.output_fmt = False, False, Format.NHWC
+    twin._modules = {**base._modules, "patch_embed": patches}
+    twin.__dict__["dynamic_img_size"] = True  # of the twin alone; timm declares it final
+    return twin
+
+
+def embed(base: VisionTransformer, images: Tensor) -> Tensor:
+    """Images -> the tokens that enter block 0, (B, N, D)."""
+    return base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images))))
+
+
+def carriers(original: Grid, run: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Between two grids over one image: the patch of the grid as run that covers each original one's centre (N0,),
+    and the original patch at the centre of each one as run (N,).
+    """
+
+    def centres(of: Grid, among: Grid) -> Tensor:
+        rows, columns = (
+            ((torch.arange(n, device=device) * 2 + 1) * m).div(2 * n, rounding_mode="floor")
+            for n, m in zip(of, among, strict=True)
+        )
+        return (rows[:, None] * among[1] + columns).flatten()
+
+    return centres(original, run), centres(run, original)
+
+
+class _Listener(TokenReducer):
+    """Reduces nothing; keeps the head-mean attention map of every block it is asked at."""
+
+    name = "listener"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        self.maps.append(signals.attention().mean(dim=1))
+        return None
+
+
+class Host:
+    """The plain model, as a reducer that prepares images or plans ahead may ask of it. Made for one forward pass.
+
+    What is computed for a reducer here is booked as that reducer's own work.
+    """
+
+    def __init__(self, base: VisionTransformer) -> None:
+        self.base = base
+        self.spent: Tensor | None = None  # (B,) multiply-adds of what was asked so far
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches that the model was made for."""
+        return grid_of(self.base)
+
+    @property
+    def prefix(self) -> int:
+        return int(self.base.num_prefix_tokens)
+
+    @property
+    def reads_prefix_alone(self) -> bool:
+        """The head reads prefix tokens (class, distillation) and no patch."""
+        return self.base.global_pool == "token"
+
+    def attention_maps(self, images: Tensor, *, book: bool = True) -> list[Tensor]:
+        """Head-mean attention of every block of the plain model, (B, L, L) each: rows are queries. Without gradients.
+
+        Runs the whole model once. ``book=False``: as if the maps were there for nothing.
+        """
+        base, listener = self.base, _Listener()
+        with torch.no_grad():
+            batch = TokenBatch.from_images(
+                embed(base, images), prefix=self.prefix, has_class_token=base.has_class_token, track=False
+            )
+            tracer = Tracer(detail=False)
+            tracer.start(batch)
+            for index, block in enumerate(base.blocks):
+                assert isinstance(block, Block)  # check_model saw to it
+                state = State(index, len(base.blocks), batch.layout.longest - self.prefix, training=base.training)
+                last = index == len(base.blocks) - 1  # its features are nobody's
+                batch = run_block(block, batch, listener, state, tracer, decide_only=last)
+        if book:
+            self.spent = tracer.cost.executed if self.spent is None else self.spent + tracer.cost.executed
+        return listener.maps
