@@ -14,15 +14,16 @@ SMOKE_SPECS ?= k_values class_token
 # the options of a run, each passed on only when it is set
 option = $(if $($(1)),--$(2) '$($(1))')
 RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call option,MODEL,model) \
-	$(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers)
+	$(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers) \
+	$(call option,TRAIN_DATA,train-data) $(if $(PROFILE),--profile)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablations smoke test test-slow lint bench weights report clean
+.PHONY: help ablations smoke test test-slow lint bench bench-scaling bench-gpu weights report clean
 
 help: ## this list
 	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'variables (all optional):'
 	@echo '  WORKLOAD   embedded (default), imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
@@ -32,6 +33,9 @@ help: ## this list
 	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
 	@echo '  BATCH      images in a batch          WORKERS  trials at once'
+	@echo '  TRAIN_DATA folder of training images, for specs that finetune (default: DATA/train)'
+	@echo '  PROFILE=1  tell where the time went'
+	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
 	@echo '  OUT        folder of the results (default: results/WORKLOAD)'
 	@echo '  VENV       the environment to install into (default: .venv; VENV=$$VIRTUAL_ENV uses the active one)'
 	@echo '  RAY_ADDRESS=HOST:PORT runs the trials on an existing Ray cluster'
@@ -62,8 +66,22 @@ lint: $(STAMP) ## style, format and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# a GPU machine may have torch, timm and safetensors in an environment of its own: then nothing is installed
+bench_python = $$(for python in '$(PY)' python3 python; do \
+	if $$python -c 'import torch, timm, safetensors' >/dev/null 2>&1; then echo "$$python"; break; fi; done)
+BENCH_OPTIONS = $(call option,WEIGHTS,weights) $(call option,DATA,data)
+
 bench: $(STAMP) ## measured speed of each reducer against the dense model
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks speed $(BENCH_OPTIONS) $(call option,MODEL,model) $(call option,BATCH,batch) \
+		$(call option,SIZE,size) $(call option,DTYPE,dtype)
+
+bench-scaling: $(STAMP) ## time and memory against tokens and batch, and the share that deciding takes
+	$(PY) -m benchmarks scaling $(call option,MODEL,model)
+
+bench-gpu: ## the speed tables of one large GPU, in bfloat16, within eight minutes
+	@python="$(bench_python)"; \
+	if [ -z "$$python" ]; then $(MAKE) --no-print-directory '$(STAMP)' && python='$(PY)' || exit $$?; fi; \
+	"$$python" -m benchmarks gpu $(BENCH_OPTIONS)
 
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
 	$(PY) -m ablations.workloads.train_embedded --out ablations/workloads/weights

@@ -7,56 +7,29 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ablations.listing import reducer_rows, table, trial_rows
+from ablations.options import make_parser
+from ablations.profile import Profile, profile_rows, profile_words, summary
 
 if TYPE_CHECKING:
-    from ablations.plan import Job
+    from ablations.jobs import Computation
     from ablations.session import Session
+    from ablations.trial import Trial
 
 log = logging.getLogger("ablations")
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-_EPILOG = """\
-examples:
-  python -m ablations list                        the specs and how many trials each has
-  python -m ablations list --reducers             every reducer with its settings
-  python -m ablations validate my_question.yaml   check a spec; nothing is run
-  python -m ablations run                         all specs on the embedded workload, into results/
-  python -m ablations run --specs "k_values class_token" --limit 200 --out out/quick
-  python -m ablations run --workload imagefolder --data IMAGES --model deit_small_patch16_224 --out out/imagenet
-  python -m ablations run --serial --specs k_values     in this process: the way to debug a trial
-  python -m ablations status results              how far a run is
-  RAY_ADDRESS=HOST:6379 python -m ablations run   on an existing Ray cluster (OUT on a disk that all nodes share)
-
-A run may be stopped at any time; the same command goes on where it stopped, and computes nothing twice.
-exit status: 0 all is well, 1 some trials failed (run again to repeat them), 2 bad input, 130 interrupted
-"""
-
-_SPEC_HELP = """\
-a spec is a short YAML file:
-  name: my_question
-  title: What I want to know
-  base:                                # defaults for every arm
-    x: budget
-    vary: {K: [24, 48, 96]}            # of the 196 patches of a DeiT; other models keep the same share
-  arms:                                # one curve each
-    - variant: ATS
-      stages: [{at: [3], stack: [{name: ats, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
-    - variant: top-K
-      stages: [{at: [3], stack: [{name: topk, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
-"""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. User errors are one message on standard error, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(words)
+    arguments = make_parser({"list": _list, "validate": _validate, "run": _run, "status": _status}).parse_args(words)
     arguments.words = words
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
@@ -82,58 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m ablations",
-        formatter_class=raw,
-        epilog=_EPILOG,
-        description="Comparative ablations of token reduction in vision transformers: plan, run, look.",
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more, and show tracebacks of errors")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    listing = commands.add_parser("list", help="the specs, or the reducers", formatter_class=raw, epilog=_SPEC_HELP)
-    listing.add_argument("--reducers", action="store_true", help="list the reducers and their settings instead")
-    listing.set_defaults(command=_list)
-
-    checking = commands.add_parser(
-        "validate", help="check specs and show the plan; runs nothing", formatter_class=raw, epilog=_SPEC_HELP
-    )
-    checking.add_argument("specs", nargs="*", metavar="SPEC", help="name of a shipped spec, or a .yaml file (all)")
-    _model_options(checking)
-    checking.set_defaults(command=_validate)
-
-    running = commands.add_parser("run", help="run what is not finished yet", formatter_class=raw, epilog=_EPILOG)
-    running.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (results)")
-    running.add_argument("--specs", default="", metavar='"A B"', help="names of specs or .yaml files (all)")
-    _model_options(running)
-    running.add_argument("--data", help="folder of the images, for workloads that read one")
-    running.add_argument("--weights", help="a .safetensors file, or 'random' (default: the model's own)")
-    running.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
-    running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
-    running.add_argument("--strict", action="store_true", help="refuse images that cannot be read, instead of skipping")
-    running.add_argument(
-        "--download", action="store_true", help="let torchvision and timm fetch a data set into --data"
-    )
-    running.add_argument("--workers", type=int, metavar="N", help="trials at once (one a core, or four a GPU)")
-    running.add_argument("--serial", action="store_true", help="run in this process, one after the other, without Ray")
-    running.add_argument("--dry-run", action="store_true", help="open everything, show the plan and stop")
-    running.set_defaults(command=_run)
-
-    state = commands.add_parser("status", help="how far each spec of a run is")
-    state.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
-    state.set_defaults(command=_status)
-    return parser
-
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workload", default="embedded", help="embedded, imagefolder, timm:…, torchvision:… or hub:… (embedded)"
-    )
-    parser.add_argument("--model", help="timm name of the model (digits_vit_small, else deit_tiny_patch16_224)")
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -166,8 +87,10 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ablations.record import write_record, write_samples
-    from ablations.session import Settings, open_session
+    profile, started = Profile(), time.perf_counter()
+    with profile.measure("imports"):
+        from ablations.record import write_record, write_samples
+        from ablations.session import Settings, open_session
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one trial must run at a time")
@@ -175,6 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         workload=arguments.workload,
         data=arguments.data or None,  # `--data ""`, as make passes it on, means none
+        train_data=arguments.train_data or None,
         model=arguments.model or None,
         weights=arguments.weights or None,
         specs=tuple(arguments.specs.split()),
@@ -183,23 +107,44 @@ def _run(arguments: argparse.Namespace) -> int:
         strict=arguments.strict,
         download=arguments.download,
     )
-    session = open_session(settings)
-    pending = session.pending()
-    jobs = session.jobs(pending)
-    _announce(session, len(pending), len(jobs))
+    with profile.measure("opening"):
+        session = open_session(settings)
+        pending = session.pending()
+        work = session.computations(pending)
+    _announce(session, len(pending), len(work))
     if arguments.dry_run:
         return OK
     with session.store.lock():
-        write_record(session, command=["python", "-m", "ablations", *arguments.words])
-        write_samples(session)
-        status = OK
-        if jobs:
-            status = _execute(session, jobs, serial=arguments.serial, workers=arguments.workers)
-        kept = _compact(session)
+        with profile.measure("records"):
+            write_record(session, command=["python", "-m", "ablations", *arguments.words])
+            write_samples(session)
+        status, workers = OK, 1
+        if work:
+            status, workers = _execute(session, work, profile, serial=arguments.serial, workers=arguments.workers)
+        with profile.measure("records"):
+            kept = _compact(session)
+        if work:
+            _profile(
+                session, profile, shown=arguments.profile, workers=workers, trials=len(pending), computations=len(work),
+                wall=time.perf_counter() - started,
+            )  # fmt: skip
     if status != INTERRUPTED:
         done = f"{session.store.results}: {kept} of the {len(session.all_trials)} trials asked for are finished"
-        print(done + ("" if jobs else "; nothing was left to compute"))
+        print(done + ("" if work else "; nothing was left to compute"))
     return status
+
+
+def _profile(
+    session: Session, profile: Profile, *, shown: bool, workers: int, trials: int, computations: int, wall: float
+) -> None:
+    """Keep where the time went, and show it if asked to."""
+    from ablations.store import write_json
+
+    found = summary(profile, wall=wall, workers=workers, trials=trials, computations=computations)
+    write_json(session.store.out / "profile.json", found)
+    if shown:
+        print(table(["where the time went", "seconds", "share"], profile_rows(found)))
+        print(profile_words(found))
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -217,31 +162,44 @@ def _status(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _execute(session: Session, jobs: list[Job], *, serial: bool, workers: int | None) -> int:
-    """Run the jobs; whatever happens, what is finished is kept and compacted."""
-    from ablations.context import choose_device, make_context, save_context
-    from ablations.progress import RunProgress, duration
+def _execute(
+    session: Session, work: list[Computation], profile: Profile, *, serial: bool, workers: int | None
+) -> tuple[int, int]:
+    """Evaluate, then time what is to be timed; whatever happens, what is finished is kept and compacted.
 
-    progress = RunProgress(jobs)
+    The exit status, and how many workers computed side by side.
+    """
+    from ablations.context import Contexts, choose_device, make_context, save_context
+    from ablations.progress import RunProgress, duration
+    from ablations.serial import run_timed, timed_trials
+
+    timed = timed_trials(work)
+    progress = RunProgress(work, timed=timed)
+    contexts = Contexts(lambda model: make_context(session, choose_device(), model=model, profile=profile))
+    left = _not_evaluated(session, work, timed)
     try:
-        context = make_context(session, choose_device())
-        log.info("the plain model: top-1 %.1f %% at %.3f GMACs", 100 * context.dense.top1, context.dense.gmacs)
+        for model in dict.fromkeys(computation.trial.model for computation in work):
+            contexts[model]  # the plain model's predictions come first
         with progress:
             if serial:
+                from ablations.jobs import schedule
                 from ablations.serial import run_serial
 
-                run_serial(jobs, context=context, store=session.store, progress=progress)
-            else:
-                from ablations.runner import run_on_ray
+                run_serial(schedule(left, workers=1), contexts=contexts, store=session.store, progress=progress)
+            elif left:
+                with profile.measure("imports"):
+                    from ablations.runner import run_on_ray
 
                 run_on_ray(
-                    jobs,
-                    context=save_context(session, context),
-                    facts=session.facts,
+                    left,
+                    contexts={model: save_context(session, context) for model, context in contexts.items()},
+                    facts=session.all_facts,
                     store=session.store,
                     progress=progress,
+                    profile=profile,
                     workers=workers,
                 )
+            run_timed(timed, contexts=contexts, store=session.store, progress=progress)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the summary short
         kept = _compact(session)
@@ -250,9 +208,15 @@ def _execute(session: Session, jobs: list[Job], *, serial: bool, workers: int | 
             "the same command goes on from there",
             file=sys.stderr,
         )
-        return INTERRUPTED
+        return INTERRUPTED, progress.at_once
     log.info("%d trials in %s", progress.finished, duration(progress.elapsed))
-    return _summarise_failures(progress.failures, missing=progress.total - progress.finished)
+    return _summarise_failures(progress.failures, missing=progress.total - progress.finished), progress.at_once
+
+
+def _not_evaluated(session: Session, work: list[Computation], timed: list[Trial]) -> list[Computation]:
+    """What is left to evaluate: the results of some trials may only wait to be timed."""
+    waiting = session.store.untimed.finished() if timed else set()
+    return [one for one in work if not all(trial.measure and trial.key in waiting for trial in one.answers)]
 
 
 def _compact(session: Session) -> int:
@@ -290,6 +254,9 @@ def _announce(session: Session, pending: int, computations: int) -> None:
     for name, trials in session.trials.items():
         print(f"  {name}: {len(trials)}")
     shared = f" ({computations} computations; the others ask the same)" if computations < pending else ""
+    others = [name for name in session.subjects if name != facts.name]
+    if others:
+        print(f"  (with {', '.join(others)} as well, for specs that say `models: all`)")
     print(f"{pending} to compute{shared}" if pending else "all of them are finished: nothing to compute")
     sys.stdout.flush()
 

@@ -1,187 +1,269 @@
-"""Evaluate one trial: a pure function from (trial, context) to a result.
+"""Evaluate trials: a pure function from (trials, context) to results.
 
-No Ray, no files, no global state: the context holds what is costly to make and never changes a result (the model, the
-images, what the plain model says of them). Speed is not measured here: trials may share their machine with others.
+No Ray and no global state: what is costly to make and never changes a result stands in the context. Trials that leave
+the first blocks alone share what the plain model computes there, bit for bit what each would compute alone. Speed is
+not measured here (see ``speed``): trials may share their machine.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import dataclasses
 import json
-import math
-import platform
+import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from ablations.trial import ModelFacts, Trial, TrialError, TrialResult, base_row, failed
-from ablations.workloads.base import Workload
-from reducers import Placement, reduce_tokens
+from ablations.inputs import (
+    DensePredictions,
+    TrialContext,
+    dense_predictions,
+    device_name,
+    model_facts,
+    spans,
+    use_exact_float32,
+    versions,
+)
+from ablations.metrics import batch_columns, finite, image_columns, summary
+from ablations.trial import Solution, Trial, TrialError, TrialResult, base_row, failed
+from reducers import Identity, at, reduce_tokens
+from reducers.vit import ReducedViT, Shared
 
-_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-_GIGA = 1e9
-_VERSIONED = ("torch", "timm", "numpy")
+if TYPE_CHECKING:
+    from ablations.finetune import Finetuned
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class DensePredictions:
-    """What the plain timm model says of every image, and what it costs."""
+_TRAINING_COLUMNS = ("epochs", "train_images", "train_seconds", "teacher")
 
-    prediction: np.ndarray  # (n,) int64
-    correct: np.ndarray  # (n,) bool
-    gmacs: float  # billions of multiply-adds per image
-
-    @property
-    def top1(self) -> float:
-        return float(self.correct.mean())
-
-
-@dataclass(frozen=True, eq=False)
-class TrialContext:
-    """Caches that never change a result: made once, shared by all trials of a worker."""
-
-    workload: Workload
-    model: nn.Module  # a plain timm model, in eval mode and on ``device``
-    facts: ModelFacts
-    dense: DensePredictions
-    device: torch.device
-
-    @cached_property
-    def object_patches(self) -> np.ndarray | None:
-        """(n, N0) bool: patches that hold at least one pixel of the object, or None where no mask is known."""
-        return None if self.workload.masks is None else patch_masks(self.workload.masks, self.facts.grid)
+Report = Callable[[dict[str, Any]], None]
+"""Takes what a long step tells of its progress, such as an epoch of finetuning."""
 
 
-def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, params_m: float) -> ModelFacts:
-    """Read what a plan needs off a timm vision transformer."""
-    patch_embed: Any = model.patch_embed
-    rows, columns = (int(side) for side in patch_embed.grid_size)
-    blocks: Any = model.blocks
-    return ModelFacts(
-        name=name,
-        weights=weights,
-        weights_digest=digest,
-        params_m=params_m,
-        depth=len(blocks),
-        patches=int(patch_embed.num_patches),
-        grid=(rows, columns),
-        width=int(getattr(model, "embed_dim", 0)),
-        classes=int(getattr(model, "num_classes", 0)),
-        class_token=getattr(model, "cls_token", None) is not None,
-    )
+def run_group(trials: Sequence[Trial], context: TrialContext, *, report: Report | None = None) -> list[TrialResult]:
+    """Evaluate trials of one model and one training together, in float32; their results in the order given.
 
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share (Wilson, 1927): valid near 0 and 1 too, where mean +- 2 s.d. is not."""
-    if total < 1:
-        return 0.0, 1.0
-    share, square = successes / total, _Z95**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = _Z95 / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    # rounding must not push the end of an interval past the share it belongs to
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
-
-
-def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Pixel masks (n, H, W) bool -> (n, N0) bool: a patch belongs to the object if any of its pixels does."""
-    images, height, width = masks.shape
-    rows, columns = grid
-    if height % rows or width % columns:
-        raise TrialError(f"masks of {height} x {width} pixels do not divide into {rows} x {columns} patches")
-    cells = np.asarray(masks, dtype=bool).reshape(images, rows, height // rows, columns, width // columns)
-    return cells.any(axis=(2, 4)).reshape(images, rows * columns)
-
-
-def spans(images: int, batch: int) -> Iterator[tuple[int, int]]:
-    """The (start, stop) of each batch."""
-    return ((start, min(start + batch, images)) for start in range(0, images, batch))
-
-
-def versions() -> dict[str, str]:
-    """The versions that a number may depend on."""
-    known = {"python": platform.python_version()}
-    for package in _VERSIONED:
-        known[package] = importlib.metadata.version(package)
-    return known
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, threads included, e.g. ``cpu (1 thread)``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
-
-
-def use_exact_float32() -> None:
-    """Full float32 on a GPU as well: its shortcut to 19 bits (TF32) would change which tokens are chosen."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-
-
-def _finite(logits: Tensor, start: int) -> Tensor:
-    bad = ~torch.isfinite(logits).all(dim=1)
-    if bool(bad.any()):
-        first = start + int(bad.nonzero()[0])
-        raise TrialError(
-            f"the logits of {int(bad.sum())} of {len(logits)} images are not finite (first: image {first}); "
-            "check the weights, and whether the placement leaves any token for these images"
-        )
-    return logits
-
-
-@torch.inference_mode()
-def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> DensePredictions:
-    """Run the plain timm model over all images. Its cost is counted by the same rules as a reduced model's."""
-    use_exact_float32()
-    predictions = [
-        _finite(model(workload.batch(start, stop).to(device)), start).argmax(1).cpu().numpy()
-        for start, stop in spans(len(workload), batch)
-    ]
-    _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
-    prediction = np.concatenate(predictions).astype(np.int64)
-    return DensePredictions(prediction, prediction == workload.labels, float(trace.macs[0]) / _GIGA)
+    Each result is what the trial gives alone, to the last bit. Whatever goes wrong with a trial becomes its record:
+    the others go on. ``report`` hears of the epochs of a finetuning.
+    """
+    runs = _evaluate(trials, context, report)
+    results = []
+    for run in runs:
+        if isinstance(run.error, (MemoryError, torch.OutOfMemoryError)) and len(trials) > 1:
+            results.append(try_trial(run.trial, context))  # alone it needs less
+        elif run.error is not None:
+            results.append(failed(run.trial, context.facts, run.error, seconds=run.seconds))
+        else:
+            results.append(run.result(context))
+    return results
 
 
 def run_trial(trial: Trial, context: TrialContext) -> TrialResult:
     """Evaluate a trial on every image of the workload, in float32. The same trial gives the same result anywhere."""
-    started = time.perf_counter()
-    _check_inputs(trial, context)
-    images = _evaluate(trial, context)
-    row = base_row(trial, context.facts)
-    row.update(_summary(images, context))
-    row.update(
-        status="ok",
-        seconds=time.perf_counter() - started,
-        device=device_name(context.device),
-        versions=json.dumps(versions(), sort_keys=True),
-    )
-    columns = {name: value for name, value in images.items() if not name.startswith("_")}
-    return TrialResult(row, columns)
+    (run,) = _evaluate([trial], context, None)
+    if run.error is not None:
+        raise run.error
+    return run.result(context)
 
 
 def try_trial(trial: Trial, context: TrialContext) -> TrialResult:
-    """``run_trial``, with whatever goes wrong turned into a record: one broken trial must not end the others."""
-    started = time.perf_counter()
+    """``run_trial``, with whatever goes wrong turned into a record."""
+    return run_group([trial], context)[0]
+
+
+class _Run:
+    """One trial on its way through the batches."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.tuned: Finetuned | None = None  # its weights, where they are not the model's own
+        self.seconds = 0.0  # its own, and an equal share of what it has in common with others
+        self.error: Exception | None = None
+        self.shares = False
+        self.solution: Solution | None = None  # of the calibration, where there is one
+        self._batches: list[dict[str, np.ndarray]] = []
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """One step of the trial, timed; whatever it raises ends this trial alone."""
+        started = time.perf_counter()
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001  # any failure at all is a result to record, with its reason
+            self.error, self._batches = error, []
+        self.seconds += time.perf_counter() - started
+
+    def prepare(self, context: TrialContext) -> None:
+        """Check the inputs, find the settings that are still free, and place the reducers."""
+        trial = self.trial
+        _check_inputs(trial, context)
+        placed = self._calibrated(context) if trial.target is not None else trial
+        torch.manual_seed(trial.seed)  # from here on the trial alone draws, whatever its calibration had to try
+        placement = placed.placement(context.facts.depth)
+        if self.tuned is not None and self.tuned.reducers:
+            placement = self.tuned.load_reducers(placement)
+        self.fast: ReducedViT = reduce_tokens(context.model, placement).to(context.device).eval()
+        self._random = _random_state(context.device)
+
+    def _calibrated(self, context: TrialContext) -> Trial:
+        from ablations.calibrate import solve  # it looks at costs in a context, as this module looks at predictions
+
+        with context.profile.measure("calibration"):
+            self.solution = solve(self.trial, context)
+        return self.trial.resolved(self.solution.stages)
+
+    @property
+    def can_share(self) -> bool:
+        """Something is computed as the plain model does, and nothing looks at the images in its own way first."""
+        own_way = any(member.prepare is not None or member.plan is not None for member in self.fast.members())
+        return self.fast.first_block > 0 and not own_way
+
+    def batch(self, images: Tensor, span: tuple[int, int], context: TrialContext, shared: Shared | None) -> None:
+        """Evaluate one batch, with the random numbers that the trial would draw alone."""
+        _set_random_state(self._random, context.device)
+        with context.profile.measure("evaluation"):
+            logits, trace = self.fast.trace(images, shared=shared if self.shares else None)
+            logits = finite(logits, span[0])
+        self._random = _random_state(context.device)
+        with context.profile.measure("bookkeeping"):
+            labels = context.workload.labels[slice(*span)]
+            self._batches.append(batch_columns(logits, trace, labels=labels, depth=context.facts.depth))
+
+    def result(self, context: TrialContext) -> TrialResult:
+        """The finished result."""
+        workload, dense, started = context.workload, context.dense, time.perf_counter()
+        images = image_columns(
+            self._batches,
+            ids=workload.ids,
+            dense_correct=dense.correct,
+            objects=context.object_patches,
+            clutter=workload.clutter,
+        )
+        row = {
+            **base_row(self.trial, context.facts, self.solution),
+            **summary(images, dense_prediction=dense.prediction),
+        }
+        if self.tuned is not None:
+            row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
+        if self.solution is not None and context.calibration is not None:
+            row["calibration_images"] = len(context.calibration)
+        if not context.facts.class_token:
+            row["class_kept"] = None
+        took = time.perf_counter() - started
+        context.profile.add("bookkeeping", took)
+        row.update(
+            status="ok",
+            dense_gmacs=dense.gmacs,
+            dense_top1=dense.top1,
+            shared_prefix=self.shares,
+            seconds=self.seconds + took,
+            device=device_name(context.device),
+            versions=json.dumps(versions(), sort_keys=True),
+        )
+        return TrialResult(row, {name: value for name, value in images.items() if not name.startswith("_")})
+
+
+def _evaluate(trials: Sequence[Trial], context: TrialContext, report: Report | None) -> list[_Run]:
+    """All trials, batch by batch, each up to its end or its own failure."""
+    if len({(trial.model, trial.training, trial.batch) for trial in trials}) != 1:
+        raise ValueError("trials that are evaluated together have one model, one training and one batch size")
+    use_exact_float32()
+    runs = [_Run(trial) for trial in trials]
     try:
-        return run_trial(trial, context)
-    except Exception as error:  # noqa: BLE001  # any failure at all is a result to record, with its reason
-        return failed(trial, context.facts, error, seconds=time.perf_counter() - started)
+        context = _finetuned(runs, context, report)
+    except Exception as error:  # noqa: BLE001  # without its weights no trial of the group can run
+        for run in runs:
+            run.error = error
+        return runs
+    for run in runs:
+        run.attempt(partial(run.prepare, context))
+    alive = sorted((run for run in runs if run.error is None), key=lambda run: run.fast.first_block)
+    sharing = [run for run in alive if run.can_share]
+    for run in sharing:
+        run.shares = len(sharing) > 1
+    prefixes = _prefixes(sharing, context) if len(sharing) > 1 else {}
+    for span in spans(len(context.workload), trials[0].batch):
+        _evaluate_batch(alive, span, prefixes, context)
+    return runs
+
+
+def _finetuned(runs: Sequence[_Run], context: TrialContext, report: Report | None) -> TrialContext:
+    """The context with the weights that the trials are evaluated with."""
+    training = runs[0].trial.training
+    if not training:
+        return context
+    from ablations.finetune import finetuned  # most runs need none of it
+
+    _check_inputs(runs[0].trial, context)  # before hours of training
+    with context.profile.measure("finetuning"):
+        tuned = finetuned(training, context, report=report)
+    for run in runs:
+        run.tuned = tuned
+    return dataclasses.replace(context, model=tuned.model)
+
+
+@torch.inference_mode()
+def _evaluate_batch(
+    runs: Sequence[_Run], span: tuple[int, int], prefixes: dict[int, ReducedViT], context: TrialContext
+) -> None:
+    alive = [run for run in runs if run.error is None]
+    if not alive:
+        return
+    with context.profile.measure("images"):
+        started = time.perf_counter()
+        images = context.workload.batch(*span).to(context.device)
+        each = (time.perf_counter() - started) / len(alive)
+    for run in alive:
+        run.seconds += each
+    shared = Shared() if prefixes else None
+    if shared is not None:
+        _share(alive, images, shared, prefixes, context)
+    for run in alive:
+        run.attempt(partial(run.batch, images, span, context, shared))
+
+
+def _prefixes(sharing: Sequence[_Run], context: TrialContext) -> dict[int, ReducedViT]:
+    """For each block at which some trial begins to reduce: the plain model up to there."""
+    blocks = sorted({run.fast.first_block for run in sharing} - {context.facts.depth})
+    return {block: reduce_tokens(context.model, at(block, Identity())).eval() for block in blocks}
+
+
+def _share(
+    runs: Sequence[_Run], images: Tensor, shared: Shared, prefixes: dict[int, ReducedViT], context: TrialContext
+) -> None:
+    """Compute what trials have in common before any of them, so that its time can be told and divided."""
+    for block, prefix in prefixes.items():
+        those = [run for run in runs if run.shares and run.fast.first_block >= block]
+        if not those:
+            return
+        with context.profile.measure("prefix"):
+            started = time.perf_counter()
+            try:
+                prefix.cost(images, shared=shared)
+            except Exception as error:  # noqa: BLE001  # each trial will find out for itself, and say so in its record
+                log.debug("the shared blocks failed: %s", error)
+                return
+            if context.device.type == "cuda":
+                torch.cuda.synchronize(context.device)
+            for run in those:
+                run.seconds += (time.perf_counter() - started) / len(those)
 
 
 def _check_inputs(trial: Trial, context: TrialContext) -> None:
     """The context must hold what the trial was planned with: a key names its inputs."""
-    for name, planned, present in (
+    inputs = [
         ("data", trial.data_digest, context.workload.digest),
         ("weights", trial.weights_digest, context.facts.weights_digest),
-    ):
+    ]
+    if trial.target is not None:
+        if context.calibration is None:
+            raise TrialError("a trial with a target needs calibration images, and its context has none")
+        inputs.append(("calibration images", trial.calibration, context.calibration.digest))
+    for name, planned, present in inputs:
         if planned != present:
             raise TrialError(
                 f"the {name} changed after the trial was planned (digest {present[:12]} instead of "
@@ -189,77 +271,18 @@ def _check_inputs(trial: Trial, context: TrialContext) -> None:
             )
 
 
-@torch.inference_mode()
-def _evaluate(trial: Trial, context: TrialContext) -> dict[str, Any]:
-    """One entry per image in every column; names with a leading underscore are for the summary alone."""
-    use_exact_float32()
-    torch.manual_seed(trial.seed)
-    model = reduce_tokens(context.model, trial.placement(context.facts.depth)).to(context.device).eval()
-    parts: dict[str, list[np.ndarray]] = {}
-    for start, stop in spans(len(context.workload), trial.batch):
-        logits, trace = model.trace(context.workload.batch(start, stop).to(context.device))
-        labels = torch.from_numpy(np.array(context.workload.labels[start:stop])).to(context.device)
-        logits = _finite(logits, start)
-        kept = torch.stack([trace.kept(block) for block in range(context.facts.depth)], dim=1)  # (B, depth, N0)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        batch = {
-            "label": labels,
-            "prediction": logits.argmax(1),
-            "loss": cross_entropy(logits, labels, reduction="none"),
-            "gmacs": trace.macs / _GIGA,
-            "tokens": trace.tokens,
-            "class_kept": trace.class_kept(context.facts.depth - 1),
-            "_top5": (best == labels[:, None]).any(1),
-            "_reference": trace.reference_macs / _GIGA,
-            "_reducer": trace.reducer_macs / _GIGA,
-            "_kept": kept,
-        }
-        for name, value in batch.items():
-            parts.setdefault(name, []).append(value.cpu().numpy())
-    return _image_columns({name: np.concatenate(values) for name, values in parts.items()}, context)
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    """Where the global random numbers are: those of the CPU, and of the GPU if that is the device."""
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
 
 
-def _image_columns(columns: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """Add what follows from the predictions and the surviving patches."""
-    kept: np.ndarray = columns.pop("_kept")
-    bits = np.packbits(kept, axis=2)  # (n, depth, ceil(N0 / 8)): the form that images/<key>.parquet documents
-    objects = context.object_patches
-    coverage: list[float] | None = None
-    if objects is not None:
-        hits = (objects & kept[:, -1]).sum(1)
-        coverage = (hits / np.maximum(objects.sum(1), 1)).tolist()  # an empty mask covers nothing: 0
-    clutter = context.workload.clutter
-    return {
-        "image": list(context.workload.ids),
-        **columns,
-        "correct": columns["prediction"] == columns["label"],
-        "dense_correct": context.dense.correct,
-        "kept": [[block.tobytes() for block in image] for image in bits],
-        "coverage": coverage,
-        "clutter": None if clutter is None else np.asarray(clutter).tolist(),
-    }
+def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
 
 
-def _summary(images: dict[str, Any], context: TrialContext) -> dict[str, Any]:
-    """The metrics of the row. Means are over images; ``top1_low`` and ``top1_high`` are the 95 % Wilson interval."""
-    correct: np.ndarray = images["correct"]
-    tokens: np.ndarray = images["tokens"]
-    low, high = wilson(int(correct.sum()), len(correct))
-    coverage = images["coverage"]
-    return {
-        "top1": float(correct.mean()),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": float(images["_top5"].mean()),
-        "agreement": float((images["prediction"] == context.dense.prediction).mean()),
-        "gmacs_mean": float(images["gmacs"].mean()),
-        "gmacs_std": float(images["gmacs"].std()),
-        "reference_gmacs_mean": float(images["_reference"].mean()),
-        "reducer_gmacs_mean": float(images["_reducer"].mean()),
-        "dense_gmacs": context.dense.gmacs,
-        "dense_top1": context.dense.top1,
-        "tokens": tokens.mean(0).tolist(),
-        "tokens_std": tokens.std(0).tolist(),
-        "coverage": None if coverage is None else float(np.mean(coverage)),
-        "class_kept": float(images["class_kept"].mean()) if context.facts.class_token else None,
-    }
+__all__ = [
+    "DensePredictions", "Report", "TrialContext", "dense_predictions", "device_name", "model_facts", "run_group",
+    "run_trial", "spans", "try_trial", "use_exact_float32", "versions",
+]  # fmt: skip

@@ -14,18 +14,31 @@ _CELL = 44  # characters: longer cells are wrapped, so that a terminal of 120 co
 
 def trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
     """Variant, x, placement, budget and seed of each trial; ``patches`` is what the model starts with."""
-    from ablations.trial import blocks_of, labels_of, placement_label
+    from ablations.labels import blocks_of, placement_label
 
     return [
         [
             trial.variant,
             "" if trial.x is None else f"{trial.x:g}",
             placement_label(blocks_of(trial.stage_list())),
-            labels_of(trial.stage_list(), patches)["budget"] or "",
+            _budget(trial, patches),
             str(trial.seed),
         ]
         for trial in trials
     ]
+
+
+def _budget(trial: Trial, patches: int) -> str:
+    """``K = 48``, ``0.50 of dense: K = auto``, and what else is done with the trial."""
+    from ablations.labels import labels_of, target_label
+
+    budget = labels_of(trial.stage_list(), patches)["budget"] or ""
+    parts = [budget if trial.target is None else f"{target_label(trial.target)}: {budget}"]
+    if trial.training:
+        parts.append("finetuned")
+    if trial.measure:
+        parts.append(f"{trial.measure} at batch {trial.batch}")
+    return ", ".join(part for part in parts if part)
 
 
 def reducer_rows() -> list[list[str]]:

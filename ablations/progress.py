@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from ablations.plan import Job
+from ablations.jobs import SPEED, Computation
+from ablations.trial import Trial
 
 log = logging.getLogger(__name__)
 
 _EVERY = 15.0  # seconds between lines where there is no terminal
+_TIMING = 8.0  # seconds that timing a trial takes, until it is known
 
 
 def duration(seconds: float) -> str:
@@ -30,19 +32,23 @@ def duration(seconds: float) -> str:
 
 
 class RunProgress:
-    """Counts finished trials and tells the time left, from what jobs took so far and their estimated costs.
+    """Counts finished trials and tells the time left, from what computations took so far and their estimated costs.
 
-    ``at_once`` is how many jobs run side by side; the runner sets it. A context manager: leaving it ends the bar, also
-    when the run is interrupted.
+    ``at_once`` is how many workers compute side by side; the runner sets it. ``timed`` are trials that are timed alone
+    after all else. A context manager: leaving it ends the bar, also when the run is interrupted.
     """
 
-    def __init__(self, jobs: Sequence[Job], *, terminal: bool | None = None) -> None:
-        self.total = sum(len(job.trials) for job in jobs)
+    def __init__(
+        self, work: Sequence[Computation], *, timed: Sequence[Trial] = (), terminal: bool | None = None
+    ) -> None:
+        self.total = len({trial.key for trial in (*(t for one in work for t in one.answers), *timed)})
         self.at_once = 1
         self.finished = 0
         self.failures: list[tuple[str, str]] = []  # (trial in words, reason)
-        self._cost_left = sum(job.cost for job in jobs)
+        self._cost_left = sum(computation.cost for computation in work)
         self._cost_done = self._seconds_done = 0.0
+        self._timings_left = len({trial.key for trial in timed})
+        self._timing_seconds = _TIMING
         self._started = self._said = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -75,22 +81,58 @@ class RunProgress:
         return time.monotonic() - self._started
 
     def seconds_left(self) -> float | None:
-        """An estimate, or None before the first job is done. The start of workers is no job and does not count."""
+        """An estimate, or None before anything is done. The start of workers is no computation and does not count."""
+        timings = self._timings_left * self._timing_seconds
+        if self._cost_left <= 0:
+            return timings
         if self._cost_done <= 0:
             return None
-        return self._seconds_done / self._cost_done * self._cost_left / self.at_once
+        return self._seconds_done / self._cost_done * self._cost_left / self.at_once + timings
 
-    def done(self, job: Job, *, seconds: float = 0.0, error: str | None = None) -> None:
-        """A job ended after ``seconds`` of work, well or with a reason why not."""
-        self.finished += len(job.trials)
-        self._cost_left = max(0.0, self._cost_left - job.cost)
+    def done(self, computation: Computation, *, seconds: float = 0.0, error: str | None = None) -> None:
+        """A computation ended after ``seconds`` of work, well or with a reason why not."""
+        self._cost_left = max(0.0, self._cost_left - computation.cost)
         if seconds > 0:
-            self._cost_done += job.cost
+            self._cost_done += computation.cost
             self._seconds_done += seconds
+        waiting = [trial for trial in computation.answers if trial.measure == SPEED]
         if error is not None:
-            for trial in job.trials:
-                self.failures.append((f"{trial.spec}: {trial.variant} (x = {trial.x})", error))
-                log.warning("failed: %s: %s: %s", trial.spec, trial.variant, error)
+            self._failed(computation.answers, error)
+            self._timings_left -= len(waiting)
+            waiting = []
+        self._advance(len(computation.answers) - len(waiting))
+
+    def timed(self, trial: Trial, *, seconds: float = 0.0, error: str | None = None) -> None:
+        """A trial has been timed, the last it needed."""
+        self._timings_left = max(0, self._timings_left - 1)
+        if seconds > 0:
+            self._timing_seconds = seconds
+        if error is not None:
+            self._failed([trial], error)
+        self._advance(1)
+
+    def trained(self, trials: Sequence[Trial], epoch: Mapping[str, Any]) -> None:
+        """An epoch of the finetuning that these trials wait for is over."""
+        facts = [f"epoch {epoch.get('epoch')} of {epoch.get('epochs')}"]
+        if isinstance(epoch.get("loss"), float):
+            facts.append(f"loss {epoch['loss']:.3f}")
+        if isinstance(epoch.get("top1"), float):
+            facts.append(f"top-1 {100 * epoch['top1']:.1f} %")
+        if isinstance(epoch.get("eta"), int | float):
+            facts.append(f"{duration(epoch['eta'])} left")
+        text = f"finetuning for {trials[0].spec}, {trials[0].variant}: {', '.join(facts)}"
+        if self._bar is not None:
+            self._bar.update(self._task, left=text)
+        else:
+            log.info("%s", text)
+
+    def _failed(self, trials: Sequence[Trial], error: str) -> None:
+        for trial in trials:
+            self.failures.append((f"{trial.spec}: {trial.variant} (x = {trial.x})", error))
+            log.warning("failed: %s: %s: %s", trial.spec, trial.variant, error)
+
+    def _advance(self, trials: int) -> None:
+        self.finished += trials
         left = self.seconds_left()
         text = "" if left is None else f"{duration(left)} left"
         if self._bar is not None:

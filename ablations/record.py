@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ablations.evaluate import versions
-from ablations.session import Session
-from ablations.store import Store, atomic, read_json, write_json
+from ablations.files import atomic
+from ablations.inputs import versions
+from ablations.session import Session, Subject
+from ablations.store import Store, read_json, write_json
 from ablations.workloads import Workload
 
 SAMPLES = 8
@@ -59,8 +60,10 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(command),
             **session.identity,
+            "calibration_images": len(session.main.calibration),
+            "models": [_about_model(subject) for subject in session.subjects.values()],
             "data": settings.data,
-            "weights_file": settings.weights,
+            "weights_file": session.main.weights,
             "params_m": facts.params_m,
             "depth": facts.depth,
             "patches": facts.patches,
@@ -72,6 +75,23 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "specs": specs,
         },
     )
+
+
+def _about_model(subject: Subject) -> dict[str, Any]:
+    """A model of the run, for whoever reads its rows."""
+    facts = subject.facts
+    return {
+        "model": facts.name,
+        "weights": facts.weights,
+        "weights_digest": facts.weights_digest,
+        "weights_file": subject.weights,
+        "params_m": facts.params_m,
+        "depth": facts.depth,
+        "patches": facts.patches,
+        "width": facts.width,
+        "grid": list(facts.grid),
+        "data_digest": subject.target.data_digest,
+    }
 
 
 def write_samples(session: Session) -> None:

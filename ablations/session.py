@@ -1,36 +1,43 @@
-"""What one run works with: the images, the model, and the plan; all that is fixed before the first trial."""
+"""What one run works with: the images, the models, and the plan; all that is fixed before the first trial."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ablations import plan
-from ablations.evaluate import model_facts
-from ablations.plan import Job, Target
+from ablations.inputs import model_facts
+from ablations.jobs import Computation, computations
+from ablations.plan import Target
 from ablations.spec import SpecFile, find_specs
 from ablations.store import Store
 from ablations.trial import RESULT_VERSION, ModelFacts, Trial
-from ablations.workloads import LoadedModel, Workload, open_model, open_workload
+from ablations.workloads import LoadedModel, Workload, open_model, open_workload, split_calibration
 from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODELS = {"embedded": "digits_vit_small"}
+DEFAULT_MODELS = {"embedded": ("digits_vit_small", "digits_vit_tiny")}
 DEFAULT_MODEL = "deit_tiny_patch16_224"  # of every other workload
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person can choose for a run."""
+    """What a person can choose for a run.
+
+    ``model`` and ``weights`` may name several, with spaces between; specs of one model take the first, those that say
+    ``models: all`` take each.
+    """
 
     out: Path = Path("results")
     workload: str = "embedded"
     data: str | None = None
+    train_data: str | None = None
     model: str | None = None
     weights: str | None = None
     specs: tuple[str, ...] = ()
@@ -44,10 +51,43 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} leaves nothing to evaluate; give 1 or more")
+        self.chosen()
+
+    def chosen(self) -> list[tuple[str, str | None]]:
+        """The models of the run and the weights of each, in the order given; the first is the run's main one."""
+        names = self.model.split() if self.model else []
+        if len(names) != len(set(names)):
+            raise ValueError(f"--model {self.model!r} names a model twice; name each once")
+        if not names:
+            names = list(DEFAULT_MODELS.get(self.workload, (DEFAULT_MODEL,)))
+            if self.weights not in (None, RANDOM):
+                names = names[:1]  # the file is the main model's
+        if len(names) == 1 or self.weights in (None, RANDOM):
+            return [(name, self.weights) for name in names]  # not split: a path may hold spaces
+        files = self.weights.split()
+        if len(files) != len(names):
+            raise ValueError(
+                f"--weights names {len(files)} files for the {len(names)} models of --model; give one for each, "
+                "in the same order, or 'random'"
+            )
+        return list(zip(names, files, strict=True))
 
     @property
     def model_name(self) -> str:
-        return self.model or DEFAULT_MODELS.get(self.workload, DEFAULT_MODEL)
+        """The run's main model."""
+        return self.chosen()[0][0]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One model of a run, with the images as it reads them."""
+
+    loaded: LoadedModel
+    weights: str | None  # as chosen: None for the model's own, "random", or a file
+    facts: ModelFacts
+    workload: Workload  # the evaluated images
+    calibration: Workload  # others, on which settings are sought
+    target: Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +96,31 @@ class Session:
 
     settings: Settings
     store: Store
-    workload: Workload
-    loaded: LoadedModel
-    facts: ModelFacts
-    target: Target
+    subjects: dict[str, Subject]  # by model name, the main one first
     specs: tuple[SpecFile, ...]
     trials: dict[str, list[Trial]]  # by spec name
+
+    @property
+    def main(self) -> Subject:
+        """The model that specs take unless they say otherwise."""
+        return next(iter(self.subjects.values()))
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self.main.facts
+
+    @property
+    def target(self) -> Target:
+        return self.main.target
+
+    @property
+    def workload(self) -> Workload:
+        return self.main.workload
+
+    @property
+    def all_facts(self) -> dict[str, ModelFacts]:
+        """What is known of each model, by its name."""
+        return {name: subject.facts for name, subject in self.subjects.items()}
 
     @property
     def all_trials(self) -> list[Trial]:
@@ -72,9 +131,10 @@ class Session:
         finished = self.store.finished()
         return [trial for trial in self.all_trials if trial.key not in finished]
 
-    def jobs(self, trials: Sequence[Trial]) -> list[Job]:
-        """The computations that answer these trials, the longest first."""
-        return plan.jobs(trials, self.facts)
+    def computations(self, trials: Sequence[Trial]) -> list[Computation]:
+        """What has to be evaluated to answer these trials."""
+        batches = {name: subject.target.batch for name, subject in self.subjects.items()}
+        return computations(trials, self.all_facts, batches=batches)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -95,31 +155,50 @@ def open_session(settings: Settings) -> Session:
     """Read and check everything; nothing has been computed or written but decoded images when this returns."""
     files = tuple(find_specs(settings.specs))  # a slip in a spec is found before any image is decoded
     store = Store(settings.out).create()
+    chosen = settings.chosen()
+    if not any(file.spec.models == "all" for file in files):
+        chosen = chosen[:1]
+    subjects = {name: _open(name, weights, settings, store) for name, weights in chosen}
+    return Session(settings, store, subjects, files, _trials(files, list(subjects.values())))
+
+
+def _open(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:
     workload = open_workload(
         settings.workload,
         data=settings.data,
-        model=settings.model_name,
+        model=name,
         limit=settings.limit,
         strict=settings.strict,
         cache=store.cache,
-        weights=settings.weights,
+        weights=weights,
         download=settings.download,
     )
     if workload.skipped:
         log.warning("%d images could not be read and are skipped; run.json lists them", len(workload.skipped))
-    loaded = open_model(
-        settings.model_name, weights=settings.weights, workload_name=settings.workload, classes=workload.classes
-    )
-    facts = _facts(settings.model_name, loaded)
+    loaded = open_model(name, weights=weights, workload_name=settings.workload, classes=workload.classes)
+    facts = _facts(name, loaded)
+    calibration, evaluated = split_calibration(workload)
     target = Target(
         facts=facts,
         workload=workload.name,
-        data_digest=workload.digest,
-        images=len(workload),
+        data_digest=evaluated.digest,
+        images=len(evaluated),
         batch=settings.batch or default_batch(workload),
+        calibration=calibration.digest,
     )
-    trials = {file.spec.name: plan.expand(file, target, check=_attachable(loaded)) for file in files}
-    return Session(settings, store, workload, loaded, facts, target, files, trials)
+    return Subject(loaded, weights, facts, evaluated, calibration, target)
+
+
+def _trials(files: Sequence[SpecFile], subjects: Sequence[Subject]) -> dict[str, list[Trial]]:
+    """The plan: for each spec its trials, with the main model or with each."""
+    return {
+        file.spec.name: [
+            trial
+            for subject in (subjects if file.spec.models == "all" else subjects[:1])
+            for trial in plan.expand(file, subject.target, check=_attachable(subject.loaded))
+        ]
+        for file in files
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +211,21 @@ class Preview:
 
 
 def preview(settings: Settings) -> Preview:
-    """Check specs against a model; raises what is wrong with them."""
+    """Check specs against the models; raises what is wrong with them."""
     files = tuple(find_specs(settings.specs))
-    loaded = open_model(settings.model_name, weights="random", workload_name=settings.workload)
-    target = Target(_facts(settings.model_name, loaded), settings.workload, "", 0, settings.batch or 1)
-    check = _attachable(loaded)
-    trials = {file.spec.name: plan.expand(file, target, check=check) for file in files}
-    return Preview(target.facts, files, trials)
+    known: list[tuple[Target, plan.Check]] = []
+    for name, _ in settings.chosen():
+        loaded = open_model(name, weights=RANDOM, workload_name=settings.workload)
+        known.append((Target(_facts(name, loaded), settings.workload, "", 0, settings.batch or 1), _attachable(loaded)))
+    trials = {
+        file.spec.name: [
+            trial
+            for target, check in (known if file.spec.models == "all" else known[:1])
+            for trial in plan.expand(file, target, check=check)
+        ]
+        for file in files
+    }
+    return Preview(known[0][0].facts, files, trials)
 
 
 def default_batch(workload: Workload) -> int:
@@ -152,5 +239,5 @@ def _facts(name: str, loaded: LoadedModel) -> ModelFacts:
     return model_facts(loaded.model, name=name, weights=loaded.weights, digest=loaded.digest, params_m=loaded.params_m)
 
 
-def _attachable(loaded: LoadedModel) -> plan.Check:
+def _attachable(loaded: LoadedModel) -> Callable[[Placement], object]:
     return lambda placement: reduce_tokens(loaded.model, placement)

@@ -8,28 +8,28 @@ and the remedy.
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from ablations.plain import Place, SpecError, check_plain, did_you_mean, kind_of, line_of, parse_yaml, place_text
 
 SPECS = Path(__file__).parent / "specs"
 MAX_BYTES = 64 * 1024  # a spec is about 25 lines
-MAX_NESTING = 24
 NAME = r"[a-z][a-z0-9_]{0,62}"
-
-Place = tuple[str | int, ...]
-
-
-class SpecError(ValueError):
-    """A spec that cannot run; the message names the file, the place in it and the remedy."""
-
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
@@ -39,6 +39,18 @@ Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31
 Line = Annotated[str, StringConstraints(min_length=1, max_length=120, pattern=r"^[^\r\n]*$")]
 Text = Annotated[str, StringConstraints(max_length=4000)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(
+            f"a target of {value:g} cannot be reached: it is a share of the dense model's multiply-adds, "
+            "above 0 and at most 1 (0.5 is half)"
+        )
+    return value
+
+
+Share = Annotated[float, AfterValidator(_share)]
 
 
 class _Strict(BaseModel):
@@ -53,13 +65,22 @@ class Stage(_Strict):
 
 
 class Arm(_Strict):
-    """One curve. In ``base`` every key is a default for all arms; ``set`` is joined by name, the rest is replaced."""
+    """One curve. In ``base`` every key is a default for all arms; ``set`` is joined by name, the rest is replaced.
+
+    ``target``: shares of the dense model's multiply-adds, one trial each; what is ``auto`` in the budgets is sought.
+    ``training``: how the weights are finetuned first, as ``finetune`` reads it. ``measure: speed``: timed alone, in
+    batches of ``batch`` images. Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
+    """
 
     variant: Line | None = None
     stages: list[Stage] | None = Field(default=None, max_length=64)
     vary: dict[Variable, Annotated[list[Varied], Field(min_length=1, max_length=1000)]] = Field(default_factory=dict)
     cases: list[dict[Variable, Varied]] = Field(default_factory=list, max_length=1000)
     set: dict[Variable, Varied] = Field(default_factory=dict)
+    target: list[Share] | None = Field(default=None, min_length=1, max_length=1000)
+    training: dict[str, Any] | None = None
+    measure: Literal["speed"] | None = None
+    batch: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=100)
     x: Variable | int | float | None = None
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, max_length=100)
 
@@ -72,6 +93,8 @@ class AblationSpec(_Strict):
     question: Text = ""
     caption: Text = ""
     published: Text = ""
+    models: Literal["first", "all"] = "first"  # of the models of a run: the first, or every one
+    default: bool = True  # run where no spec is named
     base: Arm = Field(default_factory=Arm)
     arms: list[Arm] = Field(min_length=1, max_length=100)
 
@@ -108,43 +131,10 @@ class SpecFile:
 
     def error(self, place: Place, message: str) -> SpecError:
         """An error at a place of this file."""
-        return SpecError(f"{self.path}{_line(self.node, place)}: {place_text(place)}: {message}")
+        return SpecError(f"{self.path}{line_of(self.node, place)}: {place_text(place)}: {message}")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """YAML without its traps: plain data only, no duplicate keys, no aliases (they can grow without bound)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; repeat the value", mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {getattr(key, 'value', '')!r} is no plain name; put it in quotes", key.start_mark
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value!r}; keep one of the two", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# dates stay text, `<<` and `=` are names like any other, and truth is true or false, not on, off, yes or no
-_UNWANTED = (":timestamp", ":merge", ":value", ":bool")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_UNWANTED)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 
 
 def load_spec(path: Path | str) -> SpecFile:
@@ -167,10 +157,10 @@ def load_spec(path: Path | str) -> SpecFile:
 def parse_spec(text: str, path: Path | str = "spec.yaml") -> SpecFile:
     """Validate the text of a spec; ``path`` names it in errors."""
     path = Path(path)
-    node, data = _parse_yaml(text, path)
+    node, data = parse_yaml(text, path)
     if not isinstance(data, dict):
-        raise SpecError(f"{path}: a spec is a mapping with name, title and arms; got {_kind(data)}")
-    _check_plain(data, (), path, node)
+        raise SpecError(f"{path}: a spec is a mapping with name, title and arms; got {kind_of(data)}")
+    check_plain(data, (), path, node)
     try:
         spec = AblationSpec.model_validate(data)
     except ValidationError as error:
@@ -178,8 +168,14 @@ def parse_spec(text: str, path: Path | str = "spec.yaml") -> SpecFile:
     return SpecFile(spec, path, node)
 
 
-def find_specs(names: Sequence[str] | None = None, folder: Path = SPECS) -> list[SpecFile]:
-    """The named specs, shipped ones by name and others by path; all shipped ones where none is named."""
+def find_specs(
+    names: Sequence[str] | None = None, folder: Path = SPECS, *, only_default: bool = True
+) -> list[SpecFile]:
+    """The named specs, shipped ones by name and others by path.
+
+    Where none is named: all shipped ones but those that say ``default: false``, and these as well if not
+    ``only_default``.
+    """
     shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     chosen: list[Path] = []
     for name in names or shipped:
@@ -200,79 +196,10 @@ def find_specs(names: Sequence[str] | None = None, folder: Path = SPECS) -> list
         owners[file.spec.name] = file.path
         if file.path.parent == folder and file.path.stem != file.spec.name:
             raise file.error(("name",), f"a shipped spec is named like its file: {file.path.stem!r}")
-    return files
-
-
-def _parse_yaml(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            return node, loader.construct_document(node) if node is not None else None
-        finally:
-            loader.dispose()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise SpecError(f"{path}{line}: {error.problem or 'not valid YAML'}") from error
-    except RecursionError as error:
-        raise SpecError(f"{path}: nested too deeply; a spec needs about six levels") from error
-    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        # beyond YAMLError: characters YAML cannot hold, and PyYAML's own slips on values such as `!!int ""`
-        raise SpecError(f"{path}: not valid YAML ({type(error).__name__}: {error})") from error
-
-
-def _check_plain(value: Any, place: Place, path: Path, node: yaml.Node | None) -> None:
-    """Only text, numbers, booleans, lists and mappings, all finite and none nested too deeply."""
-    where = f"{path}{_line(node, place)}: {place_text(place)}"
-    if len(place) > MAX_NESTING:
-        raise SpecError(f"{where}: nested too deeply; a spec needs about six levels")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(item, (*place, key), path, node)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_plain(item, (*place, index), path, node)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise SpecError(f"{where}: {value} is no finite number")
-    elif isinstance(value, int) and abs(value) > 2**53:
-        raise SpecError(f"{where}: {value} is too large")
-    elif value is not None and not isinstance(value, str | int | float):
-        raise SpecError(f"{where}: {_kind(value)} is no plain value; put it in quotes")
+    return files if names or not only_default else [file for file in files if file.spec.default]
 
 
 # --- saying what is wrong ---------------------------------------------------------------------------------------------
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """``; did you mean 'budget'?`` or nothing."""
-    by_lower = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
-
-
-def place_text(place: Place) -> str:
-    """``arms[1].stages[0].at``"""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return text.removeprefix(".") or "the spec"
-
-
-def _line(node: yaml.Node | None, place: Place) -> str:
-    """``:12``, the line of a place or of the nearest thing around it."""
-    for part in place:
-        inner: yaml.Node | None = None
-        if isinstance(node, yaml.MappingNode):
-            inner = next((value for key, value in node.value if key.value == part), None)
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            inner = node.value[part]
-        if inner is None:
-            break
-        node = inner
-    return "" if node is None else f":{node.start_mark.line + 1}"
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def _explain(error: ValidationError, path: Path, node: yaml.Node | None) -> str:
@@ -280,7 +207,7 @@ def _explain(error: ValidationError, path: Path, node: yaml.Node | None) -> str:
     lines: dict[str, None] = {}
     for item in error.errors(include_url=False):
         place = _known_place(item["loc"], node)
-        lines[f"{path}{_line(node, place)}: {place_text(place)}: {_message(item['type'], item, place)}"] = None
+        lines[f"{path}{line_of(node, place)}: {place_text(place)}: {_message(item['type'], item, place)}"] = None
     shown = list(lines)[:5]
     return "\n".join(shown + ([f"... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 import re
 import tempfile
 import time
@@ -23,7 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ablations.trial import TrialResult
+from ablations.files import atomic
+from ablations.trial import Trial, TrialResult
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,16 @@ ROW_SCHEMA = pa.schema(
     [
         ("spec", _TEXT), ("key", _TEXT), ("status", _TEXT), ("error", _TEXT), ("model", _TEXT), ("params_m", _REAL),
         ("weights", _TEXT), ("workload", _TEXT), ("images", _WHOLE), ("batch", _WHOLE), ("seed", _WHOLE),
-        ("finetuned", _FLAG), ("placement", _TEXT), ("blocks", pa.list_(_WHOLE)), ("reducer", _TEXT),
-        ("variant", _TEXT), ("x", _REAL), ("score", _TEXT), ("budget", _TEXT), ("target_gmacs", _REAL),
-        ("calibrated", _FLAG), ("probes", _WHOLE), ("top1", _REAL), ("top1_low", _REAL), ("top1_high", _REAL),
-        ("top5", _REAL), ("agreement", _REAL), ("gmacs_mean", _REAL), ("gmacs_std", _REAL),
-        ("reference_gmacs_mean", _REAL), ("reducer_gmacs_mean", _REAL), ("dense_gmacs", _REAL),
+        ("finetuned", _FLAG), ("training", _TEXT), ("epochs", _WHOLE), ("train_images", _WHOLE),
+        ("train_seconds", _REAL), ("teacher", _FLAG), ("placement", _TEXT), ("blocks", pa.list_(_WHOLE)),
+        ("reducer", _TEXT), ("variant", _TEXT), ("x", _REAL), ("score", _TEXT), ("budget", _TEXT), ("target", _REAL),
+        ("target_gmacs", _REAL), ("target_reached", _FLAG), ("target_note", _TEXT), ("calibrated", _FLAG),
+        ("calibration_gmacs", _REAL), ("calibration_images", _WHOLE), ("probes", _WHOLE), ("top1", _REAL),
+        ("top1_low", _REAL), ("top1_high", _REAL), ("top5", _REAL), ("agreement", _REAL), ("gmacs_mean", _REAL),
+        ("gmacs_std", _REAL), ("reference_gmacs_mean", _REAL), ("reducer_gmacs_mean", _REAL), ("dense_gmacs", _REAL),
         ("tokens", pa.list_(_REAL)), ("tokens_std", pa.list_(_REAL)), ("coverage", _REAL), ("class_kept", _REAL),
-        ("images_per_second", _REAL), ("dense_images_per_second", _REAL), ("peak_memory_mb", _REAL),
+        ("images_per_second", _REAL), ("dense_images_per_second", _REAL), ("speedup", _REAL), ("speedup_low", _REAL),
+        ("speedup_high", _REAL), ("measured_batch", _WHOLE), ("peak_memory_mb", _REAL), ("shared_prefix", _FLAG),
         ("seconds", _REAL), ("device", _TEXT), ("versions", _TEXT), ("data_digest", _TEXT),
         ("weights_digest", _TEXT), ("dense_top1", _REAL), ("created", _TEXT),
     ]
@@ -71,24 +74,6 @@ class Status:
     finished: int
     failed: int
     stale: int  # on disk, but no longer part of the plan: another model, other data, an older spec
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to a temporary file beside ``path`` that takes its name only when whole and on the disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes files private; results are for reading
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def write_json(path: Path, value: object) -> None:
@@ -131,6 +116,11 @@ class Store:
     def results(self) -> Path:
         return self.out / "results.parquet"
 
+    @property
+    def untimed(self) -> Store:
+        """Where the results of trials that are still to be timed wait, evaluated and out of the way."""
+        return Store(self.cache / "untimed")
+
     def create(self) -> Store:
         """Make the folders and prove that files can be written there; a run must not find out at its end."""
         try:
@@ -165,6 +155,25 @@ class Store:
         if result.ok:
             self._write(self._path(self.images, result.key), pa.Table.from_pydict(_columns(result), IMAGE_SCHEMA))
         self._write(self._path(self.trials, result.key), pa.Table.from_pylist([result.row], ROW_SCHEMA))
+
+    def keep(self, result: TrialResult, trial: Trial) -> None:
+        """Save a result; one that is evaluated but still to be timed is put aside until ``release``."""
+        if not (result.ok and trial.measure):
+            self.save(result)
+            return
+        for folder in (self.untimed.trials, self.untimed.images):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.untimed.save(result)
+
+    def release(self, key: str, columns: Mapping[str, Any]) -> None:
+        """Save a result that was put aside, with the columns that timing it gave."""
+        aside = self.untimed
+        row = aside.load(key)
+        if row is None:
+            raise StoreError(f"the evaluation of {key} is no longer in {aside.out}; run the same command again")
+        self._path(aside.images, key).replace(self._path(self.images, key))
+        self._write(self._path(self.trials, key), pa.Table.from_pylist([{**row, **columns}], ROW_SCHEMA))
+        self._path(aside.trials, key).unlink(missing_ok=True)
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """The row of every trial on disk, by key; files that cannot be read are ignored with a warning."""
@@ -223,7 +232,7 @@ class Store:
             log.warning("%s is no result of this suite and is ignored", path)
             return None
         try:
-            rows = pq.read_table(path, partitioning=None).cast(ROW_SCHEMA).to_pylist()
+            rows = _as_known(pq.read_table(path, partitioning=None)).to_pylist()
             if len(rows) != 1 or rows[0]["key"] != path.stem or rows[0]["status"] not in ("ok", "failed"):
                 raise ValueError("its content does not match its name")
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -248,6 +257,14 @@ class Store:
                 with suppress(OSError):
                     if time.time() - path.stat().st_mtime > _LEFT_OVER:
                         path.unlink()
+
+
+def _as_known(table: pa.Table) -> pa.Table:
+    """A row as this version knows it: columns that were added since it was written are null."""
+    for column in ROW_SCHEMA:
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+    return table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
 
 
 def _columns(result: TrialResult) -> dict[str, Any]:

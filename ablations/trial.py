@@ -9,25 +9,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from fractions import Fraction
 from typing import Any
 
-from reducers import Placement, TokenReducer, build, placement_from
+from ablations.auto import Stages
+from ablations.labels import blocks_of, budget_number, labels_of, placement_label
+from reducers import Placement, placement_from
 
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
 
-Stages = list[dict[str, Any]]  # [{"at": [3], "stack": [{"name": "ats", "budget": {...}}]}, ...]
-
 _METRICS = (
-    "target_gmacs", "probes", "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
+    "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
     "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "tokens", "tokens_std", "coverage", "class_kept",
-    "images_per_second", "dense_images_per_second", "peak_memory_mb", "dense_top1",
+    "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
+    "peak_memory_mb", "dense_top1", "shared_prefix", "epochs", "train_images", "train_seconds", "teacher",
 )  # fmt: skip
+_ADDED_LATER = {"target": None, "training": "", "measure": "", "calibration": ""}  # fields, and what says nothing
 
 
 class TrialError(ValueError):
@@ -56,6 +56,9 @@ class Trial:
 
     ``stages`` is canonical JSON (see ``canonical_stages``). ``variant`` and ``x`` say where the result belongs in the
     spec's figure; ``seed`` seeds every source of randomness that the stages do not seed themselves.
+
+    With a ``target``, one kind of budget in the stages is ``auto``: the setting that meets this share of the dense
+    model's multiply-adds is sought on the calibration images (``calibrate``) and stands in the result.
     """
 
     spec: str
@@ -70,17 +73,38 @@ class Trial:
     images: int
     batch: int
     seed: int
+    target: float | None = None  # share of the dense model's multiply-adds: 0.5 is half
+    training: str = ""  # canonical JSON of how the weights are finetuned first; "" is off the shelf
+    measure: str = ""  # "speed": timed alone on its device
+    calibration: str = ""  # digest of the images a target is met on
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that change with every field, and with nothing else."""
-        return _digest(dataclasses.asdict(self))
+        return _digest(self._content())
 
     @property
     def computation(self) -> str:
         """The key without the labels: trials that share it differ in name only and are computed once."""
         labels = {"spec", "variant", "x"}
-        return _digest({name: value for name, value in dataclasses.asdict(self).items() if name not in labels})
+        return _digest({name: value for name, value in self._content().items() if name not in labels})
+
+    @property
+    def family(self) -> str:
+        """What a cost depends on beside the free setting: trials that share it can share what they tried."""
+        unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest"}
+        return _digest({name: value for name, value in self._content().items() if name not in unrelated})
+
+    def resolved(self, stages: str) -> Trial:
+        """The trial one would have written with these stages and no target: its ``computation`` is that of every
+        other target that came to the same setting.
+        """
+        return dataclasses.replace(self, stages=stages, target=None, calibration="")
+
+    def _content(self) -> dict[str, Any]:
+        """Every field but those that were added later and say nothing: results on disk keep their keys."""
+        fields = dataclasses.asdict(self).items()
+        return {name: value for name, value in fields if name not in _ADDED_LATER or value != _ADDED_LATER[name]}
 
     def stage_list(self) -> Stages:
         """The stages as data again."""
@@ -88,8 +112,26 @@ class Trial:
         return stages
 
     def placement(self, depth: int) -> Placement:
-        """The stages as ``reducers`` carries them out."""
+        """The stages as ``reducers`` carries them out; nothing may be ``auto`` any more."""
         return placement_from(self.stage_list(), depth=depth)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What calibration found: the stages with every free setting written in, and how near they come to the target."""
+
+    stages: str  # canonical JSON: plain data that anyone can rerun
+    setting: str  # for people: "K = 57", "keep 0.613", "r = 5.37"
+    target_gmacs: float  # per image
+    calibration_gmacs: float  # mean over the calibration images
+    probes: int  # settings whose cost was looked at
+    reached: bool  # within 1 % of the target
+    note: str = ""  # why not, where it was not
+
+    @property
+    def error(self) -> float:
+        """Relative to the target: 0.02 is 2 % too dear."""
+        return self.calibration_gmacs / self.target_gmacs - 1
 
 
 @dataclass(frozen=True)
@@ -123,76 +165,10 @@ def canonical_stages(placement: Placement) -> str:
     return canonical_json(placement.spec())
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
-def blocks_of(stages: Stages) -> list[int]:
-    """Every block at which something reduces, ascending."""
-    return sorted({block for stage in stages for block in stage["at"]})
-
-
-def placement_label(blocks: Sequence[int]) -> str:
-    """``block 3``, ``blocks 3-11``, ``blocks 3, 6, 9``; runs of three or more are written as a range."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(parts)}" if blocks else "no block"
-
-
-def resolve_count(ratio: float | str, total: int, rounding: str = "nearest") -> int:
-    """How many of ``total`` tokens a ratio keeps; halves round up, and ``"48/196"`` is taken exactly."""
-    exact = Fraction(ratio if isinstance(ratio, str) else str(ratio)) * total
-    if rounding == "floor":
-        return math.floor(exact)
-    return math.ceil(exact) if rounding == "ceil" else math.floor(exact + Fraction(1, 2))
-
-
-def budget_number(budget: Mapping[str, Any], patches: int) -> float:
-    """The number a reader knows a budget by: patches kept (K), tokens removed (r) or the keep rate."""
-    if "ratio" not in budget:
-        return float(budget.get("count", budget.get("drop", 0)))
-    if budget.get("of", "current") == "initial":
-        return float(resolve_count(budget["ratio"], patches, budget.get("rounding", "nearest")))
-    return float(Fraction(str(budget["ratio"])))
-
-
-def budget_label(budget: Mapping[str, Any], patches: int) -> str:
-    """``K = 98``, ``r = 13`` or ``keep 0.7``."""
-    number = budget_number(budget, patches)
-    if "drop" in budget:
-        return f"r = {number:g}"
-    return f"K = {number:g}" if "count" in budget or budget.get("of") == "initial" else f"keep {number:.3g}"
-
-
-def _nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
-    """A reducer and those inside it: the choosing half of an EViT, the members of a stack."""
-    yield reducer
-    for member in (getattr(reducer, "select", None), *getattr(reducer, "members", ())):
-        if isinstance(member, TokenReducer):
-            yield from _nested(member)
-
-
-def labels_of(stages: Stages, patches: int) -> dict[str, str | None]:
-    """The columns ``score`` and ``budget``: what decides and how much stays, several joined in order."""
-    scores: dict[str, None] = {}
-    budgets: dict[str, None] = {}
-    for spec in (reducer for stage in stages for reducer in stage["stack"]):
-        inner = list(_nested(build(spec)))
-        chooser = inner[-1] if len(inner) > 1 else inner[0]
-        score = getattr(chooser, "score", None)
-        if isinstance(score, str):
-            scores[score] = None
-        if isinstance(spec.get("budget"), Mapping):
-            budgets[budget_label(spec["budget"], patches)] = None
-    return {"score": " + ".join(scores) or None, "budget": " + ".join(budgets) or None}
-
-
-def estimated_cost(stages: Stages, facts: ModelFacts) -> float:
+def estimated_cost(stages: Stages, facts: ModelFacts, target: float | None = None) -> float:
     """Rough multiply-adds per image: enough to start the longest trials first and to tell the time left."""
+    if target is not None:
+        return target * estimated_cost([], facts)
     at_block: dict[int, list[Mapping[str, Any]]] = {}
     for stage in stages:
         for block in stage["at"]:
@@ -215,16 +191,23 @@ def estimated_cost(stages: Stages, facts: ModelFacts) -> float:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def base_row(trial: Trial, facts: ModelFacts) -> dict[str, Any]:
-    """Every column of a row, the metrics still null."""
-    stages = trial.stage_list()
-    blocks = blocks_of(stages)
+def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) -> dict[str, Any]:
+    """Every column of a row, the metrics still null. ``solution``: what calibration found for the trial's target."""
+    blocks = blocks_of(trial.stage_list())
+    stages = solution.stages if solution else trial.stages
     return {
         "spec": trial.spec, "key": trial.key, "status": "failed", "error": None,
         "model": trial.model, "params_m": facts.params_m, "weights": trial.weights, "workload": trial.workload,
-        "images": trial.images, "batch": trial.batch, "seed": trial.seed, "finetuned": False,
-        "placement": placement_label(blocks), "blocks": blocks, "reducer": trial.stages,
-        "variant": trial.variant, "x": trial.x, **labels_of(stages, facts.patches), "calibrated": False,
+        "images": trial.images, "batch": trial.batch, "seed": trial.seed,
+        "finetuned": bool(trial.training), "training": trial.training or None,
+        "placement": placement_label(blocks), "blocks": blocks, "reducer": stages,
+        "variant": trial.variant, "x": trial.x, **labels_of(json.loads(stages), facts.patches),
+        "target": trial.target, "target_gmacs": solution.target_gmacs if solution else None,
+        "calibrated": solution is not None,
+        "calibration_gmacs": solution.calibration_gmacs if solution else None, "calibration_images": None,
+        "probes": solution.probes if solution else None,
+        "target_reached": solution.reached if solution else None,
+        "target_note": solution.note or None if solution else None,
         **dict.fromkeys(_METRICS),
         "seconds": 0.0, "device": "", "versions": "{}",
         "data_digest": trial.data_digest, "weights_digest": trial.weights_digest,

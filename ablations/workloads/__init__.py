@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from ablations.workloads import embedded
+from ablations.workloads import base, embedded
 from ablations.workloads.base import Workload, WorkloadError, check_limit
 from ablations.workloads.checkpoint import ModelError
 from ablations.workloads.image_folder import open_image_folder
@@ -32,6 +32,7 @@ __all__ = [
     "available_workloads",
     "open_model",
     "open_workload",
+    "split_calibration",
 ]
 
 EMBEDDED_IMAGES = 2160  # the default: each held-out digit six times
@@ -88,6 +89,17 @@ def open_workload(
         cache=cache,
         download=download,
     )
+
+
+def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
+    """(images to calibrate on, images to evaluate), disjoint.
+
+    Scenes can be drawn without end, so the embedded workload is evaluated whole and further ones calibrate; others
+    are split.
+    """
+    if workload.name == "embedded":
+        return embedded.calibration_scenes(len(workload)), workload
+    return base.split_calibration(workload)
 
 
 def _embedded(model: str, *, data: str | None, limit: int | None) -> Workload:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+CALIBRATION = 128  # images that settings are sought on
 _LOGGED = 10  # skipped images named in the log; the workload holds them all
 _CHUNK = 256  # images hashed at once, so that a memory map never comes into memory whole
 
@@ -123,6 +124,42 @@ def spread_subset(ids: Sequence[str], labels: Sequence[int], limit: int | None) 
         by_class[label].append((hashlib.sha256(name.encode()).hexdigest(), position))
     dealt = [(turn, *entry) for entries in by_class.values() for turn, entry in enumerate(sorted(entries))]
     return sorted(position for _, _, position in sorted(dealt)[:limit])
+
+
+def subset(workload: Workload, positions: Sequence[int]) -> Workload:
+    """Some images of a workload, in the order given."""
+    chosen = list(positions)
+    pixels, labels = np.asarray(workload.pixels[chosen]), workload.labels[chosen]
+    ids = tuple(workload.ids[position] for position in chosen)
+    return replace(
+        workload,
+        pixels=pixels,
+        labels=labels,
+        ids=ids,
+        digest=data_digest(pixels, labels=labels, ids=ids, mean=workload.mean, std=workload.std),
+        masks=None if workload.masks is None else workload.masks[chosen],
+        clutter=None if workload.clutter is None else workload.clutter[chosen],
+    )
+
+
+def split_calibration(workload: Workload, count: int = CALIBRATION) -> tuple[Workload, Workload]:
+    """(images to calibrate on, images to evaluate): disjoint, and together all of them.
+
+    Of n images, min(count, n // 4) calibrate, at least one: those whose ids have the smallest hashes. So the choice
+    depends on the names alone, neither on their order nor on labels.
+    """
+    total = len(workload)
+    if total < 2:
+        raise WorkloadError(
+            f"workload {workload.name} has one image: settings are sought on images that are not evaluated, give two "
+            "or more"
+        )
+    by_hash = sorted(range(total), key=lambda i: (hashlib.sha256(workload.ids[i].encode()).hexdigest(), i))
+    chosen = set(by_hash[: max(1, min(count, total // 4))])
+    return (
+        subset(workload, [i for i in range(total) if i in chosen]),
+        subset(workload, [i for i in range(total) if i not in chosen]),
+    )
 
 
 def refuse_or_keep(skipped: Sequence[tuple[str, str]], *, strict: bool, name: str) -> tuple[tuple[str, str], ...]:

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ablations.workloads import digits
-from ablations.workloads.base import Workload, data_digest
+from ablations.workloads.base import CALIBRATION, Workload, data_digest
 
 PATCH = 8
 MODELS: dict[str, dict[str, Any]] = {  # 12 blocks each, so that "blocks 3-11" means what it means for DeiT
@@ -38,10 +38,20 @@ def embedded_workload(limit: int = 2160) -> Workload:
     A multiple of 360 shows every held-out digit equally often. There are only 360 of them: intervals over images
     do not know that a digit comes back in another place, so treat small differences with care.
     """
-    scenes = [digits.render("test", index) for index in range(limit)]
+    return _scenes(range(limit))
+
+
+@functools.lru_cache(maxsize=2)
+def calibration_scenes(limit: int, count: int = CALIBRATION) -> Workload:
+    """``count`` scenes beyond the first ``limit``: to calibrate on without evaluating fewer."""
+    return _scenes(range(limit, limit + count))
+
+
+def _scenes(indices: range) -> Workload:
+    scenes = [digits.render("test", index) for index in indices]
     pixels = np.stack([scene.image for scene in scenes])[..., None]
     labels = np.array([scene.label for scene in scenes], dtype=np.int64)
-    ids = tuple(f"test/{index}" for index in range(limit))
+    ids = tuple(f"test/{index}" for index in indices)
     return Workload(
         name="embedded",
         pixels=pixels,

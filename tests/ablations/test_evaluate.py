@@ -14,7 +14,8 @@ import torch
 from scipy.stats import binomtest
 
 from ablations.context import make_context
-from ablations.evaluate import TrialContext, patch_masks, run_trial, try_trial, wilson
+from ablations.evaluate import TrialContext, run_trial, try_trial
+from ablations.metrics import patch_masks, wilson
 from ablations.plan import expand
 from ablations.session import Session, Settings, open_session
 from ablations.spec import parse_spec

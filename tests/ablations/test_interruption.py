@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,11 +59,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
     family = {process.pid}
     while found := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= found
-    names = {}
+    names: dict[int, bytes] = {}
     for pid in sorted(family):
         with suppress(OSError):  # gone in the meantime
             names[pid] = Path(f"/proc/{pid}/cmdline").read_bytes()
-    return [pid for pid, name in names.items() if name.startswith(b"ray::ResourceTrainable")]
+    return [pid for pid, name in names.items() if name.startswith(b"ray::ImplicitFunc")]
 
 
 def stop_after_two(process: subprocess.Popen[str], out: Path, how: signal.Signals) -> str:
@@ -89,6 +90,13 @@ def test_a_killed_run_loses_nothing_and_goes_on(
     assert {key: (out / "trials" / f"{key}.parquet").stat().st_mtime_ns for key in kept} == before
 
 
+def kill_a_worker(process: subprocess.Popen[str]) -> None:
+    """Kill the one worker of a run, as a machine out of memory would."""
+    wait_until(lambda: len(workers_of(process)) == 1, process)  # between two jobs it goes by another name
+    with suppress(ProcessLookupError):
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker of its own run through /proc")
 def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
     longer: Path, tmp_path: Path, start: Start, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
@@ -96,18 +104,14 @@ def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
     out = tmp_path / "out"
     process = start("run", "--out", out, *TINY, *_LONGER, "--workers", "1", "--specs", longer)
     wait_until(lambda: len(list((out / "trials").glob("*.parquet"))) >= 2, process)
-    wait_until(lambda: len(workers_of(process)) == 1, process)  # between two jobs it goes by another name
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    wait_until(lambda: any(row["status"] == "failed" for row in Store(out).rows().values()), process)
-    (lost,) = (row for row in Store(out).rows().values() if row["status"] == "failed")
-    assert "killed or crashed" in lost["error"] and lost["top1"] is None
+    kill_a_worker(process)
 
     printed = stop_after_two(process, out, signal.SIGINT)
     assert process.returncode == 130, printed
     assert "the same command goes on from there" in printed and "Traceback" not in printed
     kept = Store(out).finished()
     assert 2 <= len(kept) < 16
-    assert pq.read_table(out / "results.parquet").num_rows == len(kept) + 1, "what there is is compacted"
+    assert pq.read_table(out / "results.parquet").num_rows == len(kept), "what there is is compacted"
     assert not (out / "ray").exists()
 
     assert ablate("run", *_LONGER, "--specs", longer) == 0, "with or without Ray, it is the same run"
@@ -115,12 +119,41 @@ def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
     assert pq.read_table(out / "results.parquet").num_rows == 16
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker of its own run through /proc")
+def test_trials_that_lose_their_worker_are_tried_again_alone_and_then_given_up(
+    longer: Path, tmp_path: Path, start: Start
+) -> None:
+    """The other trials of a group must not pay for one that kills its worker."""
+    out = tmp_path / "out"
+    process = start("run", "--out", out, *TINY, *_LONGER, "--workers", "1", "--specs", longer)
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stdout or ()), daemon=True)
+    reader.start()
+    limit = time.monotonic() + _PATIENCE
+    while not any(row["status"] == "failed" for row in Store(out).rows().values()):
+        assert process.poll() is None and time.monotonic() < limit, log
+        for pid in workers_of(process)[:1]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    assert process.wait(timeout=_PATIENCE) == 1, log
+    reader.join(timeout=_PATIENCE)
+    rows = Store(out).rows()
+    lost = [row for row in rows.values() if row["status"] == "failed"]
+    assert len(rows) == 16 and 1 <= len(lost) < 16
+    assert all("killed or crashed" in row["error"] and row["top1"] is None for row in lost)
+    assert any("are tried again one by one" in line for line in log)
+
+
 def test_workers_find_what_a_serial_run_finds_and_a_failing_trial_stops_no_other(longer: Path, tmp_path: Path) -> None:
-    """One trial is planned for other data than the workers find: its result would be of something else."""
+    """Alone or in a group. One trial is planned for other data than the workers find: its result would be of something
+    else.
+    """
     code = """
 import dataclasses, sys, torch
 from pathlib import Path
-from ablations.context import make_context, save_context
+from ablations.context import Contexts, make_context, save_context
+from ablations.jobs import Job, schedule
 from ablations.progress import RunProgress
 from ablations.runner import run_on_ray
 from ablations.serial import run_serial
@@ -131,16 +164,21 @@ out, spec = sys.argv[1:]
 session = open_session(
     Settings(Path(out) / "ray", model="digits_vit_tiny", weights="random", limit=20, batch=8, specs=(spec,))
 )
-jobs = session.jobs(session.all_trials[6:10])
-stale = dataclasses.replace(jobs[1].trials[0], data_digest="0" * 64)
-context = make_context(session, torch.device("cpu"))
-serial = RunProgress(jobs)
-run_serial(jobs, context=context, store=Store(Path(out) / "serial").create(), progress=serial)
-broken = [dataclasses.replace(jobs[1], trials=(stale,)), *jobs]
+work = session.computations(session.all_trials[5:10])
+stale = dataclasses.replace(work[1].trial, data_digest="0" * 64)
+contexts = Contexts(lambda model: make_context(session, torch.device("cpu"), model=model))
+context = contexts[session.facts.name]
+serial = RunProgress(work[1:])
+store = Store(Path(out) / "serial").create()
+run_serial([Job((one,)) for one in work[1:]], contexts=contexts, store=store, progress=serial)
+broken = [dataclasses.replace(work[1], trial=stale, answers=(stale,)), *work[1:]]
 progress = RunProgress(broken, terminal=True)  # Tune must cope with a bar as well
-saved = save_context(session, context)
+saved = {session.facts.name: save_context(session, context)}
+assert any(len(job.computations) > 1 for job in schedule(broken, workers=1))
 with progress:
-    run_on_ray(broken, context=saved, facts=session.facts, store=session.store, progress=progress, workers=2)
+    run_on_ray(
+        broken, contexts=saved, facts=session.all_facts, store=session.store, progress=progress, workers=1
+    )
 print(serial.finished, progress.finished, progress.failures)
 """
     done = subprocess.run(
@@ -153,7 +191,7 @@ print(serial.finished, progress.finished, progress.failures)
     (failed,) = (key for key in by_ray if key not in serial)
     assert by_ray[failed]["status"] == "failed" and "the data changed" in by_ray[failed]["error"]
     for key, row in serial.items():
-        for name in row.keys() - {"seconds", "created"}:
+        for name in row.keys() - {"seconds", "created", "shared_prefix"}:
             assert row[name] == by_ray[key][name], (row["variant"], row["x"], name)
         one, other = (pq.read_table(tmp_path / folder / "images" / f"{key}.parquet") for folder in ("ray", "serial"))
         assert one.equals(other)

@@ -7,26 +7,17 @@ from typing import Any
 
 import pytest
 
+from ablations.labels import budget_label, budget_number, labels_of, placement_label, resolve_count, target_label
 from ablations.plan import Target, expand
 from ablations.spec import parse_spec
-from ablations.trial import (
-    ModelFacts,
-    Trial,
-    budget_label,
-    budget_number,
-    estimated_cost,
-    failed,
-    labels_of,
-    placement_label,
-    relabel,
-    resolve_count,
-)  # fmt: skip
+from ablations.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel
 from tests.ablations.conftest import SPEC
 
 CHANGED: dict[str, Any] = {
     "spec": "other", "variant": "other", "x": 17.0, "stages": '[{"at":[4],"stack":[{"name":"identity"}]}]',
     "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
+    "target": 0.5, "training": '{"epochs":1}', "measure": "speed", "calibration": "c" * 64,
 }  # fmt: skip
 
 
@@ -47,6 +38,33 @@ def test_labels_alone_leave_the_computation_as_it_is(trial: Trial) -> None:
         assert (other.computation == trial.computation) == (name in ("spec", "variant", "x"))
 
 
+def test_a_family_is_what_a_cost_depends_on_beside_the_free_setting(trial: Trial) -> None:
+    related = {"stages", "model", "weights", "weights_digest", "workload", "seed", "training", "calibration"}
+    for name, value in CHANGED.items():
+        other = dataclasses.replace(trial, **{name: value})
+        assert (other.family != trial.family) == (name in related), name
+
+
+def test_two_targets_that_come_to_one_setting_are_one_computation(trial: Trial) -> None:
+    low, high = (dataclasses.replace(trial, target=target, calibration="c" * 64) for target in (0.8, 0.9))
+    assert low.computation != high.computation
+    assert low.resolved(trial.stages).computation == high.resolved(trial.stages).computation == trial.computation
+
+
+def test_a_calibrated_row_shows_the_stages_as_run_and_how_near_they_come(trial: Trial, facts: ModelFacts) -> None:
+    free = '[{"at":[3],"stack":[{"budget":{"count":"auto"},"name":"ats"}]}]'
+    solved = free.replace('"auto"', "9")
+    sought = dataclasses.replace(trial, stages=free, target=0.5, calibration="c" * 64)
+    solution = Solution(solved, "K = 9", target_gmacs=2.0, calibration_gmacs=2.1, probes=5, reached=False, note="why")
+    assert solution.error == pytest.approx(0.05)
+    row = base_row(sought, facts, solution)
+    assert (row["reducer"], row["budget"], row["key"]) == (solved, "K = 9", sought.key)
+    assert (row["target"], row["target_gmacs"], row["calibration_gmacs"], row["probes"]) == (0.5, 2.0, 2.1, 5)
+    assert (row["calibrated"], row["target_reached"], row["target_note"]) == (True, False, "why")
+    unsolved = base_row(sought, facts)
+    assert (unsolved["budget"], unsolved["calibrated"], unsolved["target_gmacs"]) == ("K = auto", False, None)
+
+
 def test_spelling_does_not_change_a_key(target: Target) -> None:
     def key(stage: str) -> str:
         text = "{name: a, title: A, arms: [{variant: v, stages: [%s]}]}" % stage  # noqa: UP031
@@ -60,6 +78,7 @@ def test_spelling_does_not_change_a_key(target: Target) -> None:
 
 def test_a_key_stays_what_it_is_from_version_to_version() -> None:
     fixed = Trial("s", "v", 1.5, "[]", "m", "file", "0" * 64, "w", "1" * 64, 10, 5, 0)
+    assert dataclasses.replace(fixed, target=0.5).key != fixed.key
     assert fixed.key == "6267ff8511430d8f", "results on disk would be lost: raise RESULT_VERSION only on purpose"
 
 
@@ -93,6 +112,22 @@ def test_labels_name_what_decides_also_inside_a_stack() -> None:
         "score": "class_attention + class_attention_value_norm", "budget": "K = 9 + keep 0.7",
     }  # fmt: skip
     assert labels_of([{"at": [3], "stack": [{"name": "identity"}]}], 64) == {"score": None, "budget": None}
+
+
+def test_drops_that_vary_over_blocks_are_named_by_their_mean() -> None:
+    def stage(blocks: list[int], drop: int) -> dict[str, Any]:
+        return {"at": blocks, "stack": [{"name": "tome", "budget": {"drop": drop}}]}
+
+    assert labels_of([stage([0, 1, 2], 13)], 196)["budget"] == "r = 13"
+    assert labels_of([stage([0, 2, 4], 5), stage([1], 6)], 196)["budget"] == "r = 5.25 on average"
+
+
+def test_targets_read_as_shares_of_the_dense_model() -> None:
+    assert [target_label(target) for target in (0.5, 0.35, 0.125)] == [
+        "0.50 of dense",
+        "0.35 of dense",
+        "0.125 of dense",
+    ]
 
 
 def test_cost_estimates_order_placements_as_their_real_costs(facts: ModelFacts) -> None:

@@ -10,14 +10,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ablations.workloads import split_calibration as split
 from ablations.workloads.base import (
     Workload,
     WorkloadError,
     data_digest,
     pixel_digest,
     refuse_or_keep,
+    split_calibration,
     spread_subset,
+    subset,
 )
+from ablations.workloads.embedded import embedded_workload
 
 
 def workload(channels: int = 3) -> Workload:
@@ -133,3 +137,59 @@ def test_strict_lists_what_cannot_be_read_and_how_many_more() -> None:
     assert refuse_or_keep(skipped, strict=False, name="data") == tuple(skipped)
     with pytest.raises(WorkloadError, match=r"7 image\(s\).*4\.png: truncated; and 2 more.*--strict"):
         refuse_or_keep(skipped, strict=True, name="data")
+
+
+def many(count: int) -> Workload:
+    return dataclasses.replace(
+        workload(),
+        pixels=np.arange(count * 12, dtype=np.uint32).astype(np.uint8).reshape(count, 2, 2, 3),
+        labels=np.arange(count, dtype=np.int64) % 3,
+        ids=tuple(f"class/{index}" for index in range(count)),
+        masks=np.zeros((count, 2, 2), dtype=bool),
+        clutter=np.arange(count, dtype=np.int64),
+    )
+
+
+@pytest.mark.parametrize(("total", "calibrating"), [(928, 128), (512, 128), (511, 127), (40, 10), (4, 1), (2, 1)])
+def test_a_workload_is_split_into_images_to_calibrate_on_and_to_evaluate(total: int, calibrating: int) -> None:
+    whole = many(total)
+    calibration, evaluated = split_calibration(whole)
+    assert (len(calibration), len(evaluated)) == (calibrating, total - calibrating)
+    assert not set(calibration.ids) & set(evaluated.ids)
+    assert {*calibration.ids, *evaluated.ids} == set(whole.ids)
+    assert len({whole.digest, calibration.digest, evaluated.digest}) == 3
+
+
+def test_a_split_depends_on_the_names_alone() -> None:
+    whole = many(60)
+    calibration, _ = split_calibration(whole)
+    order = np.random.default_rng(1).permutation(60).tolist()
+    shuffled, rest = split_calibration(subset(whole, order))
+    assert set(shuffled.ids) == set(calibration.ids)
+    assert list(rest.ids) == [whole.ids[i] for i in order if whole.ids[i] not in set(shuffled.ids)], "order is kept"
+    relabelled = dataclasses.replace(whole, labels=np.zeros(60, dtype=np.int64))
+    assert split_calibration(relabelled)[0].ids == calibration.ids
+
+
+def test_a_subset_carries_everything_of_its_images() -> None:
+    whole = many(9)
+    part = subset(whole, [7, 2])
+    assert part.ids == ("class/7", "class/2") and part.labels.tolist() == [1, 2]
+    np.testing.assert_array_equal(part.pixels, whole.pixels[[7, 2]])
+    assert part.clutter is not None and part.clutter.tolist() == [7, 2] and part.masks is not None
+    assert part.digest == data_digest(part.pixels, labels=part.labels, ids=part.ids, mean=part.mean, std=part.std)
+
+
+def test_one_image_cannot_be_split() -> None:
+    with pytest.raises(WorkloadError, match="two or more"):
+        split_calibration(many(1))
+
+
+def test_scenes_are_evaluated_whole_and_others_calibrate() -> None:
+    whole = embedded_workload(limit=6)
+    calibration, evaluated = split(whole)
+    assert evaluated is whole and len(calibration) == 128
+    assert calibration.ids[0] == "test/6" and not set(calibration.ids) & set(whole.ids)
+    np.testing.assert_array_equal(calibration.pixels[0], embedded_workload(limit=7).pixels[6])
+    general, rest = split(many(40))
+    assert (len(general), len(rest)) == (10, 30)

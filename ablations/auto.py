@@ -1,0 +1,156 @@
+"""The free setting of a calibrated trial: ``budget: {count: auto}``, ``{ratio: auto}`` or ``{drop: auto}``.
+
+Stages as data with one number left open, the ladder of settings it can take, and the stages with a setting written in:
+plain data again, that anyone can rerun. Which rung meets a cost is found in ``calibrate``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+Stages = list[dict[str, Any]]  # [{"at": [3], "stack": [{"name": "ats", "budget": {...}}]}, ...]
+Setting = int | Fraction
+
+AUTO = "auto"
+KINDS = ("count", "ratio", "drop")
+_WRITTEN = re.compile(r"\d+(?:\.\d+|/(\d+))?")
+_RATIO_STEPS = 1000  # a keep rate is sought in thousandths …
+_SAMPLERS = {"ats"}  # reducers whose count is of sample points, not of tokens
+_POINT_STEP, _POINT_RUNGS = 1.05, 86  # 1.05 ** 85 is about 64
+_DROP_STEPS = 100  # … and the tokens dropped at a block, on average over the blocks, in hundredths
+
+
+def budgets_in(stages: Any) -> list[Mapping[str, Any]]:
+    """Every budget in nested data, those of selectors inside a reducer included."""
+    if isinstance(stages, Mapping):
+        own = [stages["budget"]] if isinstance(stages.get("budget"), Mapping) else []
+        return own + [b for key, part in stages.items() if key != "budget" for b in budgets_in(part)]
+    return [b for part in stages for b in budgets_in(part)] if isinstance(stages, list) else []
+
+
+def free_kinds(stages: Any) -> set[str]:
+    """Which kinds of budget are written ``auto``."""
+    return {kind for budget in budgets_in(stages) for kind in KINDS if budget.get(kind) == AUTO}
+
+
+def stand_in(kind: str, stages: Any, patches: int) -> Setting:
+    """A setting well inside the possible that no budget of these stages names, so that it can be told apart."""
+    named = {_number(budget[kind]) for budget in budgets_in(stages) if kind in budget}
+    if kind == "ratio":
+        return next(r for n in range(500, 2000) if (r := Fraction(n, 1000 + n)) not in named)
+    first = max(1, patches // 2) if kind == "count" else 1
+    return next(n for n in range(first, first + len(named) + 1) if n not in named)
+
+
+def write(stages: Any, kind: str, setting: Setting) -> Any:
+    """The same data with every free budget of a kind set to one value."""
+    return _with_budgets(stages, lambda b: {**b, kind: _plain(setting)} if b.get(kind) == AUTO else b)
+
+
+def free(stages: Any, kind: str, setting: Setting) -> Any:
+    """The inverse of ``write``: budgets of this very value become free."""
+    return _with_budgets(stages, lambda b: {**b, kind: AUTO} if kind in b and _number(b[kind]) == setting else b)
+
+
+def ladder(stages: Stages, kind: str, patches: int) -> list[Setting]:
+    """Every setting worth trying, from the cheapest to the dearest.
+
+    count: 1 … all patches, and where all free counts are numbers of sample points (ATS), which several may fall on one
+    token, on to 64 times as many in steps of a twentieth. ratio: thousandths. drop: tokens removed at a block on average over the blocks, in
+    hundredths, of which only those that give different whole numbers somewhere are listed.
+    """
+    if kind == "count":
+        counts: list[Setting] = list(range(1, patches + 1))
+        if _free_names(stages) <= _SAMPLERS:
+            counts += sorted({round(patches * _POINT_STEP**n) for n in range(1, _POINT_RUNGS)} - set(counts))
+        return counts
+    if kind == "ratio":
+        return [Fraction(n, _RATIO_STEPS) for n in range(1, _RATIO_STEPS + 1)]
+    blocks = len(_free_blocks(stages))
+    rungs: dict[tuple[int, ...], Setting] = {}
+    for step in range(_DROP_STEPS * max(1, patches // 2), 0, -1):
+        rate = Fraction(step, _DROP_STEPS)
+        drops = tuple(drop_schedule(rate, blocks, patches))
+        if any(drops):
+            rungs.setdefault(drops, rate)
+    return list(rungs.values())
+
+
+def drop_schedule(rate: Fraction, blocks: int, patches: int) -> list[int]:
+    """Whole tokens to drop at each of ``blocks`` blocks, ``rate`` on average: floor((i + 1) rate) - floor(i rate).
+
+    Never more than half of the tokens that are left: what one round of pairwise merging can remove.
+    """
+    left, drops = patches, []
+    for before, after in pairwise(i * rate.numerator // rate.denominator for i in range(blocks + 1)):
+        drops.append(min(after - before, left // 2))
+        left -= drops[-1]
+    return drops
+
+
+def settle(stages: Stages, kind: str, setting: Setting, patches: int) -> Stages:
+    """The stages with the setting written in, every block spelled out; a drop of none leaves the reducer out."""
+    if kind != "drop":
+        settled: Stages = write(stages, kind, setting)
+        return settled
+    blocks = _free_blocks(stages)
+    drops = dict(zip(blocks, drop_schedule(Fraction(setting), len(blocks), patches), strict=True))
+    spelled: Stages = []
+    for stage in stages:
+        for block in stage["at"]:
+            spare = drops.get(block) == 0
+            stack = [r for r in stage["stack"] if not (spare and free_kinds(r))]
+            if stack:
+                spelled.append({"at": [block], "stack": write(stack, kind, drops.get(block, 0))})
+    return spelled
+
+
+def setting_label(kind: str, setting: Setting) -> str:
+    """``K = 57``, ``keep 0.613`` or ``r = 5.37``."""
+    if kind == "count":
+        return f"K = {setting}"
+    return f"keep {float(setting):g}" if kind == "ratio" else f"r = {float(setting):g}"
+
+
+def _free_names(stages: Stages) -> set[str]:
+    """The reducers whose own budget is free."""
+    reducers = [reducer for stage in stages for reducer in stage["stack"]]
+    nested = [reducer["select"] for reducer in reducers if isinstance(reducer.get("select"), Mapping)]
+    return {str(r.get("name")) for r in [*reducers, *nested] if AUTO in dict(r.get("budget") or {}).values()}
+
+
+def _free_blocks(stages: Stages) -> list[int]:
+    """The blocks whose drop is sought, ascending."""
+    return sorted({block for stage in stages if free_kinds(stage["stack"]) for block in stage["at"]})
+
+
+def _with_budgets(data: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    if isinstance(data, Mapping):
+        return {
+            key: change(dict(part)) if key == "budget" and isinstance(part, Mapping) else _with_budgets(part, change)
+            for key, part in data.items()
+        }
+    return [_with_budgets(part, change) for part in data] if isinstance(data, list) else data
+
+
+def _number(value: Any) -> Fraction | None:
+    """A number as written in a budget, exactly; None for anything else."""
+    written = _WRITTEN.fullmatch(str(value)[:64])
+    return Fraction(str(value)) if written and int(written[1] or 1) else None
+
+
+def _plain(setting: Setting) -> int | float | str:
+    """A fraction as the decimal that is exactly it, else as its text."""
+    if isinstance(setting, int):
+        return setting
+    return float(setting) if Fraction(str(float(setting))) == setting else str(setting)
+
+
+__all__ = [
+    "AUTO", "KINDS", "Setting", "Stages", "budgets_in", "drop_schedule", "free", "free_kinds", "ladder",
+    "setting_label", "settle", "stand_in", "write",
+]  # fmt: skip

@@ -1,0 +1,106 @@
+"""What the command line understands: every command, every option, and the help that teaches them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], int]
+
+_EPILOG = """\
+examples:
+  python -m ablations list                        the specs and how many trials each has
+  python -m ablations list --reducers             every reducer with its settings
+  python -m ablations validate my_question.yaml   check a spec; nothing is run
+  python -m ablations run                         all specs on the embedded workload, into results/
+  python -m ablations run --specs "k_values class_token" --limit 200 --out out/quick
+  python -m ablations run --workload imagefolder --data IMAGES --model deit_small_patch16_224 --out out/imagenet
+  python -m ablations run --serial --specs k_values     in this process: the way to debug a trial
+  python -m ablations run --specs model_scaling --workload imagefolder --data IMAGES \
+      --model "deit_tiny_patch16_224 deit_small_patch16_224"   several models, for specs that compare them
+  python -m ablations run --profile               and where the time went
+  python -m ablations status results              how far a run is
+  RAY_ADDRESS=HOST:6379 python -m ablations run   on an existing Ray cluster (OUT on a disk that all nodes share)
+
+A run may be stopped at any time; the same command goes on where it stopped, and computes nothing twice.
+exit status: 0 all is well, 1 some trials failed (run again to repeat them), 2 bad input, 130 interrupted
+"""
+
+_SPEC_HELP = """\
+a spec is a short YAML file:
+  name: my_question
+  title: What I want to know
+  base:                                # defaults for every arm
+    x: budget
+    vary: {K: [24, 48, 96]}            # of the 196 patches of a DeiT; other models keep the same share
+  arms:                                # one curve each
+    - variant: ATS
+      stages: [{at: [3], stack: [{name: ats, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
+    - variant: top-K
+      stages: [{at: [3], stack: [{name: topk, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
+"""
+
+
+def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The options of every command; ``commands`` are the functions that carry them out."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m ablations",
+        formatter_class=raw,
+        epilog=_EPILOG,
+        description="Comparative ablations of token reduction in vision transformers: plan, run, look.",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more, and show tracebacks of errors")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = subparsers.add_parser("list", help="the specs, or the reducers", formatter_class=raw, epilog=_SPEC_HELP)
+    listing.add_argument("--reducers", action="store_true", help="list the reducers and their settings instead")
+    listing.set_defaults(command=commands["list"])
+
+    checking = subparsers.add_parser(
+        "validate", help="check specs and show the plan; runs nothing", formatter_class=raw, epilog=_SPEC_HELP
+    )
+    checking.add_argument("specs", nargs="*", metavar="SPEC", help="name of a shipped spec, or a .yaml file (all)")
+    _model_options(checking)
+    checking.set_defaults(command=commands["validate"])
+
+    running = subparsers.add_parser("run", help="run what is not finished yet", formatter_class=raw, epilog=_EPILOG)
+    running.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (results)")
+    running.add_argument("--specs", default="", metavar='"A B"', help="names of specs or .yaml files (all)")
+    _model_options(running)
+    running.add_argument("--data", help="folder of the images, for workloads that read one")
+    running.add_argument(
+        "--train-data", metavar="DIR", help="folder of the training images, for finetuning (DATA/train beside DATA/val)"
+    )
+    running.add_argument(
+        "--weights", metavar="FILE",
+        help="a .safetensors file, or 'random' (default: the model's own); one for each of several models",
+    )  # fmt: skip
+    running.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
+    running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
+    running.add_argument("--strict", action="store_true", help="refuse images that cannot be read, instead of skipping")
+    running.add_argument(
+        "--download", action="store_true", help="let torchvision and timm fetch a data set into --data"
+    )
+    running.add_argument("--workers", type=int, metavar="N", help="trials at once (one a core, or four a GPU)")
+    running.add_argument("--serial", action="store_true", help="run in this process, one after the other, without Ray")
+    running.add_argument("--profile", action="store_true", help="show where the time went (always in OUT/profile.json)")
+    running.add_argument("--dry-run", action="store_true", help="open everything, show the plan and stop")
+    running.set_defaults(command=commands["run"])
+
+    state = subparsers.add_parser("status", help="how far each spec of a run is")
+    state.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
+    state.set_defaults(command=commands["status"])
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workload", default="embedded", help="embedded, imagefolder, timm:…, torchvision:… or hub:… (embedded)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="timm name of the model (digits_vit_small, else deit_tiny_patch16_224); of several, 'A B', the first is "
+        "the run's own and the others are for specs that say `models: all`",
+    )  # fmt: skip

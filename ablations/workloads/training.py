@@ -1,0 +1,190 @@
+"""The images a workload is trained on: never those it is evaluated on.
+
+The embedded workload draws scenes of its endless train split, once, into a memory map. Image folders read DATA/train
+beside DATA/val, or the folder named by --train-data. Which picture a place in an epoch gives is a function of (seed,
+epoch, image) alone, so that a restart, and any number of loading processes, sees the same pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ablations.files import atomic, locked
+from ablations.workloads import digits, embedded
+from ablations.workloads.base import Workload, WorkloadError, data_digest
+from ablations.workloads.image_folder import class_root
+from ablations.workloads.models import input_config
+from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
+from ablations.workloads.preprocess import Preprocess, Resize
+
+log = logging.getLogger(__name__)
+
+SCENES = 24_576  # of the embedded train split, drawn once: six epochs of 4096 without repetition
+SCENE_SEED = 1  # the shipped weights were trained on the scenes of seed 0
+SHIFT = 4  # pixels by which the light augmentation of scenes moves them, at most: half a patch
+_FOLDERS = ("train", "training")
+
+
+@dataclass(frozen=True)
+class TrainingAccess:
+    """Where the training images of a run are: plain values, so that a worker can be told."""
+
+    workload: str
+    model: str
+    cache: Path  # OUT/cache
+    classes: int | None = None  # of the model's head
+    data: str | None = None
+    train_data: str | None = None
+    resize: Resize = "auto"
+    scenes: int = SCENES
+    workers: int = 0  # processes that load images beside the one that trains
+
+    def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
+        """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
+        if self.workload == "embedded":
+            if self.train_data:
+                raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")
+            return Scenes(self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed)
+        root = training_root(self.data, self.train_data, workload=self.workload)
+        return Photographs(
+            root,
+            head=self.classes,
+            preprocess=Preprocess.from_config(input_config(self.model), resize=self.resize),
+            cache=self.cache,
+            augment=augment,
+            holdout=holdout,
+            seed=seed,
+            evaluated=evaluated,
+        )
+
+
+def training_root(data: str | None, train_data: str | None, *, workload: str) -> Path:
+    """The folder that holds the training images' class folders; refuses the one that is evaluated."""
+    if train_data is None and workload != "imagefolder":
+        raise WorkloadError(f"the training images of {workload} are not known: name their folder with --train-data")
+    evaluated = class_root(data) if workload == "imagefolder" else None
+    if train_data is not None:
+        root = Path(train_data).expanduser().resolve()
+        if not root.is_dir():
+            raise WorkloadError(f"--train-data {train_data} is no folder: give the folder that holds the class folders")
+    else:
+        assert evaluated is not None
+        beside = [evaluated.parent / name for name in _FOLDERS]
+        found = [folder for folder in beside if folder.is_dir() and folder != evaluated]
+        if not found:
+            raise WorkloadError(
+                f"no training images beside {evaluated}: put them into {beside[0]}, or name their folder with "
+                "--train-data; evaluated images are never trained on"
+            )
+        root = found[0]
+    if evaluated is not None and (root.is_relative_to(evaluated) or evaluated.is_relative_to(root)):
+        raise WorkloadError(f"the training images {root} overlap with the evaluated ones {evaluated}; keep them apart")
+    return root
+
+
+# --- embedded ---------------------------------------------------------------------------------------------------------
+
+
+class Scenes(Dataset[tuple[Tensor, int]]):
+    """((1, 64, 64) float32, label) by (epoch, scene): ``count`` cluttered digits of the train split, drawn once.
+
+    ``held_out`` are further scenes of that split, never trained on.
+
+    The light augmentation moves a scene by up to half a patch, so that no digit keeps its place on the patch grid.
+    Digits are neither mirrored nor turned: a 6 is no 9.
+    """
+
+    name = "embedded"
+    classes = digits.CLASSES
+
+    def __init__(self, cache: Path, *, count: int, augment: Augment, holdout: int, seed: int) -> None:
+        if augment == "strong":
+            raise WorkloadError("augment 'strong' is for photographs: use 'light' or 'none' on the embedded workload")
+        if count < 1:
+            raise WorkloadError(f"{count} training scenes are none: give 1 or more")
+        self.pixels, self.labels = drawn_scenes(cache, 0, count)
+        self.held_out: Workload | None = None
+        if holdout:
+            pixels, labels = drawn_scenes(cache, count, count + holdout)
+            ids = tuple(f"train/{SCENE_SEED}/{index}" for index in range(count, count + holdout))
+            like = embedded.embedded_workload(limit=1)
+            digest = data_digest(pixels, labels=labels, ids=ids, mean=like.mean, std=like.std)
+            self.held_out = Workload(
+                name="embedded train", pixels=pixels, labels=labels, ids=ids, mean=like.mean, std=like.std,
+                classes=self.classes, digest=digest,
+            )  # fmt: skip
+        content = {"digits": digits.VERSION, "split": "train", "seed": SCENE_SEED, "count": count}
+        self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self._shift = SHIFT if augment == "light" else 0
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, int]:
+        epoch, index = place
+        image = np.array(self.pixels[index, :, :, 0])
+        if self._shift:
+            random_state = np.random.RandomState(sample_seed(self._seed, epoch, index))
+            image = shifted(image, *random_state.randint(-self._shift, self._shift + 1, size=2))
+        return embedded.normalise(torch.from_numpy(image)[None])[0], int(self.labels[index])
+
+
+def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
+    """An image (H, W) moved over its black ground; what leaves it is cut."""
+    height, width = image.shape
+    moved = np.zeros_like(image)
+    moved[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)] = image[
+        max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)
+    ]
+    return moved
+
+
+def drawn_scenes(cache: Path, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes ``start`` … ``stop - 1`` of the train split: pixels (n, 64, 64, 1) uint8 and labels (n,) int64."""
+    folder = cache / "training"
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"digits-v{digits.VERSION}-seed{SCENE_SEED}-{start}-{stop}"
+    paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy"
+    shape = (stop - start, digits.CANVAS, digits.CANVAS, 1)
+    with locked(folder / f"{stem}.lock", what="drawing the training scenes"):
+        found = _mapped(*paths, shape)
+        if found is None:
+            log.info("drawing %d training scenes, once", stop - start)
+            scenes = (digits.render("train", index, seed=SCENE_SEED) for index in range(start, stop))
+            pixels, labels = np.empty(shape, dtype=np.uint8), np.empty(stop - start, dtype=np.int64)
+            for row, scene in enumerate(scenes):
+                pixels[row, :, :, 0], labels[row] = scene.image, scene.label
+            arrays: tuple[np.ndarray, ...] = pixels, labels
+            for path, array in zip(paths, arrays, strict=True):  # the labels last: they mark a whole pair
+                with atomic(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
+            found = _mapped(*paths, shape)
+    assert found is not None, "what was just written can be read"
+    return found
+
+
+def _mapped(pixels: Path, labels: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both arrays, or None where they are missing or damaged and have to be made again."""
+    try:
+        found = np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError) as error:
+        log.warning("%s is damaged (%s): drawing it again", pixels, error)
+        return None
+    return found if found[0].shape == shape and found[1].shape == shape[:1] else None
+
+
+TrainingImages = Scenes | Photographs
+
+__all__ = ["Augment", "Photographs", "Scenes", "TrainingAccess", "TrainingImages", "training_root"]

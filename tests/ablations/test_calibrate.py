@@ -1,0 +1,262 @@
+"""Calibration: targets are met as nearly as a method can, whatever was tried before, by looking at costs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ablations.auto import drop_schedule, free_kinds, ladder, settle
+from ablations.calibrate import calibration_batches, mean_cost, search, solve
+from ablations.inputs import DensePredictions, TrialContext, model_facts
+from ablations.plan import Target, expand
+from ablations.spec import parse_spec
+from ablations.trial import Solution, Trial, TrialError
+from ablations.workloads import open_model
+from ablations.workloads.base import Workload, data_digest
+from ablations.workloads.embedded import calibration_scenes, embedded_workload
+from reducers import ATS, Count, Placement, at, placement_from, reduce_tokens
+
+ATS3 = "{at: 3, stack: [{name: ats, budget: {count: auto}}]}"
+
+
+def context_of(model: torch.nn.Module, name: str, workload: Workload, calibration: Workload) -> TrialContext:
+    facts = model_facts(model, name=name, weights="file", digest="w", params_m=1.0)
+    _, trace = reduce_tokens(model, Placement()).trace(workload.batch(0, 1))
+    dense = DensePredictions(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), float(trace.macs[0]) / 1e9)
+    return TrialContext(workload, model, facts, dense, torch.device("cpu"), calibration=calibration)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> TrialContext:
+    """The trained embedded model: its scores are as peaked as those of a real one."""
+    model = open_model("digits_vit_small", weights=None, workload_name="embedded").model.eval()
+    return context_of(model, "digits_vit_small", embedded_workload(limit=40), calibration_scenes(40, 32))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> TrialContext:
+    """196 patches of random images in a narrow model with random weights: scores are flat, so any cost is in reach."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=6, embed_dim=24, num_heads=2, num_classes=3).eval()
+    random = np.random.RandomState(0)
+
+    def images(name: str, count: int) -> Workload:
+        pixels = random.randint(0, 256, (count, 224, 224, 3)).astype(np.uint8)
+        labels, ids = np.zeros(count, dtype=np.int64), tuple(f"{name}/{i}" for i in range(count))
+        digest = data_digest(pixels, labels=labels, ids=ids, mean=(0.5,) * 3, std=(0.5,) * 3)
+        return Workload("random", pixels, labels, ids, (0.5,) * 3, (0.5,) * 3, 3, digest)
+
+    return context_of(model, "tiny", images("evaluated", 1), images("calibration", 4))
+
+
+def trial_for(context: TrialContext, stages: str, target: float) -> Trial:
+    text = f"{{name: a, title: A, arms: [{{variant: v, target: [{target}], stages: [{stages}]}}]}}"
+    about = Target(context.facts, "embedded", "d", len(context.workload), 8, "c")
+    return expand(parse_spec(text), about)[0]
+
+
+def fresh(context: TrialContext) -> TrialContext:
+    return dataclasses.replace(context, probes={})
+
+
+def cost_of(solution: Solution, context: TrialContext) -> float:
+    """What the solved stages cost on the calibration images, by the full forward pass."""
+    assert context.calibration is not None
+    model = reduce_tokens(context.model, placement_from(json.loads(solution.stages), depth=context.facts.depth))
+    _, trace = model.eval().trace(context.calibration.batch(0, len(context.calibration)))
+    return float(trace.macs.mean()) / 1e9
+
+
+REACHABLE_TINY = [
+    (ATS3, 0.6), (ATS3, 0.8),
+    ("{at: 2, stack: [{name: topk, budget: {count: auto}}]}", 0.5),
+    ("{at: 2-5, stack: [{name: topk, budget: {ratio: auto}}]}", 0.6),
+    ("{at: 1, stack: [{name: evit, budget: {count: auto}}]}", 0.4),
+    ("{at: [1, 3, 5], stack: [{name: evit, budget: {ratio: auto}}]}", 0.7),
+    ("{at: 2-5, stack: [{name: ats, budget: {count: auto}}]}", 0.7),
+    ("{at: all, stack: [{name: tome, budget: {drop: auto}}]}", 0.5),
+]  # fmt: skip
+REACHABLE_EMBEDDED = [
+    (ATS3, 0.36),
+    ("{at: 3-11, stack: [{name: ats, budget: {count: auto}}]}", 0.33),
+    ("{at: 3, stack: [{name: topk, budget: {count: auto}}]}", 0.5),
+    ("{at: [3, 6, 9], stack: [{name: evit, budget: {ratio: auto}}]}", 0.6),
+    ("{at: all, stack: [{name: tome, budget: {drop: auto}}]}", 0.6),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "target"), REACHABLE_TINY)
+def test_a_fine_control_meets_its_target_within_one_percent(stages: str, target: float, tiny: TrialContext) -> None:
+    check_reached(stages, target, tiny)
+
+
+@pytest.mark.parametrize(("stages", "target"), REACHABLE_EMBEDDED)
+def test_so_it_does_on_the_embedded_model(stages: str, target: float, embedded: TrialContext) -> None:
+    check_reached(stages, target, embedded)
+
+
+def check_reached(stages: str, target: float, context: TrialContext) -> None:
+    solution = solve(trial_for(context, stages, target), context)
+    assert solution.target_gmacs == pytest.approx(target * context.dense.gmacs)
+    assert solution.reached and solution.note == "" and abs(solution.error) <= 0.01
+    assert not free_kinds(json.loads(solution.stages)), "the solution is plain data"
+    assert cost_of(solution, context) == pytest.approx(solution.calibration_gmacs, rel=1e-6)
+    assert 1 < solution.probes <= 20
+
+
+def test_the_solution_is_the_same_whatever_was_tried_before(embedded: TrialContext) -> None:
+    def solved(order: list[float]) -> dict[float, Solution]:
+        context = fresh(embedded)
+        return {target: solve(trial_for(context, ATS3, target), context) for target in order}
+
+    levels = [0.3, 0.33, 0.36, 0.4, 0.6]
+    upwards, downwards = solved(levels), solved(levels[::-1])
+    assert upwards == downwards
+    assert solved([0.36])[0.36] == upwards[0.36]
+
+
+def test_levels_of_one_method_share_what_was_tried(tiny: TrialContext) -> None:
+    context = fresh(tiny)
+    levels = [0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
+    looked_at = sum(solve(trial_for(context, ATS3, target), context).probes for target in levels)
+    assert len(context.probes) < looked_at
+    assert len(context.probes) <= 5 * len(levels)
+    again = [solve(trial_for(context, ATS3, target), context) for target in levels]
+    assert len({solution.stages for solution in again}) == len(levels)
+
+
+def test_a_target_out_of_reach_gives_the_nearest_cost_and_says_so(embedded: TrialContext) -> None:
+    late = "{at: 11, stack: [{name: ats, budget: {count: auto}}]}"
+    below = solve(trial_for(embedded, late, 0.5), embedded)
+    assert not below.reached and below.setting == "K = 1" and below.error > 0.5
+    assert "out of reach" in below.note and "of the dense model" in below.note
+    above = solve(trial_for(embedded, ATS3, 0.9), embedded)
+    assert not above.reached and above.setting == "K = 4048" and above.error < 0  # about 64 points a patch
+    also = solve(trial_for(embedded, ATS3, 0.8), embedded)
+    trials = trial_for(embedded, ATS3, 0.9).resolved(above.stages), trial_for(embedded, ATS3, 0.8).resolved(also.stages)
+    assert trials[0].computation == trials[1].computation, "both are answered by one evaluation"
+
+
+def test_coarse_steps_give_the_nearest_attainable_cost(embedded: TrialContext) -> None:
+    """A smaller input comes in few sizes: none other lies nearer than the one that is found."""
+    stages = "{at: 0, stack: [{name: small_input, budget: {count: auto}}]}"
+    trial = trial_for(embedded, stages, 0.5)
+    solution = solve(trial, embedded)
+    assert not solution.reached and "the steps are coarse" in solution.note
+    costs = [
+        mean_cost(placement_from(settle(trial.stage_list(), "count", count, 64)), embedded, seed=0)
+        for count in range(1, 65)
+    ]
+    assert abs(solution.calibration_gmacs - solution.target_gmacs) == pytest.approx(
+        min(abs(cost - solution.target_gmacs) for cost in costs)
+    )
+
+
+def test_a_fixed_cost_is_measured_on_one_image_and_an_adaptive_one_on_all(
+    embedded: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    model = type(reduce_tokens(embedded.model, Placement()))
+    real: Callable[..., torch.Tensor] = model.cost
+
+    def cost(self: object, images: torch.Tensor, shared: object = None) -> torch.Tensor:
+        seen.append(len(images))
+        return real(self, images, shared)
+
+    monkeypatch.setattr(model, "cost", cost)
+    solve(trial_for(embedded, "{at: 5, stack: [{name: topk, budget: {count: auto}}]}", 0.6), embedded)
+    assert set(seen) == {1}
+    seen.clear()
+    solve(trial_for(embedded, ATS3, 0.35), fresh(embedded))
+    assert set(seen) == {32}
+
+
+def test_a_probe_costs_what_the_whole_pass_books(embedded: TrialContext) -> None:
+    placement = at([3, 6], ATS(Count(20)))
+    assert embedded.calibration is not None
+    _, trace = reduce_tokens(embedded.model, placement).trace(embedded.calibration.batch(0, 32))
+    assert mean_cost(placement, embedded, seed=0) == pytest.approx(float(trace.macs.mean()) / 1e9, rel=1e-9)
+
+
+def test_labels_play_no_part(embedded: TrialContext) -> None:
+    assert embedded.calibration is not None
+    other = dataclasses.replace(embedded.calibration, labels=np.zeros_like(embedded.calibration.labels))
+    trial = trial_for(embedded, ATS3, 0.37)
+    assert solve(trial, fresh(embedded)) == solve(trial, dataclasses.replace(embedded, calibration=other, probes={}))
+
+
+def test_calibration_images_are_needed(embedded: TrialContext) -> None:
+    with pytest.raises(TrialError, match="calibration images"):
+        calibration_batches(dataclasses.replace(embedded, calibration=None))
+    with pytest.raises(TrialError, match="needs a target"):
+        solve(dataclasses.replace(trial_for(embedded, ATS3, 0.5), target=None), embedded)
+
+
+# --- the search and the ladder ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.floats(0, 1, allow_subnormal=False), min_size=2, max_size=300),
+    share=st.floats(-0.2, 1.2, allow_subnormal=False),
+)
+def test_the_search_finds_the_nearest_rung_or_one_that_is_near_enough(steps: list[float], share: float) -> None:
+    costs = 1 + np.cumsum(steps)
+    goal = max(0.1, float(costs[0] + share * (costs[-1] - costs[0])))
+    looked: list[int] = []
+
+    def cost(rung: int) -> float:
+        looked.append(rung)
+        return float(costs[rung])
+
+    found = search(cost, len(costs), goal)
+    error = abs(found.cost - goal)
+    assert error <= max(0.002 * goal, float(np.abs(costs - goal).min()) + 1e-12)
+    assert found.inside == (costs[0] <= goal <= costs[-1])
+    assert found.probes == len(set(looked)) == len(looked) <= 2 + 2 * len(costs).bit_length()
+
+
+def test_of_two_rungs_equally_near_the_cheaper_is_taken() -> None:
+    assert search(lambda rung: [1.0, 2.0, 4.0][rung], 3, 3.0).rung == 1
+
+
+def test_a_drop_rate_is_spread_over_the_blocks() -> None:
+    assert drop_schedule(Fraction("5.5"), 4, 100) == [5, 6, 5, 6]
+    assert drop_schedule(Fraction("0.25"), 4, 100) == [0, 0, 0, 1]
+    assert drop_schedule(Fraction(30), 6, 100) == [30, 30, 20, 10, 5, 2], "at most half of what is left"
+    for rate in map(Fraction, ("0.4", "3.7", "12.34")):
+        drops = drop_schedule(rate, 12, 196)
+        assert sum(drops) == int(12 * rate) and max(drops) - min(drops) <= 1
+
+
+def test_the_ladder_of_drops_rises_in_cost_by_a_token_at_a_time() -> None:
+    stages = [{"at": list(range(12)), "stack": [{"name": "tome", "budget": {"drop": "auto"}}]}]
+    rungs = ladder(stages, "drop", 64)
+    removed = [
+        sum((12 - block) * drop for block, drop in enumerate(drop_schedule(Fraction(rate), 12, 64))) for rate in rungs
+    ]
+    assert len(rungs) > 100 and all(before > after for before, after in pairwise(removed))
+
+
+def test_a_settled_drop_is_plain_stages_and_leaves_out_blocks_that_drop_nothing() -> None:
+    stages = [{"at": [0, 1, 2, 3], "stack": [{"name": "tome", "budget": {"drop": "auto"}}]}]
+    settled = settle(stages, "drop", Fraction("0.5"), 64)
+    assert settled == [{"at": [block], "stack": [{"name": "tome", "budget": {"drop": 1}}]} for block in (1, 3)]
+    merged = placement_from(settle(stages, "drop", Fraction(3), 64)).spec()
+    assert merged == [{"at": [0, 1, 2, 3], "stack": [{"name": "tome", "budget": {"drop": 3}}]}]
+
+
+def test_a_settled_ratio_is_exactly_what_it_says() -> None:
+    stages = [{"at": [3], "stack": [{"name": "evit", "budget": {"ratio": "auto"}}]}]
+    assert ladder(stages, "ratio", 64)[612] == Fraction(613, 1000)
+    assert settle(stages, "ratio", Fraction(613, 1000), 64)[0]["stack"][0]["budget"] == {"ratio": 0.613}
