@@ -1,1 +1,1 @@
-"""Speed, measured: ratios of variants that took turns in one run, never absolute times."""
+"""Speed, measured: ratios of variants that took turns in one run, never absolute times alone."""

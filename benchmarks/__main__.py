@@ -1,75 +1,97 @@
 """Measured speed of each reducer against the dense model: ``make bench``, or ``python -m benchmarks --help``.
 
-Needs torch, timm and safetensors alone, so that it runs on a machine that has nothing else.
+    python -m benchmarks speed      every reducer beside the dense model (what ``python -m benchmarks`` alone does)
+    python -m benchmarks scaling    time and memory against tokens and batch, and the share that deciding takes
+    python -m benchmarks gpu        the measurements for one large GPU, in bfloat16
+    python -m benchmarks record     record ATS's counts on real images, to be replayed where there are no weights
+
+Needs torch, timm and safetensors alone, and Pillow for real images; figures are drawn where matplotlib is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import timm
-import torch
-from safetensors.torch import load_file
+from benchmarks import allocator
 
-from benchmarks.speed import compare, markdown, records, variants
+RESULTS = Path("benchmarks/results")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="deit_small_patch16_224", help="timm name (default: %(default)s)")
-    parser.add_argument(
-        "--weights", type=Path, help="safetensors file; without one the weights are random, and so are ATS's counts"
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes (default: 1 32)")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="times each variant takes its turn (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder of the tables (default: %(default)s)"
-    )
-    args = parser.parse_args()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=raw)
+    commands = top.add_subparsers(dest="command")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--weights", type=Path, help="safetensors file for the models of its width; the others, or "
+                        "all without it, get random weights and replayed counts")  # fmt: skip
+    common.add_argument("--data", type=Path, help="folder of real images (any depth); without it they are random")
+    common.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    common.add_argument("--allocator", choices=["steady", "system"], default="steady", help="on a CPU with glibc: keep "
+                        "memory between calls, for all variants alike, or leave the C library as it is "
+                        "(default: %(default)s)")  # fmt: skip
+    common.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = timm.create_model(args.model)
-    if args.weights is not None:
-        model.load_state_dict(load_file(args.weights))
-    model = model.eval().to(device, getattr(torch, args.dtype))
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{_processor()}, {torch.get_num_threads()} threads"
-    )
-    size = model.patch_embed.img_size
-    table = []
-    for batch in args.batch:
-        images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
-        images = images.to(device, getattr(torch, args.dtype))
-        table += compare(model, variants(len(model.blocks)), images, rounds=args.rounds)
-    weights = "random weights" if args.weights is None else f"weights {args.weights.name}"
-    versions = f"torch {torch.__version__}, timm {timm.__version__}"
-    title = f"{args.model}, {args.dtype}, {weights}, random images, on {machine}; {versions}"
-    note = "Every variant took its turn in one run; only ratios within a table mean anything."
-    text = f"# {title}\n\n{note}\n\n{markdown(table)}"
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"speed-{args.model}-{args.dtype}-{device.type}"
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps({"title": title, "rows": records(table)}, indent=1) + "\n")
+    add = commands.add_parser
+    speed = add("speed", parents=[common], help="every reducer beside the dense model")
+    speed.add_argument("--model", nargs="+", default=["deit_tiny_patch16_224", "deit_small_patch16_224"],
+                       help="timm names (default: DeiT-Ti and DeiT-S)")  # fmt: skip
+    speed.add_argument("--size", nargs="+", default=[], help="pixels, such as 224 384 (default: the model's own)")
+    speed.add_argument("--dtype", nargs="+", default=["float32"], help="float32, bfloat16 (default: float32)")
+    speed.add_argument("--batch", nargs="+", default=[], help="default: 1 32, and on a GPU 256 1024")
+    speed.add_argument("--rounds", type=int, default=7, help="times each variant takes its turn (default: %(default)s)")
+    speed.add_argument("--train-batch", type=int, default=8, help="images of a training step, 0 for none "
+                       "(default: %(default)s)")  # fmt: skip
+    speed.add_argument("--only", nargs="+", default=[], help="variants whose name holds one of these words")
+    speed.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    speed.add_argument("--no-contrast", action="store_true", help="leave the padded and masked runs out")
+    speed.add_argument("--reference", action="store_true", help="time ToMe's reference algorithm as well")
+    speed.add_argument("--profile", action="store_true", help="tell which ops take the time, at the largest batch")
+
+    scaling = add("scaling", parents=[common], help="time and memory against tokens and batch")
+    scaling.add_argument("--model", default="deit_tiny_patch16_224", help="timm name (default: %(default)s)")
+    scaling.add_argument("--size", nargs="+", default=["224", "384", "512", "768", "1024"], help="pixels: 196 to 4096 "
+                         "tokens by default")  # fmt: skip
+    scaling.add_argument("--batch", nargs="+", default=[], help="at the smallest size (default: 1 2 4 … 64, on a GPU "
+                         "1 4 … 1024)")  # fmt: skip
+    scaling.add_argument("--at-batch", type=int, help="batch of the series over tokens (default: 1, on a GPU 16)")
+    scaling.add_argument("--dtype", default=None, help="default: float32, on a GPU bfloat16")
+    scaling.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+
+    gpu = add("gpu", parents=[common], help="the measurements for one large GPU")
+    gpu.add_argument("--minutes", type=float, default=6.5, help="begin no measurement later than this "
+                     "(default: %(default)s)")  # fmt: skip
+
+    record = add("record", parents=[common], help="record ATS's counts on real images")
+    record.add_argument("--model", default="deit_tiny_patch16_224", help="timm name (default: %(default)s)")
+    record.add_argument("--images", type=int, default=256, help="default: %(default)s, spread over the folder")
+    return top
 
 
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    for line in facts.read_text().splitlines() if facts.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given = ["speed", *given]
+    args = parser().parse_args(given)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    if sys.platform == "linux" and arguments is None:
+        allocator.settle(args.allocator)
+
+    import torch  # not before: the program may just have started again
+
+    from benchmarks import commands
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return commands.run(args, device)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

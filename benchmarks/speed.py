@@ -1,121 +1,180 @@
-"""Time reduced models against the dense one, in turn, in one process.
-
-Absolute times depend on the machine and on what else it does; ratios of runs that took turns depend on neither.
-Each round times every variant once, in an order that changes from round to round, and the ratio to the dense model
-is taken within the round.
-"""
+"""Every variant beside the dense model: cost, speed, memory, and the step of a training run."""
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from reducers import ATS, Count, Drop, EViT, Placement, RandomDrop, Ratio, ToMe, TopK, at, every, reduce_tokens
+from benchmarks.memory import peak_bytes
+from benchmarks.subjects import Subject
+from benchmarks.timing import Quartiles, Run, Turns, take_turns
+from reducers import Placement, reduce_tokens
+
+DENSE = "dense"
+log = logging.getLogger(__name__)
+_SINGLE_IMAGES = 8  # at batch 1 so many images take turns: the counts of one alone would be chance
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One variant beside the dense model. Ratios above 1 mean: cheaper, faster."""
+    """One variant beside the dense model. Ratios above 1 mean cheaper, faster; a memory ratio below 1 means smaller."""
 
     variant: str
+    kind: str  # dense | packed | padded | masked | reference
     batch: int
-    gmacs: float  # as executed, the reducer's own included; mean over the images
-    gmacs_ratio: float  # dense / this
-    images_per_second: float  # median over the rounds; comparable within one table only
-    speedup: float  # median over the rounds of dense time / this time
-    speedup_low: float  # first and third quartile of the same
-    speedup_high: float
-    efficiency: float  # speed-up / GMACs ratio: 1 where time follows cost
+    gmacs: float | None = None  # as executed by the packed run, the reducer's own included; mean over the images
+    gmacs_ratio: float | None = None  # dense / this
+    milliseconds: float | None = None  # median of one forward pass; comparable within one table only
+    images_per_second: float | None = None
+    speedup: float | None = None  # median over the rounds of dense time / this time
+    speedup_low: float | None = None  # first and third quartile of the same
+    speedup_high: float | None = None
+    efficiency: float | None = None  # speed-up / GMACs ratio: 1 where time follows cost
+    peak_mib: float | None = None  # beyond weights and images
+    memory_ratio: float | None = None  # this / dense
+    training_batch: int | None = None
+    training_speedup: float | None = None  # of forward and backward together, no optimiser
+    training_low: float | None = None
+    training_high: float | None = None
+    error: str | None = None  # why there is no measurement
 
 
-def variants(depth: int = 12) -> dict[str, Placement]:
-    """The methods at the settings their papers print, and ATS at several costs."""
-    return {
-        "top-K, K = 98 at block 3": at(3, TopK(Ratio(0.5, of="initial"))),
-        "random, K = 98 at block 3": at(3, RandomDrop(Ratio(0.5, of="initial"))),
-        "EViT 0.7 at blocks 3, 6, 9": at([3, 6, 9], EViT(Ratio(0.7))),
-        "EViT 0.5 at blocks 3, 6, 9": at([3, 6, 9], EViT(Ratio(0.5))),
-        "ToMe r = 8, every block": every(1, ToMe(Drop(8)), depth=depth),
-        "ToMe r = 13, every block": every(1, ToMe(Drop(13)), depth=depth),
-        "ATS K = 160 at block 3": at(3, ATS(Count(160))),
-        "ATS K = 96 at block 3": at(3, ATS(Count(96))),
-        "ATS K = 48 at block 3": at(3, ATS(Count(48))),
-        "ATS K = 196 at blocks 3-11": at(range(3, depth), ATS(Count(196))),
-        "ATS K = 108 at blocks 3-11": at(range(3, depth), ATS(Count(108))),
-    }
+@dataclass(frozen=True)
+class Effort:
+    """How often and what to measure."""
+
+    rounds: int = 7
+    warmup: int = 2
+    memory: bool = True
+    training_batch: int | None = None  # None: no training step
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of one call, the device's queue drained on both sides."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-@torch.inference_mode()
-def compare(
-    model: nn.Module, placements: dict[str, Placement], images: Tensor, *, rounds: int, warmup: int = 2
-) -> list[Timing]:
-    """Time every placement on the images against the plain model."""
+def compare(model: Any, listed: Sequence[Subject], images: Tensor, *, batch: int, effort: Effort) -> list[Timing]:
+    """Time all variants on batches of the images against the plain model, in turn."""
     device = images.device
-    reduced = {name: reduce_tokens(model, placement).eval() for name, placement in placements.items()}
-    runs: dict[str, nn.Module] = {"dense": model, **reduced}
-    dense_macs = float(reduce_tokens(model, Placement()).trace(images[:1])[1].macs[0])
-    macs = {name: float(variant.trace(images)[1].macs.mean()) for name, variant in reduced.items()}
-    for _ in range(warmup):
-        for run in runs.values():
-            run(images)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    shuffler = random.Random(0)
-    for _ in range(rounds):
-        shuffler.shuffle(order)
-        for name in order:
-            times[name].append(seconds(lambda run=runs[name]: run(images), device))
-    table = []
-    for name in runs:
-        ratios = [dense / own for dense, own in zip(times["dense"], times[name], strict=True)]
-        low, speedup, high = _quartiles(ratios)
-        own_macs = macs.get(name, dense_macs)
-        table.append(
-            Timing(
-                name, len(images), own_macs / 1e9, dense_macs / own_macs, len(images) / statistics.median(times[name]),
-                speedup, low, high, speedup / (dense_macs / own_macs),
-            )
-        )  # fmt: skip
-    return table
+    groups = images[: (_SINGLE_IMAGES if batch == 1 else 1) * batch].split(batch)
+    with torch.inference_mode():
+        cost, errors = _costs(model, listed, groups, batch)
+        runs: dict[str, Run] = {DENSE: lambda number: model(groups[number % len(groups)])}
+        runs |= {
+            subject.name: _rotating(subject, model, groups, batch) for subject in listed if subject.name not in errors
+        }
+        rounds = effort.rounds * (3 if batch == 1 else 1)
+        turns = take_turns(runs, device, rounds=rounds, warmup=max(effort.warmup, len(groups)))
+        errors |= turns.errors
+        alive = {name: run for name, run in runs.items() if name not in errors}
+        peaks: dict[str, int] = {}
+        if effort.memory:
+            peaks = {name: peak_bytes(partial(run, 0), device) for name, run in alive.items()}
+    training = None
+    if effort.training_batch is not None and effort.training_batch <= batch:
+        trained = [subject for subject in listed if subject.kind == "packed" and subject.name not in errors]
+        training = _try_to_train(model, trained, images[: effort.training_batch], rounds=max(3, effort.rounds // 2))
+    rows = []
+    kinds = {DENSE: DENSE} | {subject.name: subject.kind for subject in listed}
+    for name, kind in kinds.items():
+        if name in errors:
+            rows.append(Timing(name, kind, batch, error=errors[name]))
+        else:
+            rows.append(_row(name, kind, batch, cost, turns, peaks, training, effort.training_batch))
+    return rows
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def _costs(
+    model: Any, listed: Sequence[Subject], groups: Sequence[Tensor], batch: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Multiply-adds of one image, a mean over all that are timed, and why some variants have none."""
+    cost = {DENSE: float(reduce_tokens(model, Placement()).cost(groups[0][:1])[0])}
+    errors: dict[str, str] = {}
+    for subject in listed:
+        try:
+            parts = [
+                reduce_tokens(model, subject.place(number * batch)).cost(group) for number, group in enumerate(groups)
+            ]
+        except torch.OutOfMemoryError as error:
+            errors[subject.name] = f"out of memory: {str(error).splitlines()[0]}"
+            continue
+        cost[subject.name] = float(torch.cat(parts).mean())
+    return cost, errors
 
 
-def markdown(table: Sequence[Timing]) -> str:
-    """The table as it is printed and kept."""
-    lines = [
-        "| variant | batch | GMACs | GMACs ratio | images/s | speed-up (quartiles) | efficiency |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in table:
-        lines.append(
-            f"| {row.variant} | {row.batch} | {row.gmacs:.3f} | {row.gmacs_ratio:.2f} | {row.images_per_second:.1f} "
-            f"| {row.speedup:.2f} ({row.speedup_low:.2f}-{row.speedup_high:.2f}) | {row.efficiency:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+def _rotating(subject: Subject, model: Any, groups: Sequence[Tensor], batch: int) -> Run:
+    """The variant on one batch of the images after the other."""
+    built = [subject.build(model, number * batch).eval() for number in range(len(groups))]
+    return lambda number: built[number % len(built)](groups[number % len(groups)])
+
+
+def _try_to_train(model: Any, listed: Sequence[Subject], images: Tensor, *, rounds: int) -> Turns | None:
+    try:
+        return train(model, listed, images, rounds=rounds)
+    except torch.OutOfMemoryError:
+        log.warning("no training step: the dense model runs out of memory at batch %d", len(images))
+        return None
+
+
+def train(model: Any, listed: Sequence[Subject], images: Tensor, *, rounds: int) -> Turns:
+    """Time forward and backward together; the optimiser would be the same for all."""
+    labels = torch.arange(len(images), device=images.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step(run: nn.Module) -> Run:
+        def once(number: int) -> None:
+            for parameter in parameters:
+                parameter.grad = None
+            logits = run(images).float()
+            F.cross_entropy(logits, labels % logits.shape[1]).backward()
+
+        return once
+
+    runs = {DENSE: step(model)} | {subject.name: step(subject.build(model, 0).eval()) for subject in listed}
+    try:
+        with torch.enable_grad():
+            return take_turns(runs, images.device, rounds=rounds, warmup=1)
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _row(
+    name: str,
+    kind: str,
+    batch: int,
+    cost: dict[str, float],
+    turns: Turns,
+    peaks: dict[str, int],
+    training: Turns | None,
+    training_batch: int | None,
+) -> Timing:
+    speed, ratio, middle = turns.ratio(name, to=DENSE), cost[DENSE] / cost[name], turns.median(name)
+    step: Quartiles | None = None
+    if training is not None and name in training.seconds:
+        step = training.ratio(name, to=DENSE)
+    return Timing(
+        variant=name,
+        kind=kind,
+        batch=batch,
+        gmacs=cost[name] / 1e9,
+        gmacs_ratio=ratio,
+        milliseconds=1e3 * middle,
+        images_per_second=batch / middle,
+        speedup=speed.median,
+        speedup_low=speed.low,
+        speedup_high=speed.high,
+        efficiency=speed.median / ratio,
+        peak_mib=peaks[name] / 2**20 if name in peaks else None,
+        memory_ratio=peaks[name] / peaks[DENSE] if name in peaks else None,
+        training_batch=None if step is None else training_batch,
+        training_speedup=None if step is None else step.median,
+        training_low=None if step is None else step.low,
+        training_high=None if step is None else step.high,
+    )
 
 
 def records(table: Sequence[Timing]) -> list[dict[str, Any]]:

@@ -1,27 +1,437 @@
-"""The benchmark measures what it says; no test asserts a time."""
+"""The benchmarks measure what they say; no test asserts a time."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
-from benchmarks.speed import compare, markdown, variants
-from reducers import Count, TopK, at
+from benchmarks import gpu, models
+from benchmarks.__main__ import main, parser
+from benchmarks.commands import scenarios
+from benchmarks.counts import SETTINGS, Counts, Replay, record, write
+from benchmarks.memory import peak_bytes
+from benchmarks.padded import PaddedViT
+from benchmarks.profiling import profile_ops, profile_table
+from benchmarks.reference_tome import ReferenceToMe
+from benchmarks.scaling import Decided, decided, measure
+from benchmarks.session import Scenario, Source, run_scaling, run_speed
+from benchmarks.speed import Effort, Timing, compare
+from benchmarks.subjects import packed, padded, subjects
+from benchmarks.timing import Quartiles, Turns, take_turns
+from reducers import ATS, Count, Drop, EViT, Placement, Ratio, ToMe, TopK, at, every, reduce_tokens
+from reducers.errors import ReducerError
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+QUICK = Effort(rounds=2, warmup=1, training_batch=2)
+TINY = "test_vit"  # timm's own: six blocks, 64 wide
+
+
+def tiny(depth: int = 12, **settings: object) -> VisionTransformer:
+    """A twelve-block network on 8 x 8 patches, its attention far from uniform."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=32, depth=depth, num_heads=2, num_classes=5, **settings
+    ).eval()
+    for block in model.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=0.4)
+    return model
+
+
+def pictures(count: int) -> Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def counts_of(kept: list[list[int]], *, k: int, initial: int = 64) -> Counts:
+    table = torch.tensor(kept)
+    return Counts("counts of a test", initial, {(table.shape[1] == 1, k): table})
+
+
+# ---- times and ratios
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    turns = Turns({"dense": [4.0, 8.0, 2.0], "half": [2.0, 4.0, 1.0]}, {})
+    assert turns.ratio("half", to="dense") == Quartiles(2.0, 2.0, 2.0)
+    assert turns.median("half") == 2.0
+
+
+def test_every_variant_runs_once_a_round_and_sees_the_round() -> None:
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    turns = take_turns({name: seen[name].append for name in seen}, CPU, rounds=3, warmup=2)
+    assert seen == {"a": [0, 1, 0, 1, 2], "b": [0, 1, 0, 1, 2]}
+    assert [len(times) for times in turns.seconds.values()] == [3, 3]
+
+
+def test_a_variant_that_fails_is_left_out_with_its_reason() -> None:
+    def fail(number: int) -> None:
+        raise torch.OutOfMemoryError("no room\nand a long story")
+
+    turns = take_turns({"dense": lambda number: None, "large": fail}, CPU, rounds=2, warmup=1)
+    assert turns.errors == {"large": "OutOfMemoryError: no room"}
+    assert list(turns.seconds) == ["dense"]
+    with pytest.raises(torch.OutOfMemoryError):
+        take_turns({"dense": fail}, CPU, rounds=1, warmup=1)
 
 
 def test_every_variant_is_timed_beside_the_dense_model() -> None:
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval()
-    table = compare(model, {"top-K": at(0, TopK(Count(4)))}, torch.randn(3, 3, 32, 32), rounds=3, warmup=1)
-    dense, topk = table
-    assert (dense.variant, dense.gmacs_ratio) == ("dense", 1.0)
-    assert dense.speedup == 1.0
-    assert topk.gmacs < dense.gmacs
+    listed = [packed("top-K", lambda start: at(0, TopK(Count(4))))]
+    dense, topk = compare(tiny(2), listed, pictures(3), batch=3, effort=QUICK)
+    assert (dense.variant, dense.kind, dense.gmacs_ratio, dense.speedup, dense.memory_ratio) == (
+        "dense",
+        "dense",
+        1,
+        1,
+        1,
+    )
+    assert topk.gmacs is not None and dense.gmacs is not None and topk.gmacs < dense.gmacs
+    assert topk.speedup is not None and topk.gmacs_ratio is not None
     assert topk.efficiency == pytest.approx(topk.speedup / topk.gmacs_ratio)
+    assert topk.speedup_low is not None and topk.speedup_high is not None
     assert topk.speedup_low <= topk.speedup <= topk.speedup_high
-    assert "| top-K | 3 |" in markdown(table)
+    assert topk.training_batch == 2 and topk.training_speedup is not None
 
 
-def test_the_standard_variants_fit_a_network_of_twelve_blocks() -> None:
-    for placement in variants().values():
-        placement.check(12)
+def test_at_batch_one_several_images_take_turns_and_cost_is_their_mean() -> None:
+    model, images = tiny(4), pictures(8)
+    place = at(1, ATS(Count(20)))
+    _, ats = compare(model, [packed("ATS", lambda start: place)], images, batch=1, effort=replace(QUICK, memory=False))
+    assert ats.gmacs == pytest.approx(float(reduce_tokens(model, place).cost(images).mean()) / 1e9)
+    assert ats.memory_ratio is None and ats.training_speedup is None
+
+
+def test_the_step_of_a_training_run_leaves_no_gradients_behind() -> None:
+    model = tiny(2)
+    compare(model, [packed("top-K", lambda start: at(0, TopK(Count(4))))], pictures(2), batch=2, effort=QUICK)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_variant_that_cannot_be_run_has_a_row_that_says_why() -> None:
+    listed = [padded("ToMe", lambda start: at(0, ToMe(Drop(4))), compact=True)]
+    _, tome = compare(tiny(2), listed, pictures(2), batch=2, effort=QUICK)
+    assert tome.speedup is None and tome.error is not None and "selections only" in tome.error
+
+
+# ---- memory
+
+
+def test_peak_memory_is_what_lived_at_one_time() -> None:
+    def run() -> None:
+        first = torch.empty(1000, dtype=torch.uint8)
+        second = torch.empty(500, dtype=torch.uint8)
+        del first, second
+        torch.empty(1200, dtype=torch.uint8)
+
+    assert 1500 <= peak_bytes(run, CPU) < 1700  # the allocator may round up
+
+
+# ---- the padded contrast
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("blocks", [[3], [3, 4, 7, 11]])
+def test_the_padded_run_gives_the_packed_logits(compact: bool, blocks: list[int]) -> None:
+    model, images = tiny(), pictures(5)
+    place = at(blocks, ATS(Count(24)))
+    with torch.inference_mode():
+        expected, trace = reduce_tokens(model, place).trace(images)
+        logits = PaddedViT(model, place, compact=compact)(images)
+    assert len(trace.tokens[:, -1].unique()) > 1, "the images must differ in their counts"
+    torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_padded_run_of_a_fixed_count_gives_the_packed_logits() -> None:
+    model, images = tiny(), pictures(3)
+    place = at([3, 6], TopK(Ratio(0.5, of="initial")))
+    with torch.inference_mode():
+        for compact in (True, False):
+            logits = PaddedViT(model, place, compact=compact)(images)
+            torch.testing.assert_close(logits, reduce_tokens(model, place)(images), atol=2e-4, rtol=1e-4)
+
+
+def test_the_padded_run_refuses_what_it_cannot_carry_out() -> None:
+    model = tiny(2)
+    with pytest.raises(ReducerError, match="selections only"):
+        PaddedViT(model, at(0, EViT(Ratio(0.5))), compact=True)(pictures(1))
+    with pytest.raises(ReducerError, match="class token"):
+        PaddedViT(tiny(2, global_pool="avg"), Placement(), compact=True)
+
+
+# ---- the reference ToMe
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_reference_tome_agrees_with_the_project_s(fused: bool) -> None:
+    model, images = tiny(), pictures(3)
+    with torch.inference_mode():
+        expected = reduce_tokens(model, every(1, ToMe(Drop(4))))(images)
+        torch.testing.assert_close(ReferenceToMe(model, 4, fused=fused)(images), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_the_reference_tome_merges_no_more_than_half() -> None:
+    model = tiny(4)
+    with torch.inference_mode():
+        expected = reduce_tokens(model, every(1, ToMe(Drop(40)), depth=4))(pictures(2))
+        torch.testing.assert_close(ReferenceToMe(model, 40)(pictures(2)), expected, atol=2e-4, rtol=1e-4)
+
+
+# ---- replayed counts
+
+
+def test_replay_keeps_the_counts_it_is_given() -> None:
+    kept = [[40, 33, 12], [20, 20, 1], [64, 50, 50], [50, 49, 48]]
+    counts = counts_of(kept, k=64)
+    model = tiny()
+    replay = counts.replay(blocks=[3, 4, 5], k=64, initial=64, start=1)
+    _, trace = reduce_tokens(model, at([3, 4, 5], replay)).trace(pictures(5))
+    expected = [kept[1], kept[2], kept[3], kept[0], kept[1]]
+    assert (trace.tokens[:, 4:7] - 1).tolist() == expected
+
+
+def test_replay_keeps_as_many_tokens_as_it_has_points() -> None:
+    counts = counts_of([[48], [47]], k=48)
+    _, trace = reduce_tokens(tiny(), at(3, counts.replay(blocks=[3], k=48, initial=64))).trace(pictures(2))
+    assert (trace.tokens[:, 4] - 1).tolist() == [48, 47]
+
+
+def test_replay_grows_with_the_tokens_and_with_the_stages() -> None:
+    counts = counts_of([[30, 20, 10]], k=40, initial=16)
+    replay = counts.replay(blocks=[1, 2], k=40, initial=64)
+    assert replay.budget == Count(160)
+    assert {block: kept.tolist() for block, kept in replay.kept.items()} == {1: [120], 2: [40]}
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_replay_keeps_the_same_counts_in_the_padded_run(compact: bool) -> None:
+    counts = counts_of([[40, 33], [20, 12]], k=64)
+    model, images = tiny(), pictures(2)
+
+    def place() -> Placement:
+        return at([3, 7], counts.replay(blocks=[3, 7], k=64, initial=64))
+
+    with torch.inference_mode():
+        logits = PaddedViT(model, place(), compact=compact)(images)
+        torch.testing.assert_close(logits, reduce_tokens(model, place())(images), atol=2e-4, rtol=1e-4)
+
+
+def test_replay_does_the_work_of_ats() -> None:
+    """The same multiply-adds are booked for deciding: the scores are computed though others are used."""
+    counts = counts_of([[30]] * 3, k=30)
+    model, images = tiny(4), pictures(3)
+    _, live = reduce_tokens(model, at(1, ATS(Count(30)))).trace(images)
+    _, replayed = reduce_tokens(model, at(1, counts.replay(blocks=[1], k=30, initial=64))).trace(images)
+    assert torch.equal(live.reducer_macs, replayed.reducer_macs)
+
+
+def test_recorded_counts_are_read_back_and_replayed(tmp_path: Path) -> None:
+    model, images = tiny(), pictures(3)
+    write(record(model, images, origin="a test", batch=2), tmp_path / "counts.json")
+    counts = Counts.load(tmp_path / "counts.json")
+    assert (counts.origin, counts.initial, len(counts.kept)) == ("a test", 64, len(SETTINGS))
+    blocks = list(range(3, 12))
+    _, live = reduce_tokens(model, at(blocks, ATS(Count(108)))).trace(images)
+    replay = counts.replay(blocks=blocks, k=108, initial=64)
+    _, replayed = reduce_tokens(model, at(blocks, replay)).trace(images)
+    assert isinstance(replay, Replay) and torch.equal(live.tokens, replayed.tokens)
+
+
+def test_the_counts_shipped_are_those_of_real_images() -> None:
+    counts = Counts.load()
+    assert counts.initial == 196
+    for (single, k), kept in counts.kept.items():
+        assert kept.shape == (256, 1 if single else 9)
+        assert kept.min() >= 1 and kept.max() <= min(k, 196)
+        assert (kept.diff(dim=1) <= 0).all()
+    assert {k for _, k in counts.kept} == {k for _, _, k in SETTINGS}
+
+
+# ---- the list of variants
+
+
+@pytest.mark.parametrize("depth", [6, 12, 24])
+def test_the_variants_fit_a_network_of_any_depth(depth: int) -> None:
+    model = tiny(depth)
+    listed = subjects(model, Counts.load(), reference=True)
+    assert {subject.kind for subject in listed} == {"packed", "padded", "masked", "reference"}
+    assert len({subject.name for subject in listed}) == len(listed)
+    for subject in listed:
+        subject.place(3).check(depth)
+    assert {subject.kind for subject in subjects(model, None, contrast=False)} == {"packed"}
+
+
+def test_the_variants_of_deit_are_those_of_the_papers() -> None:
+    with torch.device("meta"):
+        model = VisionTransformer(embed_dim=192, num_heads=3)
+    names = [subject.name for subject in subjects(model, None, contrast=False)]
+    assert names == [
+        "top-K, half at block 3", "random, half at block 3", "EViT 0.7 at blocks 3, 6, 9", "EViT 0.5 at blocks 3, 6, 9",
+        "ToMe r = 8, every block", "ToMe r = 13, every block", "ATS K = 160 at block 3", "ATS K = 96 at block 3",
+        "ATS K = 48 at block 3", "ATS K = 196 at blocks 3-11", "ATS K = 160 at blocks 3-11",
+        "ATS K = 108 at blocks 3-11",
+    ]  # fmt: skip
+
+
+# ---- growth
+
+
+def test_known_decisions_are_carried_out_as_live_ones() -> None:
+    model, images = tiny(), pictures(3)
+    for placement in (at([3, 5], ATS(Count(24))), at([3, 6], EViT(Ratio(0.7))), every(1, ToMe(Drop(4)))):
+        live, known = reduce_tokens(model, placement), reduce_tokens(model, decided(placement))
+        with torch.inference_mode():
+            expected = live(images)
+            assert torch.equal(known(images), expected)
+            for reducer in known.placement.blocks.values():
+                assert isinstance(reducer, Decided)
+                reducer.inner.decide = None  # type: ignore[method-assign,assignment]  # nobody asks again
+            assert torch.equal(known(images), expected)
+
+
+def test_growth_is_measured_with_the_deciding_apart() -> None:
+    points = measure(tiny(), Counts.load(), pictures(2), rounds=2, warmup=1)
+    assert [point.variant for point in points] == ["dense", "ToMe", "EViT", "ATS"]
+    assert all(point.error is None and point.peak_mib for point in points)
+    assert [point.deciding is None for point in points] == [True, False, False, False]
+    assert all(point.gmacs and point.gmacs < (points[0].gmacs or 0) for point in points[1:])
+
+
+# ---- files
+
+
+def source(folder: Path, said: list[str] | None = None) -> Source:
+    return Source(CPU, folder, say=(said if said is not None else []).append)
+
+
+def test_a_scenario_writes_table_data_and_figure(tmp_path: Path) -> None:
+    only = ("top-K", "ATS K = 9 at blocks 1-5", "written out")  # one packed, padded, masked and reference at least
+    scenario = Scenario(TINY, (1, 2), size=64, effort=QUICK, reference=True, profiled=True, only=only)
+    rows = run_speed(scenario, source(tmp_path))
+    stem = tmp_path / f"speed-{TINY}-64-float32-cpu"
+    data = json.loads(stem.with_suffix(".json").read_text())
+    assert data["rows"] == rows and set(rows[0]) == set(Timing.__dataclass_fields__)
+    assert data["machine"]["torch"] == torch.__version__
+    assert "dense" in data["profiles"] and data["profiles"]["dense"]["ops"]
+    assert [row["error"] for row in rows] == [None] * len(rows)
+    assert {row["kind"] for row in rows} == {"dense", "packed", "padded", "masked", "reference"}
+    text = stem.with_suffix(".md").read_text()
+    assert "## Batch 1" in text and "## Batch 2" in text and "ATS's counts replayed" in text
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scenario_can_be_cut_to_some_variants(tmp_path: Path) -> None:
+    effort = Effort(rounds=1, warmup=1, memory=False)
+    rows = run_speed(Scenario(TINY, (2,), size=32, dtype="bfloat16", effort=effort, only=("top-K",)), source(tmp_path))
+    assert [row["kind"] for row in rows] == ["dense", "packed", "masked"]
+
+
+def test_without_matplotlib_the_figure_is_left_out_with_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run_speed(Scenario(TINY, (1,), size=32, effort=Effort(rounds=1, memory=False), only=("top-K",)), source(tmp_path))
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
+    assert "matplotlib is not installed" in caplog.text
+
+
+def test_growth_writes_table_data_and_figure(tmp_path: Path) -> None:
+    points = run_scaling(TINY, [64, 32], [1, 2], "float32", source(tmp_path), rounds=1)
+    assert [(p["series"], p["tokens"], p["batch"]) for p in points[::4]] == [
+        ("tokens", 4, 1), ("tokens", 16, 1), ("batch", 4, 1), ("batch", 4, 2),
+    ]  # fmt: skip
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md", ".png"]
+    assert "deciding" in (tmp_path / f"scaling-{TINY}-float32-cpu.md").read_text()
+
+
+def test_the_gpu_s_measurements_run_on_a_small_model_and_stop_in_time(tmp_path: Path) -> None:
+    said: list[str] = []
+    effort = Effort(rounds=1, warmup=1, memory=False)
+    only = ("EViT 0.7", "reference")
+    small = tuple(replace(s, model=TINY, size=32, batches=(2,), effort=effort, only=only) for s in gpu.SCENARIOS)
+    assert gpu.run(source(tmp_path, said), minutes=10, scenarios=small[:2]) == []
+    assert (tmp_path / f"speed-{TINY}-32-bfloat16-cpu.json").exists()
+    assert gpu.run(source(tmp_path, said), minutes=-1, scenarios=small) == list(small)
+    assert "not measured: test_vit at 32 px" in said[-1]
+
+
+def test_ops_are_listed_by_the_time_they_take() -> None:
+    model, images = tiny(2), pictures(2)
+    profiled = profile_ops(lambda: model(images), CPU, passes=1)
+    own = [op["ms"] for op in profiled["ops"]]
+    assert own == sorted(own, reverse=True) and profiled["busy_ms"] >= sum(own) - 1e-6
+    assert "aten::addmm" in profile_table({"dense": profiled})
+
+
+# ---- models, images, command line
+
+
+def test_weights_serve_the_models_of_their_width(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from safetensors.torch import save_file
+
+    trained, _ = models.create(TINY, size=None, weights=None)
+    nn.init.constant_(trained.head.bias, 3.0)
+    save_file(trained.state_dict(), tmp_path / "weights.safetensors")
+    same, fits = models.create(TINY, size=64, weights=tmp_path / "weights.safetensors")
+    assert fits and float(same.head.bias[0].detach()) == 3.0  # at another size the positions are interpolated
+    _, fits = models.create("vit_tiny_patch16_224", size=32, weights=tmp_path / "weights.safetensors")
+    assert not fits and "weights are random" in caplog.text
+
+
+def test_images_are_decoded_cropped_and_spread(tmp_path: Path) -> None:
+    for number, size in enumerate([(33, 32), (300, 150), (40, 90)]):
+        (tmp_path / str(number)).mkdir()
+        Image.new("RGB", size, (255, 0, 0)).save(tmp_path / str(number) / "image.png")
+    decoded = models.images(4, size=32, data=tmp_path)
+    assert decoded.shape == (4, 3, 32, 32)
+    assert torch.equal(decoded[3], decoded[0])  # three images, so the first comes again
+    assert decoded[:, 0].min() > 2 and decoded[:, 1].max() < -2
+    assert models.spread([Path(str(n)) for n in range(10)], 3) == [Path("0"), Path("3"), Path("6")]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match="holds no images"):
+        models.images(1, size=32, data=tmp_path / "none")
+
+
+def test_lists_may_be_written_apart_or_together() -> None:
+    options = ["speed", "--model", "a b", "c", "--size", "224,384", "--batch", "1", "32", "--train-batch", "0"]
+    listed = scenarios(parser().parse_args(options), cuda=False)
+    assert [(s.model, s.size) for s in listed] == [(m, s) for m in "abc" for s in (224, 384)]
+    assert listed[0].batches == (1, 32) and listed[0].effort.training_batch is None
+
+
+def test_without_a_gpu_its_command_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "no GPU" in capsys.readouterr().out
+    assert main(["record", "--device", "cpu"]) == 2
+
+
+def test_the_command_runs_with_torch_timm_and_safetensors_alone(tmp_path: Path) -> None:
+    others = ["ray", "pydantic", "pyarrow", "pandas", "fvcore", "seaborn", "matplotlib", "yaml", "sklearn", "scipy"]
+    block = f"import sys\nfor name in {others!r}:\n    sys.modules[name] = None\n"
+    options = [
+        "--model",
+        TINY,
+        "--size",
+        "32",
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--only",
+        "top-K",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}from benchmarks.__main__ import main\nsys.exit(main({options!r}))"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "| top-K, half at block 1 |" in done.stdout and "matplotlib is not installed" in done.stderr

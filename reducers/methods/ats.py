@@ -46,9 +46,13 @@ def cumulative(scores: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         scores = scores.masked_fill(~valid, 0)
     sums = scores.cumsum(dim=1)
-    alike = torch.ones_like(scores) if valid is None else valid.to(scores.dtype)
-    sums = torch.where(sums[:, -1:] > 0, sums, alike.cumsum(dim=1))
-    return sums / sums[:, -1:].clamp(min=torch.finfo(sums.dtype).tiny)
+    if valid is None:
+        ramp = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
+    else:
+        ramp = valid.to(scores.dtype).cumsum(dim=1)
+    sums = torch.where(sums[:, -1:] > 0, sums, ramp)
+    total = sums[:, -1:]
+    return sums / (total if valid is None else total.clamp(min=torch.finfo(sums.dtype).tiny))  # 0 without candidates
 
 
 def sample_inverse(cdf: Tensor, points: Tensor | int) -> Tensor:

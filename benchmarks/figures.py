@@ -1,0 +1,120 @@
+"""The figures. They need matplotlib, which the measurements do not: where it is absent, a message says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+Rows = Sequence[Mapping[str, Any]]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart
+_COLOURS = {
+    "dense": "#000000", "top-K": "#0072B2", "random": "#999999", "EViT": "#009E73", "ToMe": "#E69F00", "ATS": "#D55E00",
+}  # fmt: skip
+_MARKERS = {"packed": "o", "padded": "s", "masked": "D", "reference": "^"}
+
+
+def _pyplot() -> Any | None:
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        log.warning("no figure: matplotlib is not installed (pip install matplotlib draws it from the next run on)")
+        return None
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _family(variant: str) -> str:
+    return next((family for family in _COLOURS if variant.startswith(family)), "dense")
+
+
+def speed_figure(rows: Rows, title: str, file: Path) -> Path | None:
+    """Speed-up against the GMACs ratio, one panel a batch size: on the diagonal, time follows cost."""
+    plt = _pyplot()
+    batches = sorted({row["batch"] for row in rows})
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(
+        1, len(batches), figsize=(4.6 * len(batches), 4.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    measured = [row for row in rows if row["speedup"] is not None and row["kind"] != "dense"]
+    most = 1.1 * max([1.2, *(max(row["gmacs_ratio"], row["speedup_high"]) for row in measured)])
+    for ax, batch in zip(axes[0], batches, strict=True):
+        ax.plot([1, most], [1, most], color="0.6", linewidth=1, zorder=1)
+        ax.axhline(1, color="0.85", linewidth=1, zorder=0)
+        for row in measured:
+            if row["batch"] != batch:
+                continue
+            colour, filled = _COLOURS[_family(row["variant"])], row["kind"] == "packed"
+            bars = [[row["speedup"] - row["speedup_low"]], [row["speedup_high"] - row["speedup"]]]
+            ax.errorbar(
+                row["gmacs_ratio"], row["speedup"], yerr=bars, color=colour, marker=_MARKERS[row["kind"]],
+                markersize=6, markerfacecolor=colour if filled else "white", elinewidth=1,
+                linestyle="none", zorder=3 if filled else 2,
+            )  # fmt: skip
+        ax.set(title=f"batch {batch}", xlabel="GMACs ratio (dense / reduced)", xlim=(0.95, most))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("measured speed-up")
+    _legend(axes[0][-1], plt, measured)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def _legend(ax: Any, plt: Any, rows: Rows) -> None:
+    families = [family for family in _COLOURS if any(_family(row["variant"]) == family for row in rows)]
+    handles = [plt.Line2D([], [], color=_COLOURS[name], marker="o", linestyle="none", label=name) for name in families]
+    for kind in ("padded", "masked", "reference"):
+        if any(row["kind"] == kind for row in rows):
+            handles.append(
+                plt.Line2D(
+                    [], [], color="0.3", marker=_MARKERS[kind], markerfacecolor="white", linestyle="none", label=kind
+                )
+            )
+    handles.append(plt.Line2D([], [], color="0.6", label="time follows cost"))
+    ax.legend(handles=handles, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def scaling_figure(points: Rows, title: str, file: Path) -> Path | None:
+    """Time, memory and the deciding's share against the number of tokens (above) and against the batch (below)."""
+    plt = _pyplot()
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    columns = (("milliseconds", "ms an image"), ("peak_mib", "peak memory, MiB"), ("deciding", "share of deciding"))
+    for line, along, label in ((0, "tokens", "patch tokens"), (1, "batch", "batch")):
+        chosen = [point for point in points if point["series"] == along and point["error"] is None]
+        for ax, (column, name) in zip(axes[line], columns, strict=True):
+            for variant in dict.fromkeys(point["variant"] for point in chosen):
+                own = [p for p in chosen if p["variant"] == variant and p[column] is not None]
+                if own:
+                    ax.plot(
+                        [p[along] for p in own], [p[column] for p in own], marker="o", markersize=4, label=variant,
+                        color=_COLOURS[_family(variant)],
+                    )  # fmt: skip
+            ax.set_xscale("log", base=2)
+            ax.set(xlabel=label, ylabel=name)
+            if column != "deciding":
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(0, max([0.2, *(1.1 * (p[column] or 0) for p in chosen)]))
+                ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+            _whole_ticks(ax, sorted({point[along] for point in chosen}))
+            ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
+def _whole_ticks(ax: Any, values: Sequence[int]) -> None:
+    ax.set_xticks(values, [str(value) for value in values])
+    ax.minorticks_off()

@@ -1,0 +1,210 @@
+"""One benchmark from its settings to its files."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import figures, machine, memory, models, report, scaling, speed
+from benchmarks.counts import Counts
+from benchmarks.profiling import profile_ops, profile_table
+from benchmarks.subjects import Subject, subjects
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights, images and results lie, and on what is measured."""
+
+    device: torch.device
+    out: Path
+    weights: Path | None = None
+    data: Path | None = None
+    say: Say = log.info
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One model at one size, in one precision."""
+
+    model: str
+    batches: tuple[int, ...]
+    size: int | None = None  # pixels; None: the model's own
+    dtype: str = "float32"
+    effort: speed.Effort = field(default_factory=speed.Effort)
+    contrast: bool = True  # padded and masked runs of the same decisions
+    reference: bool = False  # ToMe's reference algorithm
+    profiled: bool = False  # a table of the ops that take longest, at the largest batch
+    only: tuple[str, ...] = ()  # measure the variants whose name holds one of these; none: all
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model and what is needed to time it."""
+
+    model: Any
+    size: int
+    counts: Counts | None  # replayed by ATS; None where its own are real
+    notes: list[str]
+
+    def images(self, count: int, source: Source) -> Tensor:
+        loaded = models.images(count, size=self.size, data=source.data)
+        return loaded.to(source.device, next(self.model.parameters()).dtype)
+
+
+def prepare(name: str, size: int | None, dtype: str, source: Source) -> Ready:
+    """Model and notes on what is real about the measurement."""
+    model, trained = models.create(name, size=size, weights=source.weights)
+    models.check_fused(model)
+    model = model.to(source.device, getattr(torch, dtype))
+    real = trained and source.data is not None
+    counts = None if real else Counts.load()
+    images = "random images" if source.data is None else "real images"
+    weights = "trained weights" if trained else "random weights"
+    kept = "ATS's own counts" if counts is None else f"ATS's counts replayed: {counts.origin}"
+    notes = [f"{weights.capitalize()}, {images}; {kept}."]
+    return Ready(model, model.patch_embed.img_size[0], counts, notes)
+
+
+def run_speed(scenario: Scenario, source: Source) -> list[dict[str, Any]]:
+    """Measure one scenario and write its files; the rows."""
+    ready = prepare(scenario.model, scenario.size, scenario.dtype, source)
+    listed = subjects(ready.model, ready.counts, contrast=scenario.contrast, reference=scenario.reference)
+    if scenario.only:
+        listed = [subject for subject in listed if any(part in subject.name for part in scenario.only)]
+    rows: list[dict[str, Any]] = []
+    images = ready.images(max(max(scenario.batches), 8), source)
+    for batch in sorted(scenario.batches):
+        source.say(f"{scenario.model}, {ready.size} px, {scenario.dtype}, batch {batch}: {len(listed) + 1} variants")
+        # a training step of one image is nobody's; the largest batch that holds the wanted one has it
+        training = scenario.effort.training_batch if batch == max(scenario.batches) else None
+        effort = replace(scenario.effort, training_batch=training)
+        rows += speed.records(speed.compare(ready.model, listed, images, batch=batch, effort=effort))
+        _tidy(source.device)
+    profiles = {}
+    if scenario.profiled:
+        profiles = _profiles(ready, listed, images[: max(scenario.batches)], source)
+    _write_speed(scenario, ready, source, rows, profiles)
+    return rows
+
+
+def _profiles(ready: Ready, listed: Sequence[Subject], images: Tensor, source: Source) -> dict[str, dict[str, Any]]:
+    runs = {speed.DENSE: ready.model} | {
+        subject.name: subject.build(ready.model, 0).eval() for subject in listed if subject.kind != "masked"
+    }
+    profiles = {}
+    with torch.inference_mode():
+        for name, run in runs.items():
+            try:
+                profiles[name] = profile_ops(partial(run, images), source.device)
+            except torch.OutOfMemoryError:
+                source.say(f"no profile of {name}: out of memory at batch {len(images)}")
+    return profiles
+
+
+def _write_speed(
+    scenario: Scenario, ready: Ready, source: Source, rows: list[dict[str, Any]], profiles: dict[str, dict[str, Any]]
+) -> None:
+    known = machine.facts(source.device)
+    title = f"{scenario.model}, {ready.size} px, {scenario.dtype}"
+    notes = [
+        f"On {machine.sentence(known)}.",
+        *ready.notes,
+        f"All variants took turns in one process, {scenario.effort.rounds} rounds (three times as many at batch 1), "
+        "each round in another order; speed-ups are medians and quartiles of the ratios within a round to timm's own "
+        "forward on fused attention. Efficiency = speed-up / GMACs ratio. Only ratios within a table mean anything.",
+        f"Peak memory: ratio to the dense model's, beyond weights and images ({memory.HOW[source.device.type]}).",
+    ]
+    if any(row["kind"] in ("padded", "masked") for row in rows):
+        notes.append(
+            "*masked*: the same decisions with tokens zeroed in place and hidden by a key mask; *padded*: cut to the "
+            "batch's longest image. Their GMACs are the packed run's: what the decisions would save."
+        )
+    text = report.speed_table(rows)
+    if profiles:
+        text += f"\n## Where the time goes, batch {max(scenario.batches)}\n\n{profile_table(profiles)}"
+    written = report.keep(
+        source.out,
+        f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}",
+        title=title,
+        notes=notes,
+        data={"machine": known, "rows": rows, "profiles": profiles},
+        text=text,
+        draw=lambda file: figures.speed_figure(rows, f"{title}, {known.get('gpu', known['cpu'])}", file),
+    )
+    source.say(f"{text}\nwritten: {', '.join(map(str, written))}")
+
+
+def run_scaling(
+    model: str,
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    dtype: str,
+    source: Source,
+    *,
+    batch: int = 1,
+    rounds: int = 5,
+) -> list[dict[str, Any]]:
+    """Time and memory against tokens (at ``batch`` images) and against the batch (at the smallest size)."""
+    points: list[dict[str, Any]] = []
+    plan = [("tokens", size, batch) for size in sorted(sizes)] + [("batch", min(sizes), own) for own in sorted(batches)]
+    ready: Ready | None = None
+    counts = Counts.load()
+    for series, size, own in plan:
+        source.say(f"{model}, {size} px, {dtype}, batch {own}")
+        if ready is None or ready.size != size:
+            ready = prepare(model, size, dtype, replace(source, weights=None, data=None))
+        try:
+            measured = scaling.measure(ready.model, counts, ready.images(own, source), rounds=rounds)
+        except torch.OutOfMemoryError as error:
+            tokens = ready.model.patch_embed.num_patches
+            measured = [scaling.Point(speed.DENSE, size, tokens, own, error=f"out of memory: {error}".splitlines()[0])]
+        points += [{"series": series, **point} for point in scaling.records(measured)]
+        _tidy(source.device)
+    _write_scaling(model, dtype, source, points, counts)
+    return points
+
+
+def _write_scaling(model: str, dtype: str, source: Source, points: list[dict[str, Any]], counts: Counts) -> None:
+    known = machine.facts(source.device)
+    title = f"{model}, {dtype}: growth with tokens and batch"
+    notes = [
+        f"On {machine.sentence(known)}.",
+        "Random weights and images. ToMe merges in every block, EViT 0.7 reduces three times, ATS in the last three "
+        f"quarters of the blocks; r, K and ATS's replayed counts grow with the tokens ({counts.origin}).",
+        "Deciding: the share of a reduced model's own time that is saved when its decisions are known beforehand, "
+        "measured in turn with the rest.",
+        f"Peak memory beyond weights and images: {memory.HOW[source.device.type]}; the ratio is to the dense model's.",
+    ]
+    series = {"Against tokens": "tokens", "Against the batch": "batch"}
+    text = "\n".join(
+        f"## {heading}\n\n{report.scaling_table([p for p in points if p['series'] == name])}"
+        for heading, name in series.items()
+    )
+    written = report.keep(
+        source.out,
+        f"scaling-{model}-{dtype}-{source.device.type}",
+        title=title,
+        notes=notes,
+        data={"machine": known, "points": points},
+        text=text,
+        draw=lambda file: figures.scaling_figure(points, f"{title}, {known.get('gpu', known['cpu'])}", file),
+    )
+    source.say(f"{text}\nwritten: {', '.join(map(str, written))}")
+
+
+def _tidy(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,96 @@
+"""What is timed: every method at the settings its paper prints, ATS at several costs, and the contrasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from benchmarks.counts import Counts
+from benchmarks.padded import PaddedViT
+from benchmarks.reference_tome import ReferenceToMe
+from reducers import ATS, Count, Drop, EViT, Placement, RandomDrop, Ratio, ToMe, TopK, at, every, reduce_tokens
+
+Place = Callable[[int], Placement]  # (number of the batch's first image) -> where what reduces
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One variant: how to make it for a batch, and whose multiply-adds are held against its time."""
+
+    name: str
+    kind: str  # packed | padded | masked | reference
+    place: Place
+    build: Callable[[Any, int], nn.Module]  # (model, number of the batch's first image) -> images -> logits
+
+
+def packed(name: str, place: Place) -> Subject:
+    """The project's own run."""
+    return Subject(name, "packed", place, lambda model, start: reduce_tokens(model, place(start)))
+
+
+def padded(name: str, place: Place, *, compact: bool) -> Subject:
+    """The same decisions with padding and masks (``benchmarks.padded``)."""
+    kind = "padded" if compact else "masked"
+    return Subject(f"{name}, {kind}", kind, place, lambda model, start: PaddedViT(model, place(start), compact=compact))
+
+
+def reference_tome(name: str, place: Place, r: int, *, fused: bool) -> Subject:
+    """The straightforward ToMe (``benchmarks.reference_tome``)."""
+    how = "fused attention" if fused else "attention written out"
+    return Subject(
+        f"{name}, reference, {how}", "reference", place, lambda model, start: ReferenceToMe(model, r, fused=fused)
+    )
+
+
+def ats(model: Any, blocks: Sequence[int], k: int, counts: Counts | None) -> Place:
+    """ATS as it is, or with replayed counts where the model's own mean nothing."""
+    if counts is None:
+        return lambda start: at(blocks, ATS(Count(k)))
+    initial = model.patch_embed.num_patches
+    return lambda start: at(blocks, counts.replay(blocks=blocks, k=k, initial=initial, start=start))
+
+
+def subjects(model: Any, counts: Counts | None, *, contrast: bool = True, reference: bool = False) -> list[Subject]:
+    """All variants for one model; ``counts``: replay these for ATS."""
+    depth, tokens = len(model.blocks), model.patch_embed.num_patches
+    first = depth // 4
+    stages, rest = [first, depth // 2, 3 * depth // 4], list(range(first, depth))
+    r8, r13 = (max(1, round(r * tokens / 196 * 12 / depth)) for r in (8, 13))
+    each = "every block"
+
+    def fixed(placement: Placement) -> Place:
+        return lambda start: placement
+
+    half = Ratio(0.5, of="initial")
+    topk, tome = fixed(at(first, TopK(half))), fixed(every(1, ToMe(Drop(r13)), depth=depth))
+    listed = [
+        packed(f"top-K, half at block {first}", topk),
+        packed(f"random, half at block {first}", fixed(at(first, RandomDrop(half)))),
+        packed(f"EViT 0.7 at blocks {_list(stages)}", fixed(at(stages, EViT(Ratio(0.7))))),
+        packed(f"EViT 0.5 at blocks {_list(stages)}", fixed(at(stages, EViT(Ratio(0.5))))),
+        packed(f"ToMe r = {r8}, {each}", fixed(every(1, ToMe(Drop(r8)), depth=depth))),
+        packed(f"ToMe r = {r13}, {each}", tome),
+    ]
+    for blocks, k in (([first], 160), ([first], 96), ([first], 48), (rest, 196), (rest, 160), (rest, 108)):
+        listed.append(packed(_ats_name(blocks, k, tokens, counts), ats(model, blocks, k, counts)))
+    if contrast:
+        listed.append(padded(f"top-K, half at block {first}", topk, compact=False))
+        for blocks, k in (([first], 160), (rest, 108)):
+            name, place = _ats_name(blocks, k, tokens, counts), ats(model, blocks, k, counts)
+            listed += [padded(name, place, compact=True), padded(name, place, compact=False)]
+    if reference:
+        listed += [reference_tome(f"ToMe r = {r13}, {each}", tome, r13, fused=fused) for fused in (True, False)]
+    return listed
+
+
+def _ats_name(blocks: Sequence[int], k: int, tokens: int, counts: Counts | None) -> str:
+    points = k if counts is None else round(k * tokens / counts.initial)
+    where = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {blocks[0]}-{blocks[-1]}"
+    return f"ATS K = {points} at {where}"
+
+
+def _list(blocks: Sequence[int]) -> str:
+    return ", ".join(map(str, blocks))

@@ -1,0 +1,98 @@
+"""Times of variants that took turns in one process.
+
+Absolute times depend on the machine and on what else it does; ratios of runs that took turns depend on neither. Each
+round times every variant once, in an order that changes from round to round, and the ratio to the dense model is taken
+within the round.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from reducers.errors import ReducerError
+
+Run = Callable[[int], Any]  # (number of the round) -> whatever; only its time matters
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles of what the rounds gave."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of every variant, round by round, and why some have none."""
+
+    seconds: dict[str, list[float]]
+    errors: dict[str, str]
+
+    def ratio(self, name: str, *, to: str) -> Quartiles:
+        """How many times faster than ``to`` the variant is, from ratios taken within each round."""
+        pairs = zip(self.seconds[to], self.seconds[name], strict=True)
+        return Quartiles.of([other / own for other, own in pairs])
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.seconds[name])
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device's queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Wall-clock time of one call, the device's queue drained on both sides."""
+    wait_for(device)
+    started = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - started
+
+
+def take_turns(runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int, seed: int = 0) -> Turns:
+    """Time each variant once a round; the first of them is what the others are compared with, and must not fail.
+
+    Another that fails (out of memory, most often) is left out with its reason, and the others go on.
+    """
+    errors: dict[str, str] = {}
+    first = next(iter(runs))
+    for number in range(max(warmup, 1)):
+        for name, run in runs.items():
+            if name in errors:
+                continue
+            try:
+                seconds(partial(run, number), device)
+            except (RuntimeError, ReducerError) as error:
+                if name == first:
+                    raise
+                errors[name] = _reason(error)
+    times: dict[str, list[float]] = {name: [] for name in runs if name not in errors}
+    order, shuffler = list(times), random.Random(seed)
+    for number in range(rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            times[name].append(seconds(partial(runs[name], number), device))
+    return Turns(times, errors)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
