@@ -13,8 +13,9 @@ from analysis.report import write_analysis
 
 EPILOG = """\
 reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
-        OUT/images/*.parquet for paired tests, OUT/samples/ for the sheet of sample images
-writes  OUT/figures/*.png and *.svg    one or two figures a spec, and those that belong to all
+        OUT/images/*.parquet for paired tests, OUT/samples/ for the sheets of sample images,
+        OUT/profile.json for where the time went
+writes  OUT/figures/*.png and *.svg    a few figures a spec, and those that belong to all
         OUT/tables/*.md, *.csv, *.tex  our numbers, and published ones beside them, apart
         OUT/report.html                all of it in one file that needs no network
 

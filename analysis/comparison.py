@@ -1,28 +1,33 @@
-"""Series side by side at one cost: who leads, and who cannot be told apart from the leader."""
+"""Series side by side at one cost: who leads, who cannot be told apart from the leader, and by how much series
+differ from one of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import stats, style
-from analysis.matching import at_cost, cost_levels, dense_gmacs
+from analysis.matching import INTERPOLATED, NEARBY, cost_levels, cut, dense_gmacs, on_curve, paired
 from analysis.tables import percent, with_bounds
 
-Images = Mapping[str, pd.DataFrame]
 SAME = "not distinguishable"
+_Pair = tuple[float, dict[str, Any], dict[str, Any]]  # level, a row, the row it is set against
 SAME_COST = 0.01  # a leader that spends more than this share of the dense cost above another has not beaten it
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence, what stands behind it, and the trials it was computed from."""
+    """A sentence, what stands behind it, and the trials it was computed from; a ``headline`` opens the report."""
 
     text: str
     detail: str = ""
     keys: tuple[str, ...] = ()
+    headline: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,16 @@ class Comparison:
     """The trials of several groups at one cost, best first, and how each stands to the leader.
 
     ``standing``, one a row after the leader: "same" (not told apart), "worse" (told apart at no lower cost),
-    "cheaper" (told apart, but the leader also spent more: a lower accuracy says nothing).
+    "cheaper" (told apart, but the leader also spent more: a lower accuracy says nothing). ``left_out``: (group,
+    reason) of those that could not be brought to this cost.
     """
 
     level: float
     rows: pd.DataFrame
     by: str
     standing: tuple[str, ...]
+    p_values: tuple[float, ...] = ()  # corrected (Holm) over all comparisons of the spec; nan without answers
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -52,28 +60,106 @@ class Comparison:
         """Whether every other is worse."""
         return set(self.standing) == {"worse"}
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key for keys in self.rows["keys"] for key in keys))
 
-def compare_at(rows: pd.DataFrame, level: float, *, by: str, images: Images) -> Comparison:
-    """Rank the groups at a cost. Told apart: McNemar's exact test, Holm over the leader's comparisons, at 5
-    %; by intervals that do not overlap where the per-image tables are missing.
+
+@dataclass(frozen=True)
+class Versus:
+    """A series against another at one cost, on the same images."""
+
+    name: str
+    reference: str
+    level: float
+    gmacs: float
+    how: str  # the less direct of the two ways in which they came to this cost
+    paired: stats.Paired
+    p_holm: float  # corrected over all of a call's comparisons
+    keys: tuple[str, ...]
+
+    @property
+    def told_apart(self) -> bool:
+        return self.p_holm < stats.ALPHA
+
+
+def comparisons(rows: pd.DataFrame, *, by: str, levels: Sequence[float] | None = None) -> list[Comparison]:
+    """The groups of one spec at each cost, best first (``rows``: of ``merge_seeds``).
+
+    Told apart: McNemar's exact test (paired bootstrap for means and interpolated rows) at 5 %, corrected (Holm) over
+    all comparisons with a leader at all costs; by intervals that do not overlap where answers are not known.
     """
-    part = at_cost(rows, level, by=by).sort_values("top1", ascending=False, kind="stable").reset_index(drop=True)
+    levels = cost_levels(rows, by=by, count=6) if levels is None else levels
+    cuts = [cut(rows, level, by=by) for level in levels]
+    ranked = [one.rows.sort_values("top1", ascending=False, kind="stable").reset_index(drop=True) for one in cuts]
+    pairs = [(i, j) for i, part in enumerate(ranked) for j in range(1, len(part))]
+    tests = [paired(ranked[i].iloc[0].to_dict(), ranked[i].iloc[j].to_dict()) for i, j in pairs]
+    known = [place for place, test in enumerate(tests) if test is not None]
+    corrected = stats.holm([test.p_value for test in tests if test is not None])
+    p = dict(zip((pairs[place] for place in known), corrected, strict=True))
+    found = []
+    for i, (one, part) in enumerate(zip(cuts, ranked, strict=True)):
+        if part.empty:
+            continue
+        values = [p.get((i, j), np.nan) for j in range(1, len(part))]
+        found.append(_standing(one.level, part, by, values, one.left_out, dense_gmacs(rows)))
+    return found
+
+
+def _standing(
+    level: float,
+    part: pd.DataFrame,
+    by: str,
+    p_values: list[float],
+    left_out: tuple[tuple[str, str], ...],
+    dense: float,
+) -> Comparison:
     lead, others = part.iloc[0], part.iloc[1:]
-    if all(key in images for key in part["key"]):
-        tests = [stats.compare(images[lead["key"]], images[key]).p_value for key in others["key"]]
-        apart = [p < stats.ALPHA for p in stats.holm(tests)]
-    else:
-        apart = [bool(high < lead["top1_low"]) for high in others["top1_high"]]
-    spared = lead["gmacs_mean"] - others["gmacs_mean"] > SAME_COST * dense_gmacs(rows)
+    beaten = [bool(high < lead["top1_low"]) for high in others["top1_high"]]
+    apart = [bool(p < stats.ALPHA) if p == p else low for p, low in zip(p_values, beaten, strict=True)]
+    spared = lead["gmacs_mean"] - others["gmacs_mean"] > SAME_COST * dense
     standing = tuple(
         ("cheaper" if less else "worse") if told else "same" for told, less in zip(apart, spared, strict=True)
     )
-    return Comparison(level, part, by, standing)
+    return Comparison(level, part, by, standing, tuple(p_values), left_out)
 
 
-def comparisons(rows: pd.DataFrame, *, by: str, images: Images, levels: list[float] | None = None) -> list[Comparison]:
-    levels = cost_levels(rows, by=by, count=6) if levels is None else levels
-    return [compare_at(rows, level, by=by, images=images) for level in levels]
+def versus(rows: pd.DataFrame, reference: str, *, by: str, levels: Sequence[float] | None = None) -> list[Versus]:
+    """Every group against one of them, at each cost where both have a row and known answers."""
+    levels = cost_levels(rows, by=by, count=8) if levels is None else levels
+    found: list[_Pair] = []
+    for level in levels:
+        part = cut(rows, level, by=by).rows.to_dict("records")
+        base = [row for row in part if row[by] == reference][:1]
+        found += [(level, row, other) for other in base for row in part if row is not other]
+    return _test(found, by)
+
+
+def versus_curve(rows: pd.DataFrame, reference: str, *, by: str) -> list[Versus]:
+    """Every trial of the other groups against the curve of one group at that trial's own cost."""
+    curve = rows[(rows[by] == reference) & ~rows["dense"]]
+    others = rows[(rows[by] != reference) & ~rows["dense"]].to_dict("records")
+    at = [(row["gmacs_mean"], {**row, "how": NEARBY}, on_curve(curve, row["gmacs_mean"])) for row in others]
+    return _test([(level, row, base) for level, row, base in at if base is not None], by)
+
+
+def _test(pairs: list[_Pair], by: str) -> list[Versus]:
+    tests = [(pair, paired(pair[1], pair[2])) for pair in pairs]
+    known = [(pair, test) for pair, test in tests if test is not None]
+    corrected = stats.holm([test.p_value for _, test in known])
+    return [
+        Versus(
+            name=str(row[by]),
+            reference=str(base[by]),
+            level=level,
+            gmacs=float(row["gmacs_mean"]),
+            how=INTERPOLATED if INTERPOLATED in (row["how"], base["how"]) else str(row["how"]),
+            paired=test,
+            p_holm=p,
+            keys=(*row["keys"], *base["keys"]),
+        )
+        for ((level, row, base), test), p in zip(known, corrected, strict=True)
+    ]
 
 
 def say(found: Comparison, dense: float) -> Finding:
@@ -90,11 +176,19 @@ def say(found: Comparison, dense: float) -> Finding:
     for standing, words in (("worse", "Clearly behind"), ("cheaper", "Behind, but also cheaper")):
         behind = [f"{name} {percent(top1 - lead['top1'], sign=True)}" for name, top1 in found.others(standing)]
         details += [f"{words}, in points: {'; '.join(behind)}."] if behind else []
-    return Finding(f"{text}.", " ".join(details), tuple(found.rows["key"]))
+    between = [name for name, how in zip(found.names, found.rows["how"], strict=True) if how == INTERPOLATED]
+    details += [f"Interpolated between its own neighbouring costs: {'; '.join(between)}."] if between else []
+    reasons = dict.fromkeys(reason for _, reason in found.left_out)
+    left = [
+        f"{', '.join(name.replace('_', ' ') for name, own in found.left_out if own == reason)} ({reason})"
+        for reason in reasons
+    ]
+    details += [f"Not at this cost: {'; '.join(left)}."] if left else []
+    return Finding(f"{text}.", " ".join(details), found.keys)
 
 
-def tally(found: list[Comparison], what: str) -> Finding | None:
-    """Who leads how often over all costs compared, who was never clearly beaten, and who always was."""
+def tally(found: list[Comparison], noun: str) -> Finding | None:
+    """Which ``noun`` is best over all costs compared, who was never clearly beaten, and who always was."""
     if not found:
         return None
     leads: dict[str, int] = {}
@@ -105,12 +199,27 @@ def tally(found: list[Comparison], what: str) -> Finding | None:
             met.setdefault(name, []).append(standing)
     ranked = sorted(leads.items(), key=lambda item: -item[1])
     clear = sum(one.clear for one in found)
-    said = [
-        f"{what}: {'; '.join(f'{name} leads at {n} of {len(found)} costs' for name, n in ranked)}",
-        f"The leader is clear of every other at {clear}" if clear else "At no cost is the leader clear of every other",
-    ]
+    said = [_verdict(noun, ranked, clear, len(found))]
     even = [name for name, standing in met.items() if "worse" not in standing]
     beaten = [name for name, standing in met.items() if set(standing) == {"worse"}]
-    said += [f"Never clearly beaten: {'; '.join(even)}"] if even and clear != len(found) else []
-    said += [f"Clearly behind wherever compared: {'; '.join(beaten)}"] if beaten else []
-    return Finding(". ".join(said) + ".")
+    said += [f"Never clearly beaten: {_few(even)}"] if even and clear != len(found) else []
+    said += [f"Clearly behind wherever compared: {_few(beaten)}"] if beaten else []
+    apart = sum(standing != "same" for one in found for standing in one.standing)
+    total = sum(len(one.standing) for one in found)
+    said += [f"Of {total} comparisons with a leader {apart} are told apart (Holm), {total - apart} are not"]
+    return Finding(". ".join(said) + ".", headline=True)
+
+
+def _few(names: list[str], most: int = 6) -> str:
+    """Names in a sentence; of very many the first, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most + 1 else ""
+    return "; ".join(names[:most] if more else names) + more
+
+
+def _verdict(noun: str, ranked: list[tuple[str, int]], clear: int, costs: int) -> str:
+    """Who is best, in one sentence that says how sure that is."""
+    leaders = "; ".join(f"{name} leads at {count} of {costs} costs" for name, count in ranked)
+    sure = f"clear of every other at {clear}" if clear else "at none clear of every other"
+    if len(ranked) == 1 and 2 * clear >= costs:
+        return f"Best {noun}: {leaders}, {sure}"
+    return f"No {noun} is clearly best: {leaders}, {sure}"

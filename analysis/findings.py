@@ -1,193 +1,143 @@
 """The answers in plain sentences, computed from the data: who leads at which cost, and what cannot be told
-apart.
+apart. What only one spec's question needs is in ``questions``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 
-from analysis import stats, style
-from analysis.comparison import SAME, Finding, Images, comparisons, say, tally
+from analysis import questions, stats
+from analysis.comparison import SAME, Comparison, Finding, comparisons, say, tally
 from analysis.frame import Setting
-from analysis.matching import at_cost, cost_levels, dense_gmacs, merge_seeds
-from analysis.plots.adaptivity import adaptive, clutter_known, correlation
+from analysis.matching import against_dense, dense_gmacs, merge_seeds
+from analysis.plots.clutter import CLUTTER, correlations, hardness
 from analysis.plots.placement import placement_levels
-from analysis.plots.stacking import base_variant, gains
-from analysis.tables import percent, with_bounds
+from analysis.tables import percent
+
+NOUNS = {
+    "score_functions": "score",
+    "stage_placement": "placement",
+    "class_token": "treatment of the class token",
+    "sampling_method": "sampler",
+    "single_multi_stage": "number of stages",
+    "evit_stacking": "stack",
+    "methods": "method",
+}  # what a spec chooses between; else "series"
 
 
-def cheapest_like_dense(rows: pd.DataFrame, images: Images) -> list[Finding]:
-    """For each series its cheapest trial that, like every dearer one, cannot be told apart from the dense
-    model.
-    """
-    found = []
-    for name, group in rows.groupby("variant", sort=False):
-        best, loss = None, None
-        for row in group.sort_values("gmacs_mean", ascending=False).to_dict("records"):
-            if row["key"] not in images or "dense_correct" not in images[row["key"]]:
-                break
-            paired = stats.compare_with_dense(images[row["key"]])
-            if paired.p_value < stats.ALPHA and paired.difference < 0:
-                break
-            best, loss = row, paired
-        if best is not None and loss is not None:
-            share = 100 * best["gmacs_mean"] / dense_gmacs(rows)
-            budget = f" ({best['budget']})" if best["budget"] else ""
-            found.append(
-                Finding(
-                    f"{str(name).replace('_', ' ')}: down to {style.cost(best['gmacs_mean'])} GMACs, "
-                    f"{share:.0f} % of dense{budget}, {SAME} from the dense model; difference "
-                    f"{with_bounds(loss.difference, loss.low, loss.high, sign=True)} points.",
-                    keys=(best["key"],),
-                )
-            )
-    return found
-
-
-def answers(spec: str, trials: pd.DataFrame, images: Images) -> list[Finding]:
-    """The findings of one spec, the headline first."""
+def answers(spec: str, trials: pd.DataFrame) -> list[Finding]:
+    """The findings of one spec, the headlines first (``trials``: with answers)."""
     rows = merge_seeds(trials[~trials["dense"]])
     if rows.empty:
-        return [Finding("Only the dense model was run: there is nothing to compare.")]
-    by = "placement" if spec == "stage_placement" and rows["placement"].nunique() > 1 else "variant"
-    levels = placement_levels(trials) if by == "placement" else None
-    found = comparisons(rows, by=by, images=images, levels=levels)
+        return [Finding("Only the dense model was run: there is nothing to compare.", headline=True)]
     dense = dense_gmacs(trials)
-    heads = {
-        "score_functions": "Best score",
-        "stage_placement": "Best placement",
-        "class_token": "Class token",
-        "evit_stacking": "At equal cost",
-        "k_values": "At equal cost",
-        "methods": "Leading method",
-    }
-    head = tally(found, heads.get(spec, "Leader"))
-    said = (
-        [head] if head else [Finding(f"{rows[by].nunique()} {by}s, none of which meet at a common cost: no ranking.")]
-    )
-    extra = {"k_values": _k_costs, "class_token": _dropped, "evit_stacking": _stacks}.get(spec)
-    said += extra(trials, images) if extra else []
-    said += [say(one, dense) for one in found]
+    special = questions.SPECIAL.get(spec)
+    own = special(trials) if special else []
+    if spec in questions.WITHOUT_RANKING:
+        return own or [Finding("No trial of this spec carries what its question needs.", headline=True)]
+    found = compared(spec, trials, rows)
+    by = _grouping(spec, rows)
+    head = tally(found, NOUNS.get(spec, "series"))
+    none = Finding(f"{rows[by].nunique()} {by}s, none of which meet at a common cost: no ranking.", headline=True)
+    said = [head or none, *own]
+    each = [say(one, dense) for one in found]
+    said += [replace(one, headline=True) for one in each] if spec == "methods" else each
     if spec in ("methods", "k_values") or (by == "variant" and rows["variant"].nunique() == 1):
-        said += cheapest_like_dense(rows.assign(dense_gmacs=dense), images)
+        said += questions.cheapest_like_dense(rows.assign(dense_gmacs=dense))
+    said += _seed_spread(rows) + _targets(rows)
     return said
 
 
-def _k_costs(trials: pd.DataFrame, images: Images) -> list[Finding]:
-    """What a small, a middle and the largest K cost and reach, for each series."""
-    rows = merge_seeds(trials[~trials["dense"] & trials["x"].notna()])
+def compared(spec: str, trials: pd.DataFrame, rows: pd.DataFrame) -> list[Comparison]:
+    """The ranking of a spec's series (or placements) at each cost."""
+    by = _grouping(spec, rows)
+    return comparisons(rows, by=by, levels=placement_levels(trials) if by == "placement" else None)
+
+
+def _grouping(spec: str, rows: pd.DataFrame) -> str:
+    return "placement" if spec == "stage_placement" and rows["placement"].nunique() > 1 else "variant"
+
+
+def _seed_spread(rows: pd.DataFrame) -> list[Finding]:
+    """How far seeds lie apart, a source of spread that the intervals over images do not hold."""
+    several = rows[rows["seeds"] > 1]
     found = []
-    for name, group in rows.groupby("variant", sort=False):
-        group = group.sort_values("x").reset_index(drop=True)
-        chosen = group.loc[sorted({0, len(group) // 3, 2 * len(group) // 3, len(group) - 1})]
-        parts = [
-            f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in chosen.itertuples()
-        ]
-        found.append(Finding(f"{str(name).replace('_', ' ')}: {'; '.join(parts)}.", keys=tuple(chosen["key"])))
-    return found
-
-
-def _dropped(trials: pd.DataFrame, images: Images) -> list[Finding]:
-    """How often the class token was lost."""
-    rows = trials[~trials["dense"] & trials["class_kept"].notna()]
-    found = []
-    for name, group in rows.groupby("variant", sort=False):
-        lost = 1 - group["class_kept"]
-        text = (
-            "never lost its class token"
-            if lost.max() == 0
-            else (
-                f"lost the class token in {percent(lost.min())} to {percent(lost.max())} % of images, "
-                "depending on the cost"
-            )
-        )
-        found.append(Finding(f"{str(name).replace('_', ' ')}: {text}.", keys=tuple(group["key"])))
-    return found
-
-
-def _stacks(trials: pd.DataFrame, images: Images) -> list[Finding]:
-    """What each stack saves and loses against its base with the same budget, then whether it pays at equal
-    cost.
-    """
-    base = base_variant(trials)
-    changes = gains(trials, images)
-    found = []
-    for name in dict.fromkeys(gain.variant for gain in changes):
-        part = [gain for gain in changes if gain.variant == name]
-        saved, moved = [g.saved for g in part], [g.difference for g in part]
-        tested = [g.paired for g in part if g.paired]
-        told = f"; told apart at {sum(p.p_value < stats.ALPHA for p in tested)} of {len(tested)}" if tested else ""
+    for name, part in several.groupby("variant", sort=False):
+        low, high = part["top1_sd"].min(), part["top1_sd"].max()
+        keys = tuple(key for keys in part["keys"] for key in keys)
         found.append(
             Finding(
-                f"{name} against {base} with the same budget ({len(part)} budgets): saves "
-                f"{percent(min(saved))} to {percent(max(saved))} % of its GMACs; top-1 changes by "
-                f"{percent(min(moved), sign=True)} to {percent(max(moved), sign=True)} points{told}.",
-                keys=tuple(g.key for g in part),
+                f"{str(name).replace('_', ' ')}: {int(part['seeds'].min())} seeds; standard deviation of top-1 over "
+                f"seeds {percent(low)} to {percent(high)} points. The intervals given are over images, of the mean "
+                "over these seeds.",
+                keys=keys,
             )
-        )
-    rows = merge_seeds(trials[~trials["dense"]])
-    if base is None:
-        return found
-    pairs: list[stats.Paired] = []
-    for level in cost_levels(rows, by="variant", count=6):
-        part = at_cost(rows, level, by="variant")
-        alone = part[part["variant"] == base]
-        if len(alone) and alone.iloc[0]["key"] in images:
-            stacks = [key for key in part.loc[part["variant"] != base, "key"] if key in images]
-            pairs += [stats.compare(images[key], images[alone.iloc[0]["key"]]) for key in stacks]
-    clear = [p < stats.ALPHA for p in stats.holm([pair.p_value for pair in pairs])]
-    better = sum(told and pair.difference > 0 for told, pair in zip(clear, pairs, strict=True))
-    worse = sum(clear) - better
-    if pairs:
-        verdict = "pays" if better > worse else "does not pay" if worse > better else f"is {SAME} from a smaller budget"
-        found.insert(
-            0,
-            Finding(
-                f"Against {base} alone at the same cost, stacking {verdict}: of {len(pairs)} comparisons "
-                f"{better} clearly better, {worse} clearly worse (Holm), {len(pairs) - better - worse} "
-                f"{SAME}."
-            ),
         )
     return found
 
 
-def adaptivity(rows: pd.DataFrame, images: Images) -> list[Finding]:
-    """Rank correlation of tokens with clutter, where clutter is known."""
-    adapts = adaptive(rows, images)
-    if adapts.empty or not clutter_known(adapts, images):
+def _targets(rows: pd.DataFrame) -> list[Finding]:
+    """What calibration aimed at and reached, and what it could not."""
+    aimed = rows[rows["target_gmacs"].notna()]
+    if aimed.empty:
         return []
-    found = []
-    for row in adapts.to_dict("records"):
-        rho = correlation(images[row["key"]])
-        if not np.isnan(rho.value):
-            verdict = (
-                "keeps more tokens where there is more clutter"
-                if rho.low > 0
-                else (
-                    "keeps fewer tokens where there is more clutter"
-                    if rho.high < 0
-                    else "shows no link between clutter and tokens"
-                )
-            )
-            found.append(
-                Finding(
-                    f"{row['variant'].replace('_', ' ')} {verdict}: Spearman's rho {rho.value:+.2f} "
-                    f"[{rho.low:+.2f}, {rho.high:+.2f}].".replace("-", "−"),
-                    keys=(row["key"],),
-                )
-            )
-    return found
+    off = 100 * (aimed["gmacs_mean"] / aimed["target_gmacs"] - 1)
+    fine = aimed["target_reached"].map(lambda value: value is not False).to_numpy(dtype=bool)
+    count = aimed["calibration_images"].dropna()
+    where = f" on {int(count.iloc[0]):,} calibration images," if len(count) else " on calibration images,"
+    text = (
+        f"Calibration: {int(fine.sum())} of {len(aimed)} settings reach their target{where} none of which is "
+        f"evaluated; on the evaluated images those cost {off[fine].min():+.1f} to {off[fine].max():+.1f} % of it."
+        if fine.any()
+        else f"Calibration: none of {len(aimed)} settings reaches its target."
+    )
+    said = [Finding(text.replace("-", "−"))]
+    if not fine.all():
+        missed = [
+            f"{name.replace('_', ' ')} aimed at {goal:.3g}, reached {cost:.3g} GMACs"
+            for name, goal, cost in aimed.loc[~fine, ["variant", "target_gmacs", "gmacs_mean"]].itertuples(index=False)
+        ]
+        keys = tuple(key for keys in aimed.loc[~fine, "keys"] for key in keys)
+        said.append(Finding(f"Targets not reached: {'; '.join(missed)}.", keys=keys))
+    return said
 
 
-def limits(setting: Setting, trials: pd.DataFrame, images: Images) -> list[str]:
+def adaptivity(rows: pd.DataFrame, trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Finding]:
+    """Whether plain images keep fewer tokens: the rank correlation with clutter, or with hardness where clutter is not
+    known, for each method at one cost (``rows``: of ``plots.overview``).
+    """
+    found, what = correlations(rows, images, hardness(trials, images))
+    if found.empty or not found["rho"].notna().any():
+        return []
+    more = "more clutter" if what == CLUTTER else "an image is harder for the plain model"
+    adapts = found[found["rho"].notna()]
+    up = adapts[adapts["clear"] & (adapts["rho"] > 0)]
+    down = adapts[adapts["clear"] & (adapts["rho"] < 0)]
+    head = (
+        f"Of {len(adapts)} methods that let the number of tokens differ, {len(up)} keep more tokens where there is "
+        f"{more}, {len(down)} keep fewer, {len(adapts) - len(up) - len(down)} show no clear link (Bonferroni)."
+    ).replace("where there is an image", "where an image")
+    fixed = len(found) - len(adapts)
+    head += f" {fixed} more keep the same number in every image." if fixed else ""
+    said = [Finding(head, keys=tuple(adapts["key"]), headline=True)]
+    for row in adapts.sort_values("rho", ascending=False).itertuples():
+        text = f"{row.variant.replace('_', ' ')}: Spearman's rho {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}]."
+        said.append(Finding(text.replace("-0.", "−0."), keys=(row.key,)))
+    return said
+
+
+def limits(setting: Setting, trials: pd.DataFrame) -> list[str]:
     """What this many images can and cannot tell, in plain words."""
     n = setting.images
     known = trials["dense_top1"].dropna()
     accuracy = float(known.iloc[0]) if len(known) else float(trials["top1"].max())
     half = 0.5 * (stats.wilson(accuracy * n, n).high - stats.wilson(accuracy * n, n).low)
-    tables = [images[key] for key in trials["key"] if key in images and "dense_correct" in images[key]]
-    rates = [stats.compare_with_dense(table).discordance for table in tables]
+    tests = [against_dense(row) for row in trials.to_dict("records")]
+    rates = [test.discordance for test in tests if test is not None]
     said = [f"One accuracy near {percent(accuracy)} % is known to ± {percent(half)} points (95 %)."]
     if rates:
         low, high = np.quantile(rates, [0.1, 0.9])
@@ -200,8 +150,9 @@ def limits(setting: Setting, trials: pd.DataFrame, images: Images) -> list[str]:
         )
         said.append(f'Smaller differences are reported as "{SAME}": that does not say that they are zero.')
     said.append(
-        "Intervals speak of the choice of images only: one set of weights, no training noise. Best of many "
+        "Intervals are bootstraps over images and speak of the choice of images only. Where several seeds were run "
+        "their standard deviation is given apart; else nothing is said about training or random draws. Best of many "
         "settings means chosen after looking; comparisons with a leader are corrected for their number "
-        "(Holm), choices of settings are not."
+        "(Holm, over all comparisons of an experiment), choices of settings are not."
     )
     return said

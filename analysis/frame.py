@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +23,15 @@ REQUIRED = ("spec", "key", "status", "variant")
 NUMBERS = (
     "x", "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
     "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "dense_top1", "coverage", "class_kept",
-    "params_m", "target_gmacs", "images", "seed", "seconds",
+    "params_m", "target", "target_gmacs", "calibration_gmacs", "calibration_images", "probes", "epochs", "train_images",
+    "train_seconds", "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high",
+    "measured_batch", "batch", "images", "seed", "seconds",
 )  # fmt: skip
 WORDS = (
     "error", "model", "weights", "workload", "placement", "reducer", "score", "budget", "data_digest",
-    "weights_digest", "device", "versions", "created",
+    "weights_digest", "device", "versions", "created", "training", "measure",
 )  # fmt: skip
+FLAGS = ("calibrated", "target_reached", "teacher")  # True, False, or None where a trial does not say
 LISTS = ("blocks", "tokens", "tokens_std")
 REMEDY = "run the experiments first: make ablations OUT={out}"
 
@@ -57,24 +60,38 @@ class Setting:
 
 class ImageTables(Mapping[str, pd.DataFrame]):
     """``images/<key>.parquet`` by key, read when asked for; a key whose file is missing or unreadable is not
-    there.
+    there. The bits of the kept patches, most of a file, are read by ``kept`` alone.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._read: dict[str, pd.DataFrame | None] = {}
+        self._bits: dict[str, np.ndarray | None] = {}
+
+    def _open(self, key: str, columns: Callable[[list[str]], list[str]]) -> pa.Table | None:
+        """The wanted columns of one file; None where it is missing or damaged."""
+        path = self._folder / f"{key}.parquet"
+        if not path.is_file():
+            return None
+        try:
+            return pq.read_table(path, columns=columns(pq.read_schema(path).names))
+        except (OSError, pa.ArrowException) as error:
+            log.warning("%s cannot be read (%s): the tests that need it are left out", path, error)
+            return None
 
     def _load(self, key: str) -> pd.DataFrame | None:
         if key not in self._read:
-            path = self._folder / f"{key}.parquet"
-            table = None
-            if path.is_file():
-                try:
-                    table = pq.read_table(path).to_pandas()
-                except (OSError, pa.ArrowException) as error:
-                    log.warning("%s cannot be read (%s): the tests that need it are left out", path, error)
+            found = self._open(key, lambda names: [name for name in names if name != "kept"])
+            table = None if found is None else found.to_pandas()
             self._read[key] = table if table is not None and {"image", "correct"} <= set(table.columns) else None
         return self._read[key]
+
+    def kept(self, key: str) -> np.ndarray | None:
+        """(images, blocks, bytes) uint8: the packed bits of surviving patches, rows as in the table of ``key``."""
+        if key not in self._bits:
+            found = self._open(key, lambda names: [name for name in names if name == "kept"])
+            self._bits[key] = None if found is None else _as_bits(found)
+        return self._bits[key]
 
     def __getitem__(self, key: str) -> pd.DataFrame:
         table = self._load(key)
@@ -177,16 +194,19 @@ def tidy(trials: pd.DataFrame) -> pd.DataFrame:
     for name in (*REQUIRED, *WORDS):
         column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
         rows[name] = column.astype(object).where(column.notna(), "").astype(str)
+    for name in FLAGS:
+        column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
+        rows[name] = pd.Series([None if pd.isna(v) else bool(v) for v in column], index=rows.index, dtype=object)
     for name in LISTS:
         column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
         rows[name] = pd.Series([_as_list(value) for value in column], index=rows.index, dtype=object)
     rows["images"] = rows["images"].fillna(0).astype(int)
     finetuned = rows["finetuned"] if "finetuned" in rows else pd.Series(False, index=rows.index)
     rows["finetuned"] = finetuned.astype(object).where(finetuned.notna(), False).astype(bool)
-    rows["variant"] = [
-        f"{v or s}{' (finetuned)' if f else ''}"
-        for v, s, f in zip(rows["variant"], rows["spec"], rows["finetuned"], strict=True)
-    ]
+    rows["variant"] = [variant or spec for variant, spec in zip(rows["variant"], rows["spec"], strict=True)]
+    # A series of which some trials are finetuned and some are not is two series.
+    both = rows.groupby(["spec", "variant"])["finetuned"].transform("nunique") > 1
+    rows.loc[both & rows["finetuned"], "variant"] += " (finetuned)"
     rows["dense"] = [is_dense(row) for row in rows.to_dict("records")]
     return rows
 
@@ -220,6 +240,22 @@ def reducer_names(stages: str) -> list[str]:
 
 def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
+
+
+def _as_bits(table: pa.Table) -> np.ndarray | None:
+    """The column ``kept`` (list of blocks of bytes) as one array; None where it is missing or ragged."""
+    if "kept" not in table.column_names or not table.num_rows:
+        return None
+    column = table.column("kept").combine_chunks()
+    blocks = column.flatten()
+    lengths = {len(value) for value in blocks[:1].to_pylist() if value is not None}
+    if not lengths or len(blocks) % table.num_rows:
+        return None
+    joined = b"".join(value or b"" for value in blocks.to_pylist())
+    size = len(blocks) * lengths.pop()
+    if len(joined) != size or not size:
+        return None
+    return np.frombuffer(joined, dtype=np.uint8).reshape(table.num_rows, len(blocks) // table.num_rows, -1)
 
 
 def _file_and_reason(entry: object) -> tuple[str, str]:

@@ -1,54 +1,279 @@
-"""Which trials may be set beside each other: seeds of one computation, and trials of nearly the same cost."""
+"""Which trials may be set beside each other: seeds of one computation, and trials of the same cost.
+
+A cost at which series meet is a *target* that trials were calibrated to, or, in results without targets, a cost at
+which trials happen to lie close together. A row that could not be set to the target is interpolated between its own
+neighbours or left out, and says so in ``how``.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.frame import NUMBERS
+from analysis import stats
+from analysis.frame import NUMBERS, reducer_names
 
 MATCH = 0.03  # trials within this share of the dense cost count as "the same cost"
+NEAR = 0.01  # where a target is known: as good as calibrated to it
+MAX_GAP = 0.25  # no interpolation between neighbours further apart than this share of the dense cost
+NOT_AIMED = "not calibrated to a cost"
+CALIBRATED, NEARBY, INTERPOLATED = "calibrated", "nearest", "interpolated"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The groups of a spec at one cost: a row each, and why others have none."""
+
+    level: float
+    target: bool  # trials were calibrated to this cost
+    rows: pd.DataFrame  # with ``how``: "calibrated", "nearest" or "interpolated"
+    left_out: tuple[tuple[str, str], ...]  # (group, reason)
 
 
 def merge_seeds(trials: pd.DataFrame) -> pd.DataFrame:
-    """One row for all seeds of the same computation: means, with ``keys`` (a list) and ``seeds`` (their
-    number).
+    """One row for all seeds of the same computation: means, with ``keys`` (a list), ``weights`` ((key, share)
+    pairs), ``seeds`` (their number), ``seed_top1`` (each seed's accuracy) and ``top1_sd`` (their standard deviation).
 
-    Means are taken over trials on the same images, so the interval of the mean is that of the images: the
-    mean of the bounds. It does not grow with the spread between seeds and is a little wide where seeds
-    average out.
+    Images and seeds are two sources of spread and stay apart: the interval of the mean is over images, of each image's
+    mean over the seeds run; ``top1_sd`` is over seeds.
     """
-    rows = trials.copy()
-    rows["_stages"] = [_without_seed(text) for text in rows["reducer"]]
-    same = ["spec", "variant", "x", "placement", "budget", "score", "target_gmacs", "finetuned", "_stages"]
-    merged = []
-    for _, group in rows.groupby(same, sort=False, dropna=False):
-        # The seed nearest to the mean stands for all where one per-image table is needed.
-        first = group.loc[(group["top1"] - group["top1"].mean()).abs().fillna(0).idxmin()].copy()
-        for name in NUMBERS:
-            first[name] = group[name].mean()
-        for name in ("tokens", "tokens_std"):
-            lists = [value for value in group[name] if len(value)]
-            first[name] = list(np.mean(lists, axis=0)) if lists and len({len(v) for v in lists}) == 1 else []
-        first["keys"] = list(group["key"])
-        first["seeds"] = len(group)
-        merged.append(first)
-    if not merged:
-        return rows.drop(columns="_stages").assign(keys=[], seeds=[])
-    return pd.DataFrame(merged).drop(columns="_stages").reset_index(drop=True)
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for row in trials.to_dict("records"):
+        groups.setdefault(_same(row), []).append(row)
+    merged = [_merge(group) for group in groups.values()]
+    if not merged:  # with its columns' types
+        return trials.iloc[:0].assign(keys=[], weights=[], seeds=[], seed_top1=[], top1_sd=[])
+    columns = [*trials.columns, "keys", "weights", "seeds", "seed_top1", "top1_sd"]
+    return pd.DataFrame(merged, columns=list(dict.fromkeys(columns)))
+
+
+def answers_of(row: Mapping[str, Any]) -> np.ndarray | None:
+    """Right or wrong for each image (a mean over seeds: in between), or None where it is not known."""
+    answers = row.get("answers")
+    return answers if isinstance(answers, np.ndarray) else None
+
+
+def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> stats.Paired | None:
+    """Two rows compared on the same images; None where the answers of one are not known."""
+    a, b = answers_of(first), answers_of(second)
+    return stats.paired(a, b) if a is not None and b is not None and len(a) == len(b) else None
+
+
+def against_dense(row: Mapping[str, Any]) -> stats.Paired | None:
+    """A row compared with the plain model on the same images."""
+    return paired(row, {"answers": row.get("dense_answers")})
+
+
+def targets(trials: pd.DataFrame) -> list[float]:
+    """The costs that trials were calibrated to, cheapest first; [] in results without any."""
+    rows = trials[~trials["dense"]] if "dense" in trials else trials
+    found: list[float] = []
+    for value in sorted(rows["target_gmacs"].dropna()):
+        if not found or value - found[-1] > 0.002 * dense_gmacs(trials):
+            found.append(float(value))
+    return found
 
 
 def cost_levels(trials: pd.DataFrame, *, by: str, count: int = 4) -> list[float]:
     """GMACs at which as many groups as possible have a trial, at least two, cheapest first; [] with a single
-    group.
+    group. Targets where there are any; of more than ``count`` those that most groups meet, spread over the range.
     """
     rows = trials[~trials["dense"]]
     if rows[by].nunique() < 2:
         return []
-    width = MATCH * dense_gmacs(trials)
+    known = targets(trials)
+    if known:
+        groups, dense = _groups(rows, by), dense_gmacs(trials)
+        met = {level: sum(_find(group, level, dense, True) is not None for group in groups.values()) for level in known}
+        shared = [level for level in known if met[level] >= 2]
+        most = max(met.values())
+        full = [level for level in shared if met[level] >= 0.6 * most]
+        chosen = full if len(full) >= min(count, len(shared)) else shared
+        places = np.linspace(0, len(chosen) - 1, min(count, len(chosen))).round().astype(int).tolist()
+        return [chosen[i] for i in dict.fromkeys(places)]
+    return _meeting_costs(rows, dense_gmacs(trials), by=by, count=count)
+
+
+def cut(trials: pd.DataFrame, level: float, *, by: str) -> Cut:
+    """Each group at a cost. ``trials``: rows of ``merge_seeds``, or single trials."""
+    rows, dense = trials[~trials["dense"]], dense_gmacs(trials)
+    target = any(abs(level - one) <= 0.002 * dense for one in targets(trials))
+    chosen, left_out = [], []
+    for name, group in _groups(rows, by).items():
+        row = _choose(group, level, dense, target)
+        if row is None:
+            left_out.append((name, _reach(group, target)))
+        else:
+            chosen.append(row)
+    frame = pd.DataFrame(chosen, columns=[*dict.fromkeys([*rows.columns, "how"])])
+    return Cut(level, target, frame, tuple(left_out))
+
+
+def on_curve(trials: pd.DataFrame, level: float) -> Record | None:
+    """One series at any cost: its own trial where one lies within ``NEAR``, else between its two neighbours."""
+    group, dense = trials.to_dict("records"), dense_gmacs(trials)
+    nearest = min(group, key=lambda row: abs(row["gmacs_mean"] - level), default=None)
+    if nearest is not None and abs(nearest["gmacs_mean"] - level) <= NEAR * dense:
+        return {**nearest, "how": NEARBY}
+    neighbours = _neighbours(group, level, dense)
+    return _between(*neighbours, level) if neighbours is not None else None
+
+
+def at_cost(trials: pd.DataFrame, level: float, *, by: str) -> pd.DataFrame:
+    """The rows of ``cut``."""
+    return cut(trials, level, by=by).rows
+
+
+def dense_gmacs(trials: pd.DataFrame) -> float:
+    """Cost of the plain model; of the dearest trial where no row says it."""
+    known = trials["dense_gmacs"].dropna()
+    return float(known.iloc[0]) if len(known) else float(trials["gmacs_mean"].max())
+
+
+def without_seed(text: str) -> str:
+    """The JSON of stages or of a training without its seeds."""
+
+    def strip(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: strip(part) for key, part in value.items() if key != "seed"}
+        return [strip(part) for part in value] if isinstance(value, list) else value
+
+    try:
+        return json.dumps(strip(json.loads(text)), sort_keys=True)
+    except (TypeError, ValueError):
+        return text
+
+
+def _same(row: Record) -> tuple[object, ...]:
+    """What two trials must share to be seeds of one computation. A calibrated setting may differ a little from
+    seed to seed: its target stands for it.
+    """
+    target = row.get("target_gmacs")
+    aimed = target is not None and not pd.isna(target)
+    made = "+".join(reducer_names(row["reducer"])) if aimed else without_seed(row["reducer"])
+    names = ["spec", "model", "variant", "placement", "score", "finetuned", "measured_batch", "batch"]
+    names += ["x", "target_gmacs"] if aimed else ["x", "budget"]
+    values = [None if pd.isna(row.get(name)) else row.get(name) for name in names]
+    return (*values, made, without_seed(str(row.get("training") or "")))
+
+
+def _merge(group: list[Record]) -> Record:
+    """Seeds of one computation as one row. The seed nearest to the mean stands for all where one table is needed."""
+    accuracies = np.array([row["top1"] for row in group], dtype=float)
+    mean = float(accuracies.mean())
+    row = dict(group[int(np.argmin(np.nan_to_num(np.abs(accuracies - mean))))])
+    if len(group) > 1:
+        row |= _average(group, [1 / len(group)] * len(group))
+    row["keys"] = [one["key"] for one in group]
+    row["weights"] = [(one["key"], 1 / len(group)) for one in group]
+    row["seeds"], row["seed_top1"] = len(group), accuracies.tolist()
+    row["top1_sd"] = float(accuracies.std(ddof=1)) if len(group) > 1 else np.nan
+    return row
+
+
+def _average(group: Sequence[Record], weights: Sequence[float]) -> Record:
+    """Weighted means of everything that is a number, the interval taken anew over images where answers are known
+    (else the mean of the bounds, which is a little wide).
+    """
+    means: Record = {}
+    for name in NUMBERS:
+        values = [one.get(name, np.nan) for one in group]
+        means[name] = sum(w * v for w, v in zip(weights, values, strict=True)) if not pd.isna(values).any() else np.nan
+    for name in ("tokens", "tokens_std"):
+        lists = [one[name] for one in group]
+        alike = len({len(values) for values in lists}) == 1 and len(lists[0]) > 0
+        means[name] = list(np.average(np.array(lists, dtype=float), axis=0, weights=weights)) if alike else []
+    answers = [answers_of(one) for one in group]
+    known = [one for one in answers if one is not None]
+    if len(known) == len(group) and len({len(one) for one in known}) == 1:
+        means["answers"] = np.average(np.array(known, dtype=np.float64), axis=0, weights=weights)
+        interval = stats.accuracy(means["answers"])
+        means |= {"top1": interval.value, "top1_low": interval.low, "top1_high": interval.high}
+    else:
+        means["answers"] = None
+    return means
+
+
+def _groups(rows: pd.DataFrame, by: str) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for row in rows.to_dict("records"):
+        found.setdefault(str(row[by]), []).append(row)
+    return found
+
+
+def _reach(group: Sequence[Record], target: bool) -> str:
+    """Why a group has no row at a cost."""
+    if target and all(pd.isna(row["target_gmacs"]) for row in group):
+        return NOT_AIMED
+    costs = [row["gmacs_mean"] for row in group]
+    reach = f"{min(costs):.3g} to {max(costs):.3g}" if len(costs) > 1 else f"{costs[0]:.3g}"
+    return f"has trials at {reach} GMACs only"
+
+
+def _find(group: list[Record], level: float, dense: float, target: bool) -> tuple[str, Record, Record] | None:
+    """How a group comes to a cost, and the trial (twice) or the two neighbours it takes; None where it cannot."""
+    nearest = min(group, key=lambda row: abs(row["gmacs_mean"] - level))
+    apart = abs(nearest["gmacs_mean"] - level)
+    if target:
+        aimed = [
+            r for r in group if abs(r["target_gmacs"] - level) <= 0.002 * dense and r["target_reached"] is not False
+        ]
+        if aimed:
+            best = min(aimed, key=lambda row: abs(row["gmacs_mean"] - level))
+            return CALIBRATED, best, best
+        neighbours = _neighbours(group, level, dense) if apart > NEAR * dense else None
+        if neighbours is not None:
+            return INTERPOLATED, *neighbours
+        if all(pd.isna(row["target_gmacs"]) for row in group):  # a natural point of its own: as it is, or not at all
+            return (NEARBY, nearest, nearest) if apart <= NEAR * dense else None
+    return (NEARBY, nearest, nearest) if apart <= MATCH * dense else None
+
+
+def _choose(group: list[Record], level: float, dense: float, target: bool) -> Record | None:
+    """One group's row at a cost; None where it has none."""
+    found = _find(group, level, dense, target)
+    if found is None:
+        return None
+    how, low, high = found
+    return _between(low, high, level) if how == INTERPOLATED else {**low, "how": how}
+
+
+def _neighbours(group: list[Record], level: float, dense: float) -> tuple[Record, Record] | None:
+    """The trials of a group's own curve on either side of a cost; None where it has no curve there: several
+    placements, or neighbours too far apart.
+    """
+    if len({row["placement"] for row in group}) > 1 or len({tuple(reducer_names(row["reducer"])) for row in group}) > 1:
+        return None
+    below = [row for row in group if row["gmacs_mean"] <= level]
+    above = [row for row in group if row["gmacs_mean"] > level]
+    if not below or not above:
+        return None
+    low, high = max(below, key=lambda row: row["gmacs_mean"]), min(above, key=lambda row: row["gmacs_mean"])
+    return (low, high) if high["gmacs_mean"] - low["gmacs_mean"] <= MAX_GAP * dense else None
+
+
+def _between(low: Record, high: Record, level: float) -> Record:
+    """A row at a cost, linear between two trials. A concave curve lies above: the row is a little too low."""
+    share = (level - low["gmacs_mean"]) / (high["gmacs_mean"] - low["gmacs_mean"])
+    near = low if share < 0.5 else high
+    row = {**near, **_average([low, high], [1 - share, share]), "how": INTERPOLATED}
+    row["seeds"] = min(low.get("seeds", 1), high.get("seeds", 1))
+    row["keys"] = [*low.get("keys", [low["key"]]), *high.get("keys", [high["key"]])]
+    row["weights"] = [(key, (1 - share) * w) for key, w in low.get("weights", [(low["key"], 1.0)])]
+    row["weights"] += [(key, share * w) for key, w in high.get("weights", [(high["key"], 1.0)])]
+    return row
+
+
+def _meeting_costs(rows: pd.DataFrame, dense: float, *, by: str, count: int) -> list[float]:
+    """Costs that trials of several groups happen to share, in results that were not calibrated."""
+    width = MATCH * dense
     costs = np.sort(rows["gmacs_mean"].to_numpy())
     groups = [np.asarray(group["gmacs_mean"]) for _, group in rows.groupby(by, sort=False)]
     away = np.array([[np.abs(group - cost).min() for group in groups] for cost in costs])  # (costs, groups)
@@ -59,28 +284,3 @@ def cost_levels(trials: pd.DataFrame, *, by: str, count: int = 4) -> list[float]
         if near[i].sum() >= 2 and all(abs(costs[i] - level) > 1.5 * width for level in levels):
             levels.append(float(costs[i]))
     return sorted(levels[:count])
-
-
-def at_cost(trials: pd.DataFrame, level: float, *, by: str) -> pd.DataFrame:
-    """The trial of each group nearest to a cost, where one lies within ``MATCH`` of the dense cost."""
-    rows = trials[~trials["dense"]].assign(_away=lambda r: (r["gmacs_mean"] - level).abs())
-    rows = rows[rows["_away"] <= MATCH * dense_gmacs(trials)]
-    return rows.sort_values("_away", kind="stable").groupby(by, sort=False).head(1).drop(columns="_away")
-
-
-def dense_gmacs(trials: pd.DataFrame) -> float:
-    """Cost of the plain model; of the dearest trial where no row says it."""
-    known = trials["dense_gmacs"].dropna()
-    return float(known.iloc[0]) if len(known) else float(trials["gmacs_mean"].max())
-
-
-def _without_seed(stages: str) -> str:
-    def strip(value: object) -> object:
-        if isinstance(value, Mapping):
-            return {key: strip(part) for key, part in value.items() if key != "seed"}
-        return [strip(part) for part in value] if isinstance(value, list) else value
-
-    try:
-        return json.dumps(strip(json.loads(stages)), sort_keys=True)
-    except (TypeError, ValueError):
-        return stages

@@ -1,38 +1,37 @@
-"""The whole analysis of one output folder: figures, tables, and one self-contained page that explains
-them.
-"""
+"""The whole analysis of one output folder: figures, tables, and the answers that open the report."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import jinja2
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from PIL import Image
 
-from analysis import findings, plots, published, style, tables
+from analysis import beside, caveats, findings, page, plots, published, style, tables
 from analysis.comparison import Finding
 from analysis.frame import Results, Setting
-from analysis.plots import Drawn, Sample, Scene
+from analysis.outcomes import with_answers
+from analysis.page import read_samples, safe
+from analysis.plots import Drawn, Scene
 
 log = logging.getLogger(__name__)
 
 TITLES = {  # of the project's own specs, in the order in which a reader meets them
     "score_functions": "Score functions",
     "stage_placement": "Stage placement",
+    "single_multi_stage": "Single stage or several",
     "k_values": "Effect of K",
+    "sampling_method": "Sampling method",
     "class_token": "Dropping the class token",
     "evit_stacking": "Stacking on EViT",
     "methods": "All methods",
+    "adaptivity": "Adaptivity",
+    "model_scaling": "Model scaling",
+    "runtime": "Runtime",
+    "finetuning": "Finetuning",
+    "budget_transfer": "Budget transfer",
 }
 QUESTIONS = {
     "score_functions": "By which score should tokens be chosen?",
@@ -41,8 +40,9 @@ QUESTIONS = {
     "class_token": "Must the class token be kept?",
     "evit_stacking": "Does adaptive sampling on top of EViT pay?",
     "methods": "Which method leads at which cost?",
+    "budget_transfer": "Does one training serve every budget?",
 }
-PNG_DPI = 160
+ACROSS = ("model_scaling",)  # specs whose question is between models: one section for all of them
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,16 @@ class Section:
     findings: list[Finding]
     figures: list[dict[str, str]]
     table: pd.DataFrame
+    beside: pd.DataFrame | None
     published: pd.DataFrame | None
     note: str
+    caveats: list[str]
     failed: int
+
+    @property
+    def headlines(self) -> list[Finding]:
+        """What the report opens with."""
+        return [one for one in self.findings if one.headline] or self.findings[:1]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Part:
     """One setting in the report: its sections and the figures that belong to all of them."""
 
     heading: str
+    anchor: str
     cautions: list[str]
     limits: list[str]
     sections: list[Section]
@@ -84,190 +92,138 @@ class Part:
     shared_findings: list[Finding] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Desk:
+    """Where the parts of one report are written."""
+
+    results: Results
+    looks: Mapping[str, style.Look]
+    folders: Mapping[str, Path]
+    files: dict[str, list[Path]]
+
+    def data(self, setting: Setting) -> str:
+        """The image folder's own name: where it lies is nobody's business."""
+        data = self.results.run.get("data")
+        return Path(data).name if isinstance(data, str) and setting.workload == "imagefolder" else ""
+
+    def embed(self, drawn: list[Drawn], prefix: str) -> list[dict[str, str]]:
+        return [page.embed(one, prefix, self.folders, self.files) for one in drawn]
+
+
 def write_analysis(results: Results) -> Written:
     """Write figures/, tables/ and report.html into the folder the results came from."""
     folders = {name: results.folder / name for name in ("figures", "tables")}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    settings = results.settings()
     looks = style.assign_looks(results.finished, order=["methods"])
-    files: dict[str, list[Path]] = {"figures": [], "tables": []}
+    desk = _Desk(results, looks, folders, {"figures": [], "tables": []})
+    everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
+    main = [setting for setting in everything if not _aside(setting, everything, results)]
     parts = []
-    for setting in settings:
-        prefix = f"{setting.slug}-" if len(settings) > 1 else ""  # one setting, the usual case: plain file names
-        parts.append(_part(results, setting, looks, prefix, folders, files))
+    for number, setting in enumerate(main):
+        prefix = f"{setting.slug}-" if len(main) > 1 else ""  # one setting, the usual case: plain file names
+        parts.append(_part(desk, setting, everything, prefix, f"p{number + 1}"))
     skipped = tuple(name for name in results.specs if name not in set(results.finished["spec"]))
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
-    page = results.folder / "report.html"
-    page.write_text(render(results, parts, skipped), encoding="utf-8")
-    return Written(page, tuple(files["figures"]), tuple(files["tables"]), skipped)
+    out = results.folder / "report.html"
+    out.write_text(page.render(results, parts, skipped), encoding="utf-8")
+    return Written(out, tuple(desk.files["figures"]), tuple(desk.files["tables"]), skipped)
 
 
-def _part(
-    results: Results,
-    setting: Setting,
-    looks: Mapping[str, style.Look],
-    prefix: str,
-    folders: Mapping[str, Path],
-    files: dict[str, list[Path]],
-) -> Part:
+def across_models(results: Results) -> set[str]:
+    """Specs that ask about several models at once: by name, or because the run says that they take them all."""
+    about = results.about_specs.items()
+    return {*ACROSS, *(name for name, words in about if words.get("models") == "all")}
+
+
+def _siblings(setting: Setting, everything: Mapping[Setting, pd.DataFrame]) -> list[Setting]:
+    """The settings on the same images, other models included; the setting itself first."""
+    same = [s for s in everything if (s.workload, s.images, s.data_digest) == (
+        setting.workload, setting.images, setting.data_digest)]  # fmt: skip
+    return [setting, *(one for one in same if one != setting)]
+
+
+def _aside(setting: Setting, everything: Mapping[Setting, pd.DataFrame], results: Results) -> bool:
+    """Whether a setting is only the other side of a comparison of models that another setting's part shows."""
+    across = across_models(results)
+    own = set(everything[setting]["spec"])
+    others = [set(everything[one]["spec"]) for one in _siblings(setting, everything)[1:]]
+    return own <= across and any(own <= specs and not specs <= across for specs in others)
+
+
+def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFrame], prefix: str, anchor: str) -> Part:
     """Figures, tables and findings of one setting."""
-    trials = results.of(setting)
-    data = results.run.get("data")  # only the folder's own name: where it lies is nobody's business
-    name = Path(data).name if isinstance(data, str) and setting.workload == "imagefolder" else ""
-    subtitle = style.describe(setting, trials, data=name)
-    scene = Scene(results.images, looks, subtitle, read_samples(results.folder / "samples"))
+    results, trials = desk.results, everything[setting]
+    scene = Scene(
+        results.images,
+        desk.looks,
+        style.describe(setting, trials, data=desk.data(setting)),
+        read_samples(results.folder / "samples"),
+        setting.model,
+        imagenet=setting.workload != "embedded" and results.run.get("classes", 1000) == 1000,
+        patches=_whole(results.run.get("patches")),
+        count=setting.images,
+    )
+    known = [spec for spec in TITLES if spec in results.specs]
     sections = []
-    known = [name for name in TITLES if name in results.specs]
-    for spec in [*known, *(name for name in results.specs if name not in known)]:
-        rows = results.of(setting, spec)
+    for spec in [*known, *(spec for spec in results.specs if spec not in known)]:
+        rows = trials[trials["spec"] == spec]
         if rows.empty:
             continue
-        about = results.about_specs.get(spec, {})
-        title = str(about.get("title") or TITLES.get(spec) or spec.replace("_", " "))
-        drawn = plots.spec_figures(spec, title, rows, scene)
-        table = tables.measured(rows, results.images)
-        printed, note = published.published_rows(spec, setting), published.published_note(spec)
-        files["tables"] += tables.write(
-            folders["tables"],
-            f"{prefix}{_safe(spec)}",
-            title=title,
-            subtitle=subtitle,
-            ours=table,
-            published=printed,
-            note=note,
-        )
-        failed = int((results.failed["spec"] == spec).sum())
-        sections.append(
-            Section(
-                spec,
-                f"{prefix}{_safe(spec)}",
-                title,
-                str(about.get("question") or QUESTIONS.get(spec, "")),
-                str(about.get("caption") or about.get("description") or ""),
-                findings.answers(spec, rows, results.images),
-                [_embed(one, prefix, folders["figures"], files["figures"]) for one in drawn],
-                tables.display(table),
-                tables.display_published(printed) if len(printed) else None,
-                note,
-                failed,
-            )
-        )
-    shared = [_embed(one, prefix, folders["figures"], files["figures"]) for one in plots.shared_figures(trials, scene)]
-    adapts = findings.adaptivity(plots.overview(trials), results.images)
-    heading = subtitle.split("\n")[0]
+        if spec in across_models(results):
+            rest = [everything[one][everything[one]["spec"] == spec] for one in _siblings(setting, everything)[1:]]
+            rows = pd.concat([rows, *(part for part in rest if len(part))])
+        sections.append(_section(desk, setting, spec, rows, scene, prefix))
+    shared = desk.embed(plots.shared_figures(trials, scene), prefix)
     return Part(
-        heading,
+        scene.subtitle.split("\n")[0],
+        anchor,
         style.caution(setting),
-        findings.limits(setting, trials, results.images),
+        findings.limits(setting, trials),
         sections,
         shared,
-        adapts,
+        findings.adaptivity(plots.overview(trials), trials, results.images),
     )
 
 
-def render(results: Results, parts: list[Part], skipped: tuple[str, ...]) -> str:
-    """The report as one HTML text. Everything that comes from files is escaped by the template engine."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene: Scene, prefix: str) -> Section:
+    """One spec: its figures drawn, its tables written, its answers found."""
+    about = desk.results.about_specs.get(spec, {})
+    title = str(about.get("title") or TITLES.get(spec) or spec.replace("_", " "))
+    scene = replace(scene, subtitle=style.describe(setting, rows, data=desk.data(setting)))
+    table = pd.concat([tables.measured(part) for _, part in rows.groupby("model", sort=False)], ignore_index=True)
+    printed, note = published.published_rows(spec, setting), published.published_note(spec)
+    sided = beside.beside(spec, rows, patches=scene.patches)
+    desk.files["tables"] += tables.write(
+        desk.folders["tables"],
+        f"{prefix}{safe(spec)}",
+        title=title,
+        subtitle=scene.subtitle,
+        ours=table,
+        published=printed,
+        beside=sided,
+        note=note,
     )
-    trials, run = results.trials, results.run
-    return environment.get_template("report.html.j2").render(
-        parts=parts,
-        skipped_specs=skipped,
-        failed=results.failed.to_dict("records"),
-        images_skipped=results.skipped_images,
-        trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
-        finished=len(results.finished),
-        versions=_versions(trials, run),
-        command=_command(run.get("command")),
-        devices=sorted({device for device in trials["device"] if device}),
-        seconds=float(trials["seconds"].sum()),
-        created=max(trials["created"], default=""),
-        notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
+    shown = tables.display(table)
+    if rows["model"].nunique() > 1:
+        shown.insert(0, "model", table["model"].to_list())
+    return Section(
+        spec,
+        f"{prefix}{safe(spec)}",
+        title,
+        str(about.get("question") or QUESTIONS.get(spec, "")),
+        str(about.get("caption") or about.get("description") or ""),
+        findings.answers(spec, rows),
+        desk.embed(plots.spec_figures(spec, title, rows, scene), prefix),
+        shown,
+        sided if len(sided) else None,
+        tables.display_published(printed) if len(printed) else None,
+        note,
+        caveats.caveats(spec, setting, rows),
+        int((desk.results.failed["spec"] == spec).sum()),
     )
 
 
-def save_figure(drawn: Drawn, folder: Path, name: str) -> tuple[list[Path], str]:
-    """Write a figure as PNG and SVG, the same bytes for the same data; returns the files and the SVG text."""
-    with style.theme():
-        png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-        drawn.figure.savefig(png, dpi=PNG_DPI, metadata={"Title": drawn.title})
-        buffer = io.StringIO()
-        drawn.figure.savefig(buffer, format="svg", metadata={"Title": drawn.title, "Date": None})
-        svg.write_text(buffer.getvalue(), encoding="utf-8")
-    return [png, svg], buffer.getvalue()
-
-
-def _embed(drawn: Drawn, prefix: str, folder: Path, files: list[Path]) -> dict[str, str]:
-    """Save a figure and return what the page needs of it. An image element isolates the figure's own ids from
-    the page's.
-    """
-    name = f"{prefix}{_safe(drawn.name)}"
-    paths, svg = save_figure(drawn, folder, name)
-    files += paths
-    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
-    width, height = (round(96 * inches) for inches in _size(drawn.figure))
-    return {
-        "name": name,
-        "title": drawn.title,
-        "caption": drawn.caption,
-        "source": source,
-        "width": str(width),
-        "height": str(height),
-    }
-
-
-def read_samples(folder: Path) -> list[Sample]:
-    """The thumbnails of a run; [] where there are none. One that cannot be read is left out."""
-    try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        entries, grid = index["images"], (int(index["grid"][0]), int(index["grid"][1]))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        log.warning("%s/index.json cannot be used (%s): no sheet of sample images", folder, error)
-        return []
-    found = []
-    for entry in entries:
-        try:
-            path = folder / Path(str(entry["file"])).name  # a name, never a path out of the folder
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            found.append(Sample(str(entry["image"]), int(entry["row"]), pixels, grid))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("sample %s cannot be used (%s)", entry, error)
-    return found
-
-
-def _safe(name: str) -> str:
-    """A spec's name as part of a file name."""
-    return "".join(c if c.isalnum() or c in "_-" else "-" for c in name) or "unnamed"
-
-
-def _size(figure: Figure) -> tuple[float, float]:
-    width, height = figure.get_size_inches()
-    return float(width), float(height)
-
-
-def _versions(trials: pd.DataFrame, run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Versions recorded by the trials and by the run, each name with every value seen."""
-    seen: dict[str, set[str]] = {}
-    sources = [run.get("versions"), *dict.fromkeys(trials["versions"])]
-    for source in sources:
-        try:
-            values = json.loads(source) if isinstance(source, str) and source else source
-        except ValueError:
-            values = {"recorded": source}
-        for name, value in (values or {}).items() if isinstance(values, Mapping) else ():
-            seen.setdefault(str(name), set()).add(str(value))
-    return [(name, ", ".join(sorted(values))) for name, values in sorted(seen.items())]
-
-
-def _command(command: object) -> str:
-    return " ".join(map(str, command)) if isinstance(command, list | tuple) else str(command or "")
+def _whole(value: object) -> int | None:
+    return value if isinstance(value, int) else None

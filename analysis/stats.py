@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ from scipy import stats as scipy_stats
 
 LEVEL = 0.95  # every interval of the project
 ALPHA = 0.05
+DRAWS = 4000  # resamples of a bootstrap
+DISTINCT = 64  # of so many different values the draws are counted, not the images
 POWER = 0.8  # "can tell" means: finds a difference of this size in 80 % of repetitions
 
 
@@ -29,17 +32,25 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two trials on the same images: ``difference`` = accuracy of the first minus that of the second (-1 ..
-    1).
+    """Two results on the same images: ``difference`` = accuracy of the first minus that of the second (-1 .. 1).
+
+    ``test`` names where ``p_value``, ``low`` and ``high`` come from. "McNemar": the exact test, with Bonett and
+    Price's interval. "paired bootstrap": where an image's answer is a mean (over seeds, or of two trials between
+    which a cost lies) and there is nothing to count. ``first_only`` and ``second_only`` are images (parts of
+    images, in that case) that only one of the two gets right.
     """
 
     images: int
-    first_only: int  # images only the first gets right
-    second_only: int
+    first_only: float
+    second_only: float
     difference: float
     low: float
     high: float
-    p_value: float  # McNemar's exact test, two-sided
+    p_value: float  # two-sided
+    mid_p: float  # McNemar's mid-p (Fagerland, Lydersen and Laake, 2013): less conservative; nan for means
+    boot_low: float  # paired bootstrap of the difference, percentile interval
+    boot_high: float
+    test: str = "McNemar"
 
     @property
     def discordance(self) -> float:
@@ -75,25 +86,42 @@ def bootstrap(
     values: ArrayLike,
     *,
     statistic: Callable[..., NDArray[np.float64]] = np.mean,
-    draws: int = 2000,
+    draws: int = DRAWS,
     level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
     """Percentile bootstrap over images: ``statistic(resampled, axis=1)`` of ``draws`` samples with
     replacement.
+
+    The mean of values of which few differ (right or wrong, whole tokens) needs no sample of images: how often each
+    value is drawn is multinomial, which is the same distribution at a cost that does not grow with the images.
     """
     data = np.asarray(values, dtype=np.float64)
     if data.ndim != 1 or not len(data):
         raise ValueError(f"values of shape {data.shape}: a bootstrap needs one number an image, and at least one image")
     random = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(data))  # resampled values in memory at a time
-    sizes = [min(chunk, draws - start) for start in range(0, draws, chunk)]
-    found = [statistic(data[random.integers(len(data), size=(size, len(data)))], axis=1) for size in sizes]
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    found = _drawn_means(data, draws, random) if statistic is np.mean else None
+    if found is None:
+        chunk = max(1, 2_000_000 // len(data))  # resampled values in memory at a time
+        sizes = [min(chunk, draws - start) for start in range(0, draws, chunk)]
+        parts = [statistic(data[random.integers(len(data), size=(size, len(data)))], axis=1) for size in sizes]
+        found = np.concatenate(parts)
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(statistic(data[None], axis=1)[0]), float(low), float(high))
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> Paired:
+def accuracy(correct: ArrayLike, *, draws: int = DRAWS, level: float = LEVEL, seed: int = 0) -> Interval:
+    """A share of right answers (0 .. 1, or an image's mean over seeds) with its bootstrap interval over images.
+
+    Where every image has the same answer a bootstrap knows no spread: Wilson's interval stands in.
+    """
+    data = np.asarray(correct, dtype=np.float64)
+    if data.ndim == 1 and len(data) and np.ptp(data) == 0:
+        return wilson(float(data.sum()), len(data), level=level)
+    return bootstrap(data, draws=draws, level=level, seed=seed)
+
+
+def mcnemar(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL, draws: int = DRAWS) -> Paired:
     """Compare two trials by the images on which they disagree.
 
     p: McNemar's exact (binomial) test. Interval of the difference: Bonett and Price's adjusted Wald interval
@@ -101,13 +129,44 @@ def mcnemar(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> Pai
     0.
     """
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(f"{a.shape} and {b.shape} outcomes: a paired test needs the same images, at least one")
+    _same_images(a, b)
     n, a_only, b_only = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    p = 1.0 if a_only + b_only == 0 else float(scipy_stats.binomtest(a_only, a_only + b_only, 0.5).pvalue)
+    count = a_only + b_only
+    p = 1.0 if count == 0 else float(scipy_stats.binomtest(a_only, count, 0.5).pvalue)
+    less = min(a_only, b_only)
+    tail = scipy_stats.binom.cdf(less, count, 0.5) - 0.5 * scipy_stats.binom.pmf(less, count, 0.5) if count else 0.5
+    mid = min(1.0, 2 * float(tail))
     pa, pb = (a_only + 1) / (n + 2), (b_only + 1) / (n + 2)
     half = _z(level) * math.sqrt((pa + pb - (pa - pb) ** 2) / (n + 2))
-    return Paired(n, a_only, b_only, (a_only - b_only) / n, max(-1.0, pa - pb - half), min(1.0, pa - pb + half), p)
+    low, high = max(-1.0, pa - pb - half), min(1.0, pa - pb + half)
+    boot = bootstrap(a.astype(np.float64) - b, draws=draws, level=level)
+    return Paired(n, a_only, b_only, (a_only - b_only) / n, low, high, p, mid, boot.low, boot.high)
+
+
+def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL, draws: int = DRAWS) -> Paired:
+    """Compare two results by their difference on each image, whatever numbers these are.
+
+    p: twice the smaller share of resamples on one side of zero, each share with one sample added (never 0).
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    _same_images(a, b)
+    apart = a - b
+    random = np.random.default_rng(0)
+    means = _drawn_means(apart, draws, random)
+    if means is None:
+        means = apart[random.integers(len(apart), size=(draws, len(apart)))].mean(axis=1)
+    tails = ((means <= 0).sum() + 1) / (draws + 1), ((means >= 0).sum() + 1) / (draws + 1)
+    low, high = (float(bound) for bound in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    more, less = float(np.clip(apart, 0, None).sum()), float(np.clip(-apart, 0, None).sum())
+    p = min(1.0, 2 * float(min(tails)))
+    return Paired(len(a), more, less, float(apart.mean()), low, high, p, math.nan, low, high, "paired bootstrap")
+
+
+def paired(first: ArrayLike, second: ArrayLike) -> Paired:
+    """McNemar's test where both sides are right or wrong, else the paired bootstrap."""
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
+    return mcnemar(a > 0.5, b > 0.5) if binary else paired_bootstrap(a, b)
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> Paired:
@@ -167,6 +226,19 @@ def spearman(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> In
         return Interval(rho, rho, rho)
     half = _z(level) * math.sqrt((1 + rho * rho / 2) / (len(a) - 3))
     return Interval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
+
+
+def _same_images(a: NDArray[Any], b: NDArray[Any]) -> None:
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"{a.shape} and {b.shape} outcomes: a paired test needs the same images, at least one")
+
+
+def _drawn_means(data: NDArray[np.float64], draws: int, random: np.random.Generator) -> NDArray[np.float64] | None:
+    """Means of ``draws`` resamples by counting how often each value is drawn; None where too many values differ."""
+    values, counts = np.unique(data, return_counts=True)
+    if len(values) > DISTINCT:
+        return None
+    return random.multinomial(len(data), counts / len(data), size=draws) @ values / len(data)
 
 
 def _z(level: float) -> float:

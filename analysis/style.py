@@ -143,6 +143,11 @@ def look(slot: int) -> Look:
     return Look(COLOURS[slot % len(COLOURS)], MARKERS[slot % len(MARKERS)], DASHES[slot // len(COLOURS) % len(DASHES)])
 
 
+def look_for(colour: int, shape: int) -> Look:
+    """A look by two numbers: what shares the first has the same colour, what shares the second the same shape."""
+    return Look(COLOURS[colour % len(COLOURS)], MARKERS[shape % len(MARKERS)], DASHES[shape % len(DASHES)])
+
+
 def look_of(name: str, looks: Mapping[str, Look]) -> Look:
     """The look of a series; of one that was never assigned, a look of its own that depends on its name
     alone.
@@ -157,7 +162,7 @@ def cost(gmacs: float) -> str:
 
 def label(variant: str) -> str:
     """A series as legends and tables write it."""
-    return textwrap.fill(variant.replace("_", " "), 42)
+    return textwrap.fill(variant.replace("_", " "), 34)
 
 
 def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:
@@ -193,10 +198,14 @@ def put_legend(figure: Figure, handles: Iterable[Any], *, columns: int | None = 
         return
     longest = max(max(map(len, str(entry.get_label()).split("\n"))) for entry in entries)
     fits = max(1, int(figure.get_figwidth() * 12 / (longest + 7)))
+    across = min(columns or fits, fits, len(entries))
+    down = -(-len(entries) // across)
+    lines = sum(max(str(e.get_label()).count("\n") + 1 for e in entries[i::down]) for i in range(down))
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, lines - 3))  # a long legend takes nothing from the axes
     figure.legend(
         handles=entries,
         loc="outside lower center",
-        ncols=min(columns or fits, fits, len(entries)),
+        ncols=across,
         handlelength=2.6,
         columnspacing=1.4,
     )
@@ -209,6 +218,16 @@ def handle(name: str, looks: Mapping[str, Look]) -> Line2D:
 
 def dense_handle() -> Line2D:
     return Line2D([], [], color=DENSE_COLOUR, marker="*", markersize=11, linestyle="--", linewidth=1, label=DENSE)
+
+
+def rule_handle(text: str, dashes: Any) -> Line2D:
+    """A legend entry for a thin grey rule."""
+    return Line2D([], [], color="#777777", linestyle=dashes, linewidth=1, label=text)
+
+
+def plain_handle(text: str) -> Line2D:
+    """A legend entry for what was left as it is."""
+    return Line2D([], [], color="#8d8d8d", marker="x", linestyle=":", label=text)
 
 
 def draw_dense(axes: Axes, *, gmacs: float | None, value: float) -> None:

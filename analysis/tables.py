@@ -7,17 +7,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.matching import dense_gmacs, merge_seeds
+from analysis.matching import against_dense, dense_gmacs, merge_seeds
 
 OUR_NOTE = (
     "GMACs: as executed, reducer included, mean ± standard deviation over images. Reference: the published "
-    "algorithm's order of work, for comparison with print. Brackets: 95 % intervals; the difference to "
-    "dense is paired on the same images."
+    "algorithm's order of work, for comparison with print. Brackets: 95 % intervals over images (bootstrap; Wilson's "
+    "where a run left no per-image table); the difference to dense is paired on the same images. Seeds, where several: "
+    "± is the standard deviation over them, which is not in the brackets. Target: the cost aimed at, * where it could "
+    "not be reached. Trials by the first eight digits of their key."
 )
+TESTS = (
+    "difference_low", "difference_high", "difference_boot_low", "difference_boot_high", "p_value", "mid_p", "test",
+)  # fmt: skip
+COPIED = (
+    "agreement", "coverage", "class_kept", "target_gmacs", "calibration_gmacs", "target_reached", "probes",
+    "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
+    "epochs",
+)  # fmt: skip
+SHORT = 8  # digits of a key in a table
 PUBLISHED_NOTE = (
     "Published by others, as printed. Not measured here; what differs from our setting stands in the last column."
 )
@@ -29,56 +42,70 @@ _LATEX = {
 }  # fmt: skip
 
 
-def measured(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def measured(trials: pd.DataFrame) -> pd.DataFrame:
     """Numbers of one spec, the dense model first: accuracies and differences 0 .. 1, costs in GMACs, trial
     keys.
     """
     rows = merge_seeds(trials[~trials["dense"]])
     dense_cost = dense_gmacs(trials)
     records = [_dense_record(trials, dense_cost)] if trials["dense_top1"].notna().any() else []
-    for row in rows.to_dict("records"):
-        paired = None
-        if row["key"] in images and "dense_correct" in images[row["key"]]:
-            paired = stats.compare_with_dense(images[row["key"]])
-        records.append(
-            {
-                "variant": row["variant"],
-                "x": row["x"],
-                "placement": row["placement"],
-                "budget": row["budget"],
-                "seeds": row["seeds"],
-                "gmacs": row["gmacs_mean"],
-                "gmacs_std": row["gmacs_std"],
-                "reference_gmacs": row["reference_gmacs_mean"],
-                "reducer_gmacs": row["reducer_gmacs_mean"],
-                "share_of_dense": row["gmacs_mean"] / dense_cost,
-                "top1": row["top1"],
-                "top1_low": row["top1_low"],
-                "top1_high": row["top1_high"],
-                "difference": row["top1"] - row["dense_top1"],
-                "difference_low": paired.low if paired else math.nan,
-                "difference_high": paired.high if paired else math.nan,
-                "mcnemar_p": paired.p_value if paired else math.nan,
-                "tokens_out": row["tokens"][-1] if len(row["tokens"]) else math.nan,
-                "agreement": row["agreement"],
-                "coverage": row["coverage"],
-                "class_kept": row["class_kept"],
-                "keys": " ".join(row["keys"]),
-            }
-        )
+    records += [_record(row, dense_cost) for row in rows.to_dict("records")]
     return pd.DataFrame(records)
 
 
+def _record(row: Mapping[str, Any], dense_cost: float) -> dict[str, Any]:
+    """One row of ``merge_seeds`` as a line of the table."""
+    paired = against_dense(row)
+    tests = {} if paired is None else {
+        "difference_low": paired.low,
+        "difference_high": paired.high,
+        "difference_boot_low": paired.boot_low,
+        "difference_boot_high": paired.boot_high,
+        "p_value": paired.p_value,
+        "mid_p": paired.mid_p,
+        "test": paired.test,
+    }  # fmt: skip
+    copied = {name: row.get(name, math.nan) for name in COPIED}
+    return {
+        "model": row["model"],
+        "variant": row["variant"],
+        "x": row["x"],
+        "placement": row["placement"],
+        "budget": row["budget"],
+        "seeds": row["seeds"],
+        "finetuned": row["finetuned"],
+        "gmacs": row["gmacs_mean"],
+        "gmacs_std": row["gmacs_std"],
+        "reference_gmacs": row["reference_gmacs_mean"],
+        "reducer_gmacs": row["reducer_gmacs_mean"],
+        "share_of_dense": row["gmacs_mean"] / dense_cost,
+        "top1": row["top1"],
+        "top1_low": row["top1_low"],
+        "top1_high": row["top1_high"],
+        "top1_seed_sd": row["top1_sd"],
+        "interval": row.get("interval", ""),
+        "difference": row["top1"] - row["dense_top1"],
+        **{name: tests.get(name, math.nan) for name in TESTS},
+        "tokens_out": row["tokens"][-1] if len(row["tokens"]) else math.nan,
+        **copied,
+        "reducer": row["reducer"],
+        "keys": " ".join(row["keys"]),
+    }
+
+
 def display(table: pd.DataFrame) -> pd.DataFrame:
-    """``measured`` as a reader sees it: every cell text, units in the header."""
-    seeds = table["seeds"] > 1
+    """``measured`` as a reader sees it: every cell text, units in the header. Columns without a value are left out."""
     columns = {
         "variant": [
-            f"{v.replace('_', ' ')}{f' ({int(n)} seeds)' if many else ''}"
-            for v, n, many in zip(table["variant"], table["seeds"], seeds, strict=True)
+            f"{v.replace('_', ' ')}{f' ({int(n)} seeds)' if n > 1 else ''}"
+            for v, n in zip(table["variant"], table["seeds"], strict=True)
         ],
         "placement": table["placement"].to_list(),
         "budget": [b or (f"{x:g}" if pd.notna(x) else "") for b, x in zip(table["budget"], table["x"], strict=True)],
+        "target": [
+            f"{_number(value, 3)}{'*' if reached is False else ''}"
+            for value, reached in zip(table["target_gmacs"], table["target_reached"], strict=True)
+        ],
         "GMACs": [
             f"{_number(m, 3)} ± {_number(s, 3)}" if pd.notna(s) and s >= 0.0005 else _number(m, 3)
             for m, s in zip(table["gmacs"], table["gmacs_std"], strict=True)
@@ -86,14 +113,23 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
         "GMACs, reference": [_number(value, 3) for value in table["reference_gmacs"]],
         "share of dense (%)": [_number(100 * value, 1) for value in table["share_of_dense"]],
         "top-1 (%)": [with_bounds(*row) for row in table[["top1", "top1_low", "top1_high"]].to_numpy(dtype=float)],
+        "over seeds": [f"± {percent(value)}" if pd.notna(value) else "" for value in table["top1_seed_sd"]],
         "to dense (points)": [
             with_bounds(*row, sign=True)
             for row in table[["difference", "difference_low", "difference_high"]].to_numpy(dtype=float)
         ],
         "tokens out": [_number(value, 1) for value in table["tokens_out"]],
-        "trial": [keys.split(" ")[0] + (f" +{keys.count(' ')}" if " " in keys else "") for keys in table["keys"]],
+        "speed-up": [f"{_number(value, 2)} ×" if pd.notna(value) else "" for value in table["speedup"]],
+        "trial": [short_keys(keys) for keys in table["keys"]],
     }
-    return pd.DataFrame(columns)
+    optional = ("target", "over seeds", "speed-up")
+    return pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
+
+
+def short_keys(keys: str) -> str:
+    """Space-separated keys as a table shows them: "0123abcd +2"."""
+    first, *others = keys.split(" ")
+    return first[:SHORT] + (f" +{len(others)}" if others else "")
 
 
 def display_published(rows: pd.DataFrame) -> pd.DataFrame:
@@ -172,6 +208,7 @@ def write(
     subtitle: str,
     ours: pd.DataFrame,
     published: pd.DataFrame,
+    beside: pd.DataFrame,
     note: str,
 ) -> list[Path]:
     """Write a spec's tables: <name>.md and .tex with both parts apart, <name>.csv with our numbers only, and
@@ -180,6 +217,10 @@ def write(
     heading = ". ".join(subtitle.split("\n"))
     md = [f"# {title}\n", f"{heading}\n", to_markdown(shown), f"{OUR_NOTE}\n"]
     tex = [to_latex(shown, caption=f"{title} ({heading}). {OUR_NOTE}", label=name)]
+    if len(beside):
+        sided = beside.assign(trials=[short_keys(keys) for keys in beside["trials"]])
+        md += ["## Beside print\n", to_markdown(sided)]
+        tex.append(to_latex(sided, caption=f"{title}: beside published values.", label=f"{name}-beside"))
     if len(published) or note:
         md.append("## Published\n")
         md += [f"{note}\n"] if note else []
@@ -193,6 +234,8 @@ def write(
         folder / f"{name}.tex": "\n".join(tex),
         folder / f"{name}.csv": ours.to_csv(index=False),
     }
+    if len(beside):
+        paths[folder / f"{name}_beside.csv"] = beside.to_csv(index=False)
     if len(published):
         paths[folder / f"{name}_published.csv"] = published.to_csv(index=False)
     for path, text in paths.items():
@@ -207,14 +250,22 @@ def _dense_record(trials: pd.DataFrame, cost: float) -> dict[str, object]:
     first = trials[trials["dense_top1"].notna()].iloc[0]
     own = trials[trials["dense"]]
     top1, images = float(first["dense_top1"]), int(first["images"])
-    bounds = stats.wilson(top1 * images, images) if images else stats.Interval(top1, math.nan, math.nan)
+    answers = first.get("dense_answers")
+    if isinstance(answers, np.ndarray):
+        bounds, interval = stats.accuracy(answers), "bootstrap"
+    else:
+        bounds = stats.wilson(top1 * images, images) if images else stats.Interval(top1, math.nan, math.nan)
+        interval = "Wilson"
     tokens = own.iloc[0]["tokens"] if len(own) else first["tokens"][:1]  # the first block has not reduced anything yet
     return {
+        **dict.fromkeys((*TESTS, *COPIED), math.nan),
+        "model": first["model"],
         "variant": "dense",
         "x": math.nan,
         "placement": "",
         "budget": "",
         "seeds": 1,
+        "finetuned": False,
         "gmacs": cost,
         "gmacs_std": 0.0,
         "reference_gmacs": cost,
@@ -223,14 +274,12 @@ def _dense_record(trials: pd.DataFrame, cost: float) -> dict[str, object]:
         "top1": top1,
         "top1_low": bounds.low,
         "top1_high": bounds.high,
+        "top1_seed_sd": math.nan,
+        "interval": interval,
         "difference": 0.0,
-        "difference_low": math.nan,
-        "difference_high": math.nan,
-        "mcnemar_p": math.nan,
         "tokens_out": tokens[-1] if len(tokens) else math.nan,
         "agreement": 1.0,
-        "coverage": math.nan,
-        "class_kept": math.nan,
+        "reducer": "[]",
         "keys": " ".join(own["key"]),
     }
 

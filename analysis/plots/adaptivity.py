@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import stats, style
+from analysis.plots.clutter import known, tokens_kept
 from analysis.style import Look
 
 CAPTION_CLUTTER = (
@@ -23,31 +24,26 @@ CAPTION = (
     "How many images leave the last block with how many tokens, for methods that let the number differ "
     "from image to image. Trials nearest to {level}."
 )
+LINES = 9  # methods that one pair of panels can still show
 BINS = 30  # of the histogram, about
-
-
-def tokens_out(table: pd.DataFrame) -> np.ndarray:
-    """Tokens leaving the last block, one number an image."""
-    return np.array([tokens[-1] for tokens in table["tokens"]], dtype=float)
 
 
 def adaptive(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The trials whose number of tokens differs between images, by their per-image tables."""
     keep = [
-        key in images and "tokens" in images[key] and len(images[key]) > 1 and np.ptp(tokens_out(images[key])) > 0
+        key in images and "tokens" in images[key] and len(images[key]) > 1 and np.ptp(tokens_kept(images[key])) > 0
         for key in trials["key"]
     ]
     return trials[np.array(keep, dtype=bool)]
 
 
 def clutter_known(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> bool:
-    tables = [images[key] for key in trials["key"] if key in images]
-    return bool(tables) and all("clutter" in table and table["clutter"].notna().all() for table in tables)
+    return known([images[key] for key in trials["key"] if key in images], "clutter")
 
 
 def correlation(table: pd.DataFrame) -> stats.Interval:
-    """Spearman's rank correlation of tokens leaving the last block with clutter, over images."""
-    return stats.spearman(tokens_out(table), table["clutter"].to_numpy(dtype=float))
+    """Spearman's rank correlation of tokens kept with clutter, over images."""
+    return stats.spearman(tokens_kept(table), table["clutter"].to_numpy(dtype=float))
 
 
 @style.themed
@@ -61,10 +57,10 @@ def adaptivity(
 ) -> Figure:
     """Distribution of tokens over images and, where clutter is known, tokens against clutter."""
     rows = adaptive(trials, images)
-    known = clutter_known(rows, images)
+    cluttered = clutter_known(rows, images)
     figure = style.new_figure(height=4.4)
-    panels = figure.subplots(1, 2 if known else 1, squeeze=False)[0]
-    counts = [tokens_out(images[key]) for key in rows["key"]]
+    panels = figure.subplots(1, 2 if cluttered else 1, squeeze=False)[0]
+    counts = [tokens_kept(images[key]) for key in rows["key"]]
     low, high = min(map(np.min, counts)), max(map(np.max, counts))
     # the same bins for all: a whole number of tokens wide, about thirty of them, centred on whole numbers
     width = max(1, round((high - low) / BINS))
@@ -72,7 +68,7 @@ def adaptivity(
     handles = []
     for row in rows.to_dict("records"):
         table, look, name = images[row["key"]], style.look_of(row["variant"], looks), row["variant"]
-        tokens = tokens_out(table)
+        tokens = tokens_kept(table)
         sns.histplot(
             x=tokens,
             bins=bins,
@@ -85,13 +81,13 @@ def adaptivity(
             label=name,
         )
         entry = style.handle(name, looks)
-        if known:
+        if cluttered:
             _against_clutter(panels[1], table.assign(_tokens=tokens), row["variant"], looks)
             rho = correlation(table)
             entry.set_label(f"{style.label(name)}: rho = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
         handles.append(entry)
     panels[0].set(xlabel="tokens leaving the last block", ylabel="images", ylim=(0, None))
-    if known:
+    if cluttered:
         panels[1].set(xlabel="clutter (pieces around the object)", ylabel="tokens leaving the last block")
     style.put_title(figure, title, subtitle)
     style.put_legend(figure, handles)

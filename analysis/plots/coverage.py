@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import stats, style
 from analysis.matching import merge_seeds
-from analysis.plots.tradeoff import share_axis
+from analysis.plots import panels
 from analysis.style import Look
 
 CAPTION = (
     "Share of the patches on the object that still have a token of their own after the last block, mean over "
-    "images with 95 % bootstrap intervals, against multiply-adds as executed. A merged group counts for its "
-    "heaviest member only, so merging methods keep more information about the object than their curve shows."
+    "images with 95 % bootstrap intervals. Left: against multiply-adds as executed. Right: against the share of all "
+    "patches that are left, where the dashed diagonal is what a blind choice would cover. A merged group counts for "
+    "its heaviest member only, so merging methods keep more information about the object than their curve shows."
 )
 
 
@@ -28,29 +31,50 @@ def coverage(
     title: str,
     subtitle: str,
 ) -> Figure:
-    """Coverage of the object's mask against GMACs, one curve a series."""
+    """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
     rows = merge_seeds(trials[~trials["dense"] & trials["coverage"].notna()])
-    figure = style.new_figure()
-    axes = figure.subplots()
+    rows = rows.assign(left=[100 * _left(row) for row in rows.to_dict("records")])
     names = list(dict.fromkeys(rows["variant"]))
+    if len(names) > panels.TOO_MANY:
+        return _many(rows, names, looks=looks, title=title, subtitle=subtitle)
+    figure = style.new_figure(height=4.6)
+    against_cost, against_left = figure.subplots(1, 2, sharey=True)
     for name in names:
         part = rows[rows["variant"] == name].sort_values("gmacs_mean", kind="stable")
-        value = 100 * part["coverage"]
-        spread = [_half_widths(key, images) for key in part["key"]]
-        axes.errorbar(
-            part["gmacs_mean"],
-            value,
-            yerr=list(zip(*spread, strict=True)),
-            elinewidth=1,
-            capsize=2,
-            label=name,
-            **style.look_of(name, looks).line(),
-        )
-    axes.set(xlabel=style.GMACS, ylabel="object's patches that survive (%)", ylim=(0, 104))
-    share_axis(axes, trials)
+        spread = list(zip(*(_half_widths(key, images) for key in part["key"]), strict=True))
+        line = style.look_of(name, looks).line()
+        for axes, x in ((against_cost, "gmacs_mean"), (against_left, "left")):
+            axes.errorbar(part[x], 100 * part["coverage"], yerr=spread, elinewidth=1, capsize=2, label=name, **line)
+    against_left.plot([0, 100], [0, 100], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, gid="chance")
+    against_cost.set(xlabel=style.GMACS, ylabel="object's patches that survive (%)", ylim=(0, 104))
+    against_left.set(xlabel="all patches that survive (%)", xlim=(0, 104))
     style.put_title(figure, title, subtitle)
-    style.put_legend(figure, [style.handle(name, looks) for name in names])
+    chance = Line2D([], [], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, label="a blind choice")
+    style.put_legend(figure, [*(style.handle(name, looks) for name in names), chance])
     return style.finish(figure)
+
+
+def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+    """Against the patches left, a panel a series."""
+    figure = panels.new_figure(len(names))
+    grid = panels.subplots(figure, len(names))
+    for axes, name in zip(grid, names, strict=True):
+        for other, part in rows.groupby("variant", sort=False):
+            part = part.sort_values("left")
+            line = style.look_of(name, looks).line() | {"label": name} if other == name else panels.BEHIND
+            axes.plot(part["left"], 100 * part["coverage"], **line)
+        axes.plot([0, 100], [0, 100], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, gid="chance")
+        axes.set(xlim=(0, 104), ylim=(0, 104))
+        panels.name_panel(axes, name)
+    panels.share_limits(grid, "all patches that survive (%)", "object's patches that survive (%)", figure)
+    style.put_title(figure, title, subtitle)
+    return style.finish(figure)
+
+
+def _left(row: Mapping[str, Any]) -> float:
+    """Tokens leaving the last block as a share of those entering the first (both with their prefix)."""
+    tokens = row["tokens"]
+    return float(tokens[-1] / tokens[0]) if len(tokens) else float("nan")
 
 
 def _half_widths(key: str, images: Mapping[str, pd.DataFrame]) -> tuple[float, float]:

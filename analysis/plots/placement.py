@@ -12,16 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import MATCH, at_cost, cost_levels, dense_gmacs, merge_seeds
+from analysis.matching import INTERPOLATED, MATCH, at_cost, cost_levels, dense_gmacs, merge_seeds
 from analysis.plots.tradeoff import draw_intervals
 from analysis.style import Look
 
 CAPTION = (
-    f"Each curve is one cost; a placement appears on it where a trial came within {MATCH:.0%} of the dense "
-    "model's cost of it. Above: top-1 accuracy with 95 % intervals. Below: the cost reached, because costs "
-    "match only nearly. Lines join single blocks only; sets of blocks stand on their own to the right. "
-    "Early blocks cannot reach high costs and late blocks cannot reach low ones: a missing point is a cost "
-    "that the placement did not reach."
+    "Each curve is one cost; a placement appears on it where a trial was calibrated to it, else came within "
+    f"{MATCH:.0%} of the dense model's cost of it, else (marked by a cross) between its own two neighbours. Above: "
+    "top-1 accuracy with 95 % intervals. Below: the cost reached, because costs match only nearly. Lines join single "
+    "blocks only; sets of blocks stand on their own to the right. Early blocks cannot reach high costs and late blocks "
+    "cannot reach low ones: a missing point is a cost that the placement did not reach."
 )
 
 
@@ -64,7 +64,7 @@ def placement(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
             at_cost(rows, level, by="placement"),
         )
         for level in levels
-    ] or [("every trial", rows)]
+    ] or [("every trial", rows.assign(how=""))]
     looks = {name: style.look(slot) for slot, (name, _) in enumerate(parts)}
     for slot, (name, part) in enumerate(parts):
         place = part["placement"].map(names.index)
@@ -98,4 +98,6 @@ def _draw(accuracy: Axes, cost: Axes, part: pd.DataFrame, name: str, looks: Mapp
     for rows, line in ((joined, {}), (apart, {"linestyle": "none"})):
         if len(rows):
             draw_intervals(accuracy, rows["_place"], rows, name=name, looks=looks, joined=rows is joined)
+            between = rows[rows["how"] == INTERPOLATED]
+            accuracy.plot(between["_place"], 100 * between["top1"], "x", color="white", markersize=4, zorder=6)
             cost.plot(rows["_place"], rows["gmacs_mean"], label=name, **{**looks[name].line(), **line})

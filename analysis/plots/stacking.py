@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import stats, style
 from analysis.frame import reducer_names
-from analysis.matching import merge_seeds
+from analysis.matching import merge_seeds, paired
 from analysis.plots.tradeoff import draw_curves
 from analysis.style import Look
 
@@ -47,7 +47,7 @@ def base_variant(trials: pd.DataFrame) -> str | None:
     return best[0] if best else None
 
 
-def gains(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Gain]:
+def gains(trials: pd.DataFrame) -> list[Gain]:
     """Every stack against the base series at the same ``x``."""
     base = base_variant(trials)
     rows = merge_seeds(trials[~trials["dense"]])
@@ -59,9 +59,6 @@ def gains(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Gain
         same = alone[alone["x"].isna()] if pd.isna(row["x"]) else alone[(alone["x"] - row["x"]).abs() < 1e-9]
         if len(same):
             other = same.iloc[0]
-            paired = None
-            if row["key"] in images and other["key"] in images:
-                paired = stats.compare(images[row["key"]], images[other["key"]])
             x = None if pd.isna(row["x"]) else float(row["x"])
             found.append(
                 Gain(
@@ -71,7 +68,7 @@ def gains(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Gain
                     other["key"],
                     1 - row["gmacs_mean"] / other["gmacs_mean"],
                     float(row["top1"] - other["top1"]),
-                    paired,
+                    paired(row, other.to_dict()),
                 )
             )
     return found
@@ -80,7 +77,6 @@ def gains(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Gain
 @style.themed
 def stacking(
     trials: pd.DataFrame,
-    images: Mapping[str, pd.DataFrame],
     *,
     looks: Mapping[str, Look],
     title: str,
@@ -90,7 +86,7 @@ def stacking(
     figure = style.new_figure(height=4.6)
     accuracy, change = figure.subplots(1, 2)
     names = draw_curves(accuracy, trials, looks=looks)
-    found = gains(trials, images)
+    found = gains(trials)
     for name in dict.fromkeys(gain.variant for gain in found):
         part = sorted((gain for gain in found if gain.variant == name), key=lambda gain: gain.saved)
         y = [100 * gain.difference for gain in part]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
+from analysis.plots import panels
 from analysis.style import Look
 
 CAPTION = (
@@ -28,24 +31,33 @@ def tokens_per_block(
     subtitle: str,
 ) -> Figure:
     """Mean tokens against block, one line a row of ``trials``; bands from the per-image tables, else +- 1.28
-    std.
+    std. A panel a method where there are many.
     """
+    rows = [row for row in trials.to_dict("records") if len(row["tokens"])]
+    depth = max((len(row["tokens"]) for row in rows), default=1)
+    names = ("entering block (out: leaving the last)", "tokens, prefix included")
+    if len(rows) > panels.TOO_MANY:
+        figure = panels.new_figure(len(rows))
+        grid = panels.subplots(figure, len(rows))
+        for axes, row in zip(grid, rows, strict=True):
+            for other in rows:
+                axes.plot(range(len(other["tokens"])), other["tokens"], **panels.BEHIND)
+            _draw(axes, row, images, looks, width=1.8)
+            panels.name_panel(axes, row["variant"])
+        panels.share_limits(grid, "entering block", names[1], figure)
+        for axes in grid:
+            axes.set(ylim=(0, None))
+            axes.set_xticks(range(0, depth, 3), [*map(str, range(0, depth - 1, 3)), "out"][: len(range(0, depth, 3))])
+        style.put_title(figure, title, subtitle)
+        return style.finish(figure)
     figure = style.new_figure(height=4.8)
     axes = figure.subplots()
-    rows = [row for row in trials.to_dict("records") if len(row["tokens"])]
     for i, row in enumerate(rows):
-        look = style.look_of(row["variant"], looks)
-        blocks = np.arange(len(row["tokens"]))
-        low, high = _middle(row, images)
-        if np.any(high - low > 1e-9):
-            axes.fill_between(blocks, low, high, color=look.colour, alpha=0.18, linewidth=0)
         # Methods with the same budget keep the same number: of lines that coincide, those behind are wider.
         behind = sum(_coincide(row["tokens"], other["tokens"]) for other in rows[i + 1 :])
-        wide = {"linewidth": 1.6 + 2 * behind, "markersize": 6 + 3 * behind}
-        axes.plot(blocks, row["tokens"], label=row["variant"], **{**look.line(), **wide})
-    depth = max((len(row["tokens"]) for row in rows), default=1)
+        _draw(axes, row, images, looks, width=1.6 + 2 * behind, size=6 + 3 * behind)
     axes.set_xticks(range(depth), [*map(str, range(depth - 1)), "out"])
-    axes.set(xlabel="entering block (out: leaving the last)", ylabel="tokens, prefix included", ylim=(0, None))
+    axes.set(xlabel=names[0], ylabel=names[1], ylim=(0, None))
     style.put_title(figure, title, subtitle)
     entries = [
         (row["variant"], f"{style.label(row['variant'])} ({style.cost(row['gmacs_mean'])} GMACs)") for row in rows
@@ -57,12 +69,31 @@ def tokens_per_block(
     return style.finish(figure)
 
 
+def _draw(
+    axes: Axes,
+    row: Mapping[str, Any],
+    images: Mapping[str, pd.DataFrame],
+    looks: Mapping[str, Look],
+    *,
+    width: float,
+    size: float = 4,
+) -> None:
+    """One method's line and band."""
+    look = style.look_of(row["variant"], looks)
+    blocks = np.arange(len(row["tokens"]))
+    low, high = _middle(row, images)
+    if np.any(high - low > 1e-9):
+        axes.fill_between(blocks, low, high, color=look.colour, alpha=0.18, linewidth=0)
+    line = look.line() | {"linewidth": width, "markersize": size}
+    axes.plot(blocks, row["tokens"], label=row["variant"], **line)
+
+
 def _coincide(first: list[float], second: list[float]) -> bool:
     """Whether two lines could not be told apart on paper: nowhere 2 % of the first count apart."""
     return len(first) == len(second) and bool(np.abs(np.subtract(first, second)).max() <= 0.02 * first[0])
 
 
-def _middle(row: Mapping[str, object], images: Mapping[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
+def _middle(row: Mapping[str, Any], images: Mapping[str, pd.DataFrame]) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the middle 80 % of images for each block."""
     mean = np.asarray(row["tokens"], dtype=float)
     key = str(row["key"])

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
 from analysis.matching import dense_gmacs, merge_seeds
+from analysis.plots import panels
 from analysis.style import Look
 
 CAPTION = (
@@ -19,6 +20,21 @@ CAPTION = (
     "images. The star and the dashed line are the same model without any reduction. The upper axis is the "
     "share of its cost."
 )
+CAPTION_MANY = (
+    "Top-1 accuracy against multiply-adds as executed, mean over images: one series a panel with its 95 % band over "
+    "images, all others in grey behind it. The star and the dashed line are the same model without any reduction."
+)
+SEEDS = " Small hollow circles are single seeds, the curve is their mean; its interval is over images, not over seeds."
+
+
+def caption(trials: pd.DataFrame) -> str:
+    """What the figure of these trials shows."""
+    many = trials.loc[~trials["dense"], "variant"].nunique() > panels.TOO_MANY
+    return (CAPTION_MANY if many else CAPTION) + (SEEDS if has_seeds(trials) else "")
+
+
+def has_seeds(trials: pd.DataFrame) -> bool:
+    return bool((merge_seeds(trials[~trials["dense"]])["seeds"] > 1).any())
 
 
 def draw_curves(axes: Axes, trials: pd.DataFrame, *, looks: Mapping[str, Look]) -> list[str]:
@@ -30,23 +46,55 @@ def draw_curves(axes: Axes, trials: pd.DataFrame, *, looks: Mapping[str, Look]) 
         # A series of several placements is no curve over cost: its points stand alone.
         joined = part["placement"].nunique() < 2
         draw_intervals(axes, part["gmacs_mean"], part, name=name, looks=looks, joined=joined)
-    dense_top1 = trials["dense_top1"].dropna()
-    if len(dense_top1):
-        style.draw_dense(axes, gmacs=dense_gmacs(trials), value=100 * float(dense_top1.iloc[0]))
+    draw_reference(axes, trials)
     axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
     return names
+
+
+def draw_reference(axes: Axes, trials: pd.DataFrame, *, at_cost: bool = True) -> None:
+    """The dense model's line, and its star where the axis is cost."""
+    known = trials["dense_top1"].dropna()
+    if len(known):
+        style.draw_dense(axes, gmacs=dense_gmacs(trials) if at_cost else None, value=100 * float(known.iloc[0]))
 
 
 def draw_intervals(
     axes: Axes, x: pd.Series, rows: pd.DataFrame, *, name: str, looks: Mapping[str, Look], joined: bool = True
 ) -> None:
-    """One series of top-1 accuracies with their 95 % intervals as error bars, joined by a line or not."""
+    """One series of top-1 accuracies with their 95 % intervals as error bars, joined by a line or not; single seeds
+    as small hollow circles.
+    """
     top1 = 100 * rows["top1"]
     # A bound that is missing draws as no bar, and rounding can put a bound a hair on the wrong side.
     bars = np.stack([top1 - 100 * rows["top1_low"], 100 * rows["top1_high"] - top1])
     bars = np.clip(np.nan_to_num(bars), 0, None)
-    line = style.look_of(name, looks).line() | ({} if joined else {"linestyle": "none"})
+    look = style.look_of(name, looks)
+    line = look.line() | ({} if joined else {"linestyle": "none"})
     axes.errorbar(x, top1, yerr=bars, elinewidth=1, capsize=2, label=name, **line)
+    draw_seeds(axes, x, rows, colour=look.colour)
+
+
+def draw_seeds(axes: Axes, x: pd.Series, rows: pd.DataFrame, *, colour: str) -> None:
+    """Each seed's accuracy where several were averaged: a spread of its own, beside the interval over images."""
+    if "seed_top1" not in rows:
+        return
+    points = [
+        (at, 100 * one) for at, seeds in zip(x, rows["seed_top1"], strict=True) if len(seeds) > 1 for one in seeds
+    ]
+    if points:
+        at, values = zip(*points, strict=True)
+        axes.plot(
+            at,
+            values,
+            linestyle="none",
+            marker="o",
+            markersize=3.4,
+            markerfacecolor="none",
+            markeredgecolor=colour,
+            markeredgewidth=0.8,
+            zorder=4,
+            gid="seeds",
+        )
 
 
 def share_axis(axes: Axes, trials: pd.DataFrame) -> None:
@@ -68,6 +116,8 @@ def share_axis(axes: Axes, trials: pd.DataFrame) -> None:
 @style.themed
 def tradeoff(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
     """Top-1 accuracy against GMACs for the finished trials of one spec."""
+    if trials.loc[~trials["dense"], "variant"].nunique() > panels.TOO_MANY:
+        return _many(trials, looks=looks, title=title, subtitle=subtitle)
     figure = style.new_figure()
     axes = figure.subplots()
     names = draw_curves(axes, trials, looks=looks)
@@ -75,4 +125,33 @@ def tradeoff(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     style.put_title(figure, title, subtitle)
     handles = [style.handle(name, looks) for name in names]
     style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    return style.finish(figure)
+
+
+def _many(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+    """The same as small multiples."""
+    rows = merge_seeds(trials[~trials["dense"]])
+    series = {str(name): part.sort_values("gmacs_mean") for name, part in rows.groupby("variant", sort=False)}
+    figure = panels.new_figure(len(series))
+    grid = panels.subplots(figure, len(series))
+    for axes, (name, part) in zip(grid, series.items(), strict=True):
+        for other, rest in series.items():
+            if other != name:
+                axes.plot(rest["gmacs_mean"], 100 * rest["top1"], **panels.BEHIND, gid="others")
+        look = style.look_of(name, looks)
+        axes.fill_between(
+            part["gmacs_mean"],
+            100 * part["top1_low"],
+            100 * part["top1_high"],
+            color=look.colour,
+            alpha=0.25,
+            linewidth=0,
+        )
+        line = look.line() | ({} if part["placement"].nunique() < 2 else {"linestyle": "none"})
+        axes.plot(part["gmacs_mean"], 100 * part["top1"], label=name, **line)
+        draw_seeds(axes, part["gmacs_mean"], part, colour=look.colour)
+        draw_reference(axes, trials)
+        panels.name_panel(axes, name)
+    panels.share_limits(grid, style.GMACS, style.TOP1, figure)
+    style.put_title(figure, title, subtitle)
     return style.finish(figure)

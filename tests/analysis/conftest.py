@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
+import pandas as pd
 import pytest
 
 from analysis import style
 from analysis.frame import Results, read_results
+from analysis.outcomes import with_answers
 from analysis.report import Written, write_analysis
-from tests.analysis.synthetic import Maker, whole_run
+from tests.analysis.runs import whole_run
+from tests.analysis.synthetic import Maker
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,9 @@ def written(results: Results) -> Written:
 @pytest.fixture(scope="session")
 def looks(results: Results) -> dict[str, style.Look]:
     return style.assign_looks(results.finished, order=["methods"])
+
+
+@pytest.fixture(scope="session")
+def answered(results: Results) -> pd.DataFrame:
+    """The finished trials with the answers of every image."""
+    return with_answers(results.finished, results.images)

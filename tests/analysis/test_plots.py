@@ -17,10 +17,11 @@ from matplotlib.text import Text
 from analysis import plots, style
 from analysis.frame import Results, tidy
 from analysis.matching import merge_seeds
-from analysis.plots import adaptivity, class_token, coverage, k_effect, placement, samples, stacking
+from analysis.outcomes import with_answers
+from analysis.page import read_samples
+from analysis.plots import adaptivity, class_token, coverage, k_effect, placement, samples, shared, stacking
 from analysis.plots import tokens_per_block as tokens
 from analysis.plots.tradeoff import tradeoff
-from analysis.report import read_samples
 from tests.analysis.synthetic import DENSE_GMACS, Maker
 
 Looks = Mapping[str, style.Look]
@@ -28,7 +29,8 @@ WORDS = {"title": "A title", "subtitle": "cluttered digits, some_model, 400 imag
 
 
 def spec(results: Results, name: str) -> pd.DataFrame:
-    return results.finished[results.finished["spec"] == name]
+    rows = results.finished
+    return with_answers(rows[rows["spec"] == name], results.images)
 
 
 def curves(axes: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -152,7 +154,7 @@ def test_class_token_figure_shows_how_often_it_was_dropped(results: Results, loo
 def test_stacks_are_set_against_their_base_with_the_same_budget(results: Results, looks: Looks) -> None:
     rows = spec(results, "evit_stacking")
     assert stacking.base_variant(rows) == "EViT"
-    found = stacking.gains(rows, results.images)
+    found = stacking.gains(rows)
     assert len(found) == 10 and {gain.variant for gain in found} == {
         "ATS chooses, EViT fuses",
         "EViT then ATS",
@@ -162,7 +164,7 @@ def test_stacks_are_set_against_their_base_with_the_same_budget(results: Results
     b = rows[(rows["variant"] == "EViT") & (rows["x"] == 0.7)].iloc[0]
     assert gain.saved == pytest.approx(1 - a["gmacs_mean"] / b["gmacs_mean"])
     assert gain.paired is not None and gain.paired.difference == pytest.approx(a["top1"] - b["top1"])
-    change = stacking.stacking(rows, results.images, looks=looks, **WORDS).axes[1]
+    change = stacking.stacking(rows, looks=looks, **WORDS).axes[1]
     assert len(curves(change)) == 2 and "points" in change.get_ylabel()
 
 
@@ -207,17 +209,19 @@ def test_coverage_is_in_percent_with_intervals(results: Results, looks: Looks) -
 
 
 def test_samples_show_the_input_then_each_stage_of_each_method(results: Results) -> None:
-    rows = plots.pictured_methods(plots.overview(results.finished), results.images)
+    rows = shared.pictured_methods(plots.overview(results.finished), results.images)
     assert len(rows) == 3 and rows["variant"].iloc[0] == "ATS"
     pictures = read_samples(results.folder / "samples")
     figure = samples.samples(rows, results.images, pictures, **WORDS)
     shown = [axes for axes in figure.axes if axes.images]
     assert len(shown) == len(pictures) * (1 + 3 * 3)
     titles = [axes.get_title().strip() for axes in figure.axes if axes.get_title()]
-    assert titles[:4] == ["input", "after block 3", "after block 6", "after block 9"]
+    assert titles[:4] == ["input", "block 3", "block 6", "block 9"]
     row = samples.find_row(results.images[rows["key"].iloc[0]], pictures[0])
-    assert row is not None and row["image"] == pictures[0].image
-    kept = samples.kept_patches(row["kept"][9], pictures[0].grid)
+    assert row is not None and results.images[rows["key"].iloc[0]]["image"].iloc[row] == pictures[0].image
+    bits = results.images.kept(rows["key"].iloc[0])
+    assert bits is not None
+    kept = samples.kept_patches(bits[row, 9], pictures[0].grid)
     texts = [text.get_text() for axes in shown for text in axes.texts]
     assert any(text.startswith(f"{int(kept.sum())} ") and text[-1] in "\u2713\u2717" for text in texts)
 
@@ -225,7 +229,7 @@ def test_samples_show_the_input_then_each_stage_of_each_method(results: Results)
 def test_kept_bits_are_read_in_order_and_the_rest_is_greyed() -> None:
     mask = np.zeros((2, 3), dtype=bool)
     mask[0, 1] = mask[1, 2] = True
-    assert np.array_equal(samples.kept_patches(np.packbits(mask.ravel()).tobytes(), (2, 3)), mask)
+    assert np.array_equal(samples.kept_patches(np.packbits(mask.ravel()), (2, 3)), mask)
     pixels = np.full((4, 6, 3), 255, dtype=np.uint8)
     shown = samples.darken(pixels, mask)
     assert (shown[:2, 2:4] == 255).all() and (shown[:2, :2] < 200).all() and shown.dtype == np.uint8
@@ -273,11 +277,13 @@ def test_one_series_without_a_dense_row_is_still_a_figure(looks: Looks) -> None:
 
 def test_no_text_of_any_figure_overlaps_another(results: Results, looks: Looks) -> None:
     subtitle = f"{WORDS['subtitle']}\nONLY 48 IMAGES: too few to rank methods"
-    scene = plots.Scene(results.images, looks, subtitle, read_samples(results.folder / "samples"))
-    drawn = plots.shared_figures(results.finished, scene)
+    pictures = read_samples(results.folder / "samples")
+    scene = plots.Scene(results.images, looks, subtitle, pictures, "digits_vit_small", imagenet=True, count=400)
+    main = results.finished[results.finished["model"] == "digits_vit_small"]
+    drawn = plots.shared_figures(with_answers(main, results.images), scene)
     for name in results.finished["spec"].unique():
         drawn += plots.spec_figures(name, "A title", spec(results, name), scene)
-    assert len(drawn) == 14
+    assert len(drawn) == len({one.name for one in drawn}) >= 30
     assert [(one.name, pair) for one in drawn for pair in overlapping_texts(one.figure)] == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -13,12 +14,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import comparison, findings, published, tables
+from analysis import beside, caveats, comparison, findings, plots, published, stats, tables
 from analysis.__main__ import main
 from analysis.frame import Results, Setting, read_results
 from analysis.matching import merge_seeds
+from analysis.outcomes import with_answers
 from analysis.report import Written, write_analysis
-from tests.analysis.synthetic import DENSE_TOP1, Maker
+from tests.analysis.runs import whole_run
+from tests.analysis.synthetic import DENSE_TOP1, SPECS, Maker
 
 DEIT_TINY = Setting("imagefolder", "deit_tiny_patch16_224", "file", 928, "w", "d")
 EVIL = '<script>alert("x")</script> & 100 % of $x_1$ | \\input{y}'
@@ -47,12 +50,13 @@ class Page(HTMLParser):
 
 
 def spec(results: Results, name: str) -> pd.DataFrame:
-    return results.finished[results.finished["spec"] == name]
+    rows = results.finished
+    return with_answers(rows[rows["spec"] == name], results.images)
 
 
 def test_a_table_holds_the_numbers_of_the_trials(results: Results) -> None:
     rows = spec(results, "methods")
-    table = tables.measured(rows, results.images)
+    table = tables.measured(rows)
     assert table["variant"].iloc[0] == "dense" and table["share_of_dense"].iloc[0] == 1
     assert len(table) == 26
     row = rows[(rows["variant"] == "ToMe") & (rows["x"] == 0.45)].iloc[0]
@@ -64,19 +68,20 @@ def test_a_table_holds_the_numbers_of_the_trials(results: Results) -> None:
 
 
 def test_a_table_is_shown_with_units_intervals_and_keys(results: Results) -> None:
-    shown = tables.display(tables.measured(spec(results, "score_functions"), results.images))
-    assert list(shown.columns)[3:9] == [
+    shown = tables.display(tables.measured(spec(results, "score_functions")))
+    assert list(shown.columns)[3:10] == [
         "GMACs",
         "GMACs, reference",
         "share of dense (%)",
         "top-1 (%)",
+        "over seeds",
         "to dense (points)",
         "tokens out",
     ]
     row = shown[shown["variant"] == "random (3 seeds)"].iloc[0]
     assert re.fullmatch(r"\d+\.\d \[\d+\.\d, \d+\.\d\]", row["top-1 (%)"])
     assert re.fullmatch(r"[−+]?\d+\.\d \[[−+]?\d+\.\d, [−+]?\d+\.\d\]", row["to dense (points)"])
-    assert re.fullmatch(r"[0-9a-f]{16} \+2", row["trial"]) and "±" in row["GMACs"]
+    assert re.fullmatch(r"[0-9a-f]{8} \+2", row["trial"]) and "±" in row["GMACs"]
 
 
 def test_percent_has_no_negative_zero() -> None:
@@ -96,13 +101,13 @@ def test_markdown_and_latex_cannot_be_broken_by_a_cell() -> None:
 def test_published_numbers_stand_apart_and_say_what_differs(results: Results, written: Written) -> None:
     folder = results.folder / "tables"
     text = (folder / "stage_placement.md").read_text()
-    ours, theirs = text.split("## Published")
+    ours, theirs = text.split("## Beside print")[0], text.split("## Published")[1]
     assert "73.1" not in ours and "73.1" in theirs and "DeiT-S" in theirs and "Table A.4" in theirs
     assert "other model (DeiT-S); other data (ImageNet-1k val)" in theirs and "Not measured here" in theirs
     assert "published" not in (folder / "stage_placement.csv").read_text()
     assert len(pd.read_csv(folder / "stage_placement_published.csv")) == 4
     assert pd.read_csv(folder / "methods.csv")["variant"].iloc[0] == "dense"
-    assert (folder / "methods.tex").read_text().count(r"\begin{tabular}") == 2
+    assert (folder / "methods.tex").read_text().count(r"\begin{tabular}") == 3  # ours, beside print, print
 
 
 def test_published_rows_fit_the_question() -> None:
@@ -121,12 +126,16 @@ def test_published_rows_fit_the_question() -> None:
 
 def test_a_clear_leader_is_told_from_one_that_is_not(results: Results) -> None:
     rows = merge_seeds(spec(results, "class_token"))
-    found = comparison.comparisons(rows, by="variant", images=results.images)
+    found = comparison.comparisons(rows, by="variant")
     cheapest = found[0]
     assert cheapest.names[0] == "class token kept" and cheapest.clear
-    head = comparison.tally(found, "Class token")
-    assert head is not None and f"class token kept leads at {len(found)} of {len(found)} costs" in head.text
-    scores = findings.answers("score_functions", spec(results, "score_functions"), results.images)
+    head = comparison.tally(found, "treatment of the class token")
+    assert (
+        head is not None
+        and f"class token kept leads at {len(found)} of {len(found)} costs" in head.text
+        and head.headline
+    )
+    scores = findings.answers("score_functions", spec(results, "score_functions"))
     assert "Clearly behind wherever compared: " in scores[0].text and "random" in scores[0].text
     assert any("not distinguishable from it: class attention" in finding.text for finding in scores)
     assert all(key in set(results.trials["key"]) for finding in scores for key in finding.keys)
@@ -136,7 +145,7 @@ def test_a_dearer_leader_has_not_beaten_a_cheaper_trial() -> None:
     maker = Maker(images=2000)
     for name, keep, accuracy in (("A", 0.50, 0.88), ("B", 0.47, 0.70)):
         maker.add("s", name, reducer=[{"name": name}], blocks=[3], keep=keep, accuracy=accuracy)
-    found = comparison.comparisons(merge_seeds_of(maker), by="variant", images=maker.images)
+    found = comparison.comparisons(merge_seeds_of(maker), by="variant")
     assert found[0].standing == ("cheaper",) and not found[0].clear
     assert "Behind, but also cheaper" in comparison.say(found[0], 0.16).detail
 
@@ -144,15 +153,15 @@ def test_a_dearer_leader_has_not_beaten_a_cheaper_trial() -> None:
 def merge_seeds_of(maker: Maker) -> pd.DataFrame:
     from analysis.frame import tidy
 
-    return merge_seeds(tidy(maker.frame()))
+    return merge_seeds(with_answers(tidy(maker.frame()), maker.images))
 
 
 def test_findings_answer_each_question(results: Results) -> None:
     def said(name: str) -> str:
-        return " ".join(f.text for f in findings.answers(name, spec(results, name), results.images))
+        return " ".join(f.text for f in findings.answers(name, spec(results, name)))
 
     assert re.search(r"ATS: K = 8: 0\.\d+ GMACs, \d+\.\d %", said("k_values"))
-    assert "Best placement: block" in said("stage_placement")
+    assert re.search("(Best placement|No placement is clearly best): block", said("stage_placement"))
     assert "class token kept: never lost its class token" in said("class_token")
     assert re.search(r"class token sampled: lost the class token in \d", said("class_token"))
     assert "Against EViT alone at the same cost, stacking" in said("evit_stacking")
@@ -162,7 +171,7 @@ def test_findings_answer_each_question(results: Results) -> None:
 
 def test_the_limits_of_the_images_are_said_in_words(results: Results) -> None:
     setting = results.settings()[0]
-    text = " ".join(findings.limits(setting, results.finished, results.images))
+    text = " ".join(findings.limits(setting, with_answers(results.of(setting), results.images)))
     assert "the same 400 images" in text and "80 % of repetitions" in text and "does not say that they are zero" in text
     assert re.search(r"known to ± \d\.\d points", text)
 
@@ -170,13 +179,15 @@ def test_the_limits_of_the_images_are_said_in_words(results: Results) -> None:
 def test_the_page_is_one_file_with_every_figure_and_no_address(results: Results, written: Written) -> None:
     text = written.report.read_text(encoding="utf-8")
     page = Page(text)
-    assert page.tags.count("img") == 14 and all(a.startswith("data:image/svg+xml;base64,") for a in page.addresses)
+    assert page.tags.count("img") == len(written.figures) // 2 and all(
+        a.startswith("data:image/svg+xml;base64,") for a in page.addresses
+    )
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in text and "@import" not in text
     assert set(page.targets) <= set(page.ids) and len(page.ids) == len(set(page.ids))
     assert 'name="viewport"' in text and "@media print" in text
     for key in results.trials["key"]:
-        assert f"k-{key}" in page.ids
+        assert f"k-{key[:8]}" in page.ids and f"<code>{key}</code>" in text
 
 
 def test_the_page_opens_with_answers_and_lists_what_failed(results: Results, written: Written) -> None:
@@ -188,18 +199,28 @@ def test_the_page_opens_with_answers_and_lists_what_failed(results: Results, wri
 
 
 def test_figures_are_written_as_png_and_svg(written: Written) -> None:
-    assert len(written.figures) == 28 and all(path.stat().st_size > 1000 for path in written.figures)
+    assert len(written.figures) == 68 and all(path.stat().st_size > 1000 for path in written.figures)
     for path in written.figures:
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
     names = {path.stem for path in written.figures}
-    assert {"methods", "k_values_effect", "stage_placement_by_block", "evit_stacking_gain"} <= names
+    assert {"methods", "k_values_effect", "stage_placement_by_block", "evit_stacking_gain", "methods_pareto"} <= names
+    assert {"agreement", "clutter", "coverage", "tokens_per_block", "adaptivity_stages", "adaptivity_extremes"} <= names
+    assert {"sampling_method", "single_multi_stage", "model_scaling", "runtime_speed", "finetuning", "budget_transfer",
+            "methods_published", "score_functions_difference"} <= names  # fmt: skip
 
 
-def test_writing_twice_writes_the_same(results: Results, written: Written) -> None:
-    before = {path: path.read_bytes() for path in (*written.figures, *written.tables, written.report)}
+def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
+    maker = Maker(images=60)
+    for name in ("ats", "topk"):
+        for share in (0.4, 0.6):
+            maker.add("methods", name, reducer=[{"name": name}], blocks=[3, 6], keep=share, accuracy=0.8, target=share,
+                      adaptive=name == "ats")  # fmt: skip
+    results = read_results(maker.save(tmp_path))
+    first = write_analysis(results)
+    before = {path: path.read_bytes() for path in (*first.figures, *first.tables, first.report)}
     again = write_analysis(results)
     assert {path: path.read_bytes() for path in (*again.figures, *again.tables, again.report)} == before
 
@@ -240,8 +261,7 @@ def test_unknown_specs_and_thin_data_still_get_figure_and_table(tmp_path: Path) 
         path.unlink()
     written = write_analysis(read_results(out))
     assert [path.name for path in written.figures] == ["my_idea.png", "my_idea.svg"]
-    assert written.skipped_specs == ("score_functions", "k_values", "stage_placement", "class_token",
-                                     "evit_stacking", "methods", "broken")  # fmt: skip
+    assert written.skipped_specs == (*SPECS, "broken")
     text = written.report.read_text(encoding="utf-8")
     assert "Spec broken has no finished trial" in text and "no memory" in text and "ONLY 30 IMAGES" in text
 
@@ -308,3 +328,104 @@ def test_analysis_needs_neither_torch_nor_the_other_packages() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert set(json.loads(found.stdout)) <= {"matplotlib.pyplot"}  # seaborn imports it; no figure is made through it
+
+
+def test_each_question_opens_the_report_with_its_own_answer(results: Results) -> None:
+    def heads(name: str) -> str:
+        return " ".join(f.text for f in findings.answers(name, spec(results, name)) if f.headline)
+
+    assert "comparisons with a leader" in heads("score_functions") and "are told apart (Holm)" in heads(
+        "score_functions"
+    )
+    assert "inverse transform (paper)" in heads("sampling_method") and "costs 77 % of dense" in heads("sampling_method")
+    assert "% of GMACs saved: top-1 changes by" in heads("single_multi_stage")
+    assert re.search(r"ToMe: 1\.10 to 1\.39 times as fast .* 65\.9 to 83\.3 % of the ratio", heads("runtime"))
+    assert re.search(r"Finetuning ATS .* told apart at \d of 2", heads("finetuning"))
+    assert re.search(r"topk: evaluated at a budget it was not trained for", heads("budget_transfer"))
+    sizes = r"digits_vit_small with ATS \(block 3\) at 0\.05\d GMACs against digits_vit_tiny left whole at 0\.053: [−+]"
+    assert re.search(sizes, heads("model_scaling"))
+    said = " ".join(f.text for f in findings.answers("single_multi_stage", spec(results, "single_multi_stage")))
+    assert "9 of 12" not in said and "Targets not reached: " in said and "too dear aimed at 0.08" in said
+    assert "on 128 calibration images, none of which is evaluated" in said
+
+
+def test_plain_images_are_said_to_keep_fewer_tokens_by_a_test(results: Results) -> None:
+    rows = with_answers(results.of(results.settings()[0]), results.images)
+    found = findings.adaptivity(plots.overview(rows), rows, results.images)
+    assert found[0].headline and "1 keep more tokens where there is more clutter" in found[0].text
+    assert re.match(r"ATS: Spearman's rho \+0\.\d\d \[", found[1].text) and found[1].keys
+
+
+def test_published_values_stand_beside_the_nearest_of_ours(results: Results) -> None:
+    placed = beside.beside("stage_placement", spec(results, "stage_placement"))
+    assert placed["what"].tolist()[1] == "ATS at block 3 (Table A.4)" and "78.5" in placed["published"][1]
+    key = placed["trials"][1].split(" ")[0]
+    row = results.finished.set_index("key").loc[key]
+    assert row["placement"] == "block 3" and f"({tables.percent(row['top1'])};" in placed["measured here"][1]
+    assert abs(row["gmacs_mean"] / 0.160 - 2.9 / 4.6) <= beside.NEAREST
+    stacked = beside.beside("evit_stacking", spec(results, "evit_stacking"))
+    assert len(stacked) == 3 and "79.5; 3 of 4.6" in stacked["published"][0]
+    speed = beside.beside("runtime", spec(results, "runtime"))
+    assert speed["measured here"][1].startswith("1.10 ×") or "× at 1.67 × fewer GMACs" in speed["measured here"][1]
+    assert beside.beside("unheard_of", spec(results, "methods")).empty
+    assert beside.beside("k_values", spec(results, "k_values"), patches=64)["what"][0].startswith(
+        "ATS, one stage, K = 16"
+    )
+
+
+def test_caveats_come_from_the_data(results: Results) -> None:
+    rows = spec(results, "single_multi_stage")
+    said = " ".join(caveats.caveats("single_multi_stage", results.settings()[0], rows))
+    assert "calibrated to their target on 128 images, by cost alone, and evaluated on others" in said
+    assert "3 of 9 targets could not be reached" in said and "off the shelf, without training" in said
+    easy = " ".join(caveats.caveats("methods", DEIT_TINY, rows.assign(dense_top1=0.805)))
+    assert "easier than the whole validation set: the dense model has 80.5 % here and 72.2 % in print" in easy
+    blind = rows.assign(interval="as recorded")
+    assert "9 trials left no per-image table" in " ".join(caveats.caveats("x", DEIT_TINY, blind))
+
+
+def test_one_section_holds_all_models_of_a_comparison_of_models(results: Results, written: Written) -> None:
+    text = written.report.read_text(encoding="utf-8")
+    assert text.count("<h2>In short") == 1 and len(results.settings()) == 2
+    table = pd.read_csv(results.folder / "tables" / "model_scaling.csv")
+    assert set(table["model"]) == {"digits_vit_small", "digits_vit_tiny"}
+    assert (
+        table.loc[(table["model"] == "digits_vit_tiny") & (table["variant"] != "dense"), "share_of_dense"].max() < 0.75
+    )
+
+
+def test_tables_hold_every_test_and_full_keys(results: Results) -> None:
+    row = spec(results, "methods").query("variant == 'EViT'").iloc[:1]
+    line = tables.measured(row).iloc[1]
+    paired = stats.mcnemar(row.iloc[0]["answers"], row.iloc[0]["dense_answers"])
+    assert line["p_value"] == paired.p_value and line["mid_p"] == paired.mid_p and line["test"] == "McNemar"
+    assert (line["difference_boot_low"], line["difference_boot_high"]) == (paired.boot_low, paired.boot_high)
+    assert line["keys"] == row.iloc[0]["key"] and line["interval"] == "bootstrap"
+    shown = tables.display(tables.measured(spec(results, "single_multi_stage")))
+    assert "0.080*" in set(shown["target"]) and "0.080" in set(shown["target"])
+
+
+def test_the_profile_of_the_run_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    maker = Maker(images=30)
+    maker.add("my_idea", "only", reducer=[{"name": "new"}], blocks=[2], keep=0.5, accuracy=0.8)
+    out = maker.save(tmp_path, samples=False)
+    parts = [{"part": "evaluation", "what": "evaluation: forward passes", "seconds": 90.0, "share": 0.75}]
+    (out / "profile.json").write_text(json.dumps({"wall_seconds": 120.0, "workers": 2, "trials": 7, "parts": parts}))
+    text = write_analysis(read_results(out)).report.read_text(encoding="utf-8")
+    assert "2.0 minutes for 7 trials on 2 workers" in text and "evaluation: forward passes" in text and "75.0" in text
+    (out / "profile.json").write_text("{half")
+    assert "Where the time went" not in write_analysis(read_results(out)).report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def small() -> Maker:
+    return whole_run(Maker(images=30))
+
+
+@pytest.mark.parametrize("name", ["sampling_method", "model_scaling", "runtime", "finetuning", "budget_transfer"])
+def test_a_part_of_one_spec_is_a_report(small: Maker, tmp_path: Path, name: str) -> None:
+    """A run of one spec that was stopped half way."""
+    maker = copy.copy(small)
+    maker.rows = [row for row in small.rows if row["spec"] == name][::2]
+    written = write_analysis(read_results(maker.save(tmp_path, samples=False)))
+    assert written.figures and "In short" in written.report.read_text(encoding="utf-8")

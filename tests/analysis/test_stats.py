@@ -116,3 +116,92 @@ def test_spearman_agrees_with_scipy_and_its_interval_covers() -> None:
     assert found.low < found.value < found.high
     assert math.isnan(stats.spearman([1, 1, 1, 1, 1], [1, 2, 3, 4, 5]).value)
     assert stats.spearman([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]).value == pytest.approx(1.0)
+
+
+def test_counting_draws_is_the_bootstrap_itself() -> None:
+    """Few different values: how often each is drawn is multinomial. Against resampled images, and scipy."""
+    random = np.random.default_rng(6)
+    values = random.choice([-1.0, 0.0, 1.0], p=[0.1, 0.7, 0.2], size=300)
+    fast = stats.bootstrap(values, draws=20_000)
+    slow = stats.bootstrap(values, draws=20_000, statistic=lambda data, axis: np.average(data, axis=axis))
+    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.004)
+    theirs = scipy_stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
+    assert (fast.low, fast.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
+
+
+@pytest.mark.parametrize(("share", "images"), [(0.8, 100), (0.8, 800), (0.95, 400), (0.5, 50)])
+def test_bootstrap_of_an_accuracy_covers_it(share: float, images: int) -> None:
+    random, hits = np.random.default_rng(7), 0
+    for trial in range(400):
+        found = stats.accuracy(random.random(images) < share, draws=1000, seed=trial)
+        hits += found.low <= share <= found.high
+    assert 0.915 <= hits / 400 <= 0.98  # 95 % within what 400 repetitions can tell; small samples a little below
+
+
+def test_an_accuracy_without_spread_gets_wilsons_interval() -> None:
+    found = stats.accuracy([True] * 30)
+    assert found == stats.wilson(30, 30) and found.low < 1.0
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "exact", "mid"),
+    [
+        # Agresti, Categorical Data Analysis: 86 and 150 changed their mind about the prime minister; exact p by
+        # scipy.stats.binomtest, mid-p by its definition 2 (P(X < k) + P(X = k) / 2).
+        (86, 150, 3.715e-05, 3.0e-05),
+        (15, 5, 0.04138946533, 0.02660369873),
+        (0, 3, 0.25, 0.125),
+        (6, 6, 1.0, 1.0),
+        (1, 0, 1.0, 0.5),
+    ],
+)
+def test_mcnemar_on_known_tables(only_first: int, only_second: int, exact: float, mid: float) -> None:
+    first = np.array([True] * only_first + [False] * only_second + [True] * 700)
+    second = np.array([False] * only_first + [True] * only_second + [True] * 700)
+    found = stats.mcnemar(first, second)
+    n, k = only_first + only_second, min(only_first, only_second)
+    assert found.p_value == pytest.approx(scipy_stats.binomtest(only_first, n, 0.5).pvalue, rel=1e-12)
+    by_definition = 2 * (scipy_stats.binom.cdf(k - 1, n, 0.5) + 0.5 * scipy_stats.binom.pmf(k, n, 0.5))
+    assert found.mid_p == pytest.approx(min(1.0, by_definition), rel=1e-9)
+    if n < 100:
+        assert (found.p_value, found.mid_p) == pytest.approx((exact, mid), rel=1e-6)
+    else:
+        assert found.p_value < 1e-4 and found.mid_p < found.p_value
+    assert found.boot_low <= found.difference <= found.boot_high
+
+
+def test_mcnemar_holds_its_level_and_mid_p_is_less_conservative() -> None:
+    random, exact, mid = np.random.default_rng(8), 0, 0
+    for _ in range(2000):
+        outcome = random.choice(3, size=300, p=[0.05, 0.05, 0.9])
+        found = stats.mcnemar(outcome == 0, outcome == 1, draws=10)
+        exact, mid = exact + (found.p_value < 0.05), mid + (found.mid_p < 0.05)
+    assert exact <= mid and exact / 2000 <= 0.055 and 0.03 <= mid / 2000 <= 0.065
+
+
+def test_paired_bootstrap_agrees_with_mcnemar_and_holds_its_level() -> None:
+    random, rejected, hits = np.random.default_rng(9), 0, 0
+    for _ in range(400):
+        outcome = random.choice(3, size=400, p=[0.08, 0.08, 0.84])
+        found = stats.paired_bootstrap(outcome == 0, outcome == 1, draws=1000)
+        rejected += found.p_value < 0.05
+        hits += found.low <= 0 <= found.high
+    assert rejected / 400 <= 0.08 and 0.92 <= hits / 400 <= 0.99
+    a, b = np.arange(500) % 10 < 8, np.arange(500) % 10 < 7
+    boot, exact = stats.paired_bootstrap(a, b), stats.mcnemar(a, b)
+    assert boot.difference == pytest.approx(exact.difference) and boot.p_value < 0.01 and exact.p_value < 0.01
+    assert (boot.low, boot.high) == (exact.boot_low, exact.boot_high)
+
+
+def test_the_test_fits_the_answers() -> None:
+    whole, means = np.array([True, False] * 50), np.array([1.0, 1 / 3] * 50)
+    assert stats.paired(whole, ~whole).test == "McNemar"
+    found = stats.paired(means, whole)
+    assert found.test == "paired bootstrap" and found.difference == pytest.approx(1 / 6) and math.isnan(found.mid_p)
+    assert 0 < found.p_value < 0.01 and found.low < found.difference < found.high
+
+
+def test_holm_controls_the_chance_of_any_false_finding() -> None:
+    random = np.random.default_rng(10)
+    wrong = sum(min(stats.holm(list(random.random(20)))) < 0.05 for _ in range(1000))
+    assert wrong / 1000 <= 0.07

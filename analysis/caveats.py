@@ -1,0 +1,67 @@
+"""What a reader of one experiment must know before believing its numbers, drawn from the data."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis import published
+from analysis.frame import Setting
+from analysis.matching import dense_gmacs
+
+PUBLISHED_DENSE = {"DeiT-Ti": 72.2, "DeiT-S": 79.8, "DeiT-B": 81.8}  # top-1 on all of ImageNet-1k val (DeiT)
+EASIER = 2.0  # points above print from which the images are said to be easier
+
+
+def caveats(spec: str, setting: Setting, trials: pd.DataFrame) -> list[str]:
+    """Sentences on calibration, data, model and training."""
+    said = []
+    said += _calibration(trials)
+    said += _data(setting, trials)
+    if trials["model"].nunique() == 1 and published.REFERENCES.get(spec) and setting.model != "deit_small_patch16_224":
+        said.append(
+            f"In print: DeiT-S mostly; here: {published.model_name(setting.model)}. Changes to the dense model at a "
+            "share of its cost compare better than accuracies, and neither is the same experiment."
+        )
+    tuned = trials.loc[~trials["dense"], "finetuned"]
+    if spec in ("methods", "sampling_method", "evit_stacking", "single_multi_stage") and len(tuned) and not tuned.any():
+        said.append("Everything here is off the shelf, without training; the published rows are finetuned.")
+    shared = trials["interval"] if "interval" in trials else pd.Series(dtype=str)
+    if (shared == "as recorded").any():
+        said.append(
+            f"{int((shared == 'as recorded').sum())} trials left no per-image table: their interval is Wilson's, and "
+            "they take part in no paired test."
+        )
+    return said
+
+
+def _calibration(trials: pd.DataFrame) -> list[str]:
+    rows = trials[~trials["dense"]]
+    aimed = rows[rows["target_gmacs"].notna()]
+    if aimed.empty:
+        return []
+    count = aimed["calibration_images"].dropna()
+    images = f"{int(count.iloc[0]):,} images" if len(count) else "other images of the same data"
+    said = [f"Settings were calibrated to their target on {images}, by cost alone, and evaluated on others."]
+    missed = aimed[[value is False for value in aimed["target_reached"]]]
+    if len(missed):
+        off = 100 * (missed["gmacs_mean"] - missed["target_gmacs"]).abs() / dense_gmacs(trials)
+        said.append(
+            f"{len(missed)} of {len(aimed)} targets could not be reached (up to {off.max():.1f} % of the dense cost "
+            "away, marked * in the table): those trials are compared where their own curve passes a target, or not at "
+            "all."
+        )
+    return said
+
+
+def _data(setting: Setting, trials: pd.DataFrame) -> list[str]:
+    if setting.workload == "embedded":
+        return [
+            "Cluttered digits and a small model of the project's own: what holds here need not hold on photographs."
+        ]
+    known, print_value = trials["dense_top1"].dropna(), PUBLISHED_DENSE.get(published.model_name(setting.model))
+    if len(known) and print_value is not None and 100 * known.iloc[0] > print_value + EASIER:
+        return [
+            f"These {setting.images:,} images are easier than the whole validation set: the dense model has "
+            f"{100 * known.iloc[0]:.1f} % here and {print_value:g} % in print."
+        ]
+    return []

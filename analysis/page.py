@@ -1,0 +1,170 @@
+"""The report's page: figures written and embedded, everything rendered into one self-contained HTML text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from analysis import style, tables
+from analysis.frame import Results
+from analysis.plots import Drawn, Sample
+
+log = logging.getLogger(__name__)
+
+PNG_DPI = 160
+
+
+def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) -> str:
+    """The report as one HTML text. Everything that comes from files is escaped by the template engine."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    trials, run = results.trials, results.run
+    return environment.get_template("report.html.j2").render(
+        parts=parts,
+        skipped_specs=skipped,
+        failed=results.failed.to_dict("records"),
+        images_skipped=results.skipped_images,
+        trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
+        finished=len(results.finished),
+        versions=_versions(trials, run),
+        command=_command(run.get("command")),
+        devices=sorted({device for device in trials["device"] if device}),
+        seconds=float(trials["seconds"].sum()),
+        created=max(trials["created"], default=""),
+        notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
+        profile=read_profile(results.folder / "profile.json"),
+        short=tables.SHORT,
+    )
+
+
+def save_figure(drawn: Drawn, folder: Path, name: str) -> tuple[list[Path], str]:
+    """Write a figure as PNG and SVG, the same bytes for the same data; returns the files and the SVG text."""
+    with style.theme():
+        _settle(drawn.figure)
+        png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+        drawn.figure.savefig(png, dpi=PNG_DPI, metadata={"Title": drawn.title})
+        buffer = io.StringIO()
+        drawn.figure.savefig(buffer, format="svg", metadata={"Title": drawn.title, "Date": None})
+        svg.write_text(buffer.getvalue(), encoding="utf-8")
+    return [png, svg], buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out once and for all. The solver's last digits differ from run to run, and with them the names of
+    clip paths: rounded, the same data give the same bytes.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 6).tolist())
+
+
+def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[str, list[Path]]) -> dict[str, str]:
+    """Save a figure, and its numbers where no table has them, and return what the page needs of it. An image element
+    isolates the figure's own ids from the page's.
+    """
+    name = f"{prefix}{safe(drawn.name)}"
+    paths, svg = save_figure(drawn, folders["figures"], name)
+    files["figures"] += paths
+    if drawn.data is not None:
+        path = folders["tables"] / f"{name}.csv"
+        path.write_text(drawn.data.to_csv(index=False), encoding="utf-8")
+        files["tables"].append(path)
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
+    width, height = (round(96 * inches) for inches in _size(drawn.figure))
+    return {
+        "name": name,
+        "title": drawn.title,
+        "caption": drawn.caption,
+        "source": source,
+        "width": str(width),
+        "height": str(height),
+        "numbers": f"tables/{name}.csv" if drawn.data is not None else "",
+    }
+
+
+def read_samples(folder: Path) -> list[Sample]:
+    """The thumbnails of a run; [] where there are none. One that cannot be read is left out."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        entries, grid = index["images"], (int(index["grid"][0]), int(index["grid"][1]))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        log.warning("%s/index.json cannot be used (%s): no sheet of sample images", folder, error)
+        return []
+    found = []
+    for entry in entries:
+        try:
+            path = folder / Path(str(entry["file"])).name  # a name, never a path out of the folder
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            found.append(Sample(str(entry["image"]), int(entry["row"]), pixels, grid))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("sample %s cannot be used (%s)", entry, error)
+    return found
+
+
+def read_profile(path: Path) -> dict[str, Any] | None:
+    """Where the run's time went, as the run recorded it: wall clock and parts; None where it did not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts = [
+            {"what": str(part["what"]), "seconds": float(part["seconds"]), "share": float(part["share"])}
+            for part in found["parts"]
+        ]
+        return {
+            "wall": float(found["wall_seconds"]),
+            "workers": int(found.get("workers", 1)),
+            "trials": int(found.get("trials", 0)),
+            "parts": parts,
+        }
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be used (%s): the report does without it", path, error)
+        return None
+
+
+def safe(name: str) -> str:
+    """A spec's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "_-" else "-" for c in name) or "unnamed"
+
+
+def _size(figure: Figure) -> tuple[float, float]:
+    width, height = figure.get_size_inches()
+    return float(width), float(height)
+
+
+def _versions(trials: pd.DataFrame, run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Versions recorded by the trials and by the run, each name with every value seen."""
+    seen: dict[str, set[str]] = {}
+    sources = [run.get("versions"), *dict.fromkeys(trials["versions"])]
+    for source in sources:
+        try:
+            values = json.loads(source) if isinstance(source, str) and source else source
+        except ValueError:
+            values = {"recorded": source}
+        for name, value in (values or {}).items() if isinstance(values, Mapping) else ():
+            seen.setdefault(str(name), set()).add(str(value))
+    return [(name, ", ".join(sorted(values))) for name, values in sorted(seen.items())]
+
+
+def _command(command: object) -> str:
+    return " ".join(map(str, command)) if isinstance(command, list | tuple) else str(command or "")

@@ -1,0 +1,104 @@
+"""Do plain images keep fewer tokens? The rank correlation of tokens with clutter for every method, tested, not
+illustrated. Where clutter is not known (photographs), with how hard the plain model finds an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import stats, style
+from analysis.style import Look
+
+CAPTION = (
+    "Spearman's rank correlation over images of the tokens an image keeps with {what}, with 95 % intervals (Bonett and "
+    "Wright), for every method that lets the number differ. Right of zero: plainer images keep fewer tokens. Filled: "
+    "the interval excludes zero after Bonferroni's correction; hollow: it does not. {level}.{fixed}"
+)
+CLUTTER = "the known amount of clutter in it"
+HARDNESS = "the plain model's loss on it (how hard it is)"
+
+
+def tokens_kept(table: pd.DataFrame) -> np.ndarray:
+    """Tokens leaving the last block, one number an image; over all blocks where the last knows no difference."""
+    counts = np.stack(table["tokens"].to_list()).astype(float)
+    last = counts[:, -1]
+    return last if np.ptp(last) > 0 else counts.sum(axis=1)
+
+
+def known(tables: list[pd.DataFrame], column: str) -> bool:
+    return bool(tables) and all(
+        column in table and table[column].notna().all() and table[column].nunique() > 1 for table in tables
+    )
+
+
+def hardness(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.Series | None:
+    """The plain model's loss by image name, from its own trial; None where there is none."""
+    for key in trials.loc[trials["dense"], "key"]:
+        if key in images and known([images[key]], "loss"):
+            return images[key].set_index("image")["loss"]
+    return None
+
+
+def correlations(
+    rows: pd.DataFrame, images: Mapping[str, pd.DataFrame], hard: pd.Series | None = None
+) -> tuple[pd.DataFrame, str]:
+    """One line a method: variant, rho, low, high, clear (Bonferroni over the methods), gmacs, key; rho is nan for a
+    method that keeps as many tokens in every image. And with what tokens were correlated; "" where nothing is known.
+    """
+    have = [(row, images[row["key"]]) for row in rows.to_dict("records") if row["key"] in images]
+    have = [(row, table) for row, table in have if "tokens" in table and len(table) > 3]
+    tables = [table for _, table in have]
+    if not tables:
+        return pd.DataFrame(), ""
+    if known(tables, "clutter"):
+        what = CLUTTER
+    elif hard is not None:
+        what = HARDNESS
+    else:
+        return pd.DataFrame(), ""
+    adapts = [bool(np.ptp(tokens_kept(table)) > 0) for table in tables]
+    strict = 1 - (1 - stats.LEVEL) / max(1, sum(adapts))
+    found = []
+    for (row, table), varies in zip(have, adapts, strict=True):
+        other = table["clutter"] if what == CLUTTER else table["image"].map(hard)
+        use = other.notna().to_numpy()
+        a, b = tokens_kept(table)[use], other.to_numpy(dtype=float)[use]
+        rho = stats.spearman(a, b) if varies else stats.Interval(np.nan, np.nan, np.nan)
+        wide = stats.spearman(a, b, level=strict) if varies else rho
+        clear = bool(wide.low > 0 or wide.high < 0)
+        found.append({"variant": row["variant"], "rho": rho.value, "low": rho.low, "high": rho.high, "clear": clear,
+                      "gmacs": row["gmacs_mean"], "images": int(use.sum()), "key": row["key"]})  # fmt: skip
+    return pd.DataFrame(found), what
+
+
+def caption(found: pd.DataFrame, what: str, level: str) -> str:
+    fixed = [name.replace("_", " ") for name in found.loc[found["rho"].isna(), "variant"]]
+    text = f" The same number in every image, hence no correlation: {', '.join(fixed)}." if fixed else ""
+    return CAPTION.format(what=what, level=level, fixed=text)
+
+
+@style.themed
+def clutter(found: pd.DataFrame, what: str, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+    """A forest plot: one line a method, strongest correlation on top."""
+    rows = found[found["rho"].notna()].sort_values("rho", kind="stable")
+    figure = style.new_figure(height=max(2.6, 1.7 + 0.27 * len(rows)))
+    axes = figure.subplots()
+    for place, row in enumerate(rows.itertuples()):
+        look = style.look_of(row.variant, looks)
+        axes.plot([row.low, row.high], [place, place], color=look.colour, linewidth=1.8, gid="interval")
+        face = look.colour if row.clear else "white"
+        axes.plot([row.rho], [place], marker=look.marker, markersize=7, linestyle="none", markeredgecolor=look.colour,
+                  markerfacecolor=face, label=row.variant)  # fmt: skip
+    axes.axvline(0, color=style.DENSE_COLOUR, linewidth=1)
+    axes.set_yticks(range(len(rows)), [style.label(name) for name in rows["variant"]], fontsize=9)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    bound = min(1.0, 1.08 * float(np.nanmax(np.abs(rows[["low", "high"]].to_numpy()))))
+    axes.set_xlim(min(-0.15, -bound if rows["low"].min() < -0.15 else -0.15), max(0.15, bound))
+    words = "clutter" if what == CLUTTER else "the plain model's loss"
+    axes.set_xlabel(f"rank correlation of tokens kept with {words} (Spearman's rho)")
+    style.put_title(figure, title, subtitle)
+    return style.finish(figure)

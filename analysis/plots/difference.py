@@ -1,0 +1,167 @@
+"""Differences between series at equal cost, on the same images: what a curve against cost can only suggest."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import stats, style
+from analysis.comparison import Versus, versus, versus_curve
+from analysis.matching import INTERPOLATED, cost_levels, cut, dense_gmacs, merge_seeds, targets
+from analysis.plots import panels
+from analysis.style import Look
+
+CAPTION = (
+    "Top-1 of each series minus that of {reference} at the same cost, in points, with paired 95 % intervals over the "
+    "same images. Filled: told apart at 5 % after Holm's correction over all {count} comparisons of this figure; "
+    "hollow: not. {how}"
+)
+AIMED = "Costs are the targets that trials were calibrated to{between}."
+OWN = "Each trial stands at its own cost, where {reference} is interpolated between its neighbours (a cross)."
+MATCHED = "Costs are those that trials happened to share (within 3 % of the dense model's)."
+
+
+def reference_of(trials: pd.DataFrame) -> str | None:
+    """The series to compare with: the first of the spec that meets others at most of the costs, random choice and
+    the dense model aside.
+    """
+    rows = merge_seeds(trials[~trials["dense"]])
+    levels = cost_levels(rows, by="variant", count=8)
+    met: dict[str, int] = {}
+    for level in levels:
+        for name in cut(rows, level, by="variant").rows["variant"]:
+            met[name] = met.get(name, 0) + 1
+    names = [n for n in dict.fromkeys(rows["variant"]) if met.get(n, 0) and not n.casefold().startswith("random")]
+    return next((name for name in names if met[name] >= 0.75 * max(met[n] for n in names)), None)
+
+
+def caption(found: Sequence[Versus], trials: pd.DataFrame) -> str:
+    between = " (a cross marks what was interpolated between its own neighbours)"
+    used = any(one.how == INTERPOLATED for one in found)
+    how = AIMED.format(between=between if used else "") if targets(trials) else OWN if used else MATCHED
+    reference = found[0].reference.replace("_", " ") if found else "the reference"
+    return CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference))
+
+
+def table(found: Sequence[Versus]) -> pd.DataFrame:
+    """The numbers drawn, shares 0 .. 1, with full keys."""
+    return pd.DataFrame(
+        [
+            {
+                "variant": one.name,
+                "reference": one.reference,
+                "level_gmacs": one.level,
+                "gmacs": one.gmacs,
+                "how": one.how,
+                "difference": one.paired.difference,
+                "low": one.paired.low,
+                "high": one.paired.high,
+                "p": one.paired.p_value,
+                "mid_p": one.paired.mid_p,
+                "p_holm": one.p_holm,
+                "test": one.paired.test,
+                "images": one.paired.images,
+                "only_first": one.paired.first_only,
+                "only_reference": one.paired.second_only,
+                "keys": " ".join(one.keys),
+            }
+            for one in found
+        ]
+    )
+
+
+def draw_versus(axes: Axes, found: Sequence[Versus], *, looks: Mapping[str, Look], width: float) -> list[str]:
+    """Points with paired intervals against cost, series side by side within ``width`` GMACs; returns the series."""
+    names = list(dict.fromkeys(one.name for one in found))
+    for slot, name in enumerate(names):
+        part = sorted((one for one in found if one.name == name), key=lambda one: one.level)
+        shift = width * (slot - (len(names) - 1) / 2) / max(1, len(names))
+        x = np.array([one.level + shift for one in part])
+        y = np.array([100 * one.paired.difference for one in part])
+        low = np.array([100 * (one.paired.difference - one.paired.low) for one in part])
+        high = np.array([100 * (one.paired.high - one.paired.difference) for one in part])
+        look = style.look_of(name, looks)
+        line = look.line() | {"marker": "", "linewidth": 1.0, "label": name}
+        axes.errorbar(x, y, yerr=np.clip([low, high], 0, None), elinewidth=1, capsize=2, **line)
+        for one, at, value in zip(part, x, y, strict=True):
+            clear = one.told_apart
+            axes.plot(
+                [at],
+                [value],
+                marker=look.marker,
+                markersize=6,
+                linestyle="none",
+                markeredgecolor=look.colour,
+                markerfacecolor=look.colour if clear else "white",
+                gid="apart" if clear else "same",
+            )
+            if one.how == INTERPOLATED:
+                centre = "white" if clear else look.colour
+                axes.plot([at], [value], marker="x", markersize=4, color=centre, linestyle="none", gid="interpolated")
+    axes.axhline(0, color=style.DENSE_COLOUR, linewidth=1)
+    return names
+
+
+def signs() -> list[Line2D]:
+    """What filled and hollow mean, for the legend."""
+    common: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#6a6a6a", "markersize": 6}
+    return [
+        Line2D([], [], label=f"told apart (p < {stats.ALPHA:g}, Holm)", **common),
+        Line2D([], [], label="not told apart", markerfacecolor="white", **common),
+    ]
+
+
+@style.themed
+def difference(
+    found: Sequence[Versus], trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str
+) -> Figure:
+    """Every series against the reference at each cost; a panel a series where there are many."""
+    names = list(dict.fromkeys(one.name for one in found))
+    reference = style.label(found[0].reference).replace("\n", " ")
+    label = textwrap.fill(f"top-1 against {reference} (points)", 30)
+    width = 0.6 * _least_gap(found, dense_gmacs(trials))
+    if len(names) > panels.TOO_MANY:
+        figure = panels.new_figure(len(names), extra=1.6)
+        grid = panels.subplots(figure, len(names))
+        for axes, name in zip(grid, names, strict=True):
+            draw_versus(axes, [one for one in found if one.name == name], looks=looks, width=width)
+            panels.name_panel(axes, name)
+        panels.share_limits(grid, style.GMACS, label, figure)
+        handles = signs()
+    else:
+        figure = style.new_figure(height=4.4)
+        axes = figure.subplots()
+        draw_versus(axes, found, looks=looks, width=width)
+        axes.set(xlabel=style.GMACS, ylabel=label)
+        handles = [*(style.handle(name, looks) for name in names), *signs()]
+    style.put_title(figure, title, subtitle)
+    style.put_legend(figure, handles)
+    return style.finish(figure)
+
+
+def find(trials: pd.DataFrame, reference: str | None = None) -> list[Versus]:
+    """What the figure of a spec shows; [] where nothing meets at a common cost or the answers are not known. In results
+    that were not calibrated, a reference that is a curve is met by every trial at that trial's own cost.
+    """
+    name = reference_of(trials) if reference is None else reference
+    rows = merge_seeds(trials[~trials["dense"]])
+    if name is None:
+        return []
+    curve = rows[rows["variant"] == name]
+    if not targets(trials) and reference is not None and len(curve) > 2:
+        return versus_curve(rows, name, by="variant")
+    return versus(rows, name, by="variant")
+
+
+def _least_gap(found: Sequence[Versus], dense: float) -> float:
+    """The distance between neighbouring costs, for setting series side by side."""
+    levels = sorted({one.level for one in found})
+    gap = float(min(np.diff(levels))) if len(levels) > 1 else 0.1 * dense
+    return gap if gap > 0.02 * dense else 0.0  # costs as they came: nothing to set apart

@@ -1,0 +1,135 @@
+"""The published table (Table 1 of the ATS paper) as points, with what was measured here marked beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import published, style
+from analysis.matching import against_dense, dense_gmacs, merge_seeds
+from analysis.plots import panels
+from analysis.plots.pareto import front
+
+CAPTION = (
+    "{left} pair of a model and the same model with ATS, as printed (Table 1; finetuned; ImageNet-1k, 50,000 "
+    "images): what it saves and what it costs in points of top-1, labelled; and, filled, the Pareto front of what was "
+    "measured here ({what}), with paired 95 % intervals. {differs}"
+)
+LEFT = (
+    "Left: every model of Table 1 (grey: dense, coloured: with token reduction, arrows from a model to itself with "
+    "ATS), and ours as a filled star (dense) and circles (reduced). Right: each"
+)
+
+
+def table_one() -> pd.DataFrame:
+    """Table 1 as printed."""
+    rows = published.load()
+    found = rows[rows["source"].str.startswith("ATS") & (rows["table"] == "Table 1")]
+    return found[found["gflops"].notna() & found["top1"].notna()].reset_index(drop=True)
+
+
+def printed_pairs(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each model with ATS beside itself: model, resolution, gflops, top1, dense_gflops, dense_top1."""
+    dense = rows[rows["method"].isna()][["model", "resolution", "gflops", "top1"]]
+    with_ats = rows[rows["method"] == "ATS"][["model", "resolution", "gflops", "top1"]]
+    found = with_ats.merge(dense, on=["model", "resolution"], suffixes=("", "_dense"))
+    return found.rename(columns={"gflops_dense": "dense_gflops", "top1_dense": "dense_top1"})
+
+
+@style.themed
+def published_points(trials: pd.DataFrame, *, same_data: bool, title: str, subtitle: str) -> Figure:
+    """Printed points in absolute numbers (where ours are on the same data) and relative to the dense model."""
+    rows = table_one()
+    figure = style.new_figure(height=4.8)
+    axes = figure.subplots(1, 2 if same_data else 1, squeeze=False)[0]
+    ours = front(merge_seeds(trials[~trials["dense"]]))
+    if same_data:
+        _absolute(axes[0], rows, trials, ours)
+    _relative(axes[-1], printed_pairs(rows), trials, ours)
+    style.put_title(figure, title, subtitle)
+    star: dict[str, Any] = {"marker": "o", "linestyle": "none"}
+    handles = [
+        Line2D([], [], label="published: with ATS", markerfacecolor="white", markeredgecolor="#a33b00", **star),
+        Line2D([], [], label="measured here: Pareto front", color="#0a5c8f", **star),
+    ]
+    if same_data:
+        handles.insert(0, Line2D([], [], label="published: dense, other reductions", color="#b5b5b5", **star))
+        handles.append(Line2D([], [], label="measured here: dense", color="#0a5c8f", marker="*", markersize=12,
+                              linestyle="none"))  # fmt: skip
+    style.put_legend(figure, handles)
+    return style.finish(figure)
+
+
+def _absolute(axes: Axes, rows: pd.DataFrame, trials: pd.DataFrame, ours: pd.DataFrame) -> None:
+    plain, ats = rows[rows["method"] != "ATS"], rows[rows["method"] == "ATS"]
+    axes.plot(plain["gflops"], plain["top1"], "o", color="#b5b5b5", markersize=4.5, gid="published")
+    for pair in printed_pairs(rows).itertuples():
+        axes.annotate("", (pair.gflops, pair.top1), (pair.dense_gflops, pair.dense_top1),
+                      arrowprops={"arrowstyle": "->", "color": "#a33b00", "linewidth": 0.9})  # fmt: skip
+    axes.plot(ats["gflops"], ats["top1"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats")
+    axes.plot(ours["gmacs_mean"], 100 * ours["top1"], "o-", color="#0a5c8f", markersize=5, linewidth=1, gid="ours")
+    known = trials["dense_top1"].dropna()
+    if len(known):
+        axes.plot(
+            [dense_gmacs(trials)], [100 * float(known.iloc[0])], "*", color="#0a5c8f", markersize=13, gid="ours-dense"
+        )
+    axes.set_xscale("log")
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20) if 0.7 * float(ours["gmacs_mean"].min()) <= t <= 30]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
+    low = min(float(rows["top1"].min()), max(60.0, 100 * float(ours["top1"].min())))
+    axes.set_ylim(bottom=low - 2)
+
+
+def _relative(axes: Axes, pairs: pd.DataFrame, trials: pd.DataFrame, ours: pd.DataFrame) -> None:
+    pairs = pairs.assign(
+        saved=100 * (1 - pairs["gflops"] / pairs["dense_gflops"]), change=pairs["top1"] - pairs["dense_top1"]
+    ).sort_values("change", kind="stable")
+    axes.plot(
+        pairs["saved"], pairs["change"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats"
+    )
+    dense = dense_gmacs(trials)
+    x, y, low, high = [], [], [], []
+    for row in ours.to_dict("records"):
+        test = against_dense(row)
+        change = test.difference if test else row["top1"] - row["dense_top1"]
+        x.append(100 * (1 - row["gmacs_mean"] / dense))
+        y.append(100 * change)
+        low.append(max(0.0, 100 * (change - test.low)) if test else 0.0)
+        high.append(max(0.0, 100 * (test.high - change)) if test else 0.0)
+    axes.errorbar(x, y, yerr=[low, high], fmt="o-", color="#0a5c8f", markersize=5, linewidth=1, elinewidth=1, capsize=2,
+                  label="ours")  # fmt: skip
+    axes.axhline(0, color=style.DENSE_COLOUR, linewidth=1)
+    bottom = max(min(y, default=-1.0), -12.0) - 1
+    axes.set(xlabel="GMACs saved (%)", ylabel="change in top-1 (points)")
+    axes.set_ylim(bottom, 0.55 * abs(bottom))
+    axes.set_xlim(left=min(0.0, *x) - 2 if x else 0)
+    # The printed pairs lie on two lines of height: their names go above, spread over the width, each with a leader.
+    names = pairs.sort_values("saved", kind="stable")
+    left, right = axes.get_xlim()
+    places = panels.spread([(value - left) / (right - left) for value in names["saved"]], 0.085)
+    places = places - max(0.0, places[-1] - 0.97) if len(places) else places
+    for place, row in zip(places, names.itertuples(), strict=True):
+        text = f"{row.model}{f' {row.resolution:g}' if row.resolution != 224 else ''}"
+        axes.annotate(
+            "",
+            (row.saved, row.change),
+            (place, 0.8),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": "#c9885f", "linewidth": 0.6, "shrinkA": 0},
+        )
+        axes.text(place, 0.81, text, transform=axes.transAxes, rotation=90, fontsize=7.5, ha="center", va="bottom")
+
+
+def caption(trials: pd.DataFrame, *, same_data: bool, model: str, images: int) -> str:
+    paper = published.model_name(model)
+    what = f"{paper}, {images:,} images"
+    tuned = set(trials["finetuned"])
+    differs = "Ours are off the shelf, not finetuned" if tuned == {False} else "Ours include finetuned trials"
+    differs += "." if same_data else ", and on other data than ImageNet: only the change is set beside print."
+    return CAPTION.format(left=LEFT if same_data else "Each", what=what, differs=differs)

@@ -1,0 +1,77 @@
+"""Does the clock agree with the count? (Table A.1 of the ATS paper) Measured speed-up beside the ratio of GMACs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from analysis import style
+from analysis.style import Look
+
+PUBLISHED = (4.6 / 2.9, 1403 / 1010)  # ATS, Table A.1: DeiT-S, RTX 6000, finetuned
+CAPTION = (
+    "Left: measured speed-up over the dense model (medians and quartiles of ratios timed side by side) against the "
+    "ratio of multiply-adds; on the diagonal the clock gives what the count promises. The hollow star is in print: ATS "
+    "on DeiT-S, 1403 against 1010 images/s at 2.9 of 4.6 GFLOPs, on another device. Right: the same speed-ups against "
+    "the batch size; a dash marks the ratio of multiply-adds at each. Trials timed alone on their device only: "
+    "{device}."
+)
+
+
+def timed(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that were measured for speed, with ``ratio`` (dense GMACs / own) and ``faster`` (measured)."""
+    measured = trials["images_per_second"] / trials["dense_images_per_second"]
+    faster = trials["speedup"].where(trials["speedup"].notna(), measured)
+    rows = trials.assign(faster=faster, ratio=trials["dense_gmacs"] / trials["gmacs_mean"])
+    rows = rows.assign(at_batch=rows["measured_batch"].where(rows["measured_batch"].notna(), rows["batch"]))
+    return rows[rows["faster"].notna() & rows["ratio"].notna() & ~rows["dense"]]
+
+
+@style.themed
+def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+    """Speed-up against the ratio of GMACs, and against the batch size."""
+    rows = timed(trials)
+    figure = style.new_figure(height=4.6)
+    against, batches = figure.subplots(1, 2)
+    names = list(dict.fromkeys(rows["variant"]))
+    for name in names:
+        part = rows[rows["variant"] == name].sort_values(["ratio", "at_batch"], kind="stable")
+        look = style.look_of(name, looks)
+        low = (part["faster"] - part["speedup_low"]).clip(lower=0).fillna(0)
+        high = (part["speedup_high"] - part["faster"]).clip(lower=0).fillna(0)
+        line = look.line()
+        against.errorbar(part["ratio"], part["faster"], yerr=[low, high], elinewidth=1, capsize=2, label=name,
+                         **(line | {"linestyle": "none"}))  # fmt: skip
+        for _, same in part.groupby("reducer", sort=False):
+            same = same.sort_values("at_batch", kind="stable")
+            batches.plot(same["at_batch"], same["faster"], label=name, **line)
+            batches.plot(same["at_batch"], same["ratio"], color=look.colour, marker="_", markersize=11,
+                         linestyle="none", markeredgewidth=1.6, gid="ratio")  # fmt: skip
+    top = float(np.nanmax([rows["ratio"].max(), rows["faster"].max(), PUBLISHED[0]])) * 1.08
+    against.plot([1, top], [1, top], color=style.DENSE_COLOUR, linewidth=1, linestyle="--", gid="diagonal")
+    against.plot(*[[value] for value in PUBLISHED], marker="*", markersize=13, color="#444444", markerfacecolor="white",
+                 linestyle="none", gid="published")  # fmt: skip
+    against.set(xlabel="dense GMACs / GMACs", ylabel="measured speed-up", xlim=(None, top))
+    sizes = sorted(rows["at_batch"].dropna().unique())
+    if sizes:
+        if len(sizes) > 1:
+            batches.set_xscale("log", base=2)
+        batches.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        batches.minorticks_off()
+    batches.axhline(1, color=style.DENSE_COLOUR, linewidth=1, linestyle="--")
+    batches.set(xlabel="batch size", ylabel="measured speed-up")
+    style.put_title(figure, title, subtitle)
+    print_handle = Line2D([], [], marker="*", markersize=12, color="#444444", markerfacecolor="white", linestyle="none",
+                          label="in print (ATS, DeiT-S)")  # fmt: skip
+    dash = Line2D([], [], marker="_", markersize=11, color="#666666", linestyle="none", label="ratio of GMACs")
+    style.put_legend(figure, [*(style.handle(name, looks) for name in names), print_handle, dash])
+    return style.finish(figure)
+
+
+def caption(trials: pd.DataFrame) -> str:
+    devices = sorted(set(timed(trials)["device"]) - {""})
+    return CAPTION.format(device=", ".join(devices) or "device not recorded")

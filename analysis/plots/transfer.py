@@ -1,0 +1,132 @@
+"""One training, many budgets: a model finetuned at one budget and evaluated at others without retraining."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import style
+from analysis.frame import reducer_names
+from analysis.matching import merge_seeds
+from analysis.plots.tradeoff import draw_reference, draw_seeds
+
+CAPTION = (
+    "Top-1 accuracy against the multiply-adds of evaluation, one curve for each budget the model was finetuned at, and "
+    "in grey without finetuning; a panel a method. Large rings: evaluated at the budget it was trained for. A curve "
+    "that stays beside the rings of the others was trained once for all of them. Bars are 95 % intervals over images, "
+    "small circles single training seeds."
+)
+PLAIN = "off the shelf"
+
+
+def trained_at(training: str) -> str:
+    """The budget a training used, in words: "K = 108", "keep 0.7", "target 50 %"; "off the shelf" without one."""
+    try:
+        recipe = json.loads(training) if training else {}
+    except ValueError:
+        return training
+    if not isinstance(recipe, Mapping) or not recipe:
+        return PLAIN
+    if isinstance(recipe.get("target"), int | float):
+        return f"target {100 * recipe['target']:g} %"
+    budget = _first_budget(recipe.get("stages"))
+    if budget is None:
+        return "dense"
+    (kind, value), *_ = budget.items()
+    return {"count": f"K = {value}", "ratio": f"keep {_number(value)}", "drop": f"r = {value}"}.get(
+        kind, f"{kind} {value}"
+    )
+
+
+def _number(value: Any) -> str:
+    """A ratio as text, fractions as decimals."""
+    if isinstance(value, str) and "/" in value:
+        top, bottom = value.split("/", 1)
+        return f"{float(top) / float(bottom):.3g}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _first_budget(stages: Any) -> dict[str, Any] | None:
+    """The first budget anywhere in stages."""
+    if isinstance(stages, Mapping):
+        budget = stages.get("budget")
+        if isinstance(budget, Mapping) and budget:
+            order = [name for name in ("count", "ratio", "drop") if name in budget] or list(budget)
+            return {order[0]: budget[order[0]]}
+        stages = list(stages.values())
+    if isinstance(stages, list):
+        for part in stages:
+            found = _first_budget(part)
+            if found is not None:
+                return found
+    return None
+
+
+def labelled(trials: pd.DataFrame) -> pd.DataFrame:
+    """Rows with seeds merged, ``method`` (its reducers), ``trained`` (the budget) and ``home`` (evaluated where it was
+    trained: the row nearest in cost among those evaluated with the very stages of the training).
+    """
+    rows = merge_seeds(trials[~trials["dense"]])
+    own = [_same_stages(row["training"], row["reducer"]) for row in rows.to_dict("records")]
+    return rows.assign(
+        method=[" + ".join(reducer_names(text)) for text in rows["reducer"]],
+        trained=[trained_at(text) for text in rows["training"]],
+        home=own,
+    )
+
+
+def _same_stages(training: str, reducer: str) -> bool:
+    try:
+        recipe = json.loads(training) if training else {}
+        return bool(recipe) and _first_budget(recipe.get("stages")) == _first_budget(json.loads(reducer))
+    except ValueError:
+        return False
+
+
+@style.themed
+def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
+    """A panel a method: accuracy against cost for each budget of training."""
+    rows = labelled(trials)
+    methods = list(dict.fromkeys(rows["method"]))
+    kinds = [kind for kind in dict.fromkeys(rows["trained"]) if kind != PLAIN]
+    looks = {kind: style.look(slot) for slot, kind in enumerate(kinds)}
+    figure = style.new_figure(height=4.5 if len(methods) < 3 else 7.2)
+    columns = min(2, len(methods))
+    grid = figure.subplots(-(-len(methods) // columns), columns, squeeze=False, sharex=True, sharey=True)
+    for axes in list(grid.flat)[len(methods) :]:
+        axes.remove()
+    for axes, method in zip(grid.flat, methods, strict=False):
+        for kind, part in rows[rows["method"] == method].groupby("trained", sort=False):
+            part = part.sort_values("gmacs_mean", kind="stable")
+            line = looks[kind].line() if kind in looks else {"color": "#8d8d8d", "marker": "x", "linestyle": ":"}
+            top1 = 100 * part["top1"]
+            bars = np.clip(np.nan_to_num([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1]), 0, None)
+            axes.errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, label=str(kind), **line)
+            draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
+            home = part[part["home"]]
+            ring: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": "o",
+                "markersize": 13,
+                "markerfacecolor": "none",
+                "gid": "home",
+            }
+            ring |= {"markeredgecolor": line["color"], "markeredgewidth": 1.4}
+            axes.plot(home["gmacs_mean"], 100 * home["top1"], **ring)
+        draw_reference(axes, trials, at_cost=False)
+        axes.set_title(method)
+        axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
+        axes.label_outer()
+    style.put_title(figure, title, subtitle)
+    handles = [style.handle(kind, looks) for kind in kinds]
+    for handle, kind in zip(handles, kinds, strict=True):
+        handle.set_label(f"finetuned at {kind}")
+    if PLAIN in set(rows["trained"]):
+        handles.append(style.plain_handle(PLAIN))
+    style.put_legend(figure, [*handles, style.dense_handle()])
+    return style.finish(figure)

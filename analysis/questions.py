@@ -1,0 +1,292 @@
+"""What one spec's question needs beyond a ranking at equal cost, in plain sentences drawn from the data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pandas as pd
+
+from analysis import stats, style
+from analysis.comparison import SAME, Finding
+from analysis.matching import against_dense, dense_gmacs, merge_seeds, on_curve, paired
+from analysis.plots import difference as _difference
+from analysis.plots import finetuning as _finetuning
+from analysis.plots import scaling as _scaling
+from analysis.plots import transfer as _transfer
+from analysis.plots.runtime import timed
+from analysis.plots.single_multi import SAVED
+from analysis.plots.stacking import base_variant, gains
+from analysis.tables import percent, with_bounds
+
+PRINTED_SHARES = {
+    "the 63 % in print (2.9 of 4.6 GFLOPs, DeiT-S)": 2.9 / 4.6,
+    "the 74 % that a user measured with the release (3.4 of 4.6)": 3.4 / 4.6,
+}
+
+
+def cheapest_like_dense(rows: pd.DataFrame) -> list[Finding]:
+    """For each series its cheapest trial that, like every dearer one, cannot be told apart from the dense
+    model; the cheapest series first.
+    """
+    found = []
+    for name, group in rows.groupby("variant", sort=False):
+        best, loss = None, None
+        for row in group.sort_values("gmacs_mean", ascending=False).to_dict("records"):
+            paired = against_dense(row)
+            if paired is None or (paired.p_value < stats.ALPHA and paired.difference < 0):
+                break
+            best, loss = row, paired
+        if best is not None and loss is not None:
+            share = 100 * best["gmacs_mean"] / dense_gmacs(rows)
+            budget = f" ({best['budget']})" if best["budget"] else ""
+            change = with_bounds(loss.difference, loss.low, loss.high, sign=True)
+            text = (
+                f"{_name(name)}: down to {style.cost(best['gmacs_mean'])} GMACs, {share:.0f} % of dense{budget}, "
+                f"{SAME} from the dense model; difference {change} points."
+            )
+            found.append((share, Finding(text, keys=tuple(best.get("keys", [best["key"]])))))
+    return [finding for _, finding in sorted(found, key=lambda entry: entry[0])]
+
+
+def k_costs(trials: pd.DataFrame) -> list[Finding]:
+    """What a small, a middle and the largest K cost and reach, for each series."""
+    rows = merge_seeds(trials[~trials["dense"] & trials["x"].notna()])
+    found = []
+    for name, group in rows.groupby("variant", sort=False):
+        group = group.sort_values("x").reset_index(drop=True)
+        chosen = group.loc[sorted({0, len(group) // 3, 2 * len(group) // 3, len(group) - 1})]
+        parts = [
+            f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in chosen.itertuples()
+        ]
+        found.append(Finding(f"{_name(name)}: {'; '.join(parts)}.", keys=tuple(chosen["key"]), headline=True))
+    return found
+
+
+def dropped(trials: pd.DataFrame) -> list[Finding]:
+    """How often the class token was lost."""
+    rows = trials[~trials["dense"] & trials["class_kept"].notna()]
+    found = []
+    for name, group in rows.groupby("variant", sort=False):
+        lost = 1 - group["class_kept"]
+        text = (
+            "never lost its class token"
+            if lost.max() == 0
+            else (
+                f"lost the class token in {percent(lost.min())} to {percent(lost.max())} % of images, "
+                "depending on the cost"
+            )
+        )
+        found.append(Finding(f"{_name(name)}: {text}.", keys=tuple(group["key"]), headline=bool(lost.max() > 0)))
+    return found
+
+
+def stacks(trials: pd.DataFrame) -> list[Finding]:
+    """Whether stacking pays at equal cost, then what each stack saves and loses against its base with the same
+    budget.
+    """
+    base = base_variant(trials)
+    if base is None:
+        return []
+    found = []
+    pairs = _difference.find(trials, base)
+    better = sum(one.told_apart and one.paired.difference > 0 for one in pairs)
+    worse = sum(one.told_apart for one in pairs) - better
+    if pairs:
+        verdict = "pays" if better > worse else "does not pay" if worse > better else f"is {SAME} from a smaller budget"
+        text = (
+            f"Against {base} alone at the same cost, stacking {verdict}: of {len(pairs)} comparisons {better} clearly "
+            f"better, {worse} clearly worse (Holm), {len(pairs) - better - worse} {SAME}."
+        )
+        keys = tuple(dict.fromkeys(key for one in pairs for key in one.keys))
+        found.append(Finding(text, keys=keys, headline=True))
+    changes = gains(trials)
+    for name in dict.fromkeys(gain.variant for gain in changes):
+        part = [gain for gain in changes if gain.variant == name]
+        saved, moved = [g.saved for g in part], [g.difference for g in part]
+        tested = [g.paired for g in part if g.paired]
+        told = f"; told apart at {sum(p.p_value < stats.ALPHA for p in tested)} of {len(tested)}" if tested else ""
+        text = (
+            f"{name} against {base} with the same budget ({len(part)} budgets): saves {percent(min(saved))} to "
+            f"{percent(max(saved))} % of its GMACs; top-1 changes by {percent(min(moved), sign=True)} to "
+            f"{percent(max(moved), sign=True)} points{told}."
+        )
+        found.append(Finding(text, keys=tuple(g.key for g in part)))
+    return found
+
+
+def samplers(trials: pd.DataFrame) -> list[Finding]:
+    """What the released sampler costs at its natural setting: in print 2.9 of 4.6, by a user's measure 3.4."""
+    found = []
+    for row in merge_seeds(trials[~trials["dense"] & trials["target_gmacs"].isna()]).to_dict("records"):
+        sampler = _ats_variant(row["reducer"])
+        if sampler is None:
+            continue
+        share, counted = (value / dense_gmacs(trials) for value in (row["gmacs_mean"], row["reference_gmacs_mean"]))
+        if pd.isna(counted):
+            counted = share
+        apart = {words: abs(counted - printed) for words, printed in PRINTED_SHARES.items()}
+        near = min(apart, key=lambda words: apart[words])
+        verdict = f"near {near}" if apart[near] <= 0.06 else f"near neither {' nor '.join(PRINTED_SHARES)}"
+        budget = f", {row['budget']}" if row["budget"] else ""
+        text = (
+            f"{_name(row['variant'])} (sampler {sampler}, {row['placement']}{budget}, not calibrated) costs "
+            f"{100 * share:.0f} % of dense, {100 * counted:.0f} % in the published order of work: "
+            f"{verdict}."
+        )
+        found.append(Finding(text, keys=tuple(row["keys"]), headline=sampler == "official"))
+    return found
+
+
+def stages(trials: pd.DataFrame) -> list[Finding]:
+    """What is lost at the saving that the paper claims, 37 %."""
+    rows = merge_seeds(trials[~trials["dense"]])
+    found = []
+    wanted = (1 - SAVED) * dense_gmacs(trials)
+    for name, part in rows.groupby("variant", sort=False):
+        row = part.loc[(part["gmacs_mean"] - wanted).abs().idxmin()].to_dict()
+        loss = against_dense(row)
+        if loss is not None and abs(row["gmacs_mean"] - wanted) <= 0.06 * dense_gmacs(trials):
+            saved = 1 - row["gmacs_mean"] / dense_gmacs(trials)
+            text = (
+                f"{_name(name)} with {percent(saved)} % of GMACs saved: top-1 changes by "
+                f"{with_bounds(loss.difference, loss.low, loss.high, sign=True)} points (in print: almost kept at "
+                f"{100 * SAVED:.0f} %, DeiT-S, finetuned)."
+            )
+            found.append(Finding(text, keys=tuple(row["keys"]), headline=True))
+    return found
+
+
+def sizes(trials: pd.DataFrame) -> list[Finding]:
+    """Each larger model reduced to the cost of the next smaller one left whole."""
+    names = _scaling.models(trials)
+    rows = merge_seeds(trials[~trials["dense"]])
+    found = []
+    for small, large in itertools.pairwise(names):
+        whole = trials[trials["model"] == small]
+        cost, own = dense_gmacs(whole), rows[rows["model"] == large]
+        for name, part in own.groupby("variant", sort=False):
+            row = on_curve(part, cost) or part.loc[(part["gmacs_mean"] - cost).abs().idxmin()].to_dict()
+            test = paired(row, {"answers": whole["dense_answers"].iloc[0] if "dense_answers" in whole else None})
+            if test is not None:
+                change = with_bounds(test.difference, test.low, test.high, sign=True)
+                told = "" if test.p_value < stats.ALPHA else f", {SAME}"
+                text = (
+                    f"{large} with {_name(name)} at {style.cost(row['gmacs_mean'])} GMACs against {small} left whole "
+                    f"at {style.cost(cost)}: {change} points{told}."
+                )
+                found.append(Finding(text, keys=tuple(row["keys"]), headline=True))
+    for name in names:
+        part = rows[rows["model"] == name].assign(dense_gmacs=dense_gmacs(trials[trials["model"] == name]))
+        for one in cheapest_like_dense(part):
+            found.append(replace(one, text=f"{name}, {one.text}"))
+    return found
+
+
+def speed(trials: pd.DataFrame) -> list[Finding]:
+    """Measured speed-up as a share of what the count promises."""
+    rows = timed(trials)
+    found = []
+    for name, part in rows.groupby("variant", sort=False):
+        faster, ratio = part["faster"], part["ratio"]
+        batches = sorted({f"{size:g}" for size in part["at_batch"].dropna()}, key=float)
+        text = (
+            f"{_name(name)}: {faster.min():.2f} to {faster.max():.2f} times as fast as dense at {ratio.min():.2f} to "
+            f"{ratio.max():.2f} times fewer GMACs: {percent((faster / ratio).min())} to "
+            f"{percent((faster / ratio).max())} % of the ratio (batch {', '.join(batches)})."
+        )
+        found.append(Finding(text, keys=tuple(part["key"]), headline=True))
+    return found
+
+
+def finetuned(trials: pd.DataFrame) -> list[Finding]:
+    """What finetuning gives back, by series."""
+    found = []
+    pairs = _finetuning.pairs(trials)
+    corrected = dict(zip(map(id, pairs), stats.holm([one.paired.p_value for one in pairs]), strict=True))
+    for name in dict.fromkeys(one.name for one in pairs):
+        part = [one for one in pairs if one.name == name]
+        moved = [one.paired.difference for one in part]
+        clear = sum(corrected[id(one)] < stats.ALPHA for one in part)
+        text = (
+            f"Finetuning {_name(name)} with the reduction in place changes top-1 by {percent(min(moved), sign=True)} "
+            f"to {percent(max(moved), sign=True)} points at the same setting; told apart at {clear} of "
+            f"{len(part)} (Holm)."
+        )
+        keys = tuple(dict.fromkeys(key for one in part for key in one.keys))
+        found.append(Finding(text, keys=keys, headline=True))
+    return found
+
+
+def transferred(trials: pd.DataFrame) -> list[Finding]:
+    """What is lost by evaluating at a budget that was not trained for, against the training for that budget."""
+    rows = _transfer.labelled(trials)
+    rows = rows[rows["trained"] != _transfer.PLAIN]
+    found = []
+    for method, part in rows.groupby("method", sort=False):
+        homes = part[part["home"]].to_dict("records")
+        tests = []
+        for row in part[~part["home"]].to_dict("records"):
+            near = [home for home in homes if abs(home["gmacs_mean"] - row["gmacs_mean"]) <= 0.03 * dense_gmacs(trials)]
+            test = paired(row, near[0]) if near else None
+            tests += [(test, row)] if test is not None else []
+        if tests:
+            moved = [test.difference for test, _ in tests]
+            clear = sum(p < stats.ALPHA for p in stats.holm([test.p_value for test, _ in tests]))
+            text = (
+                f"{method}: evaluated at a budget it was not trained for, top-1 differs by "
+                f"{percent(min(moved), sign=True)} to {percent(max(moved), sign=True)} points from the training for "
+                f"that budget; told apart at {clear} of {len(tests)} (Holm)."
+            )
+            keys = tuple(dict.fromkeys(key for _, row in tests for key in row["keys"]))
+            found.append(Finding(text, keys=keys, headline=True))
+    return found
+
+
+def tokens(trials: pd.DataFrame) -> list[Finding]:
+    """How many tokens are left after the first and the last stage."""
+    found = []
+    for row in merge_seeds(trials[~trials["dense"]]).to_dict("records"):
+        blocks, counts, spread = row["blocks"], row["tokens"], row["tokens_std"]
+        if len(blocks) > 1 and len(counts) > max(blocks) + 1 and len(spread) == len(counts):
+            first, last = int(blocks[0]) + 1, int(blocks[-1]) + 1
+            text = (
+                f"{_name(row['variant'])} at {style.cost(row['gmacs_mean'])} GMACs: {counts[first]:.0f} ± "
+                f"{spread[first]:.0f} tokens after block {blocks[0]}, {counts[last]:.0f} ± {spread[last]:.0f} after "
+                f"block {blocks[-1]} (mean and standard deviation over images)."
+            )
+            found.append(Finding(text, keys=tuple(row["keys"])))
+    return found
+
+
+def _name(variant: object) -> str:
+    return str(variant).replace("_", " ")
+
+
+def _ats_variant(reducer: str) -> str | None:
+    """The sampler of a single ATS stage: "paper", "official", ...; None for anything else."""
+    try:
+        stages = json.loads(reducer)
+        parts = [part for stage in stages for part in stage["stack"]]
+    except (TypeError, ValueError, KeyError):
+        return None
+    if len(parts) != 1 or not isinstance(parts[0], Mapping) or parts[0].get("name") != "ats":
+        return None
+    return str(parts[0].get("variant", "paper"))
+
+
+SPECIAL: Mapping[str, Callable[[pd.DataFrame], list[Finding]]] = {
+    "k_values": k_costs,
+    "class_token": dropped,
+    "evit_stacking": stacks,
+    "sampling_method": samplers,
+    "single_multi_stage": stages,
+    "model_scaling": sizes,
+    "runtime": speed,
+    "adaptivity": tokens,
+    "finetuning": finetuned,
+    "budget_transfer": transferred,
+}
+WITHOUT_RANKING = ("model_scaling", "runtime", "budget_transfer")  # their question is not who leads

@@ -1,0 +1,333 @@
+"""The figures made for one question each: the numbers in their axes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import kept, matching, published, stats, style
+from analysis.comparison import versus, versus_curve
+from analysis.frame import Results, tidy
+from analysis.matching import merge_seeds
+from analysis.outcomes import with_answers
+from analysis.page import read_samples
+from analysis.plots import (
+    agreement,
+    clutter,
+    difference,
+    extremes,
+    finetuning,
+    panels,
+    pareto,
+    published_points,
+    runtime,
+    sampling,
+    scaling,
+    shared,
+    single_multi,
+    stages,
+    tradeoff,
+    transfer,
+)
+from tests.analysis.synthetic import DENSE_GMACS, Maker
+from tests.analysis.test_plots import WORDS, curves, legend
+
+Looks = Mapping[str, style.Look]
+
+
+def spec(answered: pd.DataFrame, name: str) -> pd.DataFrame:
+    return answered[answered["spec"] == name]
+
+
+def test_differences_are_paired_and_say_which_are_told_apart(answered: pd.DataFrame, looks: Looks) -> None:
+    rows = spec(answered, "sampling_method")
+    found = difference.find(rows)
+    assert {one.reference for one in found} == {"inverse transform (paper)"} and len(found) == 6
+    one = next(f for f in found if f.name == "top-K" and f.level == pytest.approx(0.5 * DENSE_GMACS))
+    pair = [rows[(rows["variant"] == name) & (rows["x"] == 0.5)].iloc[0] for name in ("top-K", one.reference)]
+    assert one.paired.difference == pytest.approx(pair[0]["top1"] - pair[1]["top1"])
+    assert one.p_holm == pytest.approx(
+        dict(zip(map(id, found), stats.holm([f.paired.p_value for f in found]), strict=True))[id(one)]
+    )
+    axes = difference.difference(found, rows, looks=looks, **WORDS).axes[0]
+    drawn = curves(axes)
+    assert sorted(drawn["top-K"][1]) == pytest.approx(
+        sorted(100 * f.paired.difference for f in found if f.name == "top-K")
+    )
+    filled = sum(line.get_gid() == "apart" for line in axes.lines)
+    assert filled == sum(f.told_apart for f in found) and filled >= 3
+    table = difference.table(found)
+    assert len(table) == 6 and all(len(key) == 16 for keys in table["keys"] for key in keys.split(" "))
+
+
+def test_an_uncalibrated_stack_meets_the_curve_of_its_base_at_its_own_cost(answered: pd.DataFrame) -> None:
+    rows = merge_seeds(spec(answered, "evit_stacking"))
+    found = versus_curve(rows, "EViT", by="variant")
+    assert found and {one.how for one in found} <= {matching.INTERPOLATED, matching.NEARBY}
+    curve = rows[rows["variant"] == "EViT"].sort_values("gmacs_mean")
+    one = next(f for f in found if f.how == matching.INTERPOLATED)
+    own = rows[rows["key"] == one.keys[0]].iloc[0]
+    expected = np.interp(own["gmacs_mean"], curve["gmacs_mean"], curve["top1"])
+    assert one.paired.difference == pytest.approx(own["top1"] - expected) and one.paired.test == "paired bootstrap"
+    assert versus(rows, "unheard of", by="variant") == []
+
+
+def test_many_series_get_a_panel_each(looks: Looks) -> None:
+    maker = Maker(images=40)
+    for i in range(panels.TOO_MANY + 4):
+        for share in (0.4, 0.6):
+            maker.add(
+                "methods", f"m{i}", reducer=[{"name": f"m{i}"}], blocks=[3], keep=share, accuracy=0.8, target=share
+            )
+    rows = with_answers(tidy(maker.frame()), maker.images)
+    own = style.assign_looks(rows)
+    assert len({(look.colour, look.marker) for look in own.values()}) == 13
+    figure = tradeoff.tradeoff(rows, looks=own, **WORDS)
+    assert [axes.get_title() for axes in figure.axes] == [f"m{i}" for i in range(13)]
+    line = next(line for line in figure.axes[2].lines if line.get_label() == "m2")
+    expected = rows[rows["variant"] == "m2"].sort_values("gmacs_mean")
+    assert np.asarray(line.get_ydata()) == pytest.approx(100 * expected["top1"].to_numpy())
+    assert sum(line.get_gid() == "others" for line in figure.axes[2].lines) == 12
+    assert len(style.assign_looks(pd.DataFrame({"spec": "s", "variant": [f"v{i}" for i in range(32)]}))) == 32
+
+
+def test_labels_are_spread_as_little_as_it_takes() -> None:
+    assert panels.spread([0.1, 0.5, 0.9], 0.2) == pytest.approx([0.1, 0.5, 0.9])
+    found = panels.spread([0.5, 0.52, 0.1], 0.2)
+    assert found[1] - found[0] == pytest.approx(0.2) and found[:2].mean() == pytest.approx(0.51) and found[2] == 0.1
+
+
+def test_the_front_holds_what_no_cheaper_trial_equals(answered: pd.DataFrame, looks: Looks) -> None:
+    rows = merge_seeds(spec(answered, "methods"))
+    edge = pareto.front(rows[~rows["dense"]])
+    for row in rows[~rows["dense"]].to_dict("records"):
+        beaten = ((edge["gmacs_mean"] <= row["gmacs_mean"]) & (edge["top1"] >= row["top1"])).any()
+        assert beaten or row["key"] in set(edge["key"])
+    assert edge["top1"].is_monotonic_increasing and edge["gmacs_mean"].is_monotonic_increasing
+    axes = pareto.pareto(spec(answered, "methods"), looks=looks, **WORDS).axes[0]
+    step = next(line for line in axes.lines if line.get_gid() == "front")
+    assert np.asarray(step.get_ydata())[:-1] == pytest.approx(100 * edge["top1"].to_numpy())
+    assert len(axes.collections) == edge["variant"].nunique()  # bands
+    dots = next(line for line in axes.lines if line.get_gid() == "all")
+    assert len(dots.get_xdata()) == len(rows[~rows["dense"]])
+
+
+def test_single_seeds_stand_beside_their_mean(answered: pd.DataFrame, looks: Looks) -> None:
+    rows = spec(answered, "score_functions")
+    axes = tradeoff.tradeoff(rows, looks=looks, **WORDS).axes[0]
+    dots = next(line for line in axes.lines if line.get_gid() == "seeds")
+    expected = 100 * rows.loc[rows["variant"] == "random", "top1"]
+    assert sorted(dots.get_ydata()) == pytest.approx(sorted(expected)) and "single seeds" in tradeoff.caption(rows)
+
+
+def test_samplers_show_both_printed_costs(answered: pd.DataFrame, looks: Looks) -> None:
+    axes = sampling.sampling(spec(answered, "sampling_method"), looks=looks, **WORDS).axes
+    assert [one.get_title() for one in axes] == ["off the shelf"]
+    lines = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_gid() == "printed"]
+    assert lines == pytest.approx([2.9 / 4.6 * DENSE_GMACS, 3.4 / 4.6 * DENSE_GMACS])
+    assert "inverse transform (paper)" in curves(axes[0])
+    both = sampling.sampling(spec(answered, "finetuning").assign(spec="sampling_method"), looks=looks, **WORDS).axes
+    assert [one.get_title() for one in both] == ["off the shelf", "finetuned"]
+
+
+def test_one_or_many_stages_with_the_printed_saving(answered: pd.DataFrame, looks: Looks) -> None:
+    axes = single_multi.single_multi(spec(answered, "single_multi_stage"), looks=looks, **WORDS).axes[0]
+    line = next(line for line in axes.lines if line.get_gid() == "published")
+    assert line.get_xdata()[0] == pytest.approx(0.63 * DENSE_GMACS)
+    assert {"ATS (block 3)", "ATS (blocks 3-11)"} <= set(curves(axes))
+
+
+def test_models_are_set_against_their_own_dense_accuracy(answered: pd.DataFrame) -> None:
+    rows = spec(answered, "model_scaling")
+    assert scaling.models(rows) == ["digits_vit_tiny", "digits_vit_small"]
+    accuracy, loss = scaling.scaling(rows, **WORDS).axes
+    stars = {
+        float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in accuracy.lines if line.get_gid() == "dense"
+    }
+    assert stars == pytest.approx({DENSE_GMACS / 3: 84.0, DENSE_GMACS: 90.0})
+    drawn = curves(loss)["digits_vit_small | ATS (block 3)"]
+    assert drawn[0] == pytest.approx([36, 50, 70]) and accuracy.get_xscale() == "log"
+    part = merge_seeds(rows[rows["model"] == "digits_vit_small"]).sort_values("gmacs_mean").to_dict("records")
+    assert drawn[1] == pytest.approx([100 * matching.against_dense(row).difference for row in part])  # type: ignore[union-attr]
+
+
+def test_runtime_sets_the_clock_beside_the_count(answered: pd.DataFrame, looks: Looks) -> None:
+    rows = spec(answered, "runtime")
+    against, batches = runtime.runtime(rows, looks=looks, **WORDS).axes
+    x, y = curves(against)["ToMe"]
+    assert x.astype(float) == pytest.approx([1.67] * 3) and sorted(y) == pytest.approx(
+        sorted(1.4 - 0.3 / b for b in (1, 8, 32))
+    )
+    star = next(line for line in against.lines if line.get_gid() == "published")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == pytest.approx((4.6 / 2.9, 1403 / 1010))
+    line = next(line for line in batches.lines if line.get_label() == "ToMe")
+    assert list(line.get_xdata()) == [1, 8, 32]
+    assert runtime.timed(spec(answered, "methods")).empty and "cpu" in runtime.caption(rows)
+
+
+def test_histograms_by_stage_hold_every_image(results: Results, answered: pd.DataFrame) -> None:
+    row = shared.staged_trial(spec(answered, "adaptivity"), results.images)
+    assert row is not None and len(row["blocks"]) == 9
+    table = results.images[str(row["key"])]
+    figure = stages.stages(row, table, **WORDS)
+    panels_drawn = [axes for axes in figure.axes if axes.patches]
+    assert len(panels_drawn) == 9 and panels_drawn[0].get_title().startswith("after block 3: mean")
+    total = sum(patch.get_height() for patch in panels_drawn[0].patches)
+    assert total == pytest.approx(200)  # 100 % of the plainest third and of the busiest
+    tokens = np.stack(table["tokens"].to_list())
+    mean = next(line for line in panels_drawn[8].lines if line.get_gid() == "mean")
+    assert mean.get_xdata()[0] == pytest.approx(tokens[:, 12].mean())
+    blind = stages.stages(row, table.assign(clutter=None), **WORDS)
+    assert sum(patch.get_height() for patch in blind.axes[0].patches) == pytest.approx(100)
+
+
+def test_the_plainest_images_come_first_and_the_busiest_last(results: Results, answered: pd.DataFrame) -> None:
+    row = shared.staged_trial(spec(answered, "adaptivity"), results.images)
+    assert row is not None
+    table, pictures = results.images[str(row["key"])], read_samples(results.folder / "samples")
+    order = extremes.ranked(table, pictures)
+    assert [one[0] for one in order] == sorted(float(np.sum(table["tokens"].iloc[one[2]])) for one in order)
+    figure = extremes.extremes(row, results.images, pictures, **WORDS)
+    assert figure is not None
+    firsts = [axes.texts[0].get_text() for axes in figure.axes if axes.texts and "out" in axes.texts[0].get_text()]
+    assert [text.split("\n")[0] for text in firsts] == ["fewest", "fewest", "most", "most"]
+    assert firsts[0].endswith(f"{table['tokens'].iloc[order[0][2]][-1]} out")
+    assert extremes.extremes(row, results.images, [], **WORDS) is None
+
+
+def test_rank_correlation_is_tested_for_every_method(results: Results, answered: pd.DataFrame, looks: Looks) -> None:
+    rows = shared.overview(answered)
+    found, what = clutter.correlations(rows, results.images)
+    assert what == clutter.CLUTTER and set(found["variant"]) == {"ATS", "top-K", "EViT", "ToMe", "random"}
+    ats = found.set_index("variant").loc["ATS"]
+    table = results.images[ats["key"]]
+    rho = stats.spearman(clutter.tokens_kept(table), table["clutter"].to_numpy(dtype=float))
+    assert (ats["rho"], ats["low"], ats["high"]) == pytest.approx((rho.value, rho.low, rho.high)) and ats["clear"]
+    assert found["rho"].isna().sum() == 4 and "top-K" in clutter.caption(found, what, "at one cost")
+    axes = clutter.clutter(found, what, looks=looks, **WORDS).axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["ATS"]
+    interval = next(line for line in axes.lines if line.get_gid() == "interval")
+    assert list(interval.get_xdata()) == pytest.approx([rho.low, rho.high])
+
+
+def test_without_clutter_the_plain_models_loss_stands_in(results: Results, answered: pd.DataFrame) -> None:
+    rows = shared.overview(answered)
+    blind = {key: results.images[key].assign(clutter=np.nan) for key in answered["key"]}
+    hard = clutter.hardness(answered, blind)
+    assert hard is not None and hard.index.is_unique
+    found, what = clutter.correlations(rows, blind, hard)
+    assert what == clutter.HARDNESS and found["rho"].notna().sum() == 1
+    assert clutter.correlations(rows, blind, None)[0].empty
+
+
+def test_agreement_knows_chance_from_choice() -> None:
+    random = np.random.default_rng(0)
+    first = random.random((300, 64)).argsort(axis=1) < 20
+    other = random.random((300, 64)).argsort(axis=1) < 32
+    same, blind = kept.overlap(first, first), kept.overlap(first, other)
+    assert same["jaccard"] == 1.0 and same["kappa"] == pytest.approx(1.0)
+    assert blind["kappa"] == pytest.approx(0.0, abs=0.02) and blind["jaccard"] == pytest.approx(
+        blind["chance"], abs=0.02
+    )
+    apart = kept.overlap(first, ~first)
+    assert apart["jaccard"] == 0.0 and apart["kappa"] < -0.3
+    assert np.isnan(kept.overlap(first, np.ones_like(first))["kappa"])
+
+
+def test_agreement_is_drawn_for_every_pair(results: Results, answered: pd.DataFrame) -> None:
+    rows = shared.overview(answered)
+    pairs, left = agreement.matrix(rows, results.images)
+    assert left == [] and len(pairs) == 15 and set(pairs["first"]) == set(rows["variant"])
+    values = agreement.square(pairs)
+    assert np.allclose(values, values.T) and np.allclose(np.diag(values), 1)
+    one = pairs[(pairs["first"] == "ATS") & (pairs["second"] == "EViT")].iloc[0]
+    a, b = (kept.last_kept(results.images, key) for key in one["keys"].split(" "))
+    assert a is not None and b is not None and a[0].shape == (400, 64) and a[1] == 64
+    a, b = a[0], b[0]
+    assert one["jaccard"] == pytest.approx(((a & b).sum(1) / (a | b).sum(1)).mean())
+    axes = agreement.agreement(pairs, **WORDS).axes[0]
+    shown = axes.images[0].get_array()
+    assert shown.shape == (4, 4) and shown.count() == 10 and len(axes.texts) == 10
+
+
+def test_a_method_that_reduces_in_the_first_block_is_compared_on_the_full_grid() -> None:
+    maker = Maker(images=50)
+    for name, blocks in (("early", [0]), ("late", [3])):
+        maker.add("methods", name, reducer=[{"name": name}], blocks=blocks, keep=0.4, accuracy=0.8, target=0.5)
+    pairs, left = agreement.matrix(merge_seeds(tidy(maker.frame())), maker.images)
+    assert left == [] and len(pairs) == 3  # each with itself, and with the other
+    other = pairs[pairs["first"] != pairs["second"]].iloc[0]
+    assert other["kappa"] == pytest.approx(0.0, abs=0.05) and other["chance"] == pytest.approx(0.25, abs=0.02)
+    missing = pairs[pairs["first"] == pairs["second"]]
+    assert np.isnan(agreement.square(missing).loc["early", "late"])  # not known is not zero
+
+
+def test_finetuned_rows_are_set_against_the_same_off_the_shelf(answered: pd.DataFrame, looks: Looks) -> None:
+    rows = spec(answered, "finetuning")
+    found = finetuning.pairs(rows)
+    assert len(found) == 4 and {one.name for one in found} == {"ATS", "top-K"}
+    accuracy, change = finetuning.finetuning(rows, looks=looks, **WORDS).axes
+    assert set(curves(accuracy)) == {"ATS", "ATS (finetuned)", "top-K", "top-K (finetuned)"}
+    tuned = merge_seeds(rows[rows["finetuned"] & (rows["variant"] == "ATS (finetuned)")]).sort_values("gmacs_mean")
+    assert curves(accuracy)["ATS (finetuned)"][1] == pytest.approx(100 * tuned["top1"].to_numpy())
+    assert tuned["seeds"].tolist() == [3, 3] and (tuned["top1_sd"] > 0).all()
+    assert sum(line.get_gid() == "seeds" for line in accuracy.lines) == 2
+    y = sorted(100 * one.paired.difference for one in found if one.name == "ATS")
+    assert sorted(curves(change)["ATS"][1]) == pytest.approx(y) and min(y) > 0
+
+
+def test_budget_transfer_has_a_curve_for_each_training(answered: pd.DataFrame) -> None:
+    rows = spec(answered, "budget_transfer")
+    named = transfer.labelled(rows)
+    assert set(named["trained"]) == {"K = 16", "K = 32"} and named["home"].sum() == 4
+    ats, topk = transfer.transfer(rows, **WORDS).axes
+    assert (ats.get_title(), topk.get_title()) == ("ats", "topk") and set(curves(ats)) == {"K = 16", "K = 32"}
+    home = [line for line in ats.lines if line.get_gid() == "home"]
+    own = named[named["home"] & (named["method"] == "ats")]
+    assert sorted(float(line.get_ydata()[0]) for line in home) == pytest.approx(sorted(100 * own["top1"]))
+    assert "finetuned at K = 16" in legend(transfer.transfer(rows, **WORDS))
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ("", "off the shelf"),
+        (json.dumps({"stages": [{"at": [3], "stack": [{"name": "ats", "budget": {"count": 108}}]}]}), "K = 108"),
+        (json.dumps({"stages": [{"at": [3], "stack": [{"name": "evit", "budget": {"ratio": 0.7}}]}]}), "keep 0.7"),
+        (json.dumps({"stages": [{"stack": [{"name": "topk", "budget": {"ratio": "24/49"}}]}]}), "keep 0.49"),
+        (json.dumps({"stages": [], "epochs": 3}), "dense"),
+        (json.dumps({"stages": [], "target": 0.5}), "target 50 %"),
+        ("not JSON", "not JSON"),
+    ],
+)
+def test_the_budget_of_a_training_in_words(training: str, words: str) -> None:
+    assert transfer.trained_at(training) == words
+
+
+def test_table_one_stands_as_printed_beside_ours(answered: pd.DataFrame) -> None:
+    rows = spec(answered, "methods")
+    printed = published_points.printed_pairs(published_points.table_one())
+    assert len(printed) == 7 and printed.set_index("model").loc["DeiT-S", "dense_top1"] == 79.8
+    absolute, relative = published_points.published_points(rows, same_data=True, **WORDS).axes
+    dots = next(line for line in absolute.lines if line.get_gid() == "published")
+    table = published.load()
+    table = table[table["source"].str.startswith("ATS") & (table["table"] == "Table 1")]
+    assert len(dots.get_xdata()) == (table["method"] != "ATS").sum()
+    pairs = next(line for line in relative.lines if line.get_gid() == "published-ats")
+    saved = dict(zip(np.round(pairs.get_xdata(), 1), np.round(pairs.get_ydata(), 1), strict=True))
+    assert saved[37.0] == -0.1  # DeiT-S: 4.6 -> 2.9, 79.8 -> 79.7
+    front = pareto.front(merge_seeds(rows[~rows["dense"]]))
+    ours = next(line for line in absolute.lines if line.get_gid() == "ours")
+    assert np.asarray(ours.get_ydata()) == pytest.approx(100 * front["top1"].to_numpy())
+    assert len(published_points.published_points(rows, same_data=False, **WORDS).axes) == 1
+
+
+def test_bits_of_a_table_in_memory_are_read_alike(results: Results) -> None:
+    maker = Maker(images=10)
+    key = maker.add("s", "v", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8)["key"]
+    bits = kept.packed(maker.images, key)
+    assert bits is not None and bits.shape == (10, 12, 8) and kept.packed(maker.images, "missing") is None
