@@ -90,6 +90,7 @@ whose blocks are made for longer rows (measured: DeiT-Ti and S, 40-197 tokens, t
 with padding and a key mask was slower than either."""
 
 
+@torch.compiler.disable  # it would be written out once for every image, and again for every new set of lengths
 def _image_by_image(
     q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, bias: Tensor | None, dropout: float
 ) -> Tensor:
