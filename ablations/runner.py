@@ -31,6 +31,8 @@ _QUIET = {  # read by Ray when it is imported or started; what a user has set st
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",
     "OMP_NUM_THREADS": "1",  # one core a trial
+    # Tune runs each job in a new thread, and glibc would give each a heap of its own, which add up to gigabytes
+    "MALLOC_ARENA_MAX": "1",
 }
 if not os.environ.get("RAY_ADDRESS"):
     # a private Ray listens on the loopback address alone; without this, it replaces 127.0.0.1 by a public address
