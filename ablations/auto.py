@@ -60,7 +60,7 @@ def ladder(stages: Stages, kind: str, patches: int) -> list[Setting]:
     """Every setting worth trying, from the cheapest to the dearest.
 
     count: 1 … all patches, and where all free counts are numbers of sample points (ATS), which several may fall on one
-    token, on to 64 times as many in steps of a twentieth. ratio: thousandths. drop: tokens removed at a block on average
+    token, on to 64 times as many in steps of 5 %. ratio: thousandths. drop: tokens removed at a block on average
     over the blocks, in hundredths, of which only those that give different whole numbers somewhere are listed.
     """
     if kind == "count":
