@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from reducers.budget import Budget
-from reducers.maps import TokenMap
+from reducers.errors import ReducerError
+from reducers.maps import Keep, Mask, TokenMap
 
 if TYPE_CHECKING:
     from reducers.signals import Signals
@@ -51,6 +52,15 @@ class State:
     plans: Mapping[int, Any] = field(default_factory=dict)  # what each reducer's ``plan`` returned, by id
     draw: int = 0  # how many reducers of the same block draw random numbers before this one
     tracer: Tracer | None = None  # while tracing: a reducer that replaces a block reports its maps and its cost here
+    notes: dict[int, list[Any]] = field(default_factory=dict)  # of this pass, for ``losses``; by id of the reducer
+
+    def note(self, reducer: TokenReducer, value: Any) -> None:
+        """Put something aside that the reducer's ``losses`` will ask for; one entry a call, first to last."""
+        self.notes.setdefault(id(reducer), []).append(value)
+
+    def noted(self, reducer: TokenReducer) -> list[Any]:
+        """What the reducer noted in this pass."""
+        return self.notes.get(id(reducer), [])
 
 
 class TokenReducer(nn.Module):
@@ -79,10 +89,36 @@ class TokenReducer(nn.Module):
     finish: ClassVar[Any] = None  # (batch, state) -> TokenBatch: an accumulated output
     losses: ClassVar[Any] = None  # (state, outputs, targets, teacher) -> {name: Tensor}: training losses
 
+    # What a method that must be trained declares; the finetuning does the rest.
+    attach: ClassVar[Any] = None  # (host, blocks) -> None: makes the parameters, whose sizes are the model's
+    train_phase: ClassVar[Any] = None  # (share, base) -> None: before each update; share of the training done, [0, 1)
+    needs_teacher: ClassVar[bool] = False  # ``losses`` reads what the dense model says of the same images
+    schedule: ClassVar[Mapping[str, Any]] = {}  # settings of the training recipe that the method's publication asks for
+    trained_as: ClassVar[str] = ""  # the published training in a sentence
+
+    _attached: tuple[Any, ...] | None = None
+
+    def join(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """Make the parameters for the model and the blocks it is placed at, once; ``reduce_tokens`` calls this."""
+        if self.attach is None:
+            return
+        about = (*host.shape, blocks)
+        if self._attached is None:
+            self.attach(host, blocks)
+            self.to(device=host.like.device, dtype=host.like.dtype)
+            self._attached = about
+        elif self._attached != about:
+            raise ReducerError(
+                f"this {self.name} has parameters for another model or other blocks ({self._attached[-1]}, now "
+                f"{blocks}); make a new one, or load the weights that were trained for these"
+            )
+
     @property
     def only_decides(self) -> bool:
         """Reducers that only decide stack freely."""
         return all(getattr(self, step) is None for step in ("prepare", "plan", "block", "finish"))
+
+    keeps_class_token_by: ClassVar[str] = "keep_class_token=True"  # the setting, where one may drop the class token
 
     @property
     def may_drop_class_token(self) -> bool:
@@ -130,8 +166,18 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     received = None if batch.received is None else token_map.total(batch.received)
     class_rows = class_rows_after(batch.cls, token_map)
     return replace(
-        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received
-    )
+        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received,
+        alive=_alive_after(batch.alive, token_map),
+    )  # fmt: skip
+
+
+def _alive_after(alive: Tensor | None, token_map: TokenMap) -> Tensor | None:
+    """What is left of the tokens that a mask let live."""
+    if isinstance(token_map, Mask):
+        return token_map.weight if alive is None else alive * token_map.weight
+    if alive is None or isinstance(token_map, Keep):
+        return None if alive is None else token_map.apply(alive)
+    raise ReducerError("tokens under a training mask can be masked again or gathered, not merged; train them apart")
 
 
 def class_rows_after(rows: Tensor, token_map: TokenMap) -> Tensor:

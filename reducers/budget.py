@@ -52,6 +52,18 @@ class Budget:
         raise NotImplementedError(f"{type(self).__name__} cannot be written as data")
 
 
+def rounded_share(whole: Any, numerator: int, denominator: int, rounding: Rounding) -> Any:
+    """whole x numerator / denominator of one count or a tensor of them, in integers; "nearest" takes halves upwards."""
+    share = whole * numerator
+    match rounding:
+        case "floor":
+            return share // denominator
+        case "ceil":
+            return -((-share) // denominator)
+        case _:
+            return (2 * share + denominator) // (2 * denominator)
+
+
 @dataclass(frozen=True, init=False)
 class Ratio(Budget):
     """A share of the tokens: ``Ratio(0.7)`` of those entering the block, ``Ratio(0.5, of="initial")`` of those
@@ -92,15 +104,7 @@ class Ratio(Budget):
         whole = current if self.of == "current" else initial
         if self.count_prefix:
             whole = whole + prefix
-        share = whole * self.value.numerator
-        denominator = self.value.denominator
-        match self.rounding or rounding:
-            case "floor":
-                kept = share // denominator
-            case "ceil":
-                kept = -((-share) // denominator)
-            case _:  # nearest, halves upwards
-                kept = (2 * share + denominator) // (2 * denominator)
+        kept: N | int = rounded_share(whole, self.value.numerator, self.value.denominator, self.rounding or rounding)
         return kept - prefix if self.count_prefix else kept
 
     def spec(self) -> dict[str, Any]:
@@ -162,6 +166,30 @@ def checked_flag(value: object, setting: str) -> bool:
     if not isinstance(value, bool):
         raise ReducerError(f"{setting} must be true or false; got {value!r}")
     return value
+
+
+def checked_whole(value: object, setting: str, *, least: int) -> int:
+    """A whole number, ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ReducerError(f"{setting.replace('…', repr(value))} must be a whole number, {least} or more")
+    return value
+
+
+def checked_share(value: object, setting: str, *, above: bool = False) -> float:
+    """A number from 0 to 1, or above 0 and at most 1."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else -1
+    if not 0 <= number <= 1 or (above and number == 0):
+        bound = "above 0 and at most 1" if above else "from 0 to 1"
+        raise ReducerError(f"{setting.replace('…', repr(value))} must be a number {bound}")
+    return number
+
+
+def checked_weight(value: object, setting: str) -> float:
+    """A finite number, 0 or more: what a loss counts."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else -1
+    if not 0 <= number < float("inf"):
+        raise ReducerError(f"{setting.replace('…', repr(value))} must be a finite number, 0 or more")
+    return number
 
 
 def checked_seed(value: object) -> int:

@@ -164,6 +164,42 @@ class Mix(TokenMap):
         return packed.masked_fill(self.new.unpad(largest) <= 0, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class Mask(TokenMap):
+    """Training only: every token stays, and counts as a key of others by its weight; it always sees itself.
+
+    Lets gradients through a decision that inference carries out as a gather (DynamicViT, section 3.3). It removes
+    nothing, so it saves nothing and is never traced.
+    """
+
+    weight: Tensor  # (T,) in [0, 1], differentiable; 1 for prefix tokens
+
+    @classmethod
+    def of(cls, layout: Layout, weight: Tensor) -> Mask:
+        return cls(layout, layout, weight)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x
+
+    def total(self, values: Tensor) -> Tensor:
+        return values
+
+    @property
+    def destination(self) -> Tensor:
+        return torch.arange(self.old.rows, device=self.weight.device)
+
+    @property
+    def source(self) -> Tensor:
+        return self.destination
+
+    def member_weights(self) -> Tensor:
+        return torch.ones_like(self.weight, dtype=torch.float64)
+
+    def harden(self) -> Keep:
+        """The gather that inference would do."""
+        return keep_rows(self.old, (self.weight >= 0.5) | self.old.is_prefix)
+
+
 def keep_rows(layout: Layout, chosen: Tensor) -> Keep:
     """Keep the rows where ``chosen`` (T,) bool holds; the count may differ from image to image."""
     lengths = layout.sum_rows(chosen.long())

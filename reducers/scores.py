@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from reducers import noise
@@ -33,13 +34,15 @@ def class_attention_value_norm(attention: Tensor, values: Tensor, *, heads: Head
     literal reading of the formula.
     """
     if heads == "per_head":
-        return (attention * values.norm(dim=2)).sum(dim=1)
-    return attention.sum(dim=1) * values.flatten(1).norm(dim=1)
+        return (attention * torch.linalg.vector_norm(values, dim=2)).sum(dim=1)
+    return attention.sum(dim=1) * torch.linalg.vector_norm(values.flatten(1), dim=1)
 
 
 def value_norm(values: Tensor, *, heads: Heads = "concat") -> Tensor:
     """Norm of the value vector. values: (T, H, d) -> (T,)"""
-    return values.norm(dim=2).sum(dim=1) if heads == "per_head" else values.flatten(1).norm(dim=1)
+    if heads == "per_head":
+        return torch.linalg.vector_norm(values, dim=2).sum(dim=1)
+    return torch.linalg.vector_norm(values.flatten(1), dim=1)
 
 
 def random(signals: Signals, state: State, *, seed: int) -> Tensor:

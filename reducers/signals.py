@@ -21,8 +21,8 @@ Spend = Callable[[Tensor], None]
 
 _INPUT_ONLY = "at the input site a reducer has the features alone; what attention computes is at site = 'attention'"
 NO_PREVIOUS = (
-    "previous_attention() needs a block before this one: place the reducer at block 1 or later, "
-    "and let it say uses_previous_attention"
+    "previous_attention() needs a plain block before this one: place the reducer at block 1 or later, not next to a "
+    "method that replaces the block's attention (stvit), and let it say uses_previous_attention"
 )
 
 
@@ -74,6 +74,13 @@ class Signals(ABC):
     @abstractmethod
     def attention(self) -> Tensor:
         """(B, H, L, L) after the softmax, padded with zeros: rows are queries."""
+
+    def attend_with(self, attention: Tensor) -> None:
+        """Let the block attend with this map (B, H, L, L) instead of its own; later signals follow from it (GTP)."""
+        raise ReducerError(
+            "the map that a block attends with can be replaced before anything has been decided in it, at "
+            "site = 'attention': put this reducer first in the stack"
+        )
 
     @abstractmethod
     def output(self) -> Tensor:

@@ -210,6 +210,7 @@ class TokenBatch:
     pos: Tensor | None = None  # (T,) original patch a token still is, else -1; kept while tracing or on demand
     key_bias: Tensor | None = None  # (T,) float32, added to the attention logits of every later block
     received: Tensor | None = None  # (T,) attention received in the block before, kept where the next block asks for it
+    alive: Tensor | None = None  # (T,) float32 in [0, 1], under a training mask alone: what is left of a token as a key
 
     @classmethod
     def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:

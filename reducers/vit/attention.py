@@ -40,12 +40,14 @@ def packed_attention(
     """
     if queries.uniform is not None and keys.uniform is not None:
         mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, keys.uniform[0]).to(q.dtype)
-        out = _fused(
+        by_image = (
             q.view(queries.images, queries.uniform[0], *q.shape[1:]),
             k.view(keys.images, keys.uniform[0], *k.shape[1:]),
-            v.view(keys.images, keys.uniform[0], *v.shape[1:]), mask, scale, dropout,
-        )  # fmt: skip
-        return out.reshape(q.shape)
+            v.view(keys.images, keys.uniform[0], *v.shape[1:]),
+        )
+        if _products_are_faster(q, keys.uniform[0], dropout):
+            return _by_products(*by_image, mask, scale).view(q.shape)
+        return _fused(*by_image, mask, scale, dropout).reshape(q.shape)
     if q.device.type == "cpu":
         return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
     if key_bias is None and dropout == 0 and _varlen_takes(q):
@@ -65,6 +67,34 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, d
     if mask is not None:
         mask = mask.expand(-1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+
+
+def _products_are_faster(q: Tensor, keys: int, dropout: float) -> bool:
+    """Whether two plain products beat the fused kernel on images of equal length."""
+    if q.device.type != "cpu" or q.dtype != torch.float32 or dropout > 0 or torch.compiler.is_compiling():
+        return False
+    return keys in MEDIUM and not torch.is_grad_enabled()
+
+
+MEDIUM = range(80, 192)
+"""Keys for which the fused kernel on a CPU, whose blocks are made for longer rows, loses 5-20 % to two plain products
+over a few images at a time (measured: DeiT-Ti and S, 50-197 tokens, two threads)."""
+_AT_ONCE = 2**18  # attention logits: they stay in the cache between the two products
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As ``_fused``, without gradients: (B, N, H, d) in and out."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    step = max(_AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[1]), 1)
+    q = q * scale
+    for first in range(0, q.shape[0], step):
+        some = slice(first, first + step)
+        logits = q[some].transpose(1, 2) @ k[some].permute(0, 2, 3, 1)
+        if mask is not None:
+            logits += mask[some]
+        weights = torch.softmax(logits, -1, out=logits)
+        out[some].transpose(1, 2).copy_(weights @ v[some].transpose(1, 2))
+    return out
 
 
 def _varlen_takes(q: Tensor) -> bool:
@@ -129,11 +159,15 @@ def _fused_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
 class PackedAttention:
     """One block's attention over one batch: its parts computed when asked for, each at most once."""
 
-    def __init__(self, attn: Attention, x: Tensor, layout: Layout, key_bias: Tensor | None) -> None:
+    def __init__(
+        self, attn: Attention, x: Tensor, layout: Layout, key_bias: Tensor | None, alive: Tensor | None = None
+    ) -> None:
         self.attn = attn
         self.x = x  # (T, D), normed
         self.layout = layout
         self.key_bias = key_bias
+        self.alive = alive  # (T,) under a training mask
+        self._given: Tensor | None = None  # a map to attend with, in place of the softmax
         self._fused_qkv: Tensor | None = None
         self._all_queries: Tensor | None = None
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
@@ -184,6 +218,10 @@ class PackedAttention:
         """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at
         least float32.
         """
+        if self._given is not None:
+            images = torch.arange(self.layout.images, device=rows.device)
+            given = self._given[images, :, (rows - self.layout.starts).clamp(min=0)]  # (B, H, L)
+            return self.layout.unpad(given.transpose(1, 2))
         layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
         q, keys = self.queries(rows).to(wide), self.keys.to(wide)  # q: (B, H, d)
         if layout.uniform is not None:
@@ -194,32 +232,72 @@ class PackedAttention:
         logits = logits * self.attn.scale
         if self.key_bias is not None:
             logits = logits + self.key_bias[:, None]
-        return layout.unpad(layout.pad(logits, fill=-torch.inf).softmax(dim=1))
+        padded = layout.pad(logits, fill=-torch.inf)
+        if self.alive is None:
+            return layout.unpad(padded.softmax(dim=1))
+        seen = layout.pad(self.alive.to(wide))[..., None]
+        return layout.unpad(masked_softmax(padded, seen, layout.valid[..., None], 1))
+
+    def attend_with(self, attention: Tensor) -> None:
+        """Sum the values by this map (B, H, L, L), whose padded places are 0, instead of the softmax."""
+        self._given = attention
 
     def map(self) -> Tensor:
         """The whole attention map (B, H, L, L), after the softmax, at least float32; padded places are 0."""
+        if self._given is not None:
+            return self._given
         layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
         q, k = self.queries().to(wide), self.keys.to(wide)
-        logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.attn.scale
+        with torch.autocast(self.x.device.type, enabled=False):  # else the product would be in half precision
+            logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.attn.scale
         if self.key_bias is not None:
             logits = logits + layout.pad(self.key_bias)[:, None, None]
+        valid = layout.valid
+        if self.alive is not None:
+            seen = layout.pad(self.alive.to(wide))[:, None, None]  # (B, 1, 1, L)
+            seen = seen + (1 - seen) * torch.eye(seen.shape[-1], dtype=wide, device=seen.device)
+            return masked_softmax(logits, seen, valid[:, None, None], -1) * valid[:, None, :, None]
         if layout.uniform is not None:
             return logits.softmax(dim=-1)
-        valid = layout.valid
         logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1) * (valid[:, None, :, None] & valid[:, None, None])
 
-    def rows_out(self, rows: Tensor | None, queries: Layout) -> Tensor:
-        """What the attention branch adds for the given packed rows (or all): (Tq, D), before LayerScale and
-        DropPath.
+    def rows_out(self, rows: Tensor | None, queries: Layout, of: PackedAttention | None = None) -> Tensor:
+        """What the attention branch adds for the given packed rows (or all), before LayerScale and DropPath: (Tq, D).
+
+        ``of``: whose keys and values are asked, where those are another sequence's.
         """
-        attn = self.attn
+        attn, asked = self.attn, self if of is None else of
         dropout = attn.attn_drop.p if attn.training else 0.0
-        out = packed_attention(
-            self.queries(rows), self.keys, self.values, queries, self.layout,
-            scale=attn.scale, key_bias=self.key_bias, dropout=dropout,
-        ).flatten(1)  # fmt: skip
+        if self.alive is not None or self._given is not None:
+            out = self._by_map(rows, dropout)
+        else:
+            out = packed_attention(
+                self.queries(rows), asked.keys, asked.values, queries, asked.layout,
+                scale=attn.scale, key_bias=asked.key_bias, dropout=dropout,
+            ).flatten(1)  # fmt: skip
         out = attn.norm(out)
         if attn.gate is not None:
             out = out * attn.gate(self.x if rows is None else self.x.index_select(0, rows)).sigmoid()
         return attn.proj_drop(attn.proj(out))
+
+    def _by_map(self, rows: Tensor | None, dropout: float) -> Tensor:
+        """``A @ V`` by the whole map, under a training mask or with a given map: (Tq, H d)."""
+        layout, v = self.layout, self.values
+        weights = F.dropout(self.map().to(v.dtype), dropout)
+        out = layout.unpad((weights @ layout.pad(v).transpose(1, 2)).transpose(1, 2)).flatten(1)
+        return out if rows is None else out.index_select(0, rows)
+
+
+_EPS = 1e-6
+
+
+def masked_softmax(logits: Tensor, weight: Tensor, valid: Tensor, dim: int) -> Tensor:
+    """DynamicViT's softmax: each key's share is multiplied by its ``weight`` in [0, 1], and gradients reach the weight.
+
+    (exp(l - max) w + eps / N) / (sum + eps), over the ``valid`` of the N places; logits, weight and valid broadcast.
+    """
+    logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+    shares = (logits - logits.amax(dim, keepdim=True)).exp() * weight * valid
+    places = valid.sum(dim, keepdim=True).clamp(min=1)
+    return (shares + _EPS / places * valid) / (shares.sum(dim, keepdim=True) + _EPS)

@@ -32,7 +32,7 @@ class BlockSignals(Signals):
         self.batch = batch
         attn = block.attn
         assert isinstance(attn, Attention)  # check_model saw to it
-        self.attention_core = PackedAttention(attn, block.norm1(batch.x), batch.layout, batch.key_bias)
+        self.attention_core = PackedAttention(attn, block.norm1(batch.x), batch.layout, batch.key_bias, batch.alive)
         self._class_attention: Tensor | None = None
         self._attention: Tensor | None = None
         self._output: Tensor | None = None
@@ -47,6 +47,11 @@ class BlockSignals(Signals):
 
     def class_attention(self) -> Tensor:
         if self._class_attention is None:
+            if any(lead == 0 for _, lead in self.layout.kinds):
+                raise ReducerError(
+                    "class_attention() asks the class token, and an image has none left here: a method that finishes "
+                    "images early (avit) acts before; place this one before it, or use a score without a class token"
+                )
             self._class_attention = self.attention_core.row(self.batch.cls)
             if self.counting:
                 width = self.shape.attention_width
@@ -66,6 +71,12 @@ class BlockSignals(Signals):
             if self.counting:  # the fused kernel computes these products once more
                 self.spend(self.layout.lengths.double() ** 2 * self.shape.attention_width)
         return self._attention
+
+    def attend_with(self, attention: Tensor) -> None:
+        if self.counting and self._attention is not None:  # the kernel does not compute the map's products again
+            self.spend(-(self.layout.lengths.double() ** 2) * self.shape.attention_width)
+        self.attention_core.attend_with(attention)
+        self._attention, self._class_attention, self._output = attention, None, None
 
     def output(self) -> Tensor:
         if self._output is None:
@@ -110,12 +121,16 @@ def members_of(reducer: TokenReducer | None) -> list[TokenReducer]:
 def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State) -> list[Decision]:
     """What each reducer decides, on what those before it leave."""
     decisions: list[Decision] = []
+    carried: Decision | None = None  # the latest that the signals have been taken through
     for member in members:
+        if decisions and decisions[-1] is not carried:
+            carried = decisions[-1]
+            signals = signals.through(carried)
         decision = member.decide(signals, state)
-        state = replace(state, draw=state.draw + member.uses_random)
+        if member.uses_random:
+            state = replace(state, draw=state.draw + 1)
         if decision is not None:
             decisions.append(decision)
-            signals = signals.through(decision)
     return decisions
 
 
@@ -161,6 +176,8 @@ def run_block(
     ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
     the batch returned mean nothing.
     """
+    if reducer is None and not record_attention and _runs_as_it_is(batch):
+        return _run_plain(block, batch, tracer)
     batch, entering, queries = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
     if not decide_only:
         added = block.ls2(block.mlp(block.norm2(batch.x)))
@@ -171,6 +188,29 @@ def run_block(
             cut_before_values=reducer is not None and reducer.cuts_before_values,
         )  # fmt: skip
         tracer.after_block(batch)
+    return batch
+
+
+FEW = 1024
+"""Rows up to which a block without a reducer is left to timm: fewer steps, which a small batch waits for. Above, adding
+residuals in place and freeing queries, keys and values early is worth more (measured: DeiT-Ti, two threads)."""
+
+
+def _runs_as_it_is(batch: TokenBatch) -> bool:
+    """Whether timm's own block computes the same: nothing but features travels with the tokens."""
+    uniform = batch.layout.uniform
+    if uniform is None or any(part is not None for part in (batch.key_bias, batch.received, batch.alive)):
+        return False
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or batch.layout.rows <= FEW)
+
+
+def _run_plain(block: Block, batch: TokenBatch, tracer: Tracer | None) -> TokenBatch:
+    layout = batch.layout
+    assert layout.uniform is not None
+    x = block(batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])).flatten(0, 1)
+    batch = replace(batch, x=x)
+    if tracer is not None:
+        account([block], batch, tracer)
     return batch
 
 
@@ -194,7 +234,8 @@ def _attend(
     entering = batch.layout.lengths
     signals = BlockSignals(block, batch, tracer)
     decisions = decisions_of(members[len(first) :], signals, state)
-    batch = replace(batch, received=signals.attention_received() if record_attention else None)
+    if record_attention or batch.received is not None:
+        batch = replace(batch, received=signals.attention_received() if record_attention else None)
     selection = None if signals.computed_output else _pure_selection(decisions)
     queries = entering if selection is None else selection.new.lengths
     if selection is not None and signals.counting and signals.attention_core.computed_all_queries:

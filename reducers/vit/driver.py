@@ -54,6 +54,7 @@ class ReducedViT(nn.Module):
         _check_class_token(base, placement)
         self.base = base
         self.placement = placement
+        attach(base, placement)
         self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
         self.training = base.training  # not self.train(): the base keeps the modes its user gave its parts
         self.reducers.train(base.training)
@@ -115,7 +116,7 @@ class ReducedViT(nn.Module):
             tracer.cost.spend(host.spent)
         depth, initial = len(base.blocks), batch.layout.uniform[0] - base.num_prefix_tokens
         grid = grid_of(base) if images.shape != asked else grid_of(base, images)
-        state = State(0, depth, initial, grid, keys, self.training, plans, tracer=tracer)
+        state = State(0, depth, initial, grid, keys, self.training, plans, tracer=tracer, notes={})
         last = max(self.placement.blocks, default=-1) if cost_only else depth
         for index in range(start, last + 1 if cost_only else depth):
             if shared is not None and index == self.first_block:
@@ -182,6 +183,17 @@ class ReducedViT(nn.Module):
         return self._embed_macs[shape]
 
 
+def attach(base: VisionTransformer, placement: Placement) -> None:
+    """Let every reducer that has parameters make them for this model; those that have them already keep them."""
+    host = Host(base)
+    joined: dict[int, tuple[TokenReducer, list[int]]] = {}
+    for block, reducer in sorted(placement.blocks.items()):
+        for member in reducer.members if isinstance(reducer, Stack) else [reducer]:
+            joined.setdefault(id(member), (member, []))[1].append(block)
+    for member, blocks in joined.values():
+        member.join(host, tuple(blocks))
+
+
 def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
     return [getattr(member, step) for member in members if getattr(member, step) is not None]
 
@@ -214,10 +226,13 @@ def _check_class_token(base: VisionTransformer, placement: Placement) -> None:
             if member.needs_class_token and dropper is not None:
                 raise ReducerError(
                     f"{member.name} at block {block} needs the class token, which {dropper[1].name} at block "
-                    f"{dropper[0]} may have dropped; keep it there (keep_class_token=True) or use "
+                    f"{dropper[0]} may have dropped; keep it there ({dropper[1].keeps_class_token_by}) or use "
                     "score='attention_received' here"
                 )
             if member.may_drop_class_token:
                 if not base.has_class_token:
-                    raise ReducerError("keep_class_token=False asks to drop a class token, and this model has none")
+                    raise ReducerError(
+                        f"{member.name} is asked to drop the class token, and this model has none "
+                        f"(global_pool={base.global_pool!r}); use {member.keeps_class_token_by}"
+                    )
                 dropper = (block, member)

@@ -66,10 +66,15 @@ def _pool(base: VisionTransformer, batch: TokenBatch, x: Tensor) -> Tensor:
     tokens = layout.pad(x, first)
     if tokens.shape[1] == 0:  # no image has a token left to pool
         return x.new_zeros(layout.images, x.shape[1])
+    weight = batch.size
+    if batch.alive is not None:  # what a training mask dropped is not pooled; where it dropped all, hard pools read all
+        weight = weight * batch.alive
+        alive = valid & (layout.pad(batch.alive, first) > 0.5)
+        valid = torch.where(alive.any(1, keepdim=True), alive, valid) if kind != "avg" else valid
     if kind == "map":
         return _attention_pool(base, batch, tokens, valid, first)
     # a merged token stands for several patches, so the mean over patches weighs it by its size
-    size = layout.pad(batch.size, first).to(x.dtype).masked_fill(~valid, 0)[..., None]
+    size = layout.pad(weight, first).to(x.dtype).masked_fill(~valid, 0)[..., None]
     mean = (tokens * size).sum(1) / size.sum(1).clamp(min=torch.finfo(x.dtype).tiny)
     if kind == "avg":
         return mean
@@ -81,7 +86,7 @@ def _attention_pool(base: VisionTransformer, batch: TokenBatch, tokens: Tensor, 
     """timm's latent attention pool, with padded keys masked and the key bias (log size) honoured."""
     layout, pool = batch.layout, base.attn_pool
     mask = None
-    if layout.uniform is None or batch.key_bias is not None:
+    if layout.uniform is None or batch.key_bias is not None or batch.alive is not None:
         mask = torch.zeros(valid.shape, dtype=tokens.dtype, device=tokens.device)
         if batch.key_bias is not None:
             mask = layout.pad(batch.key_bias, first).to(tokens.dtype)

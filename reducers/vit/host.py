@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
+from timm.layers.attention import Attention
 from timm.layers.format import Format
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
@@ -16,6 +18,7 @@ from reducers.signals import Signals
 from reducers.tokens import TokenBatch
 from reducers.trace import Tracer
 from reducers.vit.block import run_block
+from reducers.vit.cross import cross_block
 
 Grid = tuple[int, int]
 
@@ -99,8 +102,44 @@ class Host:
         return grid_of(self.base)
 
     @property
+    def width(self) -> int:
+        """Features of a token."""
+        return int(self.base.embed_dim)
+
+    @property
+    def heads(self) -> int:
+        attn = self.base.blocks[0].attn
+        assert isinstance(attn, Attention)  # check_model saw to it
+        return int(attn.num_heads)
+
+    @property
+    def depth(self) -> int:
+        return len(self.base.blocks)
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens that enter block 0 at the size the model was made for."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter of the model: its dtype and device are those of parameters a reducer adds."""
+        return next(self.base.parameters())
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What a reducer's parameters may depend on."""
+        return self.width, self.heads, self.depth, self.prefix, self.grid
+
+    @property
     def prefix(self) -> int:
         return int(self.base.num_prefix_tokens)
+
+    @staticmethod
+    def cross_block(block: Block, asking: Tensor, asked: Tensor, residual: Tensor | None = None) -> Tensor:
+        """A block of the model with queries from one sequence and keys and values from another: ``cross_block``."""
+        return cross_block(block, asking, asked, residual)
 
     @property
     def reads_prefix_alone(self) -> bool:

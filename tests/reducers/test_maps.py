@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reducers import Keep, Layout, Merge, Mix
-from reducers.maps import keep_patches, keep_ranked, keep_rows
+from reducers.maps import Mask, keep_patches, keep_ranked, keep_rows
 from reducers.methods.evit import fuse_the_rest
 from reducers.methods.tome import bipartite_pairs, merge_pairs
 
@@ -119,3 +119,53 @@ def test_padding_and_packing_are_inverse():
     assert torch.equal(layout.unpad(layout.pad(x)), x)
     assert layout.pad(x, fill=-1.0)[1].eq(-1).all()
     assert layout.counts == [3, 0, 5, 1]
+
+
+LAYOUTS = [ragged(), alike(), ragged((3,)), ragged((4, 0, 2), prefix=0)]
+
+
+def some_mask(layout: Layout) -> Mask:
+    return Mask.of(layout, torch.where(layout.is_prefix, 1.0, torch.rand(layout.rows)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_mask_moves_nothing_and_weighs_nothing(layout):
+    """It says how much of a key each token is; features, sizes and provenance pass through unchanged."""
+    mask = some_mask(layout)
+    x, rows = torch.randn(layout.rows, 3, dtype=torch.float64), torch.arange(layout.rows)
+    assert mask.old is layout and mask.new is layout
+    assert torch.equal(mask.apply(x), x) and torch.equal(mask.total(x[:, 0]), x[:, 0])
+    assert torch.equal(mask.destination, rows) and torch.equal(mask.source, rows)
+    assert torch.equal(mask.member_weights(), torch.ones(layout.rows, dtype=torch.float64))
+    identity = torch.eye(layout.longest, dtype=torch.float64) * layout.valid[..., None]
+    assert torch.equal(mask.matrix(), identity)
+    assert (mask.weight[layout.is_prefix] == 1).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_mask_hardens_to_the_gather_of_what_weighs_half_or_more(layout):
+    mask = some_mask(layout)
+    mask.weight[-1] = 0.5
+    keep = mask.harden()
+    assert isinstance(keep, Keep)
+    expected = [row for row in range(layout.rows) if bool(layout.is_prefix[row]) or float(mask.weight[row]) >= 0.5]
+    assert keep.rows.tolist() == expected
+    assert keep.new.lengths.tolist() == [
+        sum(int(layout.row_image[row]) == image for row in expected) for image in range(layout.images)
+    ]
+    assert torch.equal(keep.new.prefix, layout.prefix)
+    nothing = Mask.of(layout, torch.zeros(layout.rows)).harden()
+    assert torch.equal(nothing.new.lengths, layout.prefix), "prefix tokens stay whatever their weight says"
+    assert nothing.new.is_prefix.all()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_mask_before_or_after_another_map_leaves_it_as_it_is(make):
+    layout = ragged()
+    token_map = make(layout)
+    before, after = some_mask(layout).then(token_map), token_map.then(some_mask(token_map.new))
+    for both in (before, after):
+        torch.testing.assert_close(both.matrix(), token_map.matrix(), rtol=0, atol=1e-12)
+        if not isinstance(token_map, Mix):
+            assert torch.equal(both.destination, token_map.destination)
+            assert torch.equal(both.source, token_map.source)

@@ -9,7 +9,7 @@ from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, To
 from reducers.placement import Placement
 
 from .conftest import DEPTH, make_vit
-from .test_contract import CASES, both, settings
+from .test_contract import CASES, both, fresh, settings
 
 
 def bits(trace):
@@ -24,7 +24,7 @@ def test_sharing_changes_no_bit_of_any_method(images):
     base = make_vit()
     models = [reduce_tokens(base, Placement())]
     models += [
-        reduce_tokens(base, at(blocks, reducer))
+        reduce_tokens(base, at(blocks, fresh(reducer)))
         for reducer in CASES.values()
         for blocks in (0, 2, [1, 3], 3)
         if blocks or not reducer.uses_previous_attention
@@ -56,7 +56,7 @@ def test_cost_is_the_cost_of_the_whole_pass(reducer, images):
     base = make_vit().double()
     images = images.double()
     for blocks in ([1, 3], 3) if reducer.uses_previous_attention else (0, [1, 3], 3):
-        model = reduce_tokens(base, at(blocks, reducer))
+        model = reduce_tokens(base, at(blocks, fresh(reducer)))
         _, trace = model.trace(images)
         assert torch.equal(model.cost(images), trace.macs)
         assert torch.equal(model.cost(images, shared=Shared()), trace.macs)
