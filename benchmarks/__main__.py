@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--data", type=Path, help="folder of real images (any depth); without it they are random")
     common.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    common.add_argument("--allocator", choices=["steady", "system"], default="steady", help="on a CPU with glibc: keep "
+    common.add_argument("--allocator", choices=["steady", "system"], default="system", help="on a CPU with glibc: keep "
                         "memory between calls, for all variants alike, or leave the C library as it is "
                         "(default: %(default)s)")  # fmt: skip
     common.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--size", nargs="+", default=[], help="pixels, such as 224 384 (default: the model's own)")
     speed.add_argument("--dtype", nargs="+", default=["float32"], help="float32, bfloat16 (default: float32)")
     speed.add_argument("--batch", nargs="+", default=[], help="default: 1 32, and on a GPU 256 1024")
-    speed.add_argument("--rounds", type=int, default=7, help="times each variant takes its turn (default: %(default)s)")
+    speed.add_argument("--rounds", type=int, default=9, help="times each variant takes its turn (default: %(default)s)")
     speed.add_argument("--train-batch", type=int, default=8, help="images of a training step, 0 for none "
                        "(default: %(default)s)")  # fmt: skip
     speed.add_argument("--only", nargs="+", default=[], help="variants whose name holds one of these words")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-# With glibc's defaults a forward pass gives its large buffers back to the system and takes them again as fresh pages:
-# tens of thousands of page faults, a tenth of its time or more, by chance more in one variant than in another. These
-# settings keep the memory, as the allocators made for servers do. They hold for the dense model as for all others.
+# With glibc's defaults, which is what most users run on, a forward pass gives its large buffers back to the system and
+# takes them again as fresh pages: tens of thousands of page faults, a tenth of its time or more, most of them where
+# buffers are largest, in the dense model. These settings keep the memory, as the allocators made for servers do.
 STEADY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 ALLOCATORS = {
     "steady": "memory kept between calls (glibc: no mmap, no trim)",
@@ -19,6 +19,12 @@ _MARK = "SIEVIT_BENCH_ALLOCATOR"
 def in_use() -> str:
     """The allocator this process started with."""
     return ALLOCATORS[os.environ.get(_MARK, "system")]
+
+
+def suffix() -> str:
+    """What a result's file name says of it: nothing of the defaults."""
+    mark = os.environ.get(_MARK, "system")
+    return "" if mark == "system" else f"-{mark}"
 
 
 def settle(allocator: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import figures, machine, memory, models, report, scaling, speed
+from benchmarks import allocator, figures, machine, memory, models, report, scaling, speed
 from benchmarks.counts import Counts
 from benchmarks.profiling import profile_ops, profile_table
 from benchmarks.subjects import Subject, subjects
@@ -121,9 +121,10 @@ def _write_speed(
     notes = [
         f"On {machine.sentence(known)}.",
         *ready.notes,
-        f"All variants took turns in one process, {scenario.effort.rounds} rounds (three times as many at batch 1), "
-        "each round in another order; speed-ups are medians and quartiles of the ratios within a round to timm's own "
-        "forward on fused attention. Efficiency = speed-up / GMACs ratio. Only ratios within a table mean anything.",
+        f"All variants took turns in one process, {scenario.effort.rounds} rounds ({speed.AT_BATCH_1} times as many at "
+        "batch 1), each round in another order and each variant twice, of which the second run counts; speed-ups are "
+        "medians and quartiles of the ratios within a round to timm's own forward on fused attention. Efficiency = "
+        "speed-up / GMACs ratio. Only ratios within a table mean anything.",
         f"Peak memory: ratio to the dense model's, beyond weights and images ({memory.HOW[source.device.type]}).",
     ]
     if any(row["kind"] in ("padded", "masked") for row in rows):
@@ -136,7 +137,7 @@ def _write_speed(
         text += f"\n## Where the time goes, batch {max(scenario.batches)}\n\n{profile_table(profiles)}"
     written = report.keep(
         source.out,
-        f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}",
+        f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}{allocator.suffix()}",
         title=title,
         notes=notes,
         data={"machine": known, "rows": rows, "profiles": profiles},

@@ -56,6 +56,10 @@ class Effort:
     training_batch: int | None = None  # None: no training step
 
 
+AT_BATCH_1 = 8
+"""Times as many rounds at batch 1, which takes milliseconds and is noisier for it."""
+
+
 def compare(model: Any, listed: Sequence[Subject], images: Tensor, *, batch: int, effort: Effort) -> list[Timing]:
     """Time all variants on batches of the images against the plain model, in turn."""
     device = images.device
@@ -66,7 +70,7 @@ def compare(model: Any, listed: Sequence[Subject], images: Tensor, *, batch: int
         runs |= {
             subject.name: _rotating(subject, model, groups, batch) for subject in listed if subject.name not in errors
         }
-        rounds = effort.rounds * (3 if batch == 1 else 1)
+        rounds = effort.rounds * (AT_BATCH_1 if batch == 1 else 1)
         turns = take_turns(runs, device, rounds=rounds, warmup=max(effort.warmup, len(groups)))
         errors |= turns.errors
         alive = {name: run for name, run in runs.items() if name not in errors}

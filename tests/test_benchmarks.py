@@ -68,7 +68,8 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_every_variant_runs_once_a_round_and_sees_the_round() -> None:
     seen: dict[str, list[int]] = {"a": [], "b": []}
     turns = take_turns({name: seen[name].append for name in seen}, CPU, rounds=3, warmup=2)
-    assert seen == {"a": [0, 1, 0, 1, 2], "b": [0, 1, 0, 1, 2]}
+    runs = [0, 1, 0, 0, 1, 1, 2, 2]  # two of warm-up, then each round twice, of which the second counts
+    assert seen == {"a": runs, "b": runs}
     assert [len(times) for times in turns.seconds.values()] == [3, 3]
 
 
