@@ -2,12 +2,15 @@
 and Haurum et al., ICCVW 2023; methods 13).
 
 Density of a token: how near its k nearest neighbours are. Centres: tokens that are dense and far from any denser one.
+The members of a cluster weigh alike, or by a weight that is learned for each token.
 """
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
@@ -26,6 +29,9 @@ from reducers.methods.clusters import (
 from reducers.methods.topk import first_of, keep_count
 from reducers.registry import register
 from reducers.signals import Signals
+from reducers.tokens import Layout
+
+Weights = Literal["equal", "learned"]
 
 
 def log_density(squared: Tensor, valid: Tensor, neighbours: int) -> Tensor:
@@ -58,27 +64,56 @@ def density_peaks(squared: Tensor, valid: Tensor, count: Tensor, *, neighbours: 
     return first_of(peak.sort(dim=1, descending=True, stable=True).indices, count) & valid
 
 
+def learned_weights(logits: Tensor, layout: Layout) -> Tensor:
+    """exp of one number a token, over the largest of its image, so that nothing overflows. (T,) -> (T,), at least
+    float32
+
+    A cluster's mean is the same whatever all its weights are multiplied by. The authors take the exponential as it is,
+    and add 1e-6 to the denominator; that is left out [D].
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    padded = layout.pad_patches(logits, fill=torch.finfo(logits.dtype).min)
+    largest = padded.detach().amax(dim=1)
+    return (logits - largest[layout.row_image]).masked_fill(layout.is_prefix, 0).exp()
+
+
 @register("dpc_knn")
 class DPCKNN(TokenReducer):
     """Cluster the patch tokens by density peaks and replace each cluster by its mean.
 
     Distances are Euclidean between features, over the square root of their width. Every token joins its nearest
-    centre; a centre owns itself. Members weigh alike (the parameter-free form; the published one learns a weight for
-    each token and so must be trained). ``Ratio`` rounds down. Later attention is not weighted by size. The
-    count is fixed. Acts after the attention residual, where most methods do, so that a comparison is one of choices;
-    ``site="input"`` is the published place, before the block.
+    centre; a centre owns itself. ``weights="equal"``: members weigh alike, nothing is learned, and it works off the
+    shelf. ``weights="learned"``, the published form: each token weighs exp(w x), with w (D) learned at each block, so
+    it must be trained; no gradient goes through the clustering. The authors add a bias, which cancels in the mean [D].
+    ``Ratio`` rounds down. Later attention is not weighted by size. The count is fixed. Acts after the attention
+    residual, where most methods do, so that a comparison is one of choices; ``site="input"`` is the published place,
+    before the block.
     """
 
     summary = "cluster by density peaks, merge each cluster"
     source = "Du et al., 2016; Zeng et al., CVPR 2022 (arXiv 2204.08680); Haurum et al., ICCVW 2023"
+    trained_as = "learned weights: by the task loss, 30 epochs from DeiT in Haurum et al.'s benchmark"
 
-    def __init__(self, budget: Budget, *, neighbours: int = 5, site: Site = "attention") -> None:
+    def __init__(
+        self, budget: Budget, *, neighbours: int = 5, weights: Weights = "equal", site: Site = "attention"
+    ) -> None:
         super().__init__()
         if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
             raise ReducerError(f"DPCKNN(neighbours={neighbours!r}) must be a whole number, at least 1")
         self.budget = checked_budget(budget, "DPCKNN")
         self.neighbours = neighbours
+        self.weights = checked_choice(weights, Weights, "DPCKNN(weights=…)")
+        self.trained = self.weights == "learned"  # type: ignore[misc]  # of this instance, not of the method
+        self.weighers = nn.ModuleDict()  # by block
         self.site = checked_choice(site, Site, "DPCKNN(site=…)")  # type: ignore[assignment,misc]  # of this instance
+
+    @property
+    def attach(self) -> Any:
+        """Makes a linear layer for each block, where weights are learned."""
+        return self._make_weighers if self.weights == "learned" else None
+
+    def _make_weighers(self, host: Any, blocks: tuple[int, ...]) -> None:
+        self.weighers = nn.ModuleDict({str(block): nn.Linear(host.width, 1, bias=False) for block in blocks})
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
@@ -90,8 +125,13 @@ class DPCKNN(TokenReducer):
             squared = squared_distances(layout.pad_patches(x), valid) / x.shape[1]
             centre = density_peaks(squared, valid, count_each(layout, count), neighbours=self.neighbours)
             label = labels_of(nearest_centre(squared, centre), centre)
-            merge = merge_labels(layout, label, count, torch.ones_like(signals.size))
+        if self.weights == "learned":
+            weight = learned_weights(self.weighers[str(state.block)](x).squeeze(1), layout)
+        else:
+            weight = torch.ones_like(signals.size)
+        merge = merge_labels(layout, label, count, weight)
         if signals.counting:
             patches = layout.patches.double()
-            signals.spend(busy(layout, count) * (patches**2 + patches) * x.shape[1])  # distances, means
+            weighers = patches * (self.weights == "learned")
+            signals.spend(busy(layout, count) * (patches**2 + patches + weighers) * x.shape[1])  # distances, means
         return Decision(merge)

@@ -1,0 +1,190 @@
+"""STViT: a handful of semantic tokens replace the patches (Chang et al., CVPR 2023; methods 2.1).
+
+Two consecutive blocks generate them. The first pools the grid of patches and lets what comes out ask the patches; the
+second adds a learned centre to each and lets them ask once more. The patches are then gone. The blocks keep their own
+weights: queries come from the semantic tokens, keys and values also from the patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reducers.base import Decision, State, TokenReducer, advance
+from reducers.budget import Budget, Count, checked_budget, checked_flag
+from reducers.cost import BlockShape
+from reducers.errors import ReducerError
+from reducers.maps import Mix
+from reducers.methods.clusters import checked_choice
+from reducers.methods.small_input import smaller_grid
+from reducers.registry import register
+from reducers.signals import Signals
+from reducers.tokens import Layout, TokenBatch
+
+ClassToken = Literal["query", "pool"]
+
+_SIXTEEN = Count(16)
+
+
+def pool_grid(x: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Adaptive max pooling of patches on their grid, (B, N, D) -> (B, M, D): bins overlap where sides do not divide."""
+    pooled = F.adaptive_max_pool2d(x.transpose(1, 2).unflatten(2, grid), shape)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+def bins(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Which patches each pooled token looks at, (M, N) float32; a patch in several bins is shared out evenly, so that
+    each column sums to 1.
+    """
+    sides = []
+    for patches, pooled in zip(grid, shape, strict=True):
+        place, number = torch.arange(patches, device=device), torch.arange(pooled, device=device)[:, None]
+        first = (number * patches).div(pooled, rounding_mode="floor")
+        behind = ((number + 1) * patches + pooled - 1).div(pooled, rounding_mode="floor")
+        sides.append((place >= first) & (place < behind))
+    rows, columns = sides
+    inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).float()
+    return inside / inside.sum(dim=0)
+
+
+@register("stvit")
+class STViT(TokenReducer):
+    """Replace the patches by a few semantic tokens, which two consecutive blocks gather; later blocks see them alone.
+
+    Published: 16 tokens from blocks 4 and 5 of 12, ``at([4, 5], STViT())``, about 58 % fewer multiply-adds. ``budget``
+    says how many; the nearest grid of nearly the same shape as the model's is taken (4 x 4 of 14 x 14), for images of
+    any size, and ``Ratio`` rounds to the nearest. The first of its blocks pools and asks the patches that enter it;
+    each further one adds centres of its own (M, D), which are all that it learns, and asks them again; blocks between
+    attend among the semantic tokens as usual [D: published are two, side by side]. It needs every patch of the image in
+    its place, so other reducers come after it.
+
+    What becomes of the class token the publication's code does not say (it is a Swin's). ``class_token="query"`` [D]:
+    it and other prefix tokens ask and are asked beside the semantic ones, and the head reads it as ever. ``"pool"``: it
+    goes with the patches, and the head reads the mean of the semantic tokens.
+
+    ``pooled_keys``: the pooled tokens are among the keys of the first layer, as in the authors' code. False, with
+    ``class_token="pool"``, is what the published cost was counted with: 0.525, 1.915 and 7.294 G for DeiT-Ti, S and B.
+    ``residual``: the pooled tokens also remain in the sum; on for pretrained weights [D], off in the released Swin.
+    The LayerScale of the authors' new blocks is left out: these blocks are the model's own [D]. No semantic token is
+    one patch's continuation; a patch is carried by the one in whose bin it lies. The count is fixed.
+    """
+
+    summary = "a handful of semantic tokens asks the patches and replaces them"
+    source = "Chang et al., CVPR 2023 (arXiv 2303.08685)"
+    trained = True
+    trained_as = "from scratch by the task loss: 300 epochs, AdamW, cosine, 20 epochs of warm-up, clipped at 5"
+    site = "input"
+    keeps_class_token_by = "class_token='query'"
+
+    def __init__(
+        self,
+        budget: Budget = _SIXTEEN,
+        *,
+        class_token: ClassToken = "query",
+        pooled_keys: bool = True,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.budget = checked_budget(budget, "STViT")
+        self.class_token = checked_choice(class_token, ClassToken, "STViT(class_token=…)")
+        self.pooled_keys = checked_flag(pooled_keys, "STViT(pooled_keys=…)")
+        self.residual = checked_flag(residual, "STViT(residual=…)")
+        self.centres = nn.ParameterDict()  # by block, (M, D)
+
+    @property
+    def may_drop_class_token(self) -> bool:
+        return self.class_token == "pool"
+
+    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """Centres for each block but the first."""
+        if self.class_token == "pool" and host.prefix > 1:
+            raise ReducerError(
+                f"STViT(class_token='pool') drops the class token and the model has {host.prefix} prefix tokens; use "
+                "class_token='query', under which they all stay"
+            )
+        self._cross_block = host.cross_block
+        rows, columns = self._shape = self._shape_of(host.grid)
+        for block in sorted(blocks)[1:]:
+            centre = nn.Parameter(torch.empty(rows * columns, host.width))
+            self.centres[str(block)] = nn.init.trunc_normal_(centre, std=0.02)
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        return None
+
+    def block(self, block: Any, batch: TokenBatch, state: State) -> TokenBatch:
+        """A layer of the generation: the first pools what enters it, the others refine what it left."""
+        patches = state.noted(self)
+        return self._refine(block, batch, state, patches[0]) if patches else self._gather(block, batch, state)
+
+    def _shape_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of semantic tokens: those of the model's own grid, for images of any size."""
+        patches = grid[0] * grid[1]
+        return smaller_grid(grid, self.budget.count(patches, initial=patches, prefix=0, rounding="nearest"))
+
+    def _gather(self, block: Any, batch: TokenBatch, state: State) -> TokenBatch:
+        """Layer 1: the pooled patches ask the patches."""
+        _check_whole(batch, state)
+        old, prefix, shape = batch.layout, int(batch.layout.lead or 0), self._shape
+        tokens = old.pad(batch.x)
+        patches = tokens[:, prefix:]
+        lead = tokens[:, : 0 if self.class_token == "pool" else prefix]
+        state.note(self, patches)
+        pooled = pool_grid(patches, state.grid, shape)
+        asking = torch.cat([lead, pooled], dim=1)
+        asked = torch.cat([asking if self.pooled_keys else lead, patches], dim=1)
+        residual = asking if self.residual else torch.cat([lead, torch.zeros_like(pooled)], dim=1)
+        x = self._cross_block(block, asking, asked, residual)
+        _book(block, state, asking, asked)
+
+        new = Layout.alike(old.images, asking.shape[1], lead.shape[1], x.device)
+        weights = bins(state.grid, shape, x.device)
+        if lead.shape[1]:
+            weights = torch.block_diag(torch.eye(prefix, device=x.device), weights)
+        else:
+            weights = F.pad(weights, (prefix, 0))
+        token_map = Mix(old, new, weights.expand(old.images, -1, -1))
+        batch = advance(batch, Decision(token_map, x.flatten(0, 1)))
+        if state.tracer is not None:
+            state.tracer.moved(token_map)
+        return replace(batch, received=None, pos=None if batch.pos is None else torch.full_like(batch.pos, -1))
+
+    def _refine(self, block: Any, batch: TokenBatch, state: State, patches: Tensor) -> TokenBatch:
+        """Layer 2: the semantic tokens, each shifted by its centre, ask themselves as they were and the patches."""
+        layout, centre = batch.layout, self.centres[str(state.block)]
+        whole = layout.uniform is not None and layout.uniform[0] - layout.uniform[1] == len(centre)
+        if not whole or batch.alive is not None or batch.key_bias is not None:
+            raise ReducerError(
+                f"stvit refines {len(centre)} semantic tokens at block {state.block}, and another reducer has removed "
+                "or masked some; place other reducers after its last block"
+            )
+        assert layout.uniform is not None
+        tokens = layout.pad(batch.x)
+        asking = tokens + F.pad(centre, (0, 0, layout.uniform[1], 0)).to(tokens.dtype)
+        asked = torch.cat([tokens, patches], dim=1)
+        x = self._cross_block(block, asking, asked)
+        _book(block, state, asking, asked)
+        return replace(batch, x=x.flatten(0, 1), received=None)
+
+
+def _check_whole(batch: TokenBatch, state: State) -> None:
+    """Refuse what is no whole grid of untouched patches."""
+    rows, columns = state.grid
+    whole = batch.layout.lead is not None and all(patches == rows * columns for patches, _ in batch.layout.kinds)
+    if not whole or batch.alive is not None or batch.key_bias is not None:
+        raise ReducerError(
+            f"stvit pools the grid of {rows} x {columns} patches, and at block {state.block} they are no longer all "
+            "there and untouched; place other reducers after it"
+        )
+
+
+def _book(block: Any, state: State, asking: Tensor, asked: Tensor) -> None:
+    """The cost of a layer: it is the published order of work."""
+    if state.tracer is None:
+        return
+    queries = torch.full((asking.shape[0],), float(asking.shape[1]), dtype=torch.float64, device=asking.device)
+    keys = torch.full_like(queries, float(asked.shape[1]))
+    state.tracer.cost.both(BlockShape.of(block).macs(queries=queries, keys=keys, outputs=queries, mlp=queries))
