@@ -43,6 +43,20 @@ def nearest_ring(target: Tensor, counts: tuple[int, ...]) -> Tensor:
     return offered[(offered - target[:, None]).abs().argmin(dim=1)]
 
 
+def keep_middle(signals: Signals, far: tuple[float, ...], count: Tensor | int) -> Decision | None:
+    """Keep the ``count`` tokens of each image that lie nearest to its centre; None where that is all of them.
+
+    ``far``: the distance of every original patch. A token that is no single patch's continuation goes first.
+    """
+    if keeps_all(signals.layout, count):
+        return None
+    pos = signals.positions()
+    table = torch.tensor(far, dtype=torch.float32, device=pos.device)
+    middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
+    kept = keep_highest(signals.layout, middle, count)
+    return None if kept is None else Decision(kept)
+
+
 @register("fixed_pattern")
 class FixedPattern(TokenReducer):
     """Keep the patches within a radius of the image's centre: a control that looks at no image.
@@ -72,10 +86,4 @@ class FixedPattern(TokenReducer):
             count = min(counts, key=lambda offered: abs(offered - wanted))
         else:
             count = torch.minimum(nearest_ring(count_each(layout, wanted), counts), layout.patches)
-        if keeps_all(layout, count):
-            return None
-        pos = signals.positions()
-        table = torch.tensor(radii(state.grid, self.norm), dtype=torch.float32, device=pos.device)
-        middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
-        kept = keep_highest(layout, middle, count)
-        return None if kept is None else Decision(kept)
+        return keep_middle(signals, radii(state.grid, self.norm), count)

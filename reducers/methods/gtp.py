@@ -4,6 +4,7 @@ methods 13).
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget
-from reducers.errors import ReducerError
+from reducers.budget import Budget, checked_budget, checked_share
 from reducers.maps import Mix
 from reducers.methods.clusters import busy, checked_choice, count_each, keeps_all
 from reducers.methods.topk import keep_count, keep_highest
 from reducers.registry import register
 from reducers.signals import Signals
+from reducers.tokens import Layout
 
 Graph = Literal["spatial", "cosine"]
 
@@ -63,6 +64,26 @@ def token_rank(attention: Tensor) -> Tensor:
     return itself * attention.sum(dim=2).amax(dim=1)
 
 
+def sparsified(attention: Tensor, layout: Layout, share: Fraction) -> Tensor:
+    """The attention with all but the largest ``share`` of its T x T entries set to 0, image by image and head by head.
+
+    attention (B, H, L, L), the same out. The number of entries rounds down, one at least; of entries as large as the
+    last one that stays, all stay [D]. What stays is not renormalised.
+    """
+    if layout.longest == 0:  # every image has finished
+        return attention
+    flat = attention.detach().flatten(2)
+    if layout.uniform is not None:
+        entries = flat.shape[2]
+        least = flat.kthvalue(entries + 1 - max(1, entries * share.numerator // share.denominator), dim=2).values
+    else:
+        entries_each = layout.lengths**2
+        last = (entries_each * share.numerator // share.denominator).clamp(min=1) - 1
+        ranked = flat.sort(dim=2, descending=True).values
+        least = ranked.gather(2, last[:, None, None].expand(-1, flat.shape[1], -1)).squeeze(2)
+    return attention * (attention.detach() >= least[..., None, None])
+
+
 @register("gtp")
 class GTP(TokenReducer):
     """Remove the tokens of lowest rank; each first adds ``alpha`` times its features to those of its neighbours.
@@ -71,28 +92,38 @@ class GTP(TokenReducer):
     later attention. ``graph="spatial"``: the eight neighbours on the grid of original patches; ``"cosine"``: each
     token's eight most similar ones, among the tokens at hand, not among the initial ones as published [D]. A gone
     token's neighbours may be gone as well: then its features are lost. ``Drop(P)`` in every block is the authors'
-    setting; ``Ratio`` rounds up what stays. Acts after the attention residual. The count is fixed. The authors'
-    sparsified attention (theta < 1) is left out: theta is 1.
+    setting; ``Ratio`` rounds up what stays. Acts after the attention residual. The count is fixed.
+
+    ``theta``: of each head's attention in the block only this share, the largest entries, is used, and the rest set to
+    0 without renormalisation; at 1 nothing is. Ranks are told before that, for many entries of a sparse diagonal
+    are 0 and would rank alike [D]. Sparsified attention is not fused, and so is slower. It changes what the block
+    computes even where no token goes, and needs to be first in a stack.
     """
 
     summary = "remove tokens after passing their features on to their neighbours"
     source = "Xu et al., WACV 2024 (arXiv 2311.03035)"
 
-    def __init__(self, budget: Budget, *, alpha: float = 0.2, graph: Graph = "spatial") -> None:
+    def __init__(self, budget: Budget, *, alpha: float = 0.2, graph: Graph = "spatial", theta: float = 1.0) -> None:
         super().__init__()
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise ReducerError(f"GTP(alpha={alpha!r}) must be a number from 0 to 1")
         self.budget = checked_budget(budget, "GTP")
-        self.alpha = alpha
+        self.alpha = checked_share(alpha, "GTP(alpha=…)")
+        self.theta = checked_share(theta, "GTP(theta=…)", above=True)
         self.graph = checked_choice(graph, Graph, "GTP(graph=…)")
         self.uses_positions = graph == "spatial"
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         count = keep_count(layout, self.budget, state, "ceil")
-        if keeps_all(layout, count):
+        stays = keeps_all(layout, count)
+        if stays and self.theta == 1:
             return None
-        attention, x = signals.attention().detach(), signals.output()
+        attention = signals.attention()
+        if self.theta < 1:
+            share = Fraction(str(self.theta)).limit_denominator(10**6)
+            signals.attend_with(sparsified(attention, layout, share))
+        if stays:
+            return None
+        attention, x = attention.detach(), signals.output()
         with torch.no_grad():
             keep = keep_highest(layout, layout.unpad(token_rank(attention)), count)
             assert keep is not None

@@ -1,15 +1,21 @@
-"""HVT-pool (adapted): HVT's max pooling along the token sequence, on a plain ViT (Pan et al., ICCV 2021; methods 8).
+"""HVT's max pooling along the token sequence, on a plain ViT (Pan et al., ICCV 2021; methods 8).
 
-The real HVT has no class token, learns new positions after each pooling, and is trained from scratch. This is its
-pooling alone, put into a trained ViT [D]: patches are pooled, prefix tokens stay, no positions are added.
+HVT itself has no class token, learns new positions after each pooling, and is trained from scratch. Put into a trained
+ViT, its pooling alone is "HVT-pool (adapted)" [D]: patches are pooled, prefix tokens stay, no positions are added.
+On an average-pooled model without a class token, with learned positions and trained from scratch, it is HVT.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
+from reducers.budget import checked_flag
+from reducers.errors import ReducerError
 from reducers.maps import Mix
 from reducers.methods.clusters import Site, checked_choice
 from reducers.registry import register
@@ -70,18 +76,58 @@ class HVTPool(TokenReducer):
     4 and 8, or at 0, 3, 6 and 9, as in HVT-1 to HVT-4. Windows run in raster order and wrap around the rows, as in
     HVT. Acts after the attention residual, where most methods do; HVT pools after the block, which is before the next
     one: ``site="input"`` there. It cannot be the identity, and works poorly without training.
+
+    ``positions``: a learned table is added after each pooling, one vector for each place (normal, 0.02, no weight
+    decay), as in HVT; then it must be trained, and one reducer serves all its blocks, with nothing before it that
+    removes patches. HVT-4 is ``at([1, 4, 7, 10], HVTPool(site="input", positions=True))`` on a model with
+    ``class_token=False, global_pool="avg"``, trained from scratch.
     """
 
     summary = "max-pool the token sequence (HVT's pooling on a plain ViT)"
     source = "Pan et al., ICCV 2021 (arXiv 2103.10619), adapted"
+    trained_as = "HVT: 300 epochs from scratch by DeiT's recipe, lr 5e-4 per 512 images, weight decay 0.025, no teacher"
 
-    def __init__(self, *, site: Site = "attention") -> None:
+    def __init__(self, *, site: Site = "attention", positions: bool = False) -> None:
         super().__init__()
         self.site = checked_choice(site, Site, "HVTPool(site=…)")  # type: ignore[assignment,misc]  # of this instance
+        self.positions = checked_flag(positions, "HVTPool(positions=…)")
+        self.trained = self.positions  # type: ignore[misc]  # of this instance
+        self.tables = nn.ParameterDict()  # by block: (patches left, D)
+
+    @property
+    def attach(self) -> Any:
+        """Makes the tables, for those that have positions."""
+        return self._make_tables if self.positions else None
+
+    def _make_tables(self, host: Any, blocks: tuple[int, ...]) -> None:
+        left = host.patches
+        for block in blocks:
+            if left < _WINDOW:
+                break
+            left = pooled_length(left)
+            self.tables[str(block)] = nn.init.trunc_normal_(nn.Parameter(torch.empty(left, host.width)), std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that are not decayed, as timm's models name theirs."""
+        return {f"tables.{block}" for block in self.tables}
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         if layout.longest - (layout.uniform[1] if layout.uniform else 0) < _WINDOW:
             return None
         pooled = pool_windows(layout)
-        return Decision(pooled, max_pool(signals.output(), pooled))
+        features = max_pool(signals.output(), pooled)
+        if self.positions:
+            features = self._placed(features, pooled.new, state.block)
+        return Decision(pooled, features)
+
+    def _placed(self, features: Tensor, layout: Layout, block: int) -> Tensor:
+        """The pooled patches with the block's learned positions."""
+        table = self.tables.get(str(block))
+        if table is None or layout.uniform is None or layout.uniform[0] - layout.uniform[1] != len(table):
+            raise ReducerError(
+                f"hvt_pool(positions=True) has no positions for the patches that arrive at block {block}: place one "
+                "reducer at all its blocks, let no other remove patches before it, and keep the model's image size"
+            )
+        lead = layout.uniform[1]
+        return layout.unpad(layout.pad(features) + F.pad(table, (0, 0, lead, 0)))

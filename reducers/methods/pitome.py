@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag
+from reducers.budget import Budget, checked_budget, checked_flag, checked_whole
 from reducers.methods.clusters import merge_labels
 from reducers.methods.topk import keep_count
 from reducers.registry import register
@@ -58,6 +58,30 @@ def merge_by_rank(layout: Layout, metric: Tensor, order: Tensor, pairs: Tensor) 
     return torch.where(pairs[:, None] > 0, label, rank)
 
 
+def merge_best_pairs(layout: Layout, metric: Tensor, order: Tensor, pairs: Tensor) -> Tensor:
+    """The new place of each patch where nobody is protected: ranks alternate between two sets, and the ``pairs`` tokens
+    of the first that are most like one of the second join it.
+
+    Ordered [first set without the merged, second set], each by rank [D]. Arguments and result as in ``merge_by_rank``.
+    """
+    ranked = metric.gather(1, order[..., None].expand(-1, -1, metric.shape[2]))
+    rank = torch.arange(order.shape[1], device=order.device)
+    real = rank < layout.patches[:, None]
+    with torch.autocast(metric.device.type, enabled=False):
+        alike = ranked[:, 0::2] @ ranked[:, 1::2].transpose(1, 2)
+    best, partner = alike.masked_fill(~real[:, None, 1::2], -torch.inf).max(dim=2)
+    candidates = best.masked_fill(~real[:, 0::2], -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    merged = torch.zeros_like(best, dtype=torch.bool)
+    merged.scatter_(1, candidates, rank[: best.shape[1]] < pairs[:, None])
+    alone = real[:, 0::2] & ~merged
+    second = alone.sum(1, keepdim=True) + rank[: alike.shape[2]]  # (B, second set)
+    place = torch.zeros_like(order)
+    place[:, 1::2] = second
+    place[:, 0::2] = torch.where(merged, second.gather(1, partner), alone.long().cumsum(1) - 1)
+    label = torch.zeros_like(order).scatter(1, order, place)
+    return torch.where(pairs[:, None] > 0, label, rank)
+
+
 @register("pitome")
 class PiToMe(TokenReducer):
     """Merge the tokens of highest energy pairwise, protect the others.
@@ -66,22 +90,27 @@ class PiToMe(TokenReducer):
     merged into the most similar of the rest of them, a mean weighted by size. At most half the tokens can merge in one
     block: a larger request is cut to that, with a warning. ``Ratio`` rounds up what stays. ``proportional``: later
     attention is weighted by size; off by default, as in the authors' code. Acts after the attention residual. The
-    count is fixed. The authors' variant for the first blocks, which merges without protecting, is left out.
+    count is fixed.
+
+    ``bipartite``: in so many of the network's first blocks nobody is protected. All patches are ranked by energy and
+    dealt out to two sets in turn, and the r best pairs between them merge; how many blocks the authors mean is not
+    known to us, so none is the default [D].
     """
 
     summary = "merge redundant tokens, protect informative ones"
     source = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
 
-    def __init__(self, budget: Budget, *, proportional: bool = False) -> None:
+    def __init__(self, budget: Budget, *, proportional: bool = False, bipartite: int = 0) -> None:
         super().__init__()
         self.budget = checked_budget(budget, "PiToMe")
         self.proportional = checked_flag(proportional, "PiToMe(proportional=…)")
+        self.bipartite = checked_whole(bipartite, "PiToMe(bipartite=…)", least=0)
         self._warned = False
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         pairs = self._pairs(layout, state)
-        if not (pairs if isinstance(pairs, int) else bool(pairs.any())):
+        if pairs is None:
             return None
         pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs
         with torch.no_grad():
@@ -90,7 +119,8 @@ class PiToMe(TokenReducer):
             valid = layout.valid_patches
             redundant = energy(metric, valid, margin=margin_at(state.block, state.depth))
             order = redundant.sort(dim=1, descending=True, stable=True).indices
-            label = merge_by_rank(layout, metric, order, pairs_each)
+            merging = merge_best_pairs if state.block < self.bipartite else merge_by_rank
+            label = merging(layout, metric, order, pairs_each)
             kept = layout.uniform[0] - layout.uniform[1] - pairs if isinstance(pairs, int) else layout.patches - pairs  # type: ignore[index]  # an int means uniform
             merge = merge_labels(layout, label, kept, signals.size)
         if signals.counting:
@@ -100,16 +130,20 @@ class PiToMe(TokenReducer):
             signals.spend(patches * signals.values()[0].numel())
         return Decision(merge, proportional=self.proportional)
 
-    def _pairs(self, layout: Layout, state: State) -> Tensor | int:
-        """How many pairs merge in each image: one int where all images are alike."""
+    def _pairs(self, layout: Layout, state: State) -> Tensor | int | None:
+        """How many pairs merge in each image: one int where all images are alike, None where none merges any."""
+        gone = [  # told on the host, where lengths are known: nothing waits for the device
+            (patches, patches - self.budget.count(patches, initial=state.initial, prefix=prefix, rounding="ceil"))
+            for patches, prefix in layout.kinds
+        ]
+        self._warn_if_cut(any(wanted > patches // 2 for patches, wanted in gone), state.block)
+        if not any(min(wanted, patches // 2) for patches, wanted in gone):
+            return None
         count = keep_count(layout, self.budget, state, "ceil")
         if isinstance(count, int):
-            patches = layout.uniform[0] - layout.uniform[1]  # type: ignore[index]  # an int means uniform
-            self._warn_if_cut(patches - count > patches // 2, state.block)
+            patches = layout.width_from(layout.prefix)
             return min(patches - count, patches // 2)
-        most = layout.patches // 2
-        self._warn_if_cut(bool((layout.patches - count > most).any()), state.block)
-        return torch.minimum(layout.patches - count, most)
+        return torch.minimum(layout.patches - count, layout.patches // 2)
 
     def _warn_if_cut(self, cut: bool, block: int) -> None:
         if cut and not self._warned:

@@ -15,8 +15,11 @@ from reducers import (
     Drop,
     EViT,
     Identity,
+    Mix,
     Ratio,
+    ReducerError,
     Stack,
+    TokenMap,
     TokenReducer,
     ToMe,
     TopK,
@@ -25,17 +28,20 @@ from reducers import (
     build,
     reduce_tokens,
 )
+from reducers.trace import Tracer
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
 BUDGETS = {"tome": Drop(5)}  # where a ratio of 0.6 is not the natural request
-KEEP_ALL = {"tome": Drop(0), "ats": Count(4000)}
-NEVER_THE_IDENTITY = {"hvt_pool"}  # its own test says what holds instead
+KEEP_ALL = {"tome": Drop(0), "ats": Count(4000), "avit": {"beta": -1e4}, "ia_red2": {"threshold": 0}}
+NEVER_THE_IDENTITY = {"diffrate", "hvt_pool", "shrinking_pattern", "stvit"}  # its own test says what holds instead
 
 
 def settings(name: str, budget: object | None = None) -> TokenReducer:
     """A reducer with its defaults and a budget, if it takes one."""
     cls = available()[name]
+    if isinstance(budget, dict):  # a method without a budget keeps everything by a setting of its own
+        return cls(**budget)
     takes_budget = "budget" in inspect.signature(cls).parameters
     return cls(budget or BUDGETS.get(name, Ratio(0.6))) if takes_budget else cls()
 
@@ -51,7 +57,17 @@ CASES |= {
     "ats random": ATS(Ratio(0.6), score="random"),
     "evit drop": EViT(Ratio(0.6), fuse=False),
     "evit of ats": EViT(Ratio(0.8), select=ATS(Ratio(0.7))),
+    "avit halting": build({"name": "avit", "gamma": 2.0, "beta": -1.0}),
+    "dynamicvit kl": build({"name": "dynamicvit", "budget": {"ratio": 0.6}, "token_distance": "kl"}),
+    "dynamicvit threshold": build({"name": "dynamicvit", "budget": {"ratio": 0.6}, "threshold": 0.5}),
+    "tps threshold": build({"name": "tps", "budget": {"ratio": 0.6}, "threshold": 0.5}),
+    "etps attention received": build({"name": "etps", "budget": {"ratio": 0.6}, "score": "attention_received"}),
     "dpc_knn at the input": build({"name": "dpc_knn", "budget": {"ratio": 0.6}, "site": "input"}),
+    "dpc_knn learned": build({"name": "dpc_knn", "budget": {"ratio": 0.6}, "weights": "learned", "site": "input"}),
+    "bat without pairs": build({"name": "bat", "budget": {"ratio": 0.6}, "clusters": 3, "alike": 0.0}),
+    "sit alone": build({"name": "sit", "budget": {"count": 9}, "recalibration": 0.0}),
+    "sinkhorn sharp": build({"name": "sinkhorn", "budget": {"count": 9}, "epsilon": 0.1, "iterations": 6}),
+    "stvit residual off": build({"name": "stvit", "budget": {"count": 9}, "residual": False, "pooled_keys": False}),
     "kmedoids equal": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "weights": "equal"}),
     "kmedoids at the input": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "site": "input"}),
     "token_pooling at the input": build({"name": "token_pooling", "budget": {"ratio": 0.6}, "site": "input"}),
@@ -62,7 +78,11 @@ CASES |= {
     "pitome proportional": build({"name": "pitome", "budget": {"ratio": 0.6}, "proportional": True}),
     "gtp cosine": build({"name": "gtp", "budget": {"drop": 5}, "graph": "cosine"}),
     "fixed_pattern l1": build({"name": "fixed_pattern", "budget": {"ratio": 0.6}, "norm": "l1"}),
+    "gtp sparse": build({"name": "gtp", "budget": {"drop": 5}, "theta": 0.5}),
+    "pitome bipartite": build({"name": "pitome", "budget": {"ratio": 0.6}, "bipartite": 2}),
     "hvt_pool at the input": build({"name": "hvt_pool", "site": "input"}),
+    "hvt_pool positions": build({"name": "hvt_pool", "site": "input", "positions": True}),
+    "sttabt concrete": build({"name": "sttabt", "operating_point": -0.3}),
     "stack zero_tprune gtp": Stack(*[build({"name": n, "budget": {"ratio": 0.8}}) for n in ("zero_tprune", "gtp")]),
     "stack gtp zero_tprune": Stack(*[build({"name": n, "budget": {"ratio": 0.8}}) for n in ("gtp", "zero_tprune")]),
     "stack evit ats": Stack(EViT(Ratio(0.7)), ATS(Ratio(0.7))),
@@ -75,8 +95,13 @@ PLACES = [1, 3]
 both = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
 
 
+def fresh(reducer: TokenReducer) -> TokenReducer:
+    """A copy for one model alone: a reducer that has parameters makes them for the model and the blocks it joins."""
+    return copy.deepcopy(reducer)
+
+
 def reduced(reducer: TokenReducer, kind: str = "class", dtype: torch.dtype = torch.float64):
-    return reduce_tokens(make_vit(kind).to(dtype), at(PLACES, reducer))
+    return reduce_tokens(make_vit(kind).to(dtype), at(PLACES, fresh(reducer)))
 
 
 @both
@@ -97,7 +122,7 @@ def test_an_image_alone_is_the_same_image_in_a_batch_in_float64(reducer, images)
 @torch.no_grad()
 def test_an_image_alone_is_the_same_image_in_a_batch_in_float32(reducer):
     model = reduced(reducer, dtype=torch.float32)
-    many = torch.randn(64, 3, 48, 48)
+    many = torch.randn(24, 3, 48, 48)
     together, trace = model.trace(many)
     same = 0
     for i in range(len(many)):
@@ -126,18 +151,21 @@ def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
     for kind in ("class", "distilled", "registers"):
         model = reduced(reducer, kind)
         prefix = model.base.num_prefix_tokens
+        may_finish = reducer.finish is not None  # an image whose output is accumulated may stop before the last block
         _, trace = model.trace(images.double())
         assert trace.tokens.shape == (len(images), DEPTH + 1)
         assert (trace.tokens.diff(dim=1) <= 0).all()
-        assert (trace.tokens >= prefix).all()
+        assert ((trace.tokens >= prefix) | (trace.tokens == 0)).all()
         for block in range(DEPTH):
             left = trace.tokens[:, block + 1]
             owner, kept = trace.owner(block), trace.kept(block)
-            assert trace.class_kept(block).all()
+            finished = left == 0
+            assert (trace.class_kept(block) | finished).all()
+            assert may_finish or not finished.any()
             assert (owner < left[:, None]).all()
             carried = owner >= 0
             assert (owner[carried] >= prefix).all(), "no patch is carried by a prefix token"
-            assert (kept.sum(1) <= left - prefix).all()
+            assert (kept.sum(1) <= (left - prefix).clamp(min=0)).all()
             assert (carried | ~kept).all(), "a patch with a row of its own is carried somewhere"
         assert (trace.macs > 0).all()
         assert (trace.reducer_macs >= 0).all()
@@ -173,7 +201,7 @@ def test_the_base_model_is_untouched(reducer, images):
     plain = make_vit()
     before = copy.deepcopy(plain.state_dict())
     logits = plain(images)
-    reduce_tokens(plain, at(PLACES, reducer))(images)
+    reduce_tokens(plain, at(PLACES, fresh(reducer)))(images)
     assert all(torch.equal(before[name], value) for name, value in plain.state_dict().items())
     assert torch.equal(plain(images), logits)
 
@@ -184,7 +212,63 @@ def test_from_data_and_back(reducer, images):
     twin = build(reducer.spec())
     assert twin.spec() == reducer.spec()
     assert torch.equal(reduced(twin)(images.double()), reduced(reducer)(images.double()))
-    twin.load_state_dict(reducer.state_dict())
+
+
+@both
+@torch.no_grad()
+def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images, monkeypatch):
+    """Who is dropped stays dropped, who shares a token goes on to share it, and prefix tokens stay in their order."""
+    maps: list[TokenMap] = []
+    book = Tracer.moved
+    monkeypatch.setattr(Tracer, "moved", lambda tracer, token_map: (maps.append(token_map), book(tracer, token_map)))
+    model = reduced(reducer)
+    _, trace = model.trace(images.double())
+    for token_map in maps:
+        old, new, where, origin = token_map.old, token_map.new, token_map.destination, token_map.source
+        assert torch.equal(new.row_image[where[where >= 0]], old.row_image[where >= 0])
+        assert torch.equal(old.row_image[origin[origin >= 0]], new.row_image[origin >= 0])
+        lead = old.is_prefix & (new.lengths > 0)[old.row_image]
+        assert torch.equal(new.row_index[where[lead]], old.row_index[lead])
+    assigned = not any(isinstance(token_map, Mix) for token_map in maps)
+    for image in range(len(images)):
+        before = torch.arange(36)
+        for block in range(DEPTH):
+            owner, kept = trace.owner(block)[image], trace.kept(block)[image]
+            assert (owner[before < 0] == -1).all()
+            for token in before.unique():
+                assert len(owner[before == token].unique()) == 1
+            if assigned:  # under a dense map a patch may weigh most where another one lives on
+                assert len(owner[kept].unique()) == int(kept.sum()), "a row of one's own is nobody else's"
+            before = owner
+
+
+@both
+@torch.no_grad()
+def test_trained_weights_go_from_one_reducer_to_its_twin(reducer, images):
+    """A state_dict is all that a method has learned: loaded into another of the same settings it gives its result."""
+    first, second = reduced(reducer), reduced(build(reducer.spec()))
+    for parameter in first.reducers.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    state = copy.deepcopy(first.reducers.state_dict())
+    assert second.reducers.load_state_dict(state) == ([], [])
+    assert all(torch.equal(value, state[name]) for name, value in second.reducers.state_dict().items())
+    assert torch.equal(second(images.double()), first(images.double()))
+    first.reducers.load_state_dict(second.reducers.state_dict())
+
+
+@pytest.mark.parametrize("reducer", [r for r in CASES.values() if r.attach is not None], ids=lambda r: str(r.spec()))
+def test_parameters_belong_to_one_model_and_its_blocks(reducer):
+    mine = fresh(reducer)
+    model = make_vit()
+    reduce_tokens(model, at(PLACES, mine))
+    made = {name: value.clone() for name, value in mine.state_dict().items()}
+    reduce_tokens(model, at(PLACES, mine))  # once more: they are not drawn again
+    assert made.keys() == mine.state_dict().keys()
+    assert all(torch.equal(value, mine.state_dict()[name]) for name, value in made.items())
+    with pytest.raises(ReducerError, match="another model or other blocks"):
+        reduce_tokens(model, at([2], mine))
+    with pytest.raises(ReducerError, match="another model or other blocks"):
+        reduce_tokens(make_vit(embed_dim=48), at(PLACES, mine))
 
 
 @both

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, Mix, Ratio, ReducerError, Stack, ToMe, TopK, at, every, reduce_tokens
 from reducers.methods import GTP, ZeroTPrune
-from reducers.methods.gtp import cosine_graph, spatial_graph, token_rank
+from reducers.methods.gtp import cosine_graph, sparsified, spatial_graph, token_rank
 from reducers.methods.zero_tprune import combine_heads, most_alike, page_rank, rounds_at
+from reducers.tokens import Layout
 
 from .conftest import make_vit
+from .test_evit_tome_topk import embed, feed_forward
 
 
 def test_the_spatial_graph_is_the_normalised_neighbourhood():
@@ -177,3 +182,114 @@ def test_the_attention_map_carried_through_a_selection_is_its_part(images):
         rows = torch.cat([torch.zeros(1, dtype=torch.int64), only.kept(1)[image].nonzero().squeeze(1) + 1])
         torch.testing.assert_close(part[image], whole[image][:, rows][:, :, rows])
     assert (trace.kept(1).sum(1) == 10).all()
+
+
+def slow_sparse_gtp(model, images, gone_each, alpha, theta):
+    """One image at a time, every head's entries as a sorted list; the model's grid is 6 x 6."""
+    logits, prefix = [], model.num_prefix_tokens
+    for image in images:
+        x = embed(model, image[None])
+        size, pos = torch.ones(x.shape[1], dtype=x.dtype), [-1] * prefix + list(range(36))
+        for index, block in enumerate(model.blocks):
+            attn, t = block.attn, x.shape[1]
+            q, k, v = attn.qkv(block.norm1(x)).reshape(1, t, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+            scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale
+            weights = (scores + (size.log() if index else 0)).softmax(-1)[0]
+            sparse = torch.zeros_like(weights)
+            for head in range(attn.num_heads):
+                entries = sorted(((float(weights[head, i, j]), i, j) for i in range(t) for j in range(t)), reverse=True)
+                for _, i, j in entries[: math.floor(round(theta * t * t, 9))]:
+                    sparse[head, i, j] = weights[head, i, j]
+            y = (x + block.ls1(attn.proj(attn.norm((sparse @ v[0]).transpose(0, 1).reshape(1, t, -1)))))[0]
+            rank = [
+                max(float(head[i, i]) for head in weights) * max(float(head[:, i].sum()) for head in weights)
+                for i in range(t)
+            ]
+            gone = sorted(range(prefix, t), key=rank.__getitem__)[:gone_each]
+            kept = [i for i in range(t) if i not in gone]
+            graph = alpha * spatial_graph(torch.tensor([pos]), (6, 6))[0].double()
+            y = torch.stack([y[i] + sum(graph[i, j] * y[j] for j in gone) for i in kept])
+            size = torch.stack([size[i] + sum(graph[i, j] * size[j] for j in gone) for i in kept])
+            pos = [pos[i] for i in kept]
+            x = feed_forward(block, y[None])
+        logits.append(model.forward_head(model.norm(x)))
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("kind", ["class", "registers", "qk_norm"])
+@torch.no_grad()
+def test_sparsified_attention_equals_the_slow_reference(kind, images):
+    model = make_vit(kind).double()
+    expected = slow_sparse_gtp(model, images[:2].double(), 5, 0.3, 0.4)
+    found = reduce_tokens(model, every(1, GTP(Drop(5), alpha=0.3, theta=0.4), depth=4))(images[:2].double())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_largest_entries_stay_image_by_image_and_head_by_head():
+    """Padded images are cut as each would be alone, and gradients reach what stays."""
+    lengths = torch.tensor([7, 4, 6])
+    ragged = Layout.ragged(lengths, torch.ones_like(lengths))
+    valid = ragged.valid[:, None, :, None] & ragged.valid[:, None, None]
+    maps = torch.rand(3, 2, 7, 7, dtype=torch.float64) * valid
+    for share in (Fraction(3, 10), Fraction(1, 10**6), Fraction(1)):
+        found = sparsified(maps.requires_grad_(), ragged, share)
+        for image, n in enumerate(lengths.tolist()):
+            alone = sparsified(maps[image : image + 1, :, :n, :n], Layout.alike(1, n, 1, maps.device), share)
+            assert torch.equal(alone[0], found[image, :, :n, :n])
+            stays = max(1, n * n * share.numerator // share.denominator)
+            assert ((alone[0] > 0).flatten(1).sum(1) == stays).all()
+            for head in range(2):
+                entries = maps[image, head, :n, :n]
+                assert stays == n * n or entries[alone[0, head] == 0].amax() < entries[alone[0, head] > 0].amin()
+        (slope,) = torch.autograd.grad(found.sum(), maps)
+        assert torch.equal(slope > 0, found > 0)
+
+
+@torch.no_grad()
+def test_theta_changes_the_attention_even_where_no_token_goes(images):
+    model, images = make_vit().double(), images.double()
+    plain = model(images)
+    logits, trace = reduce_tokens(model, at([1, 2], GTP(Drop(0), theta=0.5))).trace(images)
+    assert (trace.tokens == 37).all() and (trace.reducer_macs == 0).all()
+    assert (logits - plain).abs().max() > 1e-3
+    whole = reduce_tokens(model, at([1, 2], GTP(Drop(0), theta=1)))(images)
+    torch.testing.assert_close(whole, plain, rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_a_map_that_is_used_itself_is_paid_once(images):
+    """At theta = 1 the fused kernel computes the products again that the ranks were told by."""
+    costs = [reduce_tokens(make_vit(), at(1, GTP(Drop(6), theta=theta))).cost(images) for theta in (1.0, 0.5)]
+    assert torch.equal(costs[0] - costs[1], torch.full_like(costs[0], 37 * 37 * 32))
+
+
+@torch.no_grad()
+def test_sparsified_attention_in_stacks_and_after_adaptive_methods(images):
+    images = images.double()
+    sparse = GTP(Ratio(0.7), theta=0.5)
+    for placement in (at(0, ATS(Ratio(0.6))) | at([1, 3], sparse), at([1, 3], Stack(sparse, ATS(Ratio(0.8))))):
+        driven = reduce_tokens(make_vit().double(), placement)
+        together, trace = driven.trace(images)
+        for i in range(len(images)):
+            alone, own = driven.trace(images[i : i + 1])
+            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
+            assert torch.equal(own.tokens[0], trace.tokens[i])
+    with pytest.raises(ReducerError, match="first in the stack"):
+        reduce_tokens(make_vit(), at(1, Stack(TopK(Ratio(0.8)), sparse)))(images.float())
+    for theta in (0, 1.5, True, "half"):
+        with pytest.raises(ReducerError, match="above 0 and at most 1"):
+            GTP(Drop(1), theta=theta)
+
+
+@torch.no_grad()
+def test_later_signals_follow_the_sparsified_map(images):
+    seen = {}
+
+    class Look(TopK):
+        def decide(self, signals, state):
+            seen["map"], seen["row"] = signals.attention(), signals.class_attention()
+            return super().decide(signals, state)
+
+    reduce_tokens(make_vit().double(), at(1, Stack(GTP(Drop(0), theta=0.3), Look(Count(9)))))(images.double())
+    assert (seen["map"] == 0).double().mean() > 0.6
+    torch.testing.assert_close(seen["row"].view(5, 37, 2), seen["map"][:, :, 0].transpose(1, 2))

@@ -10,7 +10,7 @@ from reducers import Drop, Identity, TokenReducer, ToMe, at, every, reduce_token
 from reducers.methods.ats import cumulative, significance
 
 from .conftest import DEPTH, KINDS, make_vit
-from .test_contract import CASES, PLACES
+from .test_contract import CASES, PLACES, fresh
 
 both = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
 half = torch.bfloat16
@@ -54,7 +54,7 @@ def test_no_reduction_is_the_plain_model_in_its_own_precision(kind, dtype, atol,
 def test_in_half_precision_everything_holds_that_needs_no_digits(reducer, automatic, images):
     probe = Probe()
     dtype = torch.float32 if automatic else half
-    placement = at(PLACES, reducer) | at([0, 2], probe)
+    placement = at(PLACES, fresh(reducer)) | at([0, 2], probe)
     model = reduce_tokens(make_vit().to(dtype), placement)
     with float_type(half, automatic):
         logits, trace = model.trace(images.to(dtype))
@@ -66,6 +66,7 @@ def test_in_half_precision_everything_holds_that_needs_no_digits(reducer, automa
     assert all(size.dtype == torch.float32 for size in probe.sizes)
     assert all(bias is None or bias.dtype == torch.float32 for bias in probe.biases)
     if not reducer.adaptive:  # how many stay is arithmetic of whole numbers
+        placement = at(PLACES, fresh(reducer)) | at([0, 2], probe)
         _, exact = reduce_tokens(make_vit().double(), placement).trace(images.double())
         assert torch.equal(trace.tokens, exact.tokens)
 
@@ -98,6 +99,6 @@ def test_cumulative_scores_are_in_single_precision(automatic):
 
 @both
 def test_gradients_are_finite_in_half_precision(reducer, images):
-    model = reduce_tokens(make_vit().to(half), at(PLACES, reducer)).train()
+    model = reduce_tokens(make_vit().to(half), at(PLACES, fresh(reducer))).train()
     model(images.to(half)).float().square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.base.parameters())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, Keep, Merge, Ratio, ReducerError, ToMe, at, every, reduce_tokens
 from reducers.methods import PiToMe, ToFu
-from reducers.methods.pitome import energy, margin_at, merge_by_rank
+from reducers.methods.pitome import energy, margin_at, merge_best_pairs, merge_by_rank
 from reducers.methods.tofu import group_peaks, norm_preserving, without_sources
 from reducers.methods.tome import bipartite_pairs, merge_pairs
 from reducers.tokens import Layout
@@ -162,7 +162,10 @@ def test_pitome_says_when_a_budget_asks_for_more_than_half(images, caplog):
     assert "at most half" in caplog.text
 
 
-@pytest.mark.parametrize("reducer", [PiToMe(Count(12)), PiToMe(Ratio(0.7), proportional=True), ToFu(Count(12))])
+RAGGED = [PiToMe(Count(12)), PiToMe(Ratio(0.7), proportional=True), PiToMe(Ratio(0.7), bipartite=4), ToFu(Count(12))]
+
+
+@pytest.mark.parametrize("reducer", RAGGED)
 @torch.no_grad()
 def test_ragged_images_alone_and_in_a_batch(reducer, images):
     driven = reduce_tokens(make_vit().double(), at(0, ATS(Ratio(0.6))) | at([1, 3], reducer))
@@ -172,3 +175,43 @@ def test_ragged_images_alone_and_in_a_batch(reducer, images):
         alone, own = driven.trace(images[i : i + 1].double())
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
         torch.testing.assert_close(own.macs[0], trace.macs[i])
+
+
+def slow_best_pairs(metric, levels, r):
+    """Places of the patches of one image: ranks alternate between two sets, the r best pairs merge."""
+    ranked = sorted(range(len(metric)), key=lambda i: -levels[i])
+    first, second = ranked[0::2], ranked[1::2]
+    partner = {a: max(second, key=lambda b: float(metric[a] @ metric[b])) for a in first}
+    merged = sorted(first, key=lambda a: -float(metric[a] @ metric[partner[a]]))[:r]
+    order = [a for a in first if a not in merged] + second
+    return [order.index(partner[i] if i in merged else i) for i in range(len(metric))]
+
+
+def test_the_bipartite_form_merges_the_best_pairs_between_alternate_ranks():
+    lengths = torch.tensor([9, 6, 4])  # with the class token: 8, 5 and 3 patches
+    layout = Layout.ragged(lengths, torch.ones_like(lengths))
+    metric = F.normalize(torch.randn(3, 8, 5, dtype=torch.float64), dim=-1)
+    levels = energy(metric, layout.valid_patches, margin=0.3)
+    order = levels.sort(dim=1, descending=True, stable=True).indices
+    pairs = torch.tensor([3, 2, 0])
+    found = merge_best_pairs(layout, metric, order, pairs)
+    for image, (n, r) in enumerate(((8, 3), (5, 2))):
+        expected = slow_best_pairs(metric[image, :n], levels[image, :n].tolist(), r)
+        assert found[image, :n].tolist() == expected
+        assert sorted(set(expected)) == list(range(n - r))
+    assert found[2, :3].tolist() == [0, 1, 2], "without pairs an image keeps its order"
+
+
+@torch.no_grad()
+def test_pitome_is_bipartite_in_the_first_blocks_alone(images):
+    model, images = make_vit().double(), images.double()
+    plain, mixed = (reduce_tokens(model, at([1, 3], PiToMe(Drop(7), bipartite=n))) for n in (0, 2))
+    (_, first), (_, second) = plain.trace(images), mixed.trace(images)
+    assert torch.equal(first.tokens, second.tokens)
+    assert not torch.equal(first.owner(1), second.owner(1))
+    torch.testing.assert_close(first.macs, second.macs)
+    late = [reduce_tokens(model, at(3, PiToMe(Drop(7), bipartite=n))).trace(images)[1].owner(3) for n in (0, 2, 4)]
+    assert torch.equal(late[0], late[1])
+    assert not torch.equal(late[0], late[2])
+    with pytest.raises(ReducerError, match="bipartite=-1"):
+        PiToMe(Drop(7), bipartite=-1)
