@@ -10,6 +10,8 @@ STAMP := $(VENV)/.sievit-installed
 OUT ?= results/$(subst /,-,$(subst :,-,$(or $(WORKLOAD),embedded)))
 TESTS ?= tests
 SMOKE_SPECS ?= k_values class_token
+# as many tests at once as there are cores (each takes about a gigabyte, so at most four), each on one
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # the options of a run, each passed on only when it is set
 option = $(if $($(1)),--$(2) '$($(1))')
@@ -18,7 +20,7 @@ RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call o
 	$(call option,TRAIN_DATA,train-data) $(if $(PROFILE),--profile)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablations smoke test test-slow lint bench bench-scaling bench-gpu weights report clean
+.PHONY: help ablations smoke test test-slow lint train docs bench bench-scaling bench-gpu weights report clean
 
 help: ## this list
 	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
@@ -34,6 +36,7 @@ help: ## this list
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
 	@echo '  BATCH      images in a batch          WORKERS  trials at once'
 	@echo '  TRAIN_DATA folder of training images, for specs that finetune (default: DATA/train)'
+	@echo '  METHOD     for train: registered names, or all (none: list them); SET="epochs=1" changes its recipe'
 	@echo '  PROFILE=1  tell where the time went'
 	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
 	@echo '  OUT        folder of the results (default: results/WORKLOAD)'
@@ -52,14 +55,19 @@ ablations: $(STAMP) ## run the ablations that are not finished yet, then draw th
 	$(PY) -m analysis '$(OUT)' || exit $$?; \
 	exit $$status
 
+train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)
+	@$(PY) -m ablations train $(METHOD) --out '$(OUT)' $(call option,WORKLOAD,workload) $(call option,DATA,data) \
+		$(call option,MODEL,model) $(call option,WEIGHTS,weights) $(call option,TRAIN_DATA,train-data) \
+		$(call option,LIMIT,limit) $(if $(SET),--set $(SET))
+
 smoke: ## two specs on 256 images, in about a minute: does everything work here?
 	@$(MAKE) --no-print-directory ablations SPECS='$(SMOKE_SPECS)' LIMIT=256 OUT=results/smoke
 
 test: $(STAMP) ## all tests but the slow ones (TESTS=tests/reducers for a part)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest -q -m 'not slow' $(TESTS)
+	$(PYTEST) -m 'not slow' $(TESTS)
 
 test-slow: $(STAMP) ## the slow tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(PY) -m pytest -q -m slow $(TESTS)
+	$(PYTEST) -m slow $(TESTS)
 
 lint: $(STAMP) ## style, format and types
 	$(PY) -m ruff check .
@@ -82,6 +90,9 @@ bench-gpu: ## the speed tables of one large GPU, in bfloat16, within eight minut
 	@python="$(bench_python)"; \
 	if [ -z "$$python" ]; then $(MAKE) --no-print-directory '$(STAMP)' && python='$(PY)' || exit $$?; fi; \
 	"$$python" -m benchmarks gpu $(BENCH_OPTIONS)
+
+docs: $(STAMP) ## make docs/methods again from the docstrings
+	$(PY) -m ablations docs
 
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
 	$(PY) -m ablations.workloads.train_embedded --out ablations/workloads/weights

@@ -1,4 +1,4 @@
-"""The command line: ``python -m ablations list | validate | run | status``."""
+"""The command line: ``python -m ablations list | validate | run | status | train | docs``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ablations.listing import reducer_rows, table, trial_rows
+from ablations.listing import REDUCER_COLUMNS, reducer_rows, table, trial_rows
 from ablations.options import make_parser
 from ablations.profile import Profile, profile_rows, profile_words, summary
 
@@ -29,7 +29,8 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. User errors are one message on standard error, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = make_parser({"list": _list, "validate": _validate, "run": _run, "status": _status}).parse_args(words)
+    commands = {"list": _list, "validate": _validate, "run": _run, "status": _status, "train": _train, "docs": _docs}
+    arguments = make_parser(commands).parse_args(words)
     arguments.words = words
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.command(arguments)
         return status
     except KeyboardInterrupt:
-        print("\ninterrupted before any trial began; nothing is lost", file=sys.stderr)
+        print("\ninterrupted; nothing that is finished is lost, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, e.g. `list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,7 +63,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.reducers:
-        print(table(["name", "settings", "adaptive", "what it does", "source"], reducer_rows()))
+        rows = reducer_rows()
+        print(table(REDUCER_COLUMNS, rows))
+        print(f"{len(rows)} methods; a page on each: docs/methods")
         return OK
     from ablations.session import Settings, preview
 
@@ -159,6 +162,52 @@ def _status(arguments: argparse.Namespace) -> int:
     rows = [[s.spec, *(str(n) for n in (s.planned, s.finished, s.failed, s.stale))] for s in states]
     sums = [str(sum(int(row[column]) for row in rows)) for column in range(1, 5)]
     print(table(["spec", "planned", "finished", "failed", "stale"], [*rows, ["all", *sums]]))
+    return OK
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ablations import train
+    from ablations.finetune.recipe import parse_settings
+    from ablations.inputs import use_exact_float32
+
+    known = train.trainable()
+    if not arguments.methods:
+        print("\n".join(["methods that can be trained:", *(f"  {name}" for name in known)]))
+        return OK
+    model = arguments.model or train.default_model(arguments.workload)
+    depth = train.depth_of(model)
+    settings = None if arguments.settings is None else train.parse_method_settings(arguments.settings)
+    asked = [
+        one
+        for method in (known if arguments.methods == ["all"] else arguments.methods)
+        for one in train.asked_for(
+            method, depth=depth, where=arguments.at, settings=settings, recipe=parse_settings(arguments.set)
+        )
+    ]
+    use_exact_float32()
+    context = train.open_context(
+        arguments.workload, cache=arguments.out / "cache", model=model, data=arguments.data or None,
+        train_data=arguments.train_data or None, weights=arguments.weights or None, limit=arguments.limit,
+    )  # fmt: skip
+    print(train.headline(context))
+    compared = []
+    for one in asked:
+        compared.append(train.train(one, context))
+        log.info("%s: %s; in %s", one.variant, compared[-1].verdict, train.save(compared[-1], context, arguments.out))
+    print(table(train.COLUMNS, [train.line(one) for one in compared]))
+    print(train.closing(compared))
+    return OK
+
+
+def _docs(arguments: argparse.Namespace) -> int:
+    from ablations import docs
+
+    if arguments.check:
+        old = docs.stale()
+        print("\n".join([f"stale: {name}" for name in old] or ["all pages are current"]))
+        return FAILED if old else OK
+    changed = docs.write()
+    print(f"{docs.FOLDER}: {len(changed)} pages changed" + "".join(f"\n  {name}" for name in changed))
     return OK
 
 

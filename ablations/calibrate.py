@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from ablations.inputs import TrialContext, spans, use_exact_float32
 from ablations.trial import Solution, Trial, TrialError, canonical_stages
 from reducers import Placement, placement_from, reduce_tokens
 from reducers.vit import Shared
+
+if TYPE_CHECKING:
+    from ablations.finetune import Finetuned
 
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
@@ -42,8 +46,8 @@ class Found:
     ends: tuple[float, float]  # their costs
 
 
-def solve(trial: Trial, context: TrialContext) -> Solution:
-    """The trial's stages with the free setting written in.
+def solve(trial: Trial, context: TrialContext, *, tuned: Finetuned | None = None) -> Solution:
+    """The trial's stages with the free setting written in; ``tuned`` holds the trained weights of its reducers.
 
     The same trial and images give the same solution, whatever has been tried before: ``context.probes`` only spares
     work. A target that cannot be reached gives the nearest attainable cost and says so.
@@ -58,7 +62,8 @@ def solve(trial: Trial, context: TrialContext) -> Solution:
     goal = trial.target * context.dense.gmacs
 
     def placed(rung: int) -> Placement:
-        return placement_from(settle(stages, kind, rungs[rung], patches), depth=depth)
+        placement = placement_from(settle(stages, kind, rungs[rung], patches), depth=depth)
+        return placement if tuned is None else tuned.load_reducers(placement)
 
     def cost(rung: int) -> float:
         key = (trial.family, str(rungs[rung]))

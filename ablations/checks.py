@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ablations.auto import Stages, free, free_kinds, stand_in, write
-from ablations.plain import Place, did_you_mean
+from ablations.labels import with_nested
+from ablations.plain import Place, did_you_mean, substitute, variables
 from ablations.spec import AblationSpec, Arm, SpecFile
 from ablations.trial import ModelFacts, canonical_json
-from reducers import Placement, ReducerError, available, build, placement_from
+from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
 from reducers.placement import parse_blocks
 
 LISTS = ("target", "batch")  # keys of an arm that vary like those of `vary`
-_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z]\w*))")
 _BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _FORMS = "budget: {count: auto}, {ratio: auto} or {drop: auto}"
 
@@ -63,28 +64,6 @@ def _names_of_cases(file: SpecFile, arm: Arm, place: Place) -> set[str]:
     for name in sorted((set(arm.vary) & names) | ({*arm.vary, *names} & set(arm.set))):
         raise file.error(place, f"{name!r} is given twice (vary, cases, set); keep one of them")
     return names
-
-
-def variables(value: Any) -> set[str]:
-    """The names after ``$`` anywhere in nested data."""
-    if isinstance(value, str):
-        return {braced or plain for braced, plain in _VARIABLE.findall(value)}
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return set().union(*map(variables, inner))
-
-
-def substitute(value: Any, values: Mapping[str, Any]) -> Any:
-    """Replace ``$name``: a string that is nothing else becomes the value itself, inside other text its text."""
-    if isinstance(value, Mapping):
-        return {key: substitute(item, values) for key, item in value.items()}
-    if isinstance(value, list):
-        return [substitute(item, values) for item in value]
-    if not isinstance(value, str):
-        return value
-    whole = _VARIABLE.fullmatch(value)
-    if whole:
-        return values[whole[1] or whole[2]]
-    return _VARIABLE.sub(lambda match: str(values[match[1] or match[2]]), value)
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -136,6 +115,30 @@ def training_of(
         return canonical_json(parse_recipe(given, workload=workload).spec())
     except _BUILD_ERRORS as error:
         raise file.error(spot, str(error)) from error
+
+
+def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: str, depth: int) -> None:
+    """A method that works only after training needs one that has it at the same block."""
+    learned = set()
+    if training:
+        trained_with = placement_from(json.loads(training)["stages"], depth=depth)
+        learned = {(block, reducer.name) for block, reducer in _trained(trained_with)}
+    for block, reducer in _trained(placed.placement):
+        if (block, reducer.name) not in learned:
+            lacks = f"the training has none at block {block}" if training else "this arm has no training"
+            raise file.error(
+                placed.place,
+                f"{reducer.name} works only after training, and {lacks}; add `training: {{stages: …}}` that places it "
+                f"there, as specs/trained_methods.yaml does, or use `python -m ablations train {reducer.name}`",
+            )
+
+
+def _trained(placement: Placement) -> Iterator[tuple[int, TokenReducer]]:
+    """Every reducer that must be trained, selectors and members of stacks included, with its block."""
+    for block, reducer in placement.blocks.items():
+        for member in with_nested(reducer):
+            if member.trained:
+                yield block, member
 
 
 def _placed(

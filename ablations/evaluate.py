@@ -104,7 +104,7 @@ class _Run:
         placed = self._calibrated(context) if trial.target is not None else trial
         torch.manual_seed(trial.seed)  # from here on the trial alone draws, whatever its calibration had to try
         placement = placed.placement(context.facts.depth)
-        if self.tuned is not None and self.tuned.reducers:
+        if self.tuned is not None:
             placement = self.tuned.load_reducers(placement)
         self.fast: ReducedViT = reduce_tokens(context.model, placement).to(context.device).eval()
         self._random = _random_state(context.device)
@@ -113,7 +113,7 @@ class _Run:
         from ablations.calibrate import solve  # it looks at costs in a context, as this module looks at predictions
 
         with context.profile.measure("calibration"):
-            self.solution = solve(self.trial, context)
+            self.solution = solve(self.trial, context, tuned=self.tuned)
         return self.trial.resolved(self.solution.stages)
 
     @property

@@ -55,12 +55,12 @@ def budget_label(budget: Mapping[str, Any], patches: int) -> str:
     return f"K = {number:g}" if "count" in budget or budget.get("of") == "initial" else f"keep {number:.3g}"
 
 
-def _nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
+def with_nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
     """A reducer and those inside it: the choosing half of an EViT, the members of a stack."""
     yield reducer
     for member in (getattr(reducer, "select", None), *getattr(reducer, "members", ())):
         if isinstance(member, TokenReducer):
-            yield from _nested(member)
+            yield from with_nested(member)
 
 
 def labels_of(stages: Stages, patches: int) -> dict[str, str | None]:
@@ -69,7 +69,7 @@ def labels_of(stages: Stages, patches: int) -> dict[str, str | None]:
     budgets: dict[str, None] = {}
     drops: list[float] = []  # one an acting block
     for blocks, spec in ((stage["at"], reducer) for stage in stages for reducer in stage["stack"]):
-        inner = list(_nested(build(_buildable(spec, patches))))
+        inner = list(with_nested(build(_buildable(spec, patches))))
         chooser = inner[-1] if len(inner) > 1 else inner[0]
         score = getattr(chooser, "score", None)
         if isinstance(score, str):

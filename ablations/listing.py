@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ablations.trial import Trial
 
 _CELL = 44  # characters: longer cells are wrapped, so that a terminal of 120 columns holds a row
+REDUCER_COLUMNS = ["name", "settings", "count", "weights", "stacks", "site", "what it does", "source"]
 
 
 def trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
@@ -42,14 +43,14 @@ def _budget(trial: Trial, patches: int) -> str:
 
 
 def reducer_rows() -> list[list[str]]:
-    """Name, settings, adaptive or not, summary and source of every registered reducer."""
-    from reducers import available
+    """Every registered reducer: name, settings, properties, summary and source; ``REDUCER_COLUMNS`` names them."""
+    from ablations.catalogue import properties
 
-    rows = []
-    for name, cls in available().items():
-        settings = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in cls.settings()]
-        rows.append([name, ", ".join(settings), "yes" if cls.adaptive is True else "no", cls.summary, cls.source])
-    return rows
+    return [
+        [about.name, about.settings, about.count, about.weights, "yes" if about.stacks else "no", about.site,
+         about.summary, about.source]
+        for about in properties()
+    ]  # fmt: skip
 
 
 def table(header: list[str], rows: list[list[str]], *, indent: str = "") -> str:

@@ -29,6 +29,14 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
+def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same images, and its 95 % interval (normal, over the images' differences)."""
+    gaps = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    mean = float(gaps.mean())
+    half = _Z95 * float(gaps.std()) / math.sqrt(len(gaps))
+    return mean, mean - half, mean + half
+
+
 def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Pixel masks (n, H, W) bool -> (n, N0) bool: a patch belongs to the object if any of its pixels does."""
     images, height, width = masks.shape

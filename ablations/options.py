@@ -11,7 +11,7 @@ Command = Callable[[argparse.Namespace], int]
 _EPILOG = """\
 examples:
   python -m ablations list                        the specs and how many trials each has
-  python -m ablations list --reducers             every reducer with its settings
+  python -m ablations list --reducers             every method with its properties
   python -m ablations validate my_question.yaml   check a spec; nothing is run
   python -m ablations run                         all specs on the embedded workload, into results/
   python -m ablations run --specs "k_values class_token" --limit 200 --out out/quick
@@ -21,6 +21,7 @@ examples:
       --model "deit_tiny_patch16_224 deit_small_patch16_224"   several models, for specs that compare them
   python -m ablations run --profile               and where the time went
   python -m ablations status results              how far a run is
+  python -m ablations train dynamicvit            train a method and put it beside random drop (train --help)
   RAY_ADDRESS=HOST:6379 python -m ablations run   on an existing Ray cluster (OUT on a disk that all nodes share)
 
 A run may be stopped at any time; the same command goes on where it stopped, and computes nothing twice.
@@ -39,6 +40,37 @@ a spec is a short YAML file:
       stages: [{at: [3], stack: [{name: ats, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
     - variant: top-K
       stages: [{at: [3], stack: [{name: topk, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
+"""
+
+
+_DOCS_HELP = """\
+examples:
+  python -m ablations docs            write docs/methods: a page for each registered method, and an index
+  python -m ablations docs --check    say which pages are not current
+"""
+
+_TRAIN_HELP = """\
+examples:
+  python -m ablations train                       the methods that can be trained
+  python -m ablations train dynamicvit            on the embedded workload, minutes on two cores
+  python -m ablations train dynamicvit tps        one after the other, one table
+  python -m ablations train all
+  python -m ablations train avit --set epochs=1 images=512          a shorter training
+  python -m ablations train dynamicvit --at 3,6,9 --settings '{"budget": {"ratio": 0.5}}'     at another budget
+  python -m ablations train dynamicvit --workload imagefolder --data imagenette --weights deit_tiny.safetensors \
+      --set epochs=5 lr=1e-4
+
+Trains the method as ablations/specs/trained_methods.yaml says, evaluates it, brings random drop at three blocks to the
+same cost, evaluates that off the shelf and after a training on as many images, and prints one table with a verdict.
+
+written below OUT:
+  train/METHOD/finetuned.safetensors   the model's weights
+  train/METHOD/reducers.safetensors    the method's own, where it has any
+  train/METHOD/train.json              settings and results
+  cache/finetuned                      finished trainings, which no command repeats, and checkpoints
+
+A training may be stopped at any time; the same command goes on where it stopped. One placement without comparison:
+python -m ablations.finetune --help. exit status: 0 all is well, 2 bad input, 130 interrupted
 """
 
 
@@ -69,15 +101,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     running.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (results)")
     running.add_argument("--specs", default="", metavar='"A B"', help="names of specs or .yaml files (all)")
     _model_options(running)
-    running.add_argument("--data", help="folder of the images, for workloads that read one")
-    running.add_argument(
-        "--train-data", metavar="DIR", help="folder of the training images, for finetuning (DATA/train beside DATA/val)"
-    )
-    running.add_argument(
-        "--weights", metavar="FILE",
-        help="a .safetensors file, or 'random' (default: the model's own); one for each of several models",
-    )  # fmt: skip
-    running.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
+    _data_options(running)
     running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
     running.add_argument("--strict", action="store_true", help="refuse images that cannot be read, instead of skipping")
     running.add_argument(
@@ -89,10 +113,42 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     running.add_argument("--dry-run", action="store_true", help="open everything, show the plan and stop")
     running.set_defaults(command=commands["run"])
 
+    training = subparsers.add_parser(
+        "train", help="train a method and compare it with random drop", formatter_class=raw, epilog=_TRAIN_HELP
+    )
+    training.add_argument("methods", nargs="*", metavar="METHOD", help="registered names, or all (none: list them)")
+    training.add_argument("--out", type=Path, default=Path("results/embedded"), help="folder (results/embedded)")
+    _model_options(training)
+    _data_options(training)
+    training.add_argument("--at", metavar="BLOCKS", help="place the method here: 3, 3-11, all or 3,6,9 (as the spec)")
+    training.add_argument("--settings", metavar="JSON", help="the method's settings (as the spec)")
+    training.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings of the recipe: epochs=1"
+    )
+    training.set_defaults(command=commands["train"])
+
+    documenting = subparsers.add_parser(
+        "docs", help="make docs/methods from the docstrings and the registry", formatter_class=raw, epilog=_DOCS_HELP
+    )
+    documenting.add_argument("--check", action="store_true", help="change nothing; exit status 1 if pages are stale")
+    documenting.set_defaults(command=commands["docs"])
+
     state = subparsers.add_parser("status", help="how far each spec of a run is")
     state.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
     state.set_defaults(command=commands["status"])
     return parser
+
+
+def _data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="folder of the images, for workloads that read one")
+    parser.add_argument(
+        "--train-data", metavar="DIR", help="folder of the training images, for finetuning (DATA/train beside DATA/val)"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE",
+        help="a .safetensors file, or 'random' (default: the model's own); one for each of several models",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -1,17 +1,20 @@
-"""Plain data from YAML: read without its traps, with the line of every place for messages that name it."""
+"""Plain data from YAML: read without its traps, with the line of every place for messages that name it, and ``$name``
+replaced.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 MAX_NESTING = 24
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z]\w*))")
 
 Place = tuple[str | int, ...]
 
@@ -89,6 +92,28 @@ def check_plain(value: Any, place: Place, path: Path, node: yaml.Node | None) ->
         raise SpecError(f"{where}: {value} is too large")
     elif value is not None and not isinstance(value, str | int | float):
         raise SpecError(f"{where}: {kind_of(value)} is no plain value; put it in quotes")
+
+
+def variables(value: Any) -> set[str]:
+    """The names after ``$`` anywhere in nested data."""
+    if isinstance(value, str):
+        return {braced or plain for braced, plain in _VARIABLE.findall(value)}
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return set().union(*map(variables, inner))
+
+
+def substitute(value: Any, values: Mapping[str, Any]) -> Any:
+    """Replace ``$name``: a string that is nothing else becomes the value itself, inside other text its text."""
+    if isinstance(value, Mapping):
+        return {key: substitute(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, values) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = _VARIABLE.fullmatch(value)
+    if whole:
+        return values[whole[1] or whole[2]]
+    return _VARIABLE.sub(lambda match: str(values[match[1] or match[2]]), value)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ablations.checks import LISTS, Placed, check_target, check_variables, place_reducers, substitute, training_of
+from ablations.checks import (
+    LISTS,
+    Placed,
+    check_target,
+    check_trained,
+    check_variables,
+    place_reducers,
+    training_of,
+)
 from ablations.labels import budget_number
-from ablations.plain import Place, SpecError
+from ablations.plain import Place, SpecError, substitute
 from ablations.spec import Arm, SpecFile
 from ablations.trial import ModelFacts, Trial
 from reducers import Placement
@@ -76,6 +84,8 @@ def _trial(
     variant = str(substitute(arm.variant, values))
     if "\n" in variant or not 0 < len(variant) <= 120:
         raise file.error(place, f"the variant {variant!r:.60} is no label; use one line of at most 120 characters")
+    training = training_of(file, arm, place, values, facts, workload=target.workload)
+    check_trained(file, place, placed, training=training, depth=facts.depth)
     share = values.get("target")
     return Trial(
         spec=file.spec.name,
@@ -91,7 +101,7 @@ def _trial(
         batch=values.get("batch", target.batch),
         seed=values["seed"],
         target=None if share is None else float(share),
-        training=training_of(file, arm, place, values, facts, workload=target.workload),
+        training=training,
         measure=arm.measure or "",
         calibration="" if share is None else target.calibration,
     )

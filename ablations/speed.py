@@ -38,9 +38,7 @@ def measure_speed(trial: Trial, context: TrialContext, *, stages: str) -> dict[s
         from ablations.finetune import finetuned
 
         tuned = finetuned(trial.training, context)
-        dense = tuned.model
-        if tuned.reducers:
-            placement = tuned.load_reducers(placement)
+        dense, placement = tuned.model, tuned.load_reducers(placement)
     reduced = reduce_tokens(dense, placement).to(context.device).eval()
     images = [batch.to(context.device) for batch in spread_batches(context.workload, trial.batch)]
     with all_cores():

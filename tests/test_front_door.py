@@ -16,7 +16,20 @@ import torch
 from reducers import Count, at, available, reduce_tokens, registry
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ("help", "ablations", "smoke", "test", "test-slow", "lint", "bench", "weights", "report", "clean")
+TARGETS = (
+    "help",
+    "ablations",
+    "smoke",
+    "test",
+    "test-slow",
+    "lint",
+    "train",
+    "docs",
+    "bench",
+    "weights",
+    "report",
+    "clean",
+)
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -33,7 +46,7 @@ def test_make_alone_explains_every_target_and_variable() -> None:
     text = make()
     for target in TARGETS:
         assert re.search(rf"^  make {target} +\w", text, re.MULTILINE), target
-    for variable in ("WORKLOAD", "DATA", "MODEL", "WEIGHTS", "OUT", "SPECS", "LIMIT", "BATCH", "WORKERS"):
+    for variable in ("WORKLOAD", "DATA", "MODEL", "WEIGHTS", "OUT", "SPECS", "LIMIT", "BATCH", "WORKERS", "METHOD"):
         assert variable in text
 
 
@@ -55,6 +68,13 @@ def test_options_are_passed_on_only_when_they_are_set(tmp_path: Path) -> None:
     assert "--out 'results/torchvision-DTD'" in chosen
     for option in ("--workload 'torchvision:DTD'", "--data 'my images'", "--limit '5'", "--specs 'a b'"):
         assert option in chosen
+
+
+@needs_make
+def test_train_passes_on_the_methods_and_the_recipe(tmp_path: Path) -> None:
+    plan = make("--dry-run", "train", f"VENV={tmp_path}", "METHOD=dynamicvit avit", "LIMIT=5", "SET=epochs=1 images=64")
+    assert "-m ablations train dynamicvit avit --out 'results/embedded'" in plan
+    assert "--limit '5'" in plan and "--set epochs=1 images=64" in plan
 
 
 def fake_python(folder: Path, *, run: int, analysis: int) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ablations.files import atomic
 from ablations.finetune.cache import Finetuned, identity, train_or_load
-from ablations.finetune.recipe import Recipe, RecipeError, parse_recipe
+from ablations.finetune.recipe import Recipe, RecipeError, parse_recipe, parse_settings
+from ablations.labels import with_nested
 from ablations.workloads import LoadedModel, Workload, open_model, open_workload
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement, reduce_tokens
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     workload, name = arguments.workload, arguments.model or _MODELS[arguments.workload]
-    recipe = parse_recipe({**_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
+    recipe = parse_recipe({**parse_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
     out = Path(arguments.out)
     (out / "cache").mkdir(parents=True, exist_ok=True)
     evaluated = open_workload(
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> None:
     loaded.model.to(device)
     before = None if arguments.no_evaluation else _measured(loaded.model, recipe, evaluated, device)
     done = _train(recipe, name, loaded, evaluated, out, device, arguments)
-    after = None if arguments.no_evaluation else _measured(done.model, recipe, evaluated, device)
+    after = None if arguments.no_evaluation else _measured(done.model, recipe, evaluated, device, done=done)
     _write(out, recipe, name, loaded, done, {"before": before, "after": after})
     for moment, found in (("before", before), ("after", after)):
         for what, (top1, gmacs) in (found or {}).items():
@@ -124,13 +124,25 @@ def _workers(arguments: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def _measured(
-    model: nn.Module, recipe: Recipe, workload: Workload, device: torch.device
+    model: nn.Module,
+    recipe: Recipe,
+    workload: Workload,
+    device: torch.device,
+    *,
+    done: Finetuned | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Top-1 and mean GMACs an image, of the model as it is and with the recipe's reducers."""
+    """Top-1 and mean GMACs an image, of the model as it is and with the recipe's reducers.
+
+    Methods that must be trained are left out before they are.
+    """
     blocks: Any = model.blocks
     placements = {"dense": Placement()}
     if recipe.stages:
-        placements["reduced"] = recipe.placement(len(blocks))
+        placement = recipe.placement(len(blocks))
+        if done is not None:
+            placements["reduced"] = done.load_reducers(placement)
+        elif not any(part.trained for reducer in placement.blocks.values() for part in with_nested(reducer)):
+            placements["reduced"] = placement
     found = {}
     for what, placement in placements.items():
         fast = reduce_tokens(model, placement).to(device).eval()
@@ -147,11 +159,7 @@ def _measured(
 def _write(
     out: Path, recipe: Recipe, name: str, loaded: LoadedModel, done: Finetuned, evaluation: dict[str, Any]
 ) -> None:
-    weights = {key: value.detach().cpu().contiguous().clone() for key, value in done.model.state_dict().items()}
-    for file, tensors in (("finetuned.safetensors", weights), ("reducers.safetensors", dict(done.reducers))):
-        if tensors:
-            with atomic(out / file) as temporary:
-                save_file(tensors, temporary)
+    done.save(out)
     content = {
         "model": name,
         "initial_weights": {"kind": loaded.weights, "digest": loaded.digest},
@@ -178,25 +186,6 @@ def _stages(arguments: argparse.Namespace) -> list[Any]:
         if arguments.at
         else []
     )
-
-
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``lr=1e-4 distill.tau=2`` as nested data; values are JSON, or text where they are none."""
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise RecipeError(f"--set takes NAME=VALUE, such as lr=1e-4; got {pair!r}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        outer, _, inner = name.partition(".")
-        if inner:
-            settings.setdefault(outer, {})[inner] = value
-        else:
-            settings[outer] = value
-    return settings
 
 
 def _json(text: str, option: str) -> Any:

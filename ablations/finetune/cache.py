@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ablations.files import locked
+from ablations.files import atomic, locked
 from ablations.finetune import checkpoint
 from ablations.finetune.loop import FinetuneError, Finetuning
 from ablations.finetune.recipe import Recipe, parse_recipe
 from ablations.trial import ModelFacts
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
-from reducers import Placement
+from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +60,41 @@ class Finetuned:
     record: Mapping[str, Any]  # epochs, train_images, train_seconds, teacher, curve, digest, …
 
     def load_reducers(self, placement: Placement) -> Placement:
-        """Put the reducers' trained tensors into a placement built like the one they were trained in."""
+        """Put the reducers' trained tensors into the parameters of a placement; one without parameters stays as it is.
+
+        The placement may have another budget than the one that was trained, where no parameter depends on it.
+
+        Raises:
+            FinetuneError: a parameter was not trained, or has another shape.
+        """
+        reduce_tokens(self.model, placement)  # makes the parameters that the tensors go into
         blocks = nn.ModuleDict({str(block): reducer for block, reducer in placement.blocks.items()})
-        blocks.load_state_dict(dict(self.reducers))
+        wanted = blocks.state_dict()
+        for name, tensor in wanted.items():
+            block, _, rest = name.partition(".")
+            method = placement.blocks[int(block)].name
+            if name not in self.reducers:
+                raise FinetuneError(
+                    f"{method} at block {block} needs the weights {rest!r}, and this training has none for them: "
+                    "train with the same method and settings at that block"
+                )
+            if self.reducers[name].shape != tensor.shape:
+                raise FinetuneError(
+                    f"{method} at block {block} was trained with {rest!r} of shape {list(self.reducers[name].shape)}, "
+                    f"and here it has {list(tensor.shape)}: evaluate it with the settings it was trained with"
+                )
+        blocks.load_state_dict({name: self.reducers[name] for name in wanted})
         return placement
+
+    def save(self, folder: Path) -> None:
+        """``finetuned.safetensors`` and, where the reducers have weights, ``reducers.safetensors``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.model.state_dict().items()}
+        reducers = {key: value.contiguous().clone() for key, value in self.reducers.items()}  # no two share memory
+        for file, tensors in (("finetuned.safetensors", weights), ("reducers.safetensors", reducers)):
+            if tensors:
+                with atomic(folder / file) as temporary:
+                    save_file(tensors, temporary)
 
 
 def trained_model(

@@ -52,6 +52,11 @@ class Finetuning:
         _set_drop_path(base, recipe.drop_path)
         with own_randomness(recipe.seed, device):  # reducers draw their initial weights
             self.model = TrainingViT(base, recipe.placement(len(base.blocks))).to(device).train()
+        if recipe.freeze > 0 and next(self.model.reducers.parameters(), None) is None:
+            raise FinetuneError(
+                f"freeze {recipe.freeze:g} holds the plain model's weights still, and the reducers have none of their "
+                "own: nothing could learn; leave freeze out"
+            )
         teacher = dense if needs_teacher(self.model, recipe) else None
         if teacher is not None:
             teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
@@ -152,10 +157,22 @@ class Finetuning:
             if number % accumulate == 0:
                 self.scheduler.step_update(self.update)
                 self.keep.set(self.update / self.per_epoch)
+                self._enter_phase(self.update / self.updates)
             self._accumulate(images, labels)
             if (number + 1) % accumulate == 0:
                 self._step()
                 yield
+
+    def _enter_phase(self, share: float) -> None:
+        """Who learns in this update, and by which curriculum: functions of ``share`` alone, so that a restart agrees.
+
+        What a reducer sets for the plain model's weights goes over what the recipe sets.
+        """
+        if self.recipe.freeze > 0:
+            self.model.base.requires_grad_(share >= self.recipe.freeze)
+        for member in self.model.reducing():
+            if member.train_phase is not None:
+                member.train_phase(share, self.model.base)
 
     def _accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Add one micro-batch's share to the gradient."""
@@ -165,6 +182,11 @@ class Finetuning:
         with self._autocast():
             parts = self.objective.parts(self.model, images, targets)
         loss = torch.stack(list(parts.values())).sum()
+        if not loss.requires_grad:
+            raise FinetuneError(
+                f"no weight that may learn has a part in the loss of update {self.update + 1}: lower freeze, which "
+                "holds the plain model's weights still, or give the reducer a loss of its own"
+            )
         self.scaler.scale(loss / self.recipe.accumulate).backward()
         with torch.no_grad():
             self._sums["loss"] += loss.detach().double()

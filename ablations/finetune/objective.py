@@ -58,6 +58,10 @@ class TrainingViT(ReducedViT):
     def members(self) -> list[TokenReducer]:
         return [*super().members(), *self._witness]
 
+    def reducing(self) -> list[TokenReducer]:
+        """The reducers as they were placed."""
+        return super().members()
+
     def losing(self) -> list[TokenReducer]:
         """The reducers that have losses of their own."""
         return [member for member in super().members() if member.losses is not None]
@@ -128,7 +132,7 @@ def softened_divergence(student: Tensor, teacher: Tensor, *, tau: float) -> Tens
 
 def needs_teacher(model: TrainingViT, recipe: Recipe) -> bool:
     """Whether anything asks what the dense model says; reducers do by an attribute ``needs_teacher``."""
-    return recipe.distill is not None or any(getattr(member, "needs_teacher", False) for member in model.losing())
+    return recipe.distill is not None or any(member.needs_teacher for member in model.losing())
 
 
 def _mixup(recipe: Recipe, classes: int) -> Mixup:

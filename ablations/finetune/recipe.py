@@ -10,11 +10,14 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from reducers import Placement, placement_from
+from ablations.labels import with_nested
+from reducers import Placement, build, placement_from
+
+_ADDED_LATER: dict[str, Any] = {"freeze": 0.0}  # settings, and what says nothing
 
 Augment = Literal["none", "light", "strong"]
 Amp = Literal["none", "bfloat16", "float16"]
@@ -57,6 +60,7 @@ class Recipe:
     weight_decay: float = 1e-6
     warmup: float = 0.0  # epochs of linear warm-up from a tenth of lr
     reducer_lr_scale: float = 1.0  # of the reducers' own parameters, relative to lr
+    freeze: float = 0.0  # share of the training during which the plain model's weights stand still; 1: to the end
     clip: float | None = None  # largest norm of the gradient
     keep_start: float = 0.0  # EViT's warm-up of the keep rate: 1 for so many epochs …
     keep_shrink: float = 0.0  # … then down a cosine to the budget over so many
@@ -81,7 +85,7 @@ class Recipe:
             _number(name, getattr(self, name), low=0)
         for name in ("mixup", "cutmix"):
             _number(name, getattr(self, name), low=0)
-        for name in ("smoothing", "drop_path"):
+        for name in ("smoothing", "drop_path", "freeze"):
             _number(name, getattr(self, name), low=0, high=1)
         for name in ("clip", "ema"):
             if getattr(self, name) is not None:
@@ -112,8 +116,17 @@ class Recipe:
         return placement_from(json.loads(json.dumps(self.stages)), depth=depth)
 
     def spec(self) -> dict[str, Any]:
-        """The whole recipe as plain data."""
-        return dataclasses.asdict(self) | {"stages": json.loads(json.dumps(self.stages))}
+        """The whole recipe as plain data, which ``parse_recipe`` reads back.
+
+        A setting that was added later and says nothing is left out: finished trainings keep their digests.
+        """
+        whole = dataclasses.asdict(self) | {"stages": json.loads(json.dumps(self.stages))}
+        asked = asked_of_training(self.stages)
+        return {
+            name: value
+            for name, value in whole.items()
+            if name in asked or name not in _ADDED_LATER or value != _ADDED_LATER[name]
+        }
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -127,7 +140,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def parse_recipe(training: str | Mapping[str, Any], *, workload: str) -> Recipe:
-    """A trial's ``training`` (canonical JSON, or the mapping itself) with the workload's defaults filled in."""
+    """A trial's ``training`` (canonical JSON, or the mapping itself) with the defaults filled in.
+
+    Those of the workload, and over them what the reducers in ``stages`` ask for (``TokenReducer.schedule``).
+    """
     given = _mapping(training)
     fields = {field.name for field in dataclasses.fields(Recipe)}
     for name in given:
@@ -135,15 +151,61 @@ def parse_recipe(training: str | Mapping[str, Any], *, workload: str) -> Recipe:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"unknown setting {name!r} of a training{hint}; there are {', '.join(sorted(fields))}")
-    values = {**DEFAULTS.get(workload, {}), **given}
-    stages = values.get("stages", ())
+    stages = given.get("stages", ())
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
         raise RecipeError(f"stages is a list such as [{{at: [3, 6, 9], stack: [...]}}]; got {stages!r:.80}")
-    values["stages"] = tuple(stages)
+    schedule = _schedule(asked_of_training(stages), given)
+    values = {**DEFAULTS.get(workload, {}), **schedule, **given, "stages": tuple(stages)}
     distill = values.get("distill")
     if distill is not None:
         values["distill"] = _distillation(distill)
     return Recipe(**values)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``lr=1e-4 distill.tau=2`` of a command line as nested data; values are JSON, or text where they are none."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise RecipeError(f"--set takes NAME=VALUE, such as lr=1e-4; got {pair!r}")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        outer, _, inner = name.partition(".")
+        if inner:
+            settings.setdefault(outer, {})[inner] = value
+        else:
+            settings[outer] = value
+    return settings
+
+
+def asked_of_training(stages: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Setting -> method -> value: what the reducers of a placement ask of the recipe they are trained by."""
+    known = {field.name for field in dataclasses.fields(Recipe)} - {"stages"}
+    asked: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        for part in stage["stack"] if "stack" in stage else [stage.get("reducer", {})]:
+            for reducer in with_nested(build(part)):
+                for name, value in reducer.schedule.items():
+                    if name not in known:
+                        raise RecipeError(
+                            f"{reducer.name} asks for a training with {name!r}, which is no setting of one; in its "
+                            f"schedule may stand {', '.join(sorted(known))}"
+                        )
+                    asked.setdefault(name, {})[reducer.name] = value
+    return asked
+
+
+def _schedule(asked: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """One value for each setting that is asked for; where methods disagree, the training itself must decide."""
+    for name, wishes in asked.items():
+        values = list(wishes.values())
+        if name not in given and any(value != values[0] for value in values):
+            said = ", ".join(f"{method} {value!r}" for method, value in wishes.items())
+            raise RecipeError(f"methods that are trained together ask for different {name} ({said}); give {name}")
+    return {name: next(iter(wishes.values())) for name, wishes in asked.items()}
 
 
 def _mapping(training: str | Mapping[str, Any]) -> dict[str, Any]:

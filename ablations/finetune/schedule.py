@@ -24,10 +24,20 @@ def make_optimizer(model: nn.Module, reducers: nn.Module, recipe: Recipe) -> Opt
     groups: list[dict[str, Any]] = list(
         param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt())
     )
-    for group in param_groups_weight_decay(reducers, recipe.weight_decay):
+    for group in param_groups_weight_decay(reducers, recipe.weight_decay, no_weight_decay_list=undecayed(reducers)):
         if group["params"]:
             groups.append({**group, "lr_scale": recipe.reducer_lr_scale})  # timm's schedulers multiply by it
     return create_optimizer_v2(groups, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def undecayed(reducers: nn.Module) -> set[str]:
+    """The names of the parameters that reducers ask, as timm's models do, to leave without weight decay."""
+    found: set[str] = set()
+    for place, module in reducers.named_modules():
+        if hasattr(module, "no_weight_decay"):
+            own: Any = module.no_weight_decay
+            found |= {f"{place}.{name}" for name in own()}
+    return found
 
 
 def make_scheduler(optimizer: Optimizer, recipe: Recipe, *, updates_per_epoch: int) -> Scheduler:

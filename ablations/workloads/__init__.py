@@ -107,7 +107,7 @@ def _embedded(model: str, *, data: str | None, limit: int | None) -> Workload:
         raise WorkloadError(
             f"the embedded workload makes its own images: leave DATA={data} out, or use WORKLOAD=imagefolder"
         )
-    if model not in embedded.MODELS:
+    if model not in embedded.KNOWN:
         raise WorkloadError(embedded_needs(model))
     return embedded.embedded_workload(limit=EMBEDDED_IMAGES if limit is None else limit)
 

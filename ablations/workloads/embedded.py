@@ -20,6 +20,13 @@ MODELS: dict[str, dict[str, Any]] = {  # 12 blocks each, so that "blocks 3-11" m
     "digits_vit_small": {"embed_dim": 128, "num_heads": 4},
     "digits_vit_tiny": {"embed_dim": 64, "num_heads": 2},
 }
+# as HVT: no class token; the final norm, then the mean over the tokens. Trained from scratch, no weights are shipped.
+_HVT = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "digits_hvt_small": {**MODELS["digits_vit_small"], **_HVT},
+    "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
+}
+KNOWN = {**MODELS, **FROM_SCRATCH}
 WEIGHTS = Path(__file__).parent / "weights"
 _MEAN, _STD = 0.13, 0.27
 
@@ -27,7 +34,7 @@ _MEAN, _STD = 0.13, 0.27
 def create_digits_model(name: str) -> VisionTransformer:
     """A plain timm ``VisionTransformer`` for 64 x 64 grey scenes in 8 x 8 patches, with random weights."""
     return VisionTransformer(
-        img_size=digits.CANVAS, patch_size=PATCH, in_chans=1, num_classes=digits.CLASSES, depth=12, **MODELS[name]
+        img_size=digits.CANVAS, patch_size=PATCH, in_chans=1, num_classes=digits.CLASSES, depth=12, **KNOWN[name]
     )
 
 

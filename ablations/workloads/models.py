@@ -39,10 +39,10 @@ class LoadedModel:
 
 def check_model(name: str) -> None:
     """Refuse a name that neither timm nor the embedded workload knows, with the nearest ones that exist."""
-    if name in embedded.MODELS:
+    if name in embedded.KNOWN:
         return
     if not timm.is_model(name):
-        known = [*embedded.MODELS, *timm.list_models()]
+        known = [*embedded.KNOWN, *timm.list_models()]
         near = difflib.get_close_matches(name.split(".")[0], known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ModelError(f"unknown model {name!r}: {hint}")
@@ -64,7 +64,7 @@ def _config(name: str) -> PretrainedCfg:
 def input_config(name: str) -> dict[str, Any]:
     """What the model reads, as ``timm.data.resolve_model_data_config`` has it: size, mean, std, crop, interpolation."""
     check_model(name)
-    if name in embedded.MODELS:
+    if name in embedded.KNOWN:
         own = embedded.embedded_workload(limit=1)
         return {
             "input_size": (own.pixels.shape[3], *own.pixels.shape[1:3]),
@@ -83,7 +83,7 @@ def head_classes(name: str, *, weights: str | None) -> int | None:
     A weights file decides by the shape of its head: a model finetuned on ten classes has ten.
     """
     check_model(name)
-    if name in embedded.MODELS:
+    if name in embedded.KNOWN:
         return embedded.create_digits_model(name).num_classes
     if weights == RANDOM:
         return None
@@ -116,7 +116,7 @@ def open_model(
     random head is made to fit. ``hub_cache`` is the hub's download folder where it is not the usual one.
     """
     check_model(name)
-    if workload_name == "embedded" and name not in embedded.MODELS:
+    if workload_name == "embedded" and name not in embedded.KNOWN:
         raise ModelError(embedded_needs(name))
     head = head_classes(name, weights=weights)
     if head is not None and classes is not None and head != classes:
@@ -129,7 +129,7 @@ def open_model(
         model, kind = _random(name, classes=head or classes, seed=seed), "random"
     elif weights is not None:
         model, kind = _from_file(name, Path(weights), classes=head), "file"
-    elif name in embedded.MODELS:
+    elif name in embedded.KNOWN:
         model, kind = _from_file(name, _shipped(name), classes=head), "embedded"
     else:
         model, kind = _from_hub(name, hub_cache), "hub"
@@ -147,6 +147,11 @@ def embedded_needs(name: str) -> str:
 
 
 def _shipped(name: str) -> Path:
+    if name in embedded.FROM_SCRATCH:
+        raise ModelError(
+            f"{name} comes without weights, for it is trained from scratch: give WEIGHTS=random to a run that trains "
+            "(specs/hvt.yaml), or WEIGHTS=file.safetensors"
+        )
     path: Path = embedded.WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
         raise ModelError(
@@ -157,7 +162,7 @@ def _shipped(name: str) -> Path:
 
 
 def _create(name: str, *, classes: int | None) -> nn.Module:
-    if name in embedded.MODELS:
+    if name in embedded.KNOWN:
         return embedded.create_digits_model(name)
     return timm.create_model(name, pretrained=False, num_classes=classes)
 

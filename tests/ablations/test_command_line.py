@@ -165,10 +165,14 @@ def test_list_and_validate_show_the_plan(ablate: Ablate, capsys: pytest.CaptureF
     table = capsys.readouterr().out
     for name in ("identity", "random", "topk", "ats", "evit", "tome"):
         assert f"\n{name} " in table
+    count = re.search(r"^(\d+) methods; a page on each: docs/methods", table, re.MULTILINE)
+    assert count is not None and int(count[1]) == len(known_reducers.available()) >= 26
+    header = table.splitlines()[0].split()
+    assert header[2:6] == ["count", "weights", "stacks", "site"]
     assert all(len(line) <= 220 for line in table.splitlines())
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["list"], ["validate"], ["status"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["list"], ["validate"], ["status"], ["train"], ["docs"]])
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -22,7 +22,8 @@ from ablations.finetune import finetuned, trained_model
 from ablations.finetune.loop import FinetuneError
 from ablations.workloads import embedded, open_model
 from ablations.workloads import training as sources
-from reducers import ATS, Count, at
+from reducers import ATS, Count, at, placement_from, reduce_tokens
+from tests.finetune import taught
 from tests.finetune.conftest import ATS as STAGE
 from tests.finetune.conftest import CPU, tiny_model
 
@@ -115,6 +116,51 @@ def test_trained_reducers_go_back_into_a_placement(context: Any) -> None:
     done = finetuned(TRAINING, context)
     placement = at([1, 2], ATS(Count(24)))
     assert done.load_reducers(placement) is placement and dict(done.reducers) == {}
+
+
+def trained_by(context: Any, **settings: Any) -> trainings.Finetuned:
+    return finetuned(json.dumps({**json.loads(TRAINING), "stages": [taught.stage([1, 2], **settings)]}), context)
+
+
+def test_trained_weights_go_into_a_placement_of_any_budget_and_of_fewer_blocks(context: Any) -> None:
+    with taught.registered():
+        done = trained_by(context)
+        assert set(done.reducers) == {f"{at}.scores.{of}.{part}" for at in (1, 2) for of in (1, 2)
+                                      for part in ("weight", "bias")}  # fmt: skip
+        for blocks in ([1, 2], [2]):
+            placement = done.load_reducers(placement_from([{**taught.stage(blocks, budget={"count": 9})}], depth=4))
+            own = placement.blocks[2]
+            assert isinstance(own, taught.Taught)
+            assert torch.equal(own.scores["2"].weight, done.reducers["2.scores.2.weight"])  # type: ignore[arg-type]
+        random = placement_from([{"at": [1], "stack": [{"name": "random", "budget": {"count": 9}}]}], depth=4)
+        assert done.load_reducers(random) is random, "what has no weights needs none"
+
+
+def test_weights_that_were_not_trained_are_refused_by_name(context: Any) -> None:
+    with taught.registered():
+        done, other = trained_by(context), finetuned(TRAINING, context)
+        with pytest.raises(FinetuneError, match="taught_for_a_test at block 3 needs the weights 'scores.3.weight'"):
+            done.load_reducers(placement_from([taught.stage([3])], depth=4))
+        with pytest.raises(FinetuneError, match=r"trained with .* of shape \[1, 24\], and here it has \[2, 24\]"):
+            done.load_reducers(placement_from([taught.stage([1, 2], directions=2)], depth=4))
+        with pytest.raises(FinetuneError, match="this training has none for them"):
+            other.load_reducers(placement_from([taught.stage([1])], depth=4))
+
+
+def test_saved_weights_are_what_was_trained(context: Any) -> None:
+    with taught.registered():
+        done = trained_by(context)
+        placement = done.load_reducers(placement_from([taught.stage([1, 2])], depth=4))
+        first = reduce_tokens(done.model, placement).eval()
+        done.save(context.cache / "saved")
+        kept = load_file(context.cache / "saved" / "reducers.safetensors")
+        again = reduce_tokens(done.model, placement_from([taught.stage([1, 2])], depth=4)).eval()
+        images = context.workload.batch(0, 2)
+        with torch.inference_mode():
+            different = again(images)
+            again.reducers.load_state_dict(kept)
+            assert torch.equal(again(images), first(images))
+        assert different.shape == (2, 10)
 
 
 def test_the_command_trains_evaluates_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ablations.workloads import ModelError, open_model
+from ablations.workloads import ModelError, embedded, open_model
 from ablations.workloads.models import check_model, head_classes, input_config
+from reducers import at, reduce_tokens
+from reducers.methods import HVTPool
 
 NAME = "test_vit"  # timm's model for tests: 0.4 M parameters, 160 x 160 pixels
 
@@ -51,6 +53,20 @@ def test_an_unknown_model_names_the_nearest_ones() -> None:
         check_model("digit_vit_smal")
     with pytest.raises(ModelError, match="lists the names"):
         check_model("§§")
+
+
+@pytest.mark.parametrize("name", embedded.FROM_SCRATCH)
+def test_models_that_are_trained_from_scratch_come_without_weights(name: str) -> None:
+    """HVT's: no class token, the final norm and then the mean over the tokens."""
+    with pytest.raises(ModelError, match="trained from scratch: give WEIGHTS=random"):
+        open_model(name, weights=None, workload_name="embedded")
+    model = open_model(name, weights="random", workload_name="embedded", classes=10).model
+    images = torch.randn(2, 1, 64, 64)
+    tokens = model.forward_features(images)
+    assert tokens.shape[1] == 64
+    torch.testing.assert_close(model(images), model.head(tokens.mean(1)))
+    pooled = reduce_tokens(model, at([1, 4, 7, 10], HVTPool(site="input", positions=True)))
+    assert pooled.trace(images)[1].tokens[0].tolist() == [64, 64, 31, 31, 31, 15, 15, 15, 7, 7, 7, 3, 3]
 
 
 def test_an_unknown_tag_names_the_tags_there_are() -> None:

@@ -1,0 +1,78 @@
+"""What the docstrings and comments of a module say, as Markdown: the statements they mark, and its functions."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import re
+import tokenize
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+_TAG = re.compile(r"\[[RD](?:/[RD])*\]|\[[RD]: [^\]]+\]")
+_SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`(\[])")
+
+
+def statements(module: ModuleType) -> Iterator[str]:
+    """Every sentence of the module that carries a tag, once."""
+    said: dict[str, None] = {}
+    for text in _texts(module):
+        for sentence in _SENTENCE.split(" ".join(text.split())):
+            if _TAG.search(sentence):
+                said[markdown(sentence[:1].upper() + sentence[1:])] = None
+    yield from said
+
+
+def _texts(module: ModuleType) -> Iterator[str]:
+    """Docstrings of the module, its classes, their methods and its functions, and its comments."""
+    if module.__doc__:
+        yield module.__doc__
+    for thing in vars(module).values():
+        if getattr(thing, "__module__", None) != module.__name__ or not (
+            inspect.isfunction(thing) or inspect.isclass(thing)
+        ):
+            continue
+        inner = vars(thing).values() if inspect.isclass(thing) else ()
+        for part in (thing, *inner):
+            documented = part is thing or inspect.isfunction(part)
+            if documented and isinstance(part.__doc__, str):
+                yield part.__doc__
+    lines = io.StringIO(inspect.getsource(module)).readline
+    comment: list[str] = []
+    for token in tokenize.generate_tokens(lines):
+        alone = token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip()
+        if comment and not alone and token.type != tokenize.NL:
+            yield " ".join(comment)
+            comment = []
+        if alone:  # one that goes on over several lines is one text
+            comment.append(token.string.lstrip("# "))
+        elif token.type == tokenize.COMMENT:
+            yield token.string.lstrip("# ")
+
+
+def functions(module: ModuleType) -> list[str]:
+    """The public functions of the module: their names, arguments and docstrings, a paragraph each."""
+    parts: list[str] = []
+    for name, function in vars(module).items():
+        if not inspect.isfunction(function) or function.__module__ != module.__name__ or name.startswith("_"):
+            continue
+        parts += [
+            f"**`{name}({', '.join(_arguments(function))})`**",
+            markdown(inspect.cleandoc(function.__doc__ or "")),
+        ]
+    return parts
+
+
+def _arguments(function: Callable[..., object]) -> Iterator[str]:
+    starred = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            yield "*"
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        yield f"{parameter.name}{default}"
+
+
+def markdown(text: str) -> str:
+    """Double backquotes become single ones; a line that would begin a list or a heading does not."""
+    return re.sub(r"^(?=[#>])", r"\\", text.replace("``", "`"), flags=re.MULTILINE)
