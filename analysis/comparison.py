@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats, style
-from analysis.matching import INTERPOLATED, NEARBY, cost_levels, cut, dense_gmacs, on_curve, paired
+from analysis.matching import INTERPOLATED, NEARBY, NOT_AIMED, cost_levels, cut, dense_gmacs, on_curve, paired
 from analysis.tables import percent, with_bounds
 
 SAME = "not distinguishable"
+LEVELS = 8  # costs at which series are compared: rankings in words and figures of differences use the same
 _Pair = tuple[float, dict[str, Any], dict[str, Any]]  # level, a row, the row it is set against
 SAME_COST = 0.01  # a leader that spends more than this share of the dense cost above another has not beaten it
 
@@ -48,7 +49,7 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        return [name.replace("_", " ") for name in self.rows[self.by]]
+        return [spoken(name) for name in self.rows[self.by]]
 
     def others(self, standing: str) -> list[tuple[str, float]]:
         """(name, top-1) of those after the leader that stand so to it."""
@@ -83,13 +84,18 @@ class Versus:
         return self.p_holm < stats.ALPHA
 
 
+def spoken(variant: object) -> str:
+    """A series as sentences name it."""
+    return str(variant).replace("_", " ")
+
+
 def comparisons(rows: pd.DataFrame, *, by: str, levels: Sequence[float] | None = None) -> list[Comparison]:
     """The groups of one spec at each cost, best first (``rows``: of ``merge_seeds``).
 
     Told apart: McNemar's exact test (paired bootstrap for means and interpolated rows) at 5 %, corrected (Holm) over
     all comparisons with a leader at all costs; by intervals that do not overlap where answers are not known.
     """
-    levels = cost_levels(rows, by=by, count=6) if levels is None else levels
+    levels = cost_levels(rows, by=by, count=LEVELS) if levels is None else levels
     cuts = [cut(rows, level, by=by) for level in levels]
     ranked = [one.rows.sort_values("top1", ascending=False, kind="stable").reset_index(drop=True) for one in cuts]
     pairs = [(i, j) for i, part in enumerate(ranked) for j in range(1, len(part))]
@@ -126,7 +132,7 @@ def _standing(
 
 def versus(rows: pd.DataFrame, reference: str, *, by: str, levels: Sequence[float] | None = None) -> list[Versus]:
     """Every group against one of them, at each cost where both have a row and known answers."""
-    levels = cost_levels(rows, by=by, count=8) if levels is None else levels
+    levels = cost_levels(rows, by=by, count=LEVELS) if levels is None else levels
     found: list[_Pair] = []
     for level in levels:
         part = cut(rows, level, by=by).rows.to_dict("records")
@@ -178,10 +184,9 @@ def say(found: Comparison, dense: float) -> Finding:
         details += [f"{words}, in points: {'; '.join(behind)}."] if behind else []
     between = [name for name, how in zip(found.names, found.rows["how"], strict=True) if how == INTERPOLATED]
     details += [f"Interpolated between its own neighbouring costs: {'; '.join(between)}."] if between else []
-    reasons = dict.fromkeys(reason for _, reason in found.left_out)
+    reasons = dict.fromkeys(reason for _, reason in found.left_out if reason != NOT_AIMED)  # these are named once
     left = [
-        f"{', '.join(name.replace('_', ' ') for name, own in found.left_out if own == reason)} ({reason})"
-        for reason in reasons
+        f"{', '.join(spoken(name) for name, own in found.left_out if own == reason)} ({reason})" for reason in reasons
     ]
     details += [f"Not at this cost: {'; '.join(left)}."] if left else []
     return Finding(f"{text}.", " ".join(details), found.keys)
@@ -191,15 +196,15 @@ def tally(found: list[Comparison], noun: str) -> Finding | None:
     """Which ``noun`` is best over all costs compared, who was never clearly beaten, and who always was."""
     if not found:
         return None
-    leads: dict[str, int] = {}
+    leads: dict[str, list[bool]] = {}  # at each cost that a group leads: whether it is clear of every other
     met: dict[str, list[str]] = {}  # how each group stood wherever it was compared
     for one in found:
-        leads[one.names[0]] = leads.get(one.names[0], 0) + 1
+        leads.setdefault(one.names[0], []).append(one.clear)
         for name, standing in zip(one.names, ("lead", *one.standing), strict=True):
             met.setdefault(name, []).append(standing)
-    ranked = sorted(leads.items(), key=lambda item: -item[1])
+    ranked = sorted(leads.items(), key=lambda item: -len(item[1]))
     clear = sum(one.clear for one in found)
-    said = [_verdict(noun, ranked, clear, len(found))]
+    said = [_verdict(noun, ranked, len(found))]
     even = [name for name, standing in met.items() if "worse" not in standing]
     beaten = [name for name, standing in met.items() if set(standing) == {"worse"}]
     said += [f"Never clearly beaten: {_few(even)}"] if even and clear != len(found) else []
@@ -207,7 +212,21 @@ def tally(found: list[Comparison], noun: str) -> Finding | None:
     apart = sum(standing != "same" for one in found for standing in one.standing)
     total = sum(len(one.standing) for one in found)
     said += [f"Of {total} comparisons with a leader {apart} are told apart (Holm), {total - apart} are not"]
-    return Finding(". ".join(said) + ".", headline=True)
+    keys = tuple(dict.fromkeys(key for one in found for key in one.keys))
+    return Finding(". ".join(said) + ".", keys=keys, headline=True)
+
+
+def natural(found: list[Comparison]) -> Finding | None:
+    """Which groups were run at settings of their own and not at a common cost: none of the comparisons holds them."""
+    always = [{name for name, reason in one.left_out if reason == NOT_AIMED} for one in found]
+    names = [name for name, _ in found[0].left_out if all(name in part for part in always)] if found else []
+    if not names:
+        return None
+    return Finding(f"Run at settings of their own, not at a common cost, and ranked nowhere: {_listed(names)}.")
+
+
+def _listed(names: list[str]) -> str:
+    return "; ".join(map(spoken, names))
 
 
 def _few(names: list[str], most: int = 6) -> str:
@@ -216,10 +235,13 @@ def _few(names: list[str], most: int = 6) -> str:
     return "; ".join(names[:most] if more else names) + more
 
 
-def _verdict(noun: str, ranked: list[tuple[str, int]], clear: int, costs: int) -> str:
-    """Who is best, in one sentence that says how sure that is."""
-    leaders = "; ".join(f"{name} leads at {count} of {costs} costs" for name, count in ranked)
-    sure = f"clear of every other at {clear}" if clear else "at none clear of every other"
-    if len(ranked) == 1 and 2 * clear >= costs:
-        return f"Best {noun}: {leaders}, {sure}"
-    return f"No {noun} is clearly best: {leaders}, {sure}"
+def _verdict(noun: str, ranked: list[tuple[str, list[bool]]], costs: int) -> str:
+    """Who is best, in one sentence that says how sure that is, for each leader on its own."""
+    leaders = [
+        f"{name} has the highest top-1 at {len(clear)} of {costs} costs"
+        + (f" (clear of every other at {sum(clear)})" if any(clear) else "")
+        for name, clear in ranked
+    ]
+    text = "; ".join(leaders) + ("" if any(any(clear) for _, clear in ranked) else "; at none clear of every other")
+    best = len(ranked) == 1 and 2 * sum(ranked[0][1]) >= costs
+    return f"Best {noun}: {text}" if best else f"No {noun} is clearly best: {text}"

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis import questions, stats
-from analysis.comparison import SAME, Comparison, Finding, comparisons, say, tally
+from analysis import questions, stats, style
+from analysis.comparison import SAME, Comparison, Finding, comparisons, natural, say, tally
 from analysis.frame import Setting
 from analysis.matching import against_dense, dense_gmacs, merge_seeds
-from analysis.plots.clutter import CLUTTER, correlations, hardness
+from analysis.plots.clutter import CLUTTER, correlations, hardness, question
 from analysis.plots.placement import placement_levels
 from analysis.tables import percent
 
@@ -23,7 +23,7 @@ NOUNS = {
     "stage_placement": "placement",
     "class_token": "treatment of the class token",
     "sampling_method": "sampler",
-    "single_multi_stage": "number of stages",
+    "single_multi_stage": "choice of stages",
     "evit_stacking": "stack",
     "methods": "method",
 }  # what a spec chooses between; else "series"
@@ -43,11 +43,14 @@ def answers(spec: str, trials: pd.DataFrame) -> list[Finding]:
     by = _grouping(spec, rows)
     head = tally(found, NOUNS.get(spec, "series"))
     none = Finding(f"{rows[by].nunique()} {by}s, none of which meet at a common cost: no ranking.", headline=True)
-    said = [head or none, *own]
+    # Where the question is not who leads, its own answer opens.
+    said = [*own, head or none] if spec in questions.OPENING else [head or none, *own]
     each = [say(one, dense) for one in found]
     said += [replace(one, headline=True) for one in each] if spec == "methods" else each
-    if spec in ("methods", "k_values") or (by == "variant" and rows["variant"].nunique() == 1):
+    if spec == "methods" or (spec != "k_values" and by == "variant" and rows["variant"].nunique() == 1):
         said += questions.cheapest_like_dense(rows.assign(dense_gmacs=dense))
+    apart = natural(found)
+    said += [apart] if apart else []
     said += _seed_spread(rows) + _targets(rows)
     return said
 
@@ -97,22 +100,30 @@ def _targets(rows: pd.DataFrame) -> list[Finding]:
     )
     said = [Finding(text.replace("-", "−"))]
     if not fine.all():
+        columns = ["variant", "placement", "target_gmacs", "gmacs_mean"]
         missed = [
-            f"{name.replace('_', ' ')} aimed at {goal:.3g}, reached {cost:.3g} GMACs"
-            for name, goal, cost in aimed.loc[~fine, ["variant", "target_gmacs", "gmacs_mean"]].itertuples(index=False)
+            f"{_whose(name, placement)} aimed at {style.cost(goal)}, reached {style.cost(cost)} GMACs"
+            for name, placement, goal, cost in aimed.loc[~fine, columns].itertuples(index=False)
         ]
         keys = tuple(key for keys in aimed.loc[~fine, "keys"] for key in keys)
         said.append(Finding(f"Targets not reached: {'; '.join(missed)}.", keys=keys))
     return said
 
 
+def _whose(variant: str, placement: str) -> str:
+    """A series with its placement, where its name does not hold it."""
+    name = variant.replace("_", " ")
+    return name if not placement or placement in name else f"{name}, {placement},"
+
+
 def adaptivity(rows: pd.DataFrame, trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> list[Finding]:
-    """Whether plain images keep fewer tokens: the rank correlation with clutter, or with hardness where clutter is not
-    known, for each method at one cost (``rows``: of ``plots.overview``).
+    """Whether plain images keep fewer tokens, with the question as the first one's detail: the rank correlation with
+    clutter, or with hardness where clutter is not known, for each method at one cost (``rows``: of ``plots.overview``).
     """
     found, what = correlations(rows, images, hardness(trials, images))
     if found.empty or not found["rho"].notna().any():
         return []
+    title = question(what)
     more = "more clutter" if what == CLUTTER else "an image is harder for the plain model"
     adapts = found[found["rho"].notna()]
     up = adapts[adapts["clear"] & (adapts["rho"] > 0)]
@@ -123,7 +134,7 @@ def adaptivity(rows: pd.DataFrame, trials: pd.DataFrame, images: Mapping[str, pd
     ).replace("where there is an image", "where an image")
     fixed = len(found) - len(adapts)
     head += f" {fixed} more keep the same number in every image." if fixed else ""
-    said = [Finding(head, keys=tuple(adapts["key"]), headline=True)]
+    said = [Finding(head, detail=title, keys=tuple(adapts["key"]), headline=True)]
     for row in adapts.sort_values("rho", ascending=False).itertuples():
         text = f"{row.variant.replace('_', ' ')}: Spearman's rho {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}]."
         said.append(Finding(text.replace("-0.", "−0."), keys=(row.key,)))

@@ -29,7 +29,7 @@ NUMBERS = (
 )  # fmt: skip
 WORDS = (
     "error", "model", "weights", "workload", "placement", "reducer", "score", "budget", "data_digest",
-    "weights_digest", "device", "versions", "created", "training", "measure",
+    "weights_digest", "device", "versions", "created", "training", "measure", "target_note",
 )  # fmt: skip
 FLAGS = ("calibrated", "target_reached", "teacher")  # True, False, or None where a trial does not say
 LISTS = ("blocks", "tokens", "tokens_std")

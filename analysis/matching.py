@@ -18,8 +18,8 @@ import pandas as pd
 from analysis import stats
 from analysis.frame import NUMBERS, reducer_names
 
-MATCH = 0.03  # trials within this share of the dense cost count as "the same cost"
-NEAR = 0.01  # where a target is known: as good as calibrated to it
+MATCH = 0.03  # without targets, trials within this share of the dense cost count as "the same cost"
+NEAR = 0.01  # as good as calibrated to it; further away a curve is interpolated
 MAX_GAP = 0.25  # no interpolation between neighbours further apart than this share of the dense cost
 NOT_AIMED = "not calibrated to a cost"
 CALIBRATED, NEARBY, INTERPOLATED = "calibrated", "nearest", "interpolated"
@@ -228,12 +228,14 @@ def _find(group: list[Record], level: float, dense: float, target: bool) -> tupl
         if aimed:
             best = min(aimed, key=lambda row: abs(row["gmacs_mean"] - level))
             return CALIBRATED, best, best
-        neighbours = _neighbours(group, level, dense) if apart > NEAR * dense else None
-        if neighbours is not None:
-            return INTERPOLATED, *neighbours
-        if all(pd.isna(row["target_gmacs"]) for row in group):  # a natural point of its own: as it is, or not at all
-            return (NEARBY, nearest, nearest) if apart <= NEAR * dense else None
-    return (NEARBY, nearest, nearest) if apart <= MATCH * dense else None
+    if apart <= NEAR * dense:
+        return NEARBY, nearest, nearest
+    neighbours = _neighbours(group, level, dense)
+    if neighbours is not None:
+        return INTERPOLATED, *neighbours
+    # A few percent of the dense cost are a tenth of a cheap trial's: at a cost that others were calibrated to, that is
+    # no equal cost. Without targets nothing meets more closely.
+    return (NEARBY, nearest, nearest) if not target and apart <= MATCH * dense else None
 
 
 def _choose(group: list[Record], level: float, dense: float, target: bool) -> Record | None:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from analysis.plots import Drawn, Sample
 log = logging.getLogger(__name__)
 
 PNG_DPI = 160
+ABSOLUTE = re.compile(r"(?<![\w./~-])(?:/[^\s'\"/]+){2,}/?")  # a path from the root, two folders or more
 
 
 def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) -> str:
@@ -50,6 +52,7 @@ def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) 
         notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
         profile=read_profile(results.folder / "profile.json"),
         short=tables.SHORT,
+        known={str(key)[: tables.SHORT] for key in trials["key"]},
     )
 
 
@@ -167,4 +170,6 @@ def _versions(trials: pd.DataFrame, run: Mapping[str, Any]) -> list[tuple[str, s
 
 
 def _command(command: object) -> str:
-    return " ".join(map(str, command)) if isinstance(command, list | tuple) else str(command or "")
+    """The command of the run, folders by their own names: where they lie on a machine is nobody's business."""
+    text = " ".join(map(str, command)) if isinstance(command, list | tuple) else str(command or "")
+    return ABSOLUTE.sub(lambda found: f"…/{Path(found.group()).name}", text)

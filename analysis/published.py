@@ -56,6 +56,10 @@ REFERENCES: Mapping[str, Reference] = {
         "class token is better.",
     ),
     "evit_stacking": Reference(_stacking),
+    "sampling_method": Reference(_table("Table A.3")),
+    "single_multi_stage": Reference(_table("Figure 4"), "Printed as curves (ATS, Figure 4); only this is stated."),
+    "runtime": Reference(_table("Table A.1")),
+    "finetuning": Reference(_table("Table A.3")),
     "methods": Reference(_methods),
 }
 

@@ -67,6 +67,7 @@ class Section:
     findings: list[Finding]
     figures: list[dict[str, str]]
     table: pd.DataFrame
+    reasons: list[str]  # a row of the table each: why it missed its target, or ""
     beside: pd.DataFrame | None
     published: pd.DataFrame | None
     note: str
@@ -217,6 +218,7 @@ def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene
         findings.answers(spec, rows),
         desk.embed(plots.spec_figures(spec, title, rows, scene), prefix),
         shown,
+        tables.reasons(table),
         sided if len(sided) else None,
         tables.display_published(printed) if len(printed) else None,
         note,

@@ -17,6 +17,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.path import Path
 
 from analysis.frame import Setting, reducer_names
 
@@ -25,6 +27,11 @@ TOP1 = "top-1 accuracy (%)"
 FEW_IMAGES = 200  # below this a figure says that it cannot rank methods
 DENSE = "dense model"
 DENSE_COLOUR = "#3a3a3a"
+GREY = "#6a6a6a"  # of legend entries that belong to every series
+BAR = Path(  # an error bar with its caps, as a marker
+    [(-0.3, -1), (0.3, -1), (0, -1), (0, 1), (-0.3, 1), (0.3, 1)],
+    [Path.MOVETO, Path.LINETO, Path.MOVETO, Path.LINETO, Path.MOVETO, Path.LINETO],
+)
 WIDTH = 7.2  # inches: a page's text width; also legible when a phone shows it scaled
 # Colour-blind safe (Okabe and Ito's as seaborn tunes them, then Tol's); the pale yellow and pink are
 # unreadable on white.
@@ -90,6 +97,9 @@ def theme() -> Iterator[None]:
         "legend.fontsize": 9.5,
         "svg.hashsalt": "sievit",
         "figure.dpi": 100,
+        # Hinted letters are wider or narrower from one resolution to the next, up to 8 %: what was laid out at one
+        # would be cut off in the file that is written at another.
+        "text.hinting": "no_hinting",
     }
     with mpl.rc_context(settings):
         yield
@@ -216,8 +226,32 @@ def handle(name: str, looks: Mapping[str, Look]) -> Line2D:
     return Line2D([], [], label=label(name), **look_of(name, looks).line())
 
 
-def dense_handle() -> Line2D:
-    return Line2D([], [], color=DENSE_COLOUR, marker="*", markersize=11, linestyle="--", linewidth=1, label=DENSE)
+def dense_handle(*, star: bool = True) -> Line2D:
+    """The plain model's entry; without its star where cost is not on the axis."""
+    marker = "*" if star else ""
+    return Line2D([], [], color=DENSE_COLOUR, marker=marker, markersize=11, linestyle="--", linewidth=1, label=DENSE)
+
+
+def interval_handle(text: str = "95 % interval over images") -> Line2D:
+    """A legend entry for error bars."""
+    return Line2D([], [], color=GREY, marker=BAR, markersize=13, markerfacecolor="none", linestyle="none", label=text)
+
+
+def seeds_handle() -> Line2D:
+    """A legend entry for single seeds beside their mean."""
+    look: dict[str, Any] = {"marker": "o", "markersize": 3.4, "markerfacecolor": "none", "markeredgewidth": 0.8}
+    return Line2D([], [], color=GREY, linestyle="none", label="single seed", **look)
+
+
+def cross_handle(text: str = "interpolated between neighbours") -> Line2D:
+    """A legend entry for the cross on an interpolated point: a marker with its cross inside."""
+    look: dict[str, Any] = {"marker": "$\\otimes$", "markersize": 9, "markeredgewidth": 0.3}
+    return Line2D([], [], color=GREY, linestyle="none", label=text, **look)
+
+
+def band_handle(text: str, *, colour: str = GREY, alpha: float = 0.25) -> Patch:
+    """A legend entry for a band."""
+    return Patch(facecolor=colour, alpha=alpha, linewidth=0, label=text)
 
 
 def rule_handle(text: str, dashes: Any) -> Line2D:

@@ -20,17 +20,18 @@ OUR_NOTE = (
     "algorithm's order of work, for comparison with print. Brackets: 95 % intervals over images (bootstrap; Wilson's "
     "where a run left no per-image table); the difference to dense is paired on the same images. Seeds, where several: "
     "± is the standard deviation over them, which is not in the brackets. Target: the cost aimed at, * where it could "
-    "not be reached. Trials by the first eight digits of their key."
+    "not be reached (with the reason). Trials by the first eight digits of their key."
 )
 TESTS = (
     "difference_low", "difference_high", "difference_boot_low", "difference_boot_high", "p_value", "mid_p", "test",
 )  # fmt: skip
 COPIED = (
-    "agreement", "coverage", "class_kept", "target_gmacs", "calibration_gmacs", "target_reached", "probes",
-    "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
-    "epochs",
+    "agreement", "coverage", "class_kept", "target_gmacs", "calibration_gmacs", "target_reached", "target_note",
+    "probes", "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high",
+    "measured_batch", "epochs",
 )  # fmt: skip
 SHORT = 8  # digits of a key in a table
+EVERY = "every trial"  # of the plain model's row where it had no trial of its own: each trial records its answers
 PUBLISHED_NOTE = (
     "Published by others, as printed. Not measured here; what differs from our setting stands in the last column."
 )
@@ -120,10 +121,28 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
         ],
         "tokens out": [_number(value, 1) for value in table["tokens_out"]],
         "speed-up": [f"{_number(value, 2)} ×" if pd.notna(value) else "" for value in table["speedup"]],
-        "trial": [short_keys(keys) for keys in table["keys"]],
+        "trial": [short_keys(keys) or EVERY for keys in table["keys"]],
     }
     optional = ("target", "over seeds", "speed-up")
     return pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
+
+
+def reasons(table: pd.DataFrame) -> list[str]:
+    """For each row of ``measured`` why it did not reach the cost it aimed at; "" where it did."""
+    return [
+        str(note) if reached is False and isinstance(note, str) else ""
+        for note, reached in zip(table["target_note"], table["target_reached"], strict=True)
+    ]
+
+
+def spoken_reasons(table: pd.DataFrame) -> list[str]:
+    """The reasons as lines below a table, each with its trial."""
+    rows = zip(reasons(table), table["target_gmacs"], table["placement"], table["keys"], strict=True)
+    return [
+        f"* {short_keys(keys)}, {placement}, target {_number(target, 3)}: {why}."
+        for why, target, placement, keys in rows
+        if why
+    ]
 
 
 def short_keys(keys: str) -> str:
@@ -215,8 +234,10 @@ def write(
     <name>_published.csv where there are published ones. Returns what was written."""
     shown, printed = display(ours), display_published(published)
     heading = ". ".join(subtitle.split("\n"))
+    missed = spoken_reasons(ours)
     md = [f"# {title}\n", f"{heading}\n", to_markdown(shown), f"{OUR_NOTE}\n"]
-    tex = [to_latex(shown, caption=f"{title} ({heading}). {OUR_NOTE}", label=name)]
+    md += ["\n".join(f"- {line.removeprefix('* ')}" for line in missed) + "\n"] if missed else []
+    tex = [to_latex(shown, caption=" ".join([f"{title} ({heading}). {OUR_NOTE}", *missed]), label=name)]
     if len(beside):
         sided = beside.assign(trials=[short_keys(keys) for keys in beside["trials"]])
         md += ["## Beside print\n", to_markdown(sided)]

@@ -61,7 +61,7 @@ def _placement_figure(name: str, title: str, trials: pd.DataFrame, scene: Scene)
         return []
     title = f"{title}: accuracy by placement at equal cost"
     figure = _placement.placement(trials, title=title, subtitle=scene.subtitle)
-    return [Drawn(f"{name}_by_block", title, _placement.CAPTION, figure)]
+    return [Drawn(f"{name}_by_block", title, _placement.caption(trials), figure)]
 
 
 def _class_token_figure(name: str, title: str, trials: pd.DataFrame, scene: Scene) -> list[Drawn]:

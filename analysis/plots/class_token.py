@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from analysis.matching import merge_seeds
-from analysis.plots.tradeoff import draw_curves
+from analysis.plots.tradeoff import draw_curves, legend
 from analysis.style import Look
 
 CAPTION = (
@@ -39,8 +39,9 @@ def class_token(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, 
     dropped.set(xlabel=style.GMACS, ylabel="class token lost (% of images)", ylim=(0, None))
     if dropped.get_ylim()[1] < 1:
         dropped.set_ylim(0, 1)
+    if (rows["class_kept"].dropna() == 1).all():  # an empty panel must say that it is no mistake
+        dropped.text(0.5, 0.5, "lost in no image", transform=dropped.transAxes, ha="center", color=style.GREY)
     dropped.set_xlim(accuracy.get_xlim())
     style.put_title(figure, title, subtitle)
-    handles = [style.handle(name, looks) for name in names]
-    style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    style.put_legend(figure, legend(names, looks, trials))
     return style.finish(figure)

@@ -5,17 +5,19 @@ illustrated. Where clutter is not known (photographs), with how hard the plain m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import stats, style
 from analysis.style import Look
 
 CAPTION = (
     "Spearman's rank correlation over images of the tokens an image keeps with {what}, with 95 % intervals (Bonett and "
-    "Wright), for every method that lets the number differ. Right of zero: plainer images keep fewer tokens. Filled: "
+    "Wright), for every method that lets the number differ. Right of zero: {more} images keep fewer tokens. Filled: "
     "the interval excludes zero after Bonferroni's correction; hollow: it does not. {level}.{fixed}"
 )
 CLUTTER = "the known amount of clutter in it"
@@ -36,11 +38,25 @@ def known(tables: list[pd.DataFrame], column: str) -> bool:
 
 
 def hardness(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.Series | None:
-    """The plain model's loss by image name, from its own trial; None where there is none."""
-    for key in trials.loc[trials["dense"], "key"]:
-        if key in images and known([images[key]], "loss"):
+    """The plain model's loss by image name, from its own trial or from one that removed no token of any image; None
+    where there is none.
+    """
+    whole = [len(row) > 1 and np.ptp(np.asarray(row, dtype=float)) == 0 for row in trials["tokens"]]
+    candidates = [*trials.loc[trials["dense"], "key"], *trials.loc[np.array(whole, dtype=bool), "key"]]
+    for key in candidates:
+        if key in images and known([images[key]], "loss") and _like_dense(images[key]):
             return images[key].set_index("image")["loss"]
     return None
+
+
+def _like_dense(table: pd.DataFrame) -> bool:
+    """Whether a trial answered every image as the plain model did, as far as that is known."""
+    return "dense_correct" not in table or bool((table["correct"] == table["dense_correct"]).all())
+
+
+def question(what: str) -> str:
+    """What the correlation answers: loss is no measure of how plain an image is."""
+    return "Do plain images keep fewer tokens?" if what == CLUTTER else "Do easy images keep fewer tokens?"
 
 
 def correlations(
@@ -78,7 +94,8 @@ def correlations(
 def caption(found: pd.DataFrame, what: str, level: str) -> str:
     fixed = [name.replace("_", " ") for name in found.loc[found["rho"].isna(), "variant"]]
     text = f" The same number in every image, hence no correlation: {', '.join(fixed)}." if fixed else ""
-    return CAPTION.format(what=what, level=level, fixed=text)
+    more = "plainer" if what == CLUTTER else "easier"
+    return CAPTION.format(what=what, level=level, fixed=text, more=more)
 
 
 @style.themed
@@ -99,6 +116,12 @@ def clutter(found: pd.DataFrame, what: str, *, looks: Mapping[str, Look], title:
     bound = min(1.0, 1.08 * float(np.nanmax(np.abs(rows[["low", "high"]].to_numpy()))))
     axes.set_xlim(min(-0.15, -bound if rows["low"].min() < -0.15 else -0.15), max(0.15, bound))
     words = "clutter" if what == CLUTTER else "the plain model's loss"
-    axes.set_xlabel(f"rank correlation of tokens kept with {words} (Spearman's rho)")
+    axes.set_xlabel(f"rank correlation of tokens kept\nwith {words} (Spearman's rho)")
     style.put_title(figure, title, subtitle)
+    common: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": style.GREY, "markersize": 6}
+    signs = [(rows["clear"].any(), "interval excludes 0 (Bonferroni)", style.GREY),
+             ((~rows["clear"]).any(), "it does not", "white")]  # fmt: skip
+    handles = [Line2D([], [], label=text, **common, markerfacecolor=face) for drawn, text, face in signs if drawn]
+    handles.append(Line2D([], [], color=style.GREY, linewidth=1.8, label="95 % interval over images"))
+    style.put_legend(figure, handles)
     return style.finish(figure)

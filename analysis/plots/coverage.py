@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -16,10 +17,26 @@ from analysis.style import Look
 
 CAPTION = (
     "Share of the patches on the object that still have a token of their own after the last block, mean over "
-    "images with 95 % bootstrap intervals. Left: against multiply-adds as executed. Right: against the share of all "
-    "patches that are left, where the dashed diagonal is what a blind choice would cover. A merged group counts for "
-    "its heaviest member only, so merging methods keep more information about the object than their curve shows."
+    "images{where} A merged group counts for its heaviest member only, so merging methods keep more information about "
+    "the object than their curve shows.{left}"
 )
+BOTH = (
+    " with 95 % bootstrap intervals. Left: against multiply-adds as executed. Right: against the share of all "
+    "patches that are left, where the dashed diagonal is what a blind choice would cover."
+)
+MANY = (
+    ", against the share of all patches that are left; the dashed diagonal is what a blind choice would cover. A panel "
+    "a series, all the others in grey behind it."
+)
+
+
+def caption(trials: pd.DataFrame) -> str:
+    """What the figure of these trials shows, and which series it leaves out."""
+    rows = trials[~trials["dense"] & trials["coverage"].notna()]
+    here = np.array([same_patches(row, trials) for row in rows.to_dict("records")], dtype=bool)
+    out = [name.replace("_", " ") for name in dict.fromkeys(rows["variant"]) if name not in set(rows["variant"][here])]
+    left = f" Not here, because its patches are not those of the full image: {', '.join(out)}." if out else ""
+    return CAPTION.format(where=MANY if rows["variant"][here].nunique() > panels.TOO_MANY else BOTH, left=left)
 
 
 @style.themed
@@ -33,6 +50,7 @@ def coverage(
 ) -> Figure:
     """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
     rows = merge_seeds(trials[~trials["dense"] & trials["coverage"].notna()])
+    rows = rows[[same_patches(row, trials) for row in rows.to_dict("records")]]
     rows = rows.assign(left=[100 * _left(row) for row in rows.to_dict("records")])
     names = list(dict.fromkeys(rows["variant"]))
     if len(names) > panels.TOO_MANY:
@@ -50,8 +68,15 @@ def coverage(
     against_left.set(xlabel="all patches that survive (%)", xlim=(0, 104))
     style.put_title(figure, title, subtitle)
     chance = Line2D([], [], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, label="a blind choice")
-    style.put_legend(figure, [*(style.handle(name, looks) for name in names), chance])
+    series = [style.handle(name, looks) for name in names]
+    style.put_legend(figure, [*series, style.interval_handle(), chance])
     return style.finish(figure)
+
+
+def same_patches(row: Mapping[str, Any], trials: pd.DataFrame) -> bool:
+    """Whether a trial begins with all the patches that the others begin with: those of a smaller input are others."""
+    first = max((tokens[0] for tokens in trials["tokens"] if len(tokens)), default=0)
+    return not len(row["tokens"]) or row["tokens"][0] >= first
 
 
 def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
@@ -68,6 +93,8 @@ def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look]
         panels.name_panel(axes, name)
     panels.share_limits(grid, "all patches that survive (%)", "object's patches that survive (%)", figure)
     style.put_title(figure, title, subtitle)
+    chance = Line2D([], [], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, label="a blind choice")
+    style.put_legend(figure, [panels.behind_handle(), chance])
     return style.finish(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +22,12 @@ from analysis.style import Look
 CAPTION = (
     "Top-1 of each series minus that of {reference} at the same cost, in points, with paired 95 % intervals over the "
     "same images. Filled: told apart at 5 % after Holm's correction over all {count} comparisons of this figure; "
-    "hollow: not. {how}"
+    "hollow: not. {how}{aside}"
 )
 AIMED = "Costs are the targets that trials were calibrated to{between}."
 OWN = "Each trial stands at its own cost, where {reference} is interpolated between its neighbours (a cross)."
-MATCHED = "Costs are those that trials happened to share (within 3 % of the dense model's)."
+ASIDE = " Series at one cost stand a little apart, so that their intervals can be seen."
+MATCHED = "Costs are those that trials happened to share (within 3 % of the dense model's){between}."
 
 
 def reference_of(trials: pd.DataFrame) -> str | None:
@@ -45,9 +47,13 @@ def reference_of(trials: pd.DataFrame) -> str | None:
 def caption(found: Sequence[Versus], trials: pd.DataFrame) -> str:
     between = " (a cross marks what was interpolated between its own neighbours)"
     used = any(one.how == INTERPOLATED for one in found)
-    how = AIMED.format(between=between if used else "") if targets(trials) else OWN if used else MATCHED
+    own = not targets(trials) and len({one.level for one in found}) == len(found) > 1
+    how = OWN if own and used else (AIMED if targets(trials) else MATCHED).format(between=between if used else "")
     reference = found[0].reference.replace("_", " ") if found else "the reference"
-    return CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference))
+    several = any(b - a < 1e-9 for a, b in itertools.pairwise(sorted(one.level for one in found)))
+    few = len({one.name for one in found}) <= panels.TOO_MANY
+    aside = ASIDE if several and few and _least_gap(found, dense_gmacs(trials)) else ""
+    return CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference), aside=aside)
 
 
 def table(found: Sequence[Versus]) -> pd.DataFrame:
@@ -109,12 +115,14 @@ def draw_versus(axes: Axes, found: Sequence[Versus], *, looks: Mapping[str, Look
     return names
 
 
-def signs() -> list[Line2D]:
-    """What filled and hollow mean, for the legend."""
+def signs(found: Sequence[Versus]) -> list[Line2D]:
+    """What filled, hollow, crossed and the bars mean, for the legend."""
     common: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": "#6a6a6a", "markersize": 6}
     return [
         Line2D([], [], label=f"told apart (p < {stats.ALPHA:g}, Holm)", **common),
         Line2D([], [], label="not told apart", markerfacecolor="white", **common),
+        *([style.cross_handle()] if any(one.how == INTERPOLATED for one in found) else []),
+        style.interval_handle("paired 95 % interval"),
     ]
 
 
@@ -134,13 +142,13 @@ def difference(
             draw_versus(axes, [one for one in found if one.name == name], looks=looks, width=width)
             panels.name_panel(axes, name)
         panels.share_limits(grid, style.GMACS, label, figure)
-        handles = signs()
+        handles = signs(found)
     else:
         figure = style.new_figure(height=4.4)
         axes = figure.subplots()
         draw_versus(axes, found, looks=looks, width=width)
         axes.set(xlabel=style.GMACS, ylabel=label)
-        handles = [*(style.handle(name, looks) for name in names), *signs()]
+        handles = [*(style.handle(name, looks) for name in names), *signs(found)]
     style.put_title(figure, title, subtitle)
     style.put_legend(figure, handles)
     return style.finish(figure)

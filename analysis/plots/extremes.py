@@ -1,4 +1,4 @@
-"""The plainest and the busiest images, stage by stage (Figures 5 and 7 of the ATS paper)."""
+"""The images that keep fewest and most tokens, stage by stage (Figures 5 and 7 of the ATS paper)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from analysis.plots.samples import draw_kept, find_row, stages
 
 CAPTION = (
     "Patches that still have a token of their own after a reducing block, {name} at {cost} GMACs on average; the "
-    "number is how many are left. Above: of the {count} images pictured in this run, those that keep fewest tokens; "
-    "below: those that keep most. The frame of the last picture is green (\u2713) where the answer is right, red "
+    "number is how many are left. Only the {count} images whose thumbnails the run stored are ranked, not all "
+    "{images:,}: above those of them that keep fewest tokens, below those that keep most; at the left the rank, and "
+    "the tokens that enter a block, prefix included, mean over all blocks. An example, no evidence: that is in the "
+    "{evidence}. The frame of the last picture is green (\u2713) where the answer is right, red "
     "(\u2717) where it is wrong."
 )
 EACH = 3  # images of either kind
@@ -24,12 +26,12 @@ SHOWN = 6  # stages
 
 
 def ranked(table: pd.DataFrame, pictures: Sequence[Sample]) -> list[tuple[float, Sample, int]]:
-    """(tokens over all blocks, picture, row of the table), fewest tokens first."""
+    """(tokens entering all blocks, picture, row of the table), fewest tokens first."""
     found = []
     for picture in pictures:
         row = find_row(table, picture)
         if row is not None:
-            found.append((float(np.sum(table["tokens"].iloc[row])), picture, row))
+            found.append((float(np.sum(table["tokens"].iloc[row][:-1])), picture, row))
     return sorted(found, key=lambda entry: entry[0])
 
 
@@ -53,13 +55,13 @@ def extremes(
     figure = style.new_figure(height=2 * each * (size + 0.17) + 1.2)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)  # type: ignore[union-attr, call-arg]
     grid = figure.subplots(2 * each, len(shown) + 1, squeeze=False)
-    chosen = [(entry, "fewest") for entry in order[:each]] + [(entry, "most") for entry in order[-each:]]
+    places = [*range(each), *range(len(order) - each, len(order))]
+    chosen = [(order[place], f"{place + 1} of {len(order)}") for place in places]
     for line, ((_, picture, at), kind) in zip(grid, chosen, strict=True):
         line[0].imshow(picture.pixels)
-        out = int(table["tokens"].iloc[at][-1])
-        line[0].text(
-            -0.12, 0.5, f"{kind}\n{out} out", transform=line[0].transAxes, ha="right", va="center", fontsize=8.5
-        )
+        mean = float(np.mean(table["tokens"].iloc[at][:-1]))
+        text = f"{kind}\nmean {mean:.0f}"
+        line[0].text(-0.12, 0.5, text, transform=line[0].transAxes, ha="right", va="center", fontsize=8.5)
         for axes, block in zip(line[1:], shown, strict=True):
             right = bool(table["correct"].iloc[at]) if block == shown[-1] else None
             draw_kept(axes, picture, bits[at, min(block, bits.shape[1] - 1)], right=right)

@@ -99,7 +99,9 @@ def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, s
     grey: dict[str, Any] = {"color": "#6a6a6a", "marker": "o", "markersize": 6}
     kinds = [Line2D([], [], label="finetuned", **grey),
              Line2D([], [], label="off the shelf", linestyle=(0, (4, 2)), markerfacecolor="white", **grey)]  # fmt: skip
-    style.put_legend(figure, [*(style.handle(name, own) for name in names), *kinds, style.dense_handle()])
+    seeds = [style.seeds_handle()] if (rows["seeds"] > 1).any() else []
+    series = [style.handle(name, own) for name in names]
+    style.put_legend(figure, [*series, *kinds, style.interval_handle(), *seeds, style.dense_handle()])
     return style.finish(figure)
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from analysis.matching import dense_gmacs, merge_seeds
-from analysis.plots.tradeoff import draw_intervals
+from analysis.plots.tradeoff import draw_intervals, legend
 from analysis.style import Look
 
 CAPTION = (
@@ -49,6 +49,8 @@ def k_effect(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     accuracy.set(xlabel="K (sample points or kept patches)", ylabel=style.TOP1)
     cost.set(xlabel="K (sample points or kept patches)", ylabel=style.GMACS)
     style.put_title(figure, title, subtitle)
-    handles = [style.handle(name, looks) for name in names]
-    style.put_legend(figure, [*handles, style.dense_handle()] if len(dense_top1) else handles)
+    handles = [*legend(names, looks, trials, star=False)]
+    spread_drawn = bool((rows["gmacs_std"].fillna(0) > 0).any())
+    band = [style.band_handle("± 1 standard deviation of cost")] if spread_drawn else []
+    style.put_legend(figure, [*handles, *band])
     return style.finish(figure)

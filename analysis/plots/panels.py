@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import style
 
@@ -16,6 +17,11 @@ TOO_MANY = 9  # series that one pair of axes can still show
 COLUMNS = 4
 PANEL = 1.75  # inches high
 BEHIND: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 0.7, "zorder": 1}  # the other series of a panel
+
+
+def behind_handle() -> Line2D:
+    """A legend entry for the other series of a panel."""
+    return Line2D([], [], color=BEHIND["color"], linewidth=1.2, label="all the others")
 
 
 def new_figure(count: int, *, extra: float = 1.25, columns: int = COLUMNS) -> Figure:

@@ -61,7 +61,9 @@ def pareto(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subti
     style.put_title(figure, title, subtitle)
     others = Line2D([], [], linestyle="none", marker=".", color="#bdbdbd", label="other trials")
     line = Line2D([], [], color="#9a9a9a", linewidth=4, alpha=0.45, label="front")
-    style.put_legend(figure, [*(style.handle(name, looks) for name in names), line, others, style.dense_handle()])
+    band = style.band_handle("95 % interval over images")
+    series = [style.handle(name, looks) for name in names]
+    style.put_legend(figure, [*series, band, line, others, style.dense_handle()])
     return style.finish(figure)
 
 

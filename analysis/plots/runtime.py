@@ -68,7 +68,10 @@ def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subt
     print_handle = Line2D([], [], marker="*", markersize=12, color="#444444", markerfacecolor="white", linestyle="none",
                           label="in print (ATS, DeiT-S)")  # fmt: skip
     dash = Line2D([], [], marker="_", markersize=11, color="#666666", linestyle="none", label="ratio of GMACs")
-    style.put_legend(figure, [*(style.handle(name, looks) for name in names), print_handle, dash])
+    bars = [style.interval_handle("quartiles of the ratios")] if rows["speedup_low"].notna().any() else []
+    diagonal = Line2D([], [], color=style.DENSE_COLOUR, linewidth=1, linestyle="--", label="as the count promises")
+    series = [style.handle(name, looks) for name in names]
+    style.put_legend(figure, [*series, *bars, print_handle, dash, diagonal])
     return style.finish(figure)
 
 

@@ -81,5 +81,5 @@ def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
         style.handle(m if one else f"{m}: {v}", {m if one else f"{m}: {v}": looks[f"{m} | {v}"]}) for m, v in series
     ]
     star = Line2D([], [], marker="*", markersize=12, color="#888888", linestyle="--", linewidth=1, label="dense models")
-    style.put_legend(figure, [*handles, star])
+    style.put_legend(figure, [*handles, style.interval_handle(), star])
     return style.finish(figure)

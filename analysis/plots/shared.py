@@ -83,10 +83,11 @@ def _staged(name: str, title: str, row: Mapping[str, object], scene: Scene) -> l
     figure = _stages.stages(row, table, title=heading, subtitle=scene.subtitle)
     text = _stages.CAPTION.format(**words, split=_stages.SPLIT if _stages.thirds(table) else "")
     drawn = [Drawn(f"{name}_stages", heading, text, figure)]
-    heading = f"{title}: the plainest and the busiest images"
+    heading = f"{title}: where fewest and most tokens are kept"
     pictures = _extremes.extremes(row, scene.images, scene.pictures, title=heading, subtitle=scene.subtitle)
     if pictures is not None:
-        text = _extremes.CAPTION.format(**words, count=len(scene.pictures))
+        evidence = "histograms above" + (" and in the rank correlations" if _clutter.known([table], "clutter") else "")
+        text = _extremes.CAPTION.format(**words, count=len(scene.pictures), images=len(table), evidence=evidence)
         drawn.append(Drawn(f"{name}_extremes", heading, text, pictures))
     return drawn
 
@@ -106,12 +107,12 @@ def shared_figures(trials: pd.DataFrame, scene: Scene) -> list[Drawn]:
         row = staged_trial(trials, scene.images)
         drawn += _staged("adaptivity", "Adaptivity", row, scene) if row is not None else []
     drawn += _adaptive_figures(trials, rows, level, scene)
-    drawn += _agreement_figure(rows, level, scene)
+    drawn += _agreement_figure(trials, rows, level, scene)
     covered = trials[trials["spec"] == rows["spec"].iloc[0]]
     if covered.loc[~covered["dense"], "coverage"].notna().any():
         title = "Coverage: do the surviving patches lie on the object?"
         figure = _coverage.coverage(covered, scene.images, looks=scene.looks, title=title, subtitle=scene.subtitle)
-        drawn.append(Drawn("coverage", title, _coverage.CAPTION, figure))
+        drawn.append(Drawn("coverage", title, _coverage.caption(covered), figure))
     pictured = pictured_methods(rows, scene.images)
     if scene.pictures and len(pictured):
         title = "Sample images: surviving patches, stage by stage"
@@ -133,20 +134,23 @@ def _adaptive_figures(trials: pd.DataFrame, rows: pd.DataFrame, level: str, scen
         drawn.append(Drawn("adaptivity_images", title, caption, figure))
         found, what = _clutter.correlations(rows, scene.images, _clutter.hardness(trials, scene.images))
         if len(found) and found["rho"].notna().any():
-            title = "Do plain images keep fewer tokens?"
+            title = _clutter.question(what)
             figure = _clutter.clutter(found, what, looks=scene.looks, title=title, subtitle=scene.subtitle)
             text = _clutter.caption(found, what, f"Trials nearest to {level}")
             drawn.append(Drawn("clutter", title, text, figure, found))
     return drawn
 
 
-def _agreement_figure(rows: pd.DataFrame, level: str, scene: Scene) -> list[Drawn]:
+def _agreement_figure(trials: pd.DataFrame, rows: pd.DataFrame, level: str, scene: Scene) -> list[Drawn]:
+    rows = rows if "methods" in set(trials["spec"]) else _agreement.across_specs(trials, rows)
     pairs, left = _agreement.matrix(rows, scene.images)
     if pairs["first"].nunique() < 2:
         return []
     title = "Agreement: do methods keep the same patches?"
     figure = _agreement.agreement(pairs, title=title, subtitle=scene.subtitle)
-    missing = f" Not here, because all or none of their patches survive: {', '.join(left)}." if left else ""
+    missing = ""
+    if left:
+        missing = f" Not here, because all or none of their patches survive or they are others: {', '.join(left)}."
     text = _agreement.CAPTION.format(level=f"about {level}", left=missing)
     return [Drawn("agreement", title, text, figure, pairs)]
 
@@ -162,8 +166,10 @@ def pictured_methods(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> 
         _made=["+".join(sorted(reducer_names(text))) for text in usable["reducer"]],
         _blocks=[len(blocks) for blocks in usable["blocks"]],
         _adapts=usable["key"].isin(_adaptivity.adaptive(usable, images)["key"]),
-    ).sort_values(["_adapts", "_blocks", "top1"], ascending=False, kind="stable")
-    several = ranked.drop_duplicates("_made").drop(columns=["_made", "_blocks", "_adapts"])
+    ).sort_values(["_adapts", "_blocks"], ascending=False, kind="stable")
+    # Of several made of the same reducers the one that a spec names first; among these the more accurate first.
+    ranked = ranked.drop_duplicates("_made").sort_values(["_adapts", "_blocks", "top1"], ascending=False, kind="stable")
+    several = ranked.drop(columns=["_made", "_blocks", "_adapts"])
     shown: list[Any] = []
     for at, key in zip(several.index, several["key"], strict=True):  # bits are read for those that are shown only
         bits = kept.packed(images, key) if len(shown) < PICTURED else None

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.matching import dense_gmacs
-from analysis.plots.tradeoff import draw_curves, share_axis
+from analysis.plots.tradeoff import draw_curves, legend, share_axis
 from analysis.style import Look
 
 SAVED = 0.37  # of DeiT-S's GFLOPs "while accuracy is almost kept" (ATS, Figure 4)
@@ -30,6 +30,5 @@ def single_multi(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str,
     share_axis(axes, trials)
     style.put_title(figure, title, subtitle)
     line = Line2D([], [], color="#555555", linestyle=":", linewidth=1.4, label="37 % saved (published)")
-    handles = [*(style.handle(name, looks) for name in names), line]
-    style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    style.put_legend(figure, [*legend(names, looks, trials), line])
     return style.finish(figure)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from analysis import stats, style
 from analysis.frame import reducer_names
 from analysis.matching import merge_seeds, paired
-from analysis.plots.tradeoff import draw_curves
+from analysis.plots.tradeoff import draw_curves, legend
 from analysis.style import Look
 
 CAPTION = (
@@ -106,6 +106,5 @@ def stacking(
     base = style.label(base_variant(trials) or "the base").replace("\n", " ")
     change.set(xlabel=f"GMACs saved against {base},\nsame budget (%)", ylabel="change in top-1 (points)")
     style.put_title(figure, title, subtitle)
-    handles = [style.handle(name, looks) for name in names]
-    style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    style.put_legend(figure, legend(names, looks, trials))
     return style.finish(figure)

@@ -36,6 +36,9 @@ def tokens_per_block(
     rows = [row for row in trials.to_dict("records") if len(row["tokens"])]
     depth = max((len(row["tokens"]) for row in rows), default=1)
     names = ("entering block (out: leaving the last)", "tokens, prefix included")
+    bounds = [_middle(row, images) for row in rows]
+    varies = any(bool(np.any(high - low > 1e-9)) for low, high in bounds)
+    band = [style.band_handle("middle 80 % of images")] if varies else []
     if len(rows) > panels.TOO_MANY:
         figure = panels.new_figure(len(rows))
         grid = panels.subplots(figure, len(rows))
@@ -49,6 +52,7 @@ def tokens_per_block(
             axes.set(ylim=(0, None))
             axes.set_xticks(range(0, depth, 3), [*map(str, range(0, depth - 1, 3)), "out"][: len(range(0, depth, 3))])
         style.put_title(figure, title, subtitle)
+        style.put_legend(figure, [*band, panels.behind_handle()])
         return style.finish(figure)
     figure = style.new_figure(height=4.8)
     axes = figure.subplots()
@@ -65,7 +69,7 @@ def tokens_per_block(
     handles = [style.handle(name, looks) for name, _ in entries]
     for entry, (_, text) in zip(handles, entries, strict=True):
         entry.set_label(text)
-    style.put_legend(figure, handles)
+    style.put_legend(figure, [*handles, *band])
     return style.finish(figure)
 
 

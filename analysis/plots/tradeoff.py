@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
@@ -49,6 +50,13 @@ def draw_curves(axes: Axes, trials: pd.DataFrame, *, looks: Mapping[str, Look]) 
     draw_reference(axes, trials)
     axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
     return names
+
+
+def legend(names: Sequence[str], looks: Mapping[str, Look], trials: pd.DataFrame, *, star: bool = True) -> list[Line2D]:
+    """Entries for every mark of ``draw_curves``: the series, their intervals, single seeds, the plain model."""
+    handles = [*(style.handle(name, looks) for name in names), style.interval_handle()]
+    handles += [style.seeds_handle()] if has_seeds(trials) else []
+    return handles + ([style.dense_handle(star=star)] if trials["dense_top1"].notna().any() else [])
 
 
 def draw_reference(axes: Axes, trials: pd.DataFrame, *, at_cost: bool = True) -> None:
@@ -123,8 +131,7 @@ def tradeoff(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     names = draw_curves(axes, trials, looks=looks)
     share_axis(axes, trials)
     style.put_title(figure, title, subtitle)
-    handles = [style.handle(name, looks) for name in names]
-    style.put_legend(figure, [*handles, style.dense_handle()] if trials["dense_top1"].notna().any() else handles)
+    style.put_legend(figure, legend(names, looks, trials))
     return style.finish(figure)
 
 
@@ -154,4 +161,7 @@ def _many(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtit
         panels.name_panel(axes, name)
     panels.share_limits(grid, style.GMACS, style.TOP1, figure)
     style.put_title(figure, title, subtitle)
+    band = style.band_handle("95 % interval over images")
+    seeds = [style.seeds_handle()] if has_seeds(trials) else []
+    style.put_legend(figure, [band, *seeds, panels.behind_handle(), style.dense_handle()])
     return style.finish(figure)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.frame import reducer_names
@@ -128,5 +129,8 @@ def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
         handle.set_label(f"finetuned at {kind}")
     if PLAIN in set(rows["trained"]):
         handles.append(style.plain_handle(PLAIN))
-    style.put_legend(figure, [*handles, style.dense_handle()])
+    home_handle = Line2D([], [], linestyle="none", marker="o", markersize=11, markerfacecolor="none", color=style.GREY)
+    home_handle.set_label("evaluated at the budget of its training")
+    handles += [home_handle, style.interval_handle(), *([style.seeds_handle()] if (rows["seeds"] > 1).any() else [])]
+    style.put_legend(figure, [*handles, style.dense_handle(star=False)])
     return style.finish(figure)

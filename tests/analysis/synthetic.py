@@ -99,7 +99,7 @@ class Maker:
             gmacs = gmacs * (target * DENSE_GMACS / gmacs.mean() * (1 + self.random.uniform(-0.005, 0.005)))
         order = self.random.random((self.n, PATCHES)).argsort(1)
         kept = order[:, None, :] < (tokens[:, 1:] - 1)[:, :, None]
-        correct = self._correct(accuracy)
+        correct = self._correct(accuracy) if blocks else self.dense_correct.copy()
         coverage = np.clip(keep**0.4 + self.random.normal(0, 0.05, self.n), 0, 1)
         class_kept = self.random.random(self.n) >= drop_class
         from scipy.stats import binomtest

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import kept, matching, published, stats, style
+from analysis import kept, matching, plots, published, stats, style
 from analysis.comparison import versus, versus_curve
 from analysis.frame import Results, tidy
 from analysis.matching import merge_seeds
@@ -18,6 +18,7 @@ from analysis.page import read_samples
 from analysis.plots import (
     agreement,
     clutter,
+    coverage,
     difference,
     extremes,
     finetuning,
@@ -34,7 +35,7 @@ from analysis.plots import (
     transfer,
 )
 from tests.analysis.synthetic import DENSE_GMACS, Maker
-from tests.analysis.test_plots import WORDS, curves, legend
+from tests.analysis.test_plots import WORDS, curves, legend, overlapping_texts
 
 Looks = Mapping[str, style.Look]
 
@@ -126,7 +127,8 @@ def test_single_seeds_stand_beside_their_mean(answered: pd.DataFrame, looks: Loo
 
 def test_samplers_show_both_printed_costs(answered: pd.DataFrame, looks: Looks) -> None:
     axes = sampling.sampling(spec(answered, "sampling_method"), looks=looks, **WORDS).axes
-    assert [one.get_title() for one in axes] == ["off the shelf"]
+    assert [one.get_title() for one in axes] == ["off the shelf, set to a cost", "off the shelf, settings of their own"]
+    assert list(curves(axes[1])) == ["inverse transform (official), as many points as patches"]
     lines = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_gid() == "printed"]
     assert lines == pytest.approx([2.9 / 4.6 * DENSE_GMACS, 3.4 / 4.6 * DENSE_GMACS])
     assert "inverse transform (paper)" in curves(axes[0])
@@ -190,12 +192,13 @@ def test_the_plainest_images_come_first_and_the_busiest_last(results: Results, a
     assert row is not None
     table, pictures = results.images[str(row["key"])], read_samples(results.folder / "samples")
     order = extremes.ranked(table, pictures)
-    assert [one[0] for one in order] == sorted(float(np.sum(table["tokens"].iloc[one[2]])) for one in order)
+    assert [one[0] for one in order] == sorted(float(np.sum(table["tokens"].iloc[one[2]][:-1])) for one in order)
     figure = extremes.extremes(row, results.images, pictures, **WORDS)
     assert figure is not None
-    firsts = [axes.texts[0].get_text() for axes in figure.axes if axes.texts and "out" in axes.texts[0].get_text()]
-    assert [text.split("\n")[0] for text in firsts] == ["fewest", "fewest", "most", "most"]
-    assert firsts[0].endswith(f"{table['tokens'].iloc[order[0][2]][-1]} out")
+    firsts = [axes.texts[0].get_text() for axes in figure.axes if axes.texts and "mean" in axes.texts[0].get_text()]
+    count = len(order)
+    assert [text.split("\n")[0] for text in firsts] == [f"{i} of {count}" for i in (1, 2, count - 1, count)]
+    assert firsts[0].endswith(f"mean {np.mean(table['tokens'].iloc[order[0][2]][:-1]):.0f}")
     assert extremes.extremes(row, results.images, [], **WORDS) is None
 
 
@@ -251,7 +254,33 @@ def test_agreement_is_drawn_for_every_pair(results: Results, answered: pd.DataFr
     assert one["jaccard"] == pytest.approx(((a & b).sum(1) / (a | b).sum(1)).mean())
     axes = agreement.agreement(pairs, **WORDS).axes[0]
     shown = axes.images[0].get_array()
-    assert shown.shape == (4, 4) and shown.count() == 10 and len(axes.texts) == 10
+    assert shown.shape == (5, 5) and shown.count() == 10 and len(axes.texts) == 10
+    ticks = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert [int(tick.split("\u2002")[1]) for tick in ticks] == [1, 2, 3, 4, 5]  # columns bear the numbers of the rows
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3", "4", "5"]
+
+
+def test_agreement_without_the_spec_of_all_methods_takes_every_spec_once(
+    results: Results, answered: pd.DataFrame
+) -> None:
+    trials = answered[(answered["spec"] != "methods") & (answered["model"] == "digits_vit_small")]
+    rows = shared.overview(trials)
+    both = agreement.across_specs(trials, rows)
+    assert set(rows["key"]) <= set(both["key"]) and both["spec"].nunique() > 1 and both["variant"].is_unique
+    assert not both.duplicated(["reducer", "placement"]).any()
+    assert (both["gmacs_mean"] - rows["gmacs_mean"].median()).abs().max() <= 0.06 * DENSE_GMACS
+    scene = plots.Scene(results.images, {}, "subtitle", [], "digits_vit_small", count=400)
+    drawn = next(one for one in plots.shared_figures(trials, scene) if one.name == "agreement")
+    assert overlapping_texts(drawn.figure) == []
+
+
+def test_a_smaller_input_has_patches_of_its_own(results: Results, answered: pd.DataFrame) -> None:
+    rows = shared.overview(answered)
+    small = rows.assign(tokens=[[40, 40] if name == "ToMe" else list(row) for name, row in zip(
+        rows["variant"], rows["tokens"], strict=True)])  # fmt: skip
+    pairs, left = agreement.matrix(small, results.images)
+    assert left == ["ToMe"] and "ToMe" not in set(pairs["first"])
+    assert "Not here, because its patches are not those of the full image: ToMe." in coverage.caption(small)
 
 
 def test_a_method_that_reduces_in_the_first_block_is_compared_on_the_full_grid() -> None:

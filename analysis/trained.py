@@ -1,0 +1,56 @@
+"""What finetuning with a reducer in place gives back, and what one training serves, in plain sentences."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis import stats
+from analysis.comparison import Finding, spoken
+from analysis.matching import dense_gmacs, paired
+from analysis.plots import finetuning as _finetuning
+from analysis.plots import transfer as _transfer
+from analysis.tables import percent
+
+
+def finetuned(trials: pd.DataFrame) -> list[Finding]:
+    """What finetuning gives back, by series."""
+    found = []
+    pairs = _finetuning.pairs(trials)
+    corrected = dict(zip(map(id, pairs), stats.holm([one.paired.p_value for one in pairs]), strict=True))
+    for name in dict.fromkeys(one.name for one in pairs):
+        part = [one for one in pairs if one.name == name]
+        moved = [one.paired.difference for one in part]
+        clear = sum(corrected[id(one)] < stats.ALPHA for one in part)
+        text = (
+            f"Finetuning {spoken(name)} with the reduction in place changes top-1 by {percent(min(moved), sign=True)} "
+            f"to {percent(max(moved), sign=True)} points at the same setting; told apart at {clear} of "
+            f"{len(part)} (Holm)."
+        )
+        keys = tuple(dict.fromkeys(key for one in part for key in one.keys))
+        found.append(Finding(text, keys=keys, headline=True))
+    return found
+
+
+def transferred(trials: pd.DataFrame) -> list[Finding]:
+    """What is lost by evaluating at a budget that was not trained for, against the training for that budget."""
+    rows = _transfer.labelled(trials)
+    rows = rows[rows["trained"] != _transfer.PLAIN]
+    found = []
+    for method, part in rows.groupby("method", sort=False):
+        homes = part[part["home"]].to_dict("records")
+        tests = []
+        for row in part[~part["home"]].to_dict("records"):
+            near = [home for home in homes if abs(home["gmacs_mean"] - row["gmacs_mean"]) <= 0.03 * dense_gmacs(trials)]
+            test = paired(row, near[0]) if near else None
+            tests += [(test, row)] if test is not None else []
+        if tests:
+            moved = [test.difference for test, _ in tests]
+            clear = sum(p < stats.ALPHA for p in stats.holm([test.p_value for test, _ in tests]))
+            text = (
+                f"{method}: evaluated at a budget it was not trained for, top-1 differs by "
+                f"{percent(min(moved), sign=True)} to {percent(max(moved), sign=True)} points from the training for "
+                f"that budget; told apart at {clear} of {len(tests)} (Holm)."
+            )
+            keys = tuple(dict.fromkeys(key for _, row in tests for key in row["keys"]))
+            found.append(Finding(text, keys=keys, headline=True))
+    return found

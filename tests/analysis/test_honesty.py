@@ -1,0 +1,214 @@
+"""The report claims no more than the tests behind it, names every mark, and says what it leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from analysis import beside, findings, page, plots, published, questions, style, tables
+from analysis.comparison import Comparison, comparisons, natural, tally, versus
+from analysis.frame import Results, read_results, tidy
+from analysis.matching import merge_seeds
+from analysis.outcomes import with_answers
+from analysis.plots import clutter, difference, placement
+from analysis.report import write_analysis
+from tests.analysis.synthetic import DENSE_GMACS, Maker
+from tests.analysis.test_plots import WORDS, legend, overlapping_texts
+
+
+def rows_of(maker: Maker) -> pd.DataFrame:
+    return with_answers(tidy(maker.frame()), maker.images)
+
+
+def test_a_dearer_trial_does_not_stand_in_at_a_target_it_was_not_set_to() -> None:
+    maker = Maker(images=500)
+    for name, shares in (("A", (0.33, 0.5)), ("B", (0.33, 0.5)), ("late", (0.355, 0.5))):
+        for share in shares:
+            target = share if share != 0.355 else 0.36
+            maker.add("s", name, reducer=[{"name": name}], blocks=[3], keep=share, accuracy=0.5 + share, target=target)
+    rows = merge_seeds(rows_of(maker))
+    cheap = 0.33 * DENSE_GMACS
+    assert "late" not in {one.name for one in versus(rows, "A", by="variant") if one.level == pytest.approx(cheap)}
+    first = comparisons(rows, by="variant")[0]
+    assert first.level == pytest.approx(cheap) and "late" in [name for name, _ in first.left_out]
+
+
+def test_being_clear_is_said_of_the_leader_that_is() -> None:
+    def one(first: str, second: str, standing: str) -> Comparison:
+        rows = pd.DataFrame({"variant": [first, second], "keys": [["a"], ["b"]], "top1": [0.8, 0.7]})
+        return Comparison(1.0, rows, "variant", (standing,))
+
+    head = tally([one("ATS", "top-K", "worse"), one("ATS", "top-K", "same"), one("top-K", "ATS", "same")], "series")
+    assert head is not None and head.keys == ("a", "b")
+    assert "ATS has the highest top-1 at 2 of 3 costs (clear of every other at 1); top-K" in head.text
+    assert "top-K has the highest top-1 at 1 of 3 costs. " in head.text
+    none = tally([one("ATS", "top-K", "same")], "series")
+    assert none is not None and "; at none clear of every other" in none.text
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "words"),
+    [
+        (5, 0, "pays"),
+        (1, 0, "helps in 1 of 8 cases and is not distinguishable in the others"),
+        (0, 1, "harms in 1 of 8 cases and is not distinguishable in the others"),
+        (0, 6, "does not pay"),
+        (2, 2, "pays at some costs and not at others"),
+        (0, 0, "is not distinguishable from a smaller budget"),
+    ],
+)
+def test_one_clear_difference_of_many_is_not_a_verdict(better: int, worse: int, words: str) -> None:
+    assert questions._pays(better, worse, 8) == words
+
+
+def test_a_claim_about_ats_in_print_is_not_laid_on_others(results: Results, answered: pd.DataFrame) -> None:
+    rows = answered[answered["spec"] == "single_multi_stage"]
+    assert all("ATS" in what for what in beside.beside("single_multi_stage", rows)["what"])
+    for said in questions.stages(rows):
+        assert ("in print" in said.text) == said.text.startswith("ATS")
+
+
+def test_trials_at_settings_of_their_own_are_named_once(answered: pd.DataFrame) -> None:
+    rows = answered[answered["spec"] == "sampling_method"]
+    said = findings.answers("sampling_method", rows)
+    name = "inverse transform (official), as many points as patches"
+    assert sum(name in one.detail for one in said) == 0
+    assert sum(one.text.startswith("Run at settings of their own") and name in one.text for one in said) == 1
+    assert natural([]) is None
+
+
+def test_printed_values_beside_ours_are_those_of_the_reference_table() -> None:
+    table = published.load()
+    ats = table[table["source"].str.startswith("ATS")]
+    placed = ats[ats["table"] == "Table A.4"]
+    stages = [setting.removeprefix("stage(s) ") for setting in placed["setting"]]
+    printed = dict(zip(stages, placed["top1"], strict=True))
+    assert {name.split(" ")[1]: top1 for name, top1 in beside.PLACEMENTS.items()} == printed
+    samplers = ats[ats["table"] == "Table A.3"]
+    assert sorted(top1 for _, top1 in beside.SAMPLERS.values()) == sorted(samplers["top1"])
+    assert set(samplers["gflops"]) == {2.9}
+    stacked = ats[ats["table"] == "Table A.5"].set_index("method")
+    for method, pair in (("EViT (30 epochs)", beside.EVIT_ALONE), ("EViT (30 epochs) + ATS", beside.EVIT_AND_ATS)):
+        assert (stacked.loc[method, "top1"], stacked.loc[method, "gflops"]) == pair
+    small = table[(table["model"] == "DeiT-S") & table["table"].isin(["Table 1", "README"])]
+    for name, (_, top1, gflops, where) in beside.METHODS.items():
+        here = small[small["method"].fillna("").str.startswith(name)]
+        assert (top1, gflops) in set(zip(here["top1"], here["gflops"], strict=True)), (name, where)
+    dense = ats[(ats["table"] == "Table 1") & (ats["model"] == "DeiT-S") & ats["method"].isna()].iloc[0]
+    assert (dense["gflops"], dense["top1"]) == (beside.DEIT_S, beside.DEIT_S_TOP1)
+
+
+def test_an_order_of_numbers_says_which_are_told_apart(answered: pd.DataFrame) -> None:
+    found = beside.beside("class_token", answered[answered["spec"] == "class_token"])
+    assert len(found) == 1 and "told apart from the first (Holm): " in found["measured here"].iloc[0]
+
+
+def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
+    maker = Maker(images=60)
+    why = "out of reach: this method costs 0.77 to 1 of the dense model here"
+    maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8, target=0.5)
+    late = maker.add("s", "late", reducer=[{"name": "ats"}], blocks=[9], keep=0.5, accuracy=0.8, target=0.5,
+                     reached=False, target_note=why)  # fmt: skip
+    results = read_results(maker.save(tmp_path))
+    table = tables.measured(results.finished)
+    assert [text for text in tables.reasons(table) if text] == [why]
+    written = write_analysis(results)
+    text = written.report.read_text(encoding="utf-8")
+    assert f'<tr class="why"><td colspan="{tables.display(table).shape[1]}">* {why}</td></tr>' in text
+    assert f"{late['key'][:8]}, block 9, target" in (tmp_path / "tables" / "s.md").read_text(encoding="utf-8")
+    assert why in set(pd.read_csv(tmp_path / "tables" / "s.csv")["target_note"].dropna())
+
+
+def test_the_plain_models_numbers_say_where_they_come_from(tmp_path: Path) -> None:
+    maker = Maker(images=60)
+    maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8)
+    shown = tables.display(tables.measured(tidy(maker.frame())))
+    assert shown.loc[shown["variant"] == "dense", "trial"].tolist() == ["every trial"]
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (
+            ["run", "--data", "/srv/data/imagenet-val", "--out", "results/a"],
+            "run --data …/imagenet-val --out results/a",
+        ),
+        ("run --weights=/srv/data/deit.safetensors --seed 1/2", "run --weights=…/deit.safetensors --seed 1/2"),
+        ("run --specs 'methods k_values' ~/x/y ./a/b", "run --specs 'methods k_values' ~/x/y ./a/b"),
+        (None, ""),
+    ],
+)
+def test_the_command_does_not_say_where_files_lie_on_a_machine(command: object, shown: str) -> None:
+    assert page._command(command) == shown
+
+
+def test_sets_of_blocks_have_room_for_their_names_and_marks_are_explained() -> None:
+    maker = Maker(images=60)
+    sets = ([0, 4, 8], [3, 6, 9], list(range(3, 12)), [4, 7, 10])
+    for blocks in (*([b] for b in range(12)), *sets):
+        for share in (0.36, 0.5, 0.6, 0.7):
+            if blocks != [5] or share != 0.5:  # a gap between neighbours
+                maker.add("stage_placement", "p", reducer=[{"name": "ats"}], blocks=blocks, keep=share, accuracy=0.8,
+                          target=share, x=share)  # fmt: skip
+    figure = placement.placement(rows_of(maker), title="A title", subtitle=WORDS["subtitle"])
+    assert overlapping_texts(figure) == []
+    assert {"95 % interval over images", "dense model"} <= set(legend(figure))
+    assert "interpolated between neighbours" in legend(figure)  # block 5 has 0.36 and 0.6 on either side of 0.5
+    accuracy = figure.axes[0]
+    joined = [line for line in accuracy.lines if line.get_linestyle() == "-" and len(np.asarray(line.get_xdata())) > 2]
+    assert joined and all(np.diff(np.asarray(line.get_xdata(), dtype=float)).max() < 1.01 for line in joined)
+
+
+def test_lines_do_not_cross_blocks_that_were_not_measured() -> None:
+    maker = Maker(images=60)
+    for block in (0, 1, 3, 6):
+        maker.add("stage_placement", "p", reducer=[{"name": "ats"}], blocks=[block], keep=0.5, accuracy=0.8, target=0.5)
+    accuracy = placement.placement(rows_of(maker), title="A title", subtitle="").axes[0]
+    drawn = [c.lines[0] for c in accuracy.containers]
+    assert sorted(len(np.asarray(line.get_xdata())) for line in drawn) == [1, 1, 2]
+
+
+def test_a_cross_and_the_bars_are_in_the_legend_of_differences(answered: pd.DataFrame) -> None:
+    rows = answered[answered["spec"] == "evit_stacking"]
+    found = difference.find(rows, "EViT")
+    figure = difference.difference(found, rows, looks=style.assign_looks(rows), title="A title", subtitle="")
+    crossed = any(one.how == "interpolated" for one in found)
+    assert ("interpolated between neighbours" in legend(figure)) == crossed
+    assert "paired 95 % interval" in legend(figure)
+
+
+def test_a_trial_that_removes_nothing_tells_how_hard_images_are() -> None:
+    maker = Maker(images=60)
+    maker.add("s", "K = all", reducer=[{"name": "topk"}], blocks=[3], keep=1.0, accuracy=0.8)
+    rows = tidy(maker.frame())
+    key = rows["key"].iloc[0]
+    maker.images[key]["correct"] = maker.images[key]["dense_correct"]
+    hard = clutter.hardness(rows, maker.images)
+    assert hard is not None and len(hard) == 60
+    maker.images[key]["correct"] = ~maker.images[key]["dense_correct"]
+    assert clutter.hardness(rows, maker.images) is None
+    assert clutter.question(clutter.HARDNESS) != clutter.question(clutter.CLUTTER)
+
+
+def test_text_is_as_wide_in_the_file_as_it_was_laid_out() -> None:
+    with style.theme():
+        inches = []
+        for dpi in (72, 100, page.PNG_DPI):
+            figure = Figure(dpi=dpi)
+            canvas = FigureCanvasAgg(figure)
+            text = figure.text(0.1, 0.5, "inverse transform (unsorted)  15", fontsize=7.5)
+            inches.append(text.get_window_extent(canvas.get_renderer()).width / dpi)
+    assert inches == pytest.approx([inches[0]] * 3, rel=0.01)
+
+
+def test_pictures_say_that_only_stored_thumbnails_were_ranked(results: Results, answered: pd.DataFrame) -> None:
+    pictures = page.read_samples(results.folder / "samples")
+    scene = plots.Scene(results.images, {}, "subtitle", pictures, "digits_vit_small", count=400)
+    drawn = plots.spec_figures("adaptivity", "Adaptivity", answered[answered["spec"] == "adaptivity"], scene)
+    caption = next(one.caption for one in drawn if one.name == "adaptivity_extremes")
+    assert f"Only the {len(pictures)} images whose thumbnails the run stored are ranked, not all 400" in caption
