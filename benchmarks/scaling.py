@@ -14,7 +14,7 @@ from benchmarks.counts import Counts
 from benchmarks.memory import peak_bytes
 from benchmarks.speed import DENSE
 from benchmarks.subjects import Subject, ats, packed
-from benchmarks.timing import Run, take_turns
+from benchmarks.timing import Run, Turns, take_turns
 from reducers import Drop, EViT, Placement, Ratio, ToMe, at, every, reduce_tokens
 from reducers.base import Decision, State, TokenReducer
 from reducers.signals import Signals
@@ -30,7 +30,7 @@ class Point:
     batch: int
     gmacs: float | None = None  # of one image, as executed
     milliseconds: float | None = None  # of one image: the median forward pass by the batch
-    speedup: float | None = None  # median over the rounds of dense time / this time
+    speedup: float | None = None  # median over the pairs of dense time / this time
     peak_mib: float | None = None  # of the whole batch, beyond weights and images
     memory_ratio: float | None = None  # this / dense
     deciding: float | None = None  # share of the time that goes when the decisions are known beforehand
@@ -106,10 +106,10 @@ def measure(model: Any, counts: Counts, images: Tensor, *, rounds: int = 5, warm
                     **shape,
                     gmacs=cost[name] / 1e9,
                     milliseconds=1e3 * turns.median(name) / batch,
-                    speedup=turns.ratio(name, to=DENSE).median,
+                    speedup=turns.ratio(name).median,
                     peak_mib=peaks[name] / 2**20,
                     memory_ratio=peaks[name] / peaks[DENSE],
-                    deciding=None if name == DENSE else 1 - 1 / turns.ratio(_known(name), to=name).median,
+                    deciding=None if name == DENSE else _share(turns, name),
                 )
             )
     return points
@@ -123,6 +123,11 @@ def decided(placement: Placement) -> Placement:
 
 def _on(run: nn.Module, images: Tensor) -> Run:
     return lambda number: run(images)
+
+
+def _share(turns: Turns, name: str) -> float:
+    """Share of a variant's time that deciding takes: what it saves to know the decisions."""
+    return 1 - turns.ratio(name).median / turns.ratio(_known(name)).median
 
 
 def _known(name: str) -> str:

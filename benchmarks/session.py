@@ -122,9 +122,10 @@ def _write_speed(
         f"On {machine.sentence(known)}.",
         *ready.notes,
         f"All variants took turns in one process, {scenario.effort.rounds} rounds ({speed.AT_BATCH_1} times as many at "
-        "batch 1), each round in another order and each variant twice, of which the second run counts; speed-ups are "
-        "medians and quartiles of the ratios within a round to timm's own forward on fused attention. Efficiency = "
-        "speed-up / GMACs ratio. Only ratios within a table mean anything.",
+        "batch 1), each round in another order; each turn is a pair, the variant and timm's own forward on fused "
+        "attention one right after the other, each run twice of which the second counts. Speed-ups are medians and "
+        "quartiles of the ratios within a pair. Efficiency = speed-up / GMACs ratio. Only ratios within a table mean "
+        "anything.",
         f"Peak memory: ratio to the dense model's, beyond weights and images ({memory.HOW[source.device.type]}).",
     ]
     if any(row["kind"] in ("padded", "masked") for row in rows):

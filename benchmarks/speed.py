@@ -33,7 +33,7 @@ class Timing:
     gmacs_ratio: float | None = None  # dense / this
     milliseconds: float | None = None  # median of one forward pass; comparable within one table only
     images_per_second: float | None = None
-    speedup: float | None = None  # median over the rounds of dense time / this time
+    speedup: float | None = None  # median over the pairs of dense time / this time
     speedup_low: float | None = None  # first and third quartile of the same
     speedup_high: float | None = None
     efficiency: float | None = None  # speed-up / GMACs ratio: 1 where time follows cost
@@ -56,7 +56,7 @@ class Effort:
     training_batch: int | None = None  # None: no training step
 
 
-AT_BATCH_1 = 8
+AT_BATCH_1 = 4
 """Times as many rounds at batch 1, which takes milliseconds and is noisier for it."""
 
 
@@ -156,10 +156,10 @@ def _row(
     training: Turns | None,
     training_batch: int | None,
 ) -> Timing:
-    speed, ratio, middle = turns.ratio(name, to=DENSE), cost[DENSE] / cost[name], turns.median(name)
+    speed, ratio, middle = turns.ratio(name), cost[DENSE] / cost[name], turns.median(name)
     step: Quartiles | None = None
     if training is not None and name in training.seconds:
-        step = training.ratio(name, to=DENSE)
+        step = training.ratio(name)
     return Timing(
         variant=name,
         kind=kind,

@@ -1,8 +1,9 @@
 """Times of variants that took turns in one process.
 
-Absolute times depend on the machine and on what else it does; ratios of runs that took turns depend on neither. Each
-round runs every variant twice and times the second, as if it ran by itself, in an order that changes from round to
-round; the ratio to the dense model is taken within the round.
+Absolute times depend on the machine and on what else it does, which may change within seconds; ratios of runs side by
+side depend on neither. So each turn of a variant is a pair: it and the dense model, one right after the other, each run
+twice of which the second is timed, as if it ran by itself. Which of the two comes first changes from round to round, as
+does the order of the variants.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds of every variant, round by round, and why some have none."""
+    """Seconds of every variant, round by round, those of the first variant right beside it, and why some have none."""
 
     seconds: dict[str, list[float]]
+    beside: dict[str, list[float]]
     errors: dict[str, str]
 
-    def ratio(self, name: str, *, to: str) -> Quartiles:
-        """How many times faster than ``to`` the variant is, from ratios taken within each round."""
-        pairs = zip(self.seconds[to], self.seconds[name], strict=True)
+    def ratio(self, name: str) -> Quartiles:
+        """How many times faster than the first variant it is, from ratios taken within each pair."""
+        pairs = zip(self.beside[name], self.seconds[name], strict=True)
         return Quartiles.of([other / own for other, own in pairs])
 
     def median(self, name: str) -> float:
@@ -69,7 +71,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def take_turns(runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int, seed: int = 0) -> Turns:
-    """Time each variant once a round; the first of them is what the others are compared with, and must not fail.
+    """Time each variant once a round, beside the first of them, which must not fail.
 
     Another that fails (out of memory, most often) is left out with its reason, and the others go on.
     """
@@ -86,13 +88,25 @@ def take_turns(runs: Mapping[str, Run], device: torch.device, *, rounds: int, wa
                     raise
                 errors[name] = _reason(error)
     times: dict[str, list[float]] = {name: [] for name in runs if name not in errors}
-    order, shuffler = list(times), random.Random(seed)
+    beside: dict[str, list[float]] = {name: [] for name in times}
+    order, shuffler = [name for name in times if name != first] or [first], random.Random(seed)
     for number in range(rounds):
         shuffler.shuffle(order)
         for name in order:
-            seconds(partial(runs[name], number), device)  # not counted: caches and memory become this variant's own
-            times[name].append(seconds(partial(runs[name], number), device))
-    return Turns(times, errors)
+            pair = dict.fromkeys([first, name] if shuffler.random() < 0.5 else [name, first])
+            timed = {one: _settled(partial(runs[one], number), device) for one in pair}
+            times[name].append(timed[name])
+            beside[name].append(timed[first])
+    if len(times) > 1:
+        times[first] = [value for name in order for value in beside[name]]
+        beside[first] = times[first]
+    return Turns(times, beside, errors)
+
+
+def _settled(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a second call: after the first, caches and memory are this variant's own."""
+    seconds(run, device)
+    return seconds(run, device)
 
 
 def _reason(error: Exception) -> str:

@@ -59,18 +59,28 @@ def counts_of(kept: list[list[int]], *, k: int, initial: int = 64) -> Counts:
 # ---- times and ratios
 
 
-def test_ratios_are_taken_within_a_round() -> None:
-    turns = Turns({"dense": [4.0, 8.0, 2.0], "half": [2.0, 4.0, 1.0]}, {})
-    assert turns.ratio("half", to="dense") == Quartiles(2.0, 2.0, 2.0)
+def test_ratios_are_taken_within_a_pair() -> None:
+    beside = [4.0, 8.0, 2.0]
+    turns = Turns({"dense": [1.0], "half": [2.0, 4.0, 1.0]}, {"dense": [1.0], "half": beside}, {})
+    assert turns.ratio("half") == Quartiles(2.0, 2.0, 2.0)
+    assert turns.ratio("dense") == Quartiles(1.0, 1.0, 1.0)
     assert turns.median("half") == 2.0
 
 
-def test_every_variant_runs_once_a_round_and_sees_the_round() -> None:
-    seen: dict[str, list[int]] = {"a": [], "b": []}
-    turns = take_turns({name: seen[name].append for name in seen}, CPU, rounds=3, warmup=2)
-    runs = [0, 1, 0, 0, 1, 1, 2, 2]  # two of warm-up, then each round twice, of which the second counts
-    assert seen == {"a": runs, "b": runs}
-    assert [len(times) for times in turns.seconds.values()] == [3, 3]
+def test_every_variant_takes_its_turn_beside_the_first_and_sees_the_round() -> None:
+    calls: list[tuple[str, int]] = []
+    runs = {name: (lambda number, name=name: calls.append((name, number))) for name in ("a", "b", "c")}
+    turns = take_turns(runs, CPU, rounds=3, warmup=2)
+    warmup, timed = calls[:6], calls[6:]
+    assert sorted(warmup) == [(name, number) for name in "abc" for number in (0, 1)]
+    pairs = [timed[start : start + 4] for start in range(0, len(timed), 4)]
+    for place, pair in enumerate(pairs):
+        assert pair[0] == pair[1] and pair[2] == pair[3], "each twice, of which the second counts"
+        assert {number for _, number in pair} == {place // 2}
+        assert [name for name, _ in (pair[0], pair[2])].count("a") == 1, "and always with the first one"
+    assert len(pairs) == 6 and {pair[0][0] for pair in pairs} > {"a"}, "which of the two is first changes"
+    assert {name: len(times) for name, times in turns.seconds.items()} == {"a": 6, "b": 3, "c": 3}
+    assert [len(turns.beside[name]) for name in "bc"] == [3, 3]
 
 
 def test_a_variant_that_fails_is_left_out_with_its_reason() -> None:

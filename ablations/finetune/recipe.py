@@ -131,7 +131,7 @@ class Recipe:
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "embedded": {
-        "epochs": 3, "images": 3072, "batch": 64, "lr": 3e-4, "min_lr": 1e-6, "weight_decay": 0.01, "warmup": 0.25,
+        "epochs": 3, "images": 2048, "batch": 64, "lr": 3e-4, "min_lr": 1e-6, "weight_decay": 0.01, "warmup": 0.25,
         "clip": 1.0, "augment": "light", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.05, "amp": "none",
         "holdout": 256,
     },
