@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         train_data=arguments.train_data or None,
         model=arguments.model or None,
         weights=arguments.weights or None,
-        specs=tuple(arguments.specs.split()),
+        specs=tuple(" ".join(arguments.specs).split()),  # one argument or several
         limit=arguments.limit,
         batch=arguments.batch,
         strict=arguments.strict,

@@ -14,7 +14,7 @@ examples:
   python -m ablations list --reducers             every method with its properties
   python -m ablations validate my_question.yaml   check a spec; nothing is run
   python -m ablations run                         all specs on the embedded workload, into results/
-  python -m ablations run --specs "k_values class_token" --limit 200 --out out/quick
+  python -m ablations run --specs k_values class_token --limit 200 --out out/quick
   python -m ablations run --workload imagefolder --data IMAGES --model deit_small_patch16_224 --out out/imagenet
   python -m ablations run --serial --specs k_values     in this process: the way to debug a trial
   python -m ablations run --specs model_scaling --workload imagefolder --data IMAGES \
@@ -99,7 +99,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     running = subparsers.add_parser("run", help="run what is not finished yet", formatter_class=raw, epilog=_EPILOG)
     running.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (results)")
-    running.add_argument("--specs", default="", metavar='"A B"', help="names of specs or .yaml files (all)")
+    running.add_argument("--specs", nargs="+", default=[], metavar="SPEC", help="names of specs or .yaml files (all)")
     _model_options(running)
     _data_options(running)
     running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")

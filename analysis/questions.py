@@ -226,12 +226,17 @@ def speed(trials: pd.DataFrame) -> list[Finding]:
         faster, ratio = part["faster"], part["ratio"]
         batches = sorted({f"{size:g}" for size in part["at_batch"].dropna()}, key=float)
         text = (
-            f"{spoken(name)}: {faster.min():.2f} to {faster.max():.2f} times as fast as dense at {ratio.min():.2f} to "
-            f"{ratio.max():.2f} times fewer GMACs: {percent((faster / ratio).min())} to "
-            f"{percent((faster / ratio).max())} % of the ratio (batch {', '.join(batches)})."
+            f"{spoken(name)}: {_range(f'{faster.min():.2f}', f'{faster.max():.2f}')} times as fast as dense at "
+            f"{_range(f'{ratio.min():.2f}', f'{ratio.max():.2f}')} times fewer GMACs: "
+            f"{_range(percent((faster / ratio).min()), percent((faster / ratio).max()))} % of the ratio "
+            f"(batch {', '.join(batches)})."
         )
         found.append(Finding(text, keys=tuple(part["key"]), headline=True))
     return found
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
 
 
 def tokens(trials: pd.DataFrame) -> list[Finding]:
