@@ -101,14 +101,26 @@ def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, s
              Line2D([], [], label="off the shelf", linestyle=(0, (4, 2)), markerfacecolor="white", **grey)]  # fmt: skip
     seeds = [style.seeds_handle()] if (rows["seeds"] > 1).any() else []
     series = [style.handle(name, own) for name in names]
-    style.put_legend(figure, [*series, *kinds, style.interval_handle(), *seeds, style.dense_handle()])
+    tuned_dense = [Line2D([], [], label="dense model, finetuned", **TUNED_DENSE)] if len(_tuned_dense(trials)) else []
+    style.put_legend(figure, [*series, *kinds, style.interval_handle(), *seeds, style.dense_handle(), *tuned_dense])
     return style.finish(figure)
+
+
+TUNED_DENSE: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 14,
+    "linestyle": "none",
+    "markerfacecolor": "white",
+    "markeredgecolor": style.DENSE_COLOUR,
+}
+
+
+def _tuned_dense(trials: pd.DataFrame) -> pd.DataFrame:
+    return trials[trials["dense"] & trials["finetuned"]]
 
 
 def _draw_tuned_dense(axes: Axes, trials: pd.DataFrame) -> None:
     """The plain model finetuned by the same recipe, where it was run: the fair upper end."""
-    dense = trials[trials["dense"] & trials["finetuned"]]
+    dense = _tuned_dense(trials)
     if len(dense):
-        look: dict[str, Any] = {"marker": "*", "markersize": 14, "linestyle": "none", "markerfacecolor": "white"}
-        look |= {"markeredgecolor": style.DENSE_COLOUR, "gid": "tuned-dense"}
-        axes.plot([dense_gmacs(trials)], [100 * float(dense["top1"].mean())], **look)
+        axes.plot([dense_gmacs(trials)], [100 * float(dense["top1"].mean())], gid="tuned-dense", **TUNED_DENSE)
