@@ -149,6 +149,7 @@ class _Run:
         }
         if self.tuned is not None:
             row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
+            row["training"] = self.tuned.record.get("training", row["training"])  # with the budget that was found
         if self.solution is not None and context.calibration is not None:
             row["calibration_images"] = len(context.calibration)
         if not context.facts.class_token:
@@ -259,7 +260,7 @@ def _check_inputs(trial: Trial, context: TrialContext) -> None:
         ("data", trial.data_digest, context.workload.digest),
         ("weights", trial.weights_digest, context.facts.weights_digest),
     ]
-    if trial.target is not None:
+    if trial.target is not None or trial.calibration:
         if context.calibration is None:
             raise TrialError("a trial with a target needs calibration images, and its context has none")
         inputs.append(("calibration images", trial.calibration, context.calibration.digest))

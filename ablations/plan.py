@@ -17,6 +17,7 @@ from ablations.checks import (
     place_reducers,
     training_of,
 )
+from ablations.finetune.aim import aimed
 from ablations.labels import budget_number
 from ablations.plain import Place, SpecError, substitute
 from ablations.spec import Arm, SpecFile
@@ -103,7 +104,7 @@ def _trial(
         target=None if share is None else float(share),
         training=training,
         measure=arm.measure or "",
-        calibration="" if share is None else target.calibration,
+        calibration=target.calibration if share is not None or aimed(training) else "",
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from safetensors.torch import save_file
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 
 from ablations.files import atomic, locked
 from ablations.finetune import checkpoint
+from ablations.finetune.aim import aimed, settled
 from ablations.finetune.loop import FinetuneError, Finetuning
 from ablations.finetune.recipe import Recipe, parse_recipe
 from ablations.trial import ModelFacts
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
+
+if TYPE_CHECKING:
+    from ablations.inputs import TrialContext
 
 log = logging.getLogger(__name__)
 
@@ -122,10 +127,13 @@ def finetuned(training: str, context: Context, *, report: Callable[[dict[str, An
         data=context.data,
         train_data=getattr(context, "train_data", None),
     )
-    recipe = parse_recipe(training, workload=context.workload.name)
+    training = settled(training, cast("TrialContext", context)) if aimed(training) else training
+    written = json.loads(training)
+    aim = written.pop("target", None)
+    recipe = parse_recipe(written, workload=context.workload.name)
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=context.workload)
     about = identity(recipe, model=context.facts.name, weights_digest=context.facts.weights_digest, images=images)
-    return train_or_load(
+    done = train_or_load(
         recipe,
         context.model,
         images,
@@ -135,6 +143,7 @@ def finetuned(training: str, context: Context, *, report: Callable[[dict[str, An
         workers=access.workers,
         report=report,
     )
+    return done if aim is None else dataclasses.replace(done, record={**done.record, "training": training})
 
 
 def identity(recipe: Recipe, *, model: str, weights_digest: str, images: TrainingImages) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def _first_budget(stages: Any) -> dict[str, Any] | None:
 
 
 def labelled(trials: pd.DataFrame) -> pd.DataFrame:
-    """Rows with seeds merged, ``method`` (its reducers), ``trained`` (the budget) and ``home`` (evaluated where it was
-    trained: the row nearest in cost among those evaluated with the very stages of the training).
+    """Rows with seeds merged, ``method`` (its reducers), ``trained`` (the budget) and ``home`` (evaluated at the cost
+    that the training was aimed at, or with the very budget of the training).
     """
     rows = merge_seeds(trials[~trials["dense"]])
-    own = [_same_stages(row["training"], row["reducer"]) for row in rows.to_dict("records")]
+    own = [_at_home(row) for row in rows.to_dict("records")]
     return rows.assign(
         method=[" + ".join(reducer_names(text)) for text in rows["reducer"]],
         trained=[trained_at(text) for text in rows["training"]],
@@ -81,10 +81,13 @@ def labelled(trials: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _same_stages(training: str, reducer: str) -> bool:
+def _at_home(row: Mapping[Any, Any]) -> bool:
+    """Whether a row was evaluated at the cost its training was aimed at, or else with the very budget of it."""
     try:
-        recipe = json.loads(training) if training else {}
-        return bool(recipe) and _first_budget(recipe.get("stages")) == _first_budget(json.loads(reducer))
+        recipe = json.loads(row["training"]) if row["training"] else {}
+        if recipe and isinstance(recipe.get("target"), int | float):
+            return not pd.isna(row["target"]) and bool(np.isclose(row["target"], recipe["target"]))
+        return bool(recipe) and _first_budget(recipe.get("stages")) == _first_budget(json.loads(row["reducer"]))
     except ValueError:
         return False
 

@@ -311,7 +311,11 @@ def test_a_training_becomes_its_whole_recipe_with_canonical_stages(target: Targe
         ("x: target", "training: {epoch: 1}", r"base.training: unknown setting 'epoch'.*did you mean 'epochs'"),
         ("x: target", f"training: {TRAINED % 'at: 12'}", r"base.training.stages\[0\].at: block 12"),
         ("x: target", f"training: {TRAINED % 'at: 3'}", r"training.stages\[0\].stack\[0\]: .*budget"),
-        ("x: target", f"training: {(TRAINED % 'at: 3').replace('ats', 'ats, budget: {count: auto}')}", "fixed budgets"),
+        (
+            "x: target",
+            f"training: {(TRAINED % 'at: 3').replace('ats', 'ats, budget: {count: auto}')}",
+            "a training needs a budget",
+        ),
         ("x: target", "training: {epochs: $n}", r"\$n has no value"),
         ("title: A", "models: both\ntitle: A", "models: "),
         ("title: A", "default: 1\ntitle: A", "default: "),

@@ -1,0 +1,46 @@
+"""A training at a cost: ``training: {target: 0.5, stages: [… budget: {count: auto} …]}``.
+
+The budget that the reducer has in training is the one at which the plain model, before any training, costs that share
+of its multiply-adds; it is sought on the calibration images, as the target of an evaluation is.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ablations.auto import free_kinds
+from ablations.inputs import TrialContext
+from ablations.trial import Trial, canonical_json
+
+
+def aimed(training: str) -> bool:
+    """Whether a training leaves its budget to be sought."""
+    return bool(training) and bool(free_kinds(json.loads(training).get("stages")))
+
+
+def settled(training: str, context: TrialContext) -> str:
+    """The training with the budget that was found written in; its ``target`` stays, to be told. Others as they are."""
+    from ablations.calibrate import solve
+
+    recipe: dict[str, Any] = json.loads(training)
+    if not free_kinds(recipe.get("stages")):
+        return training
+    facts, images = context.facts, context.workload
+    trial = Trial(
+        spec="training",
+        variant="the reducer in training",
+        x=None,
+        stages=canonical_json(recipe["stages"]),
+        model=facts.name,
+        weights=facts.weights,
+        weights_digest=facts.weights_digest,
+        workload=images.name,
+        data_digest=images.digest,
+        images=len(images),
+        batch=1,
+        seed=0,  # of whatever seed the training is: they share what is tried
+        target=recipe["target"],
+    )
+    found = solve(trial, context)
+    return canonical_json({**recipe, "stages": json.loads(found.stages)})
