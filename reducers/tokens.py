@@ -36,11 +36,15 @@ class Layout:
         return cls(lengths, torch.full_like(lengths, prefix), images * tokens, (tokens, prefix))
 
     @classmethod
-    def ragged(cls, lengths: Tensor, prefix: Tensor, rows: int | None = None) -> Layout:
-        """Images of any lengths, read to the host here: the one wait for the device of an adaptive stage. ``rows``,
-        their sum, need not be said.
+    def ragged(cls, lengths: Tensor, prefix: Tensor, lead: int | None = None) -> Layout:
+        """Images of any lengths, read to the host here: the one wait for the device of an adaptive stage. ``lead``:
+        the prefix tokens of every image, where that is known.
         """
-        counts, leads = torch.stack([lengths, prefix]).tolist()
+        if lead is None:
+            counts, leads = torch.stack([lengths, prefix]).tolist()
+        else:
+            counts = lengths.tolist()
+            leads = [lead] * len(counts)
         rows, uniform = sum(counts), None
         if len(counts) == 1:  # one image is always uniform: alone and in a batch then differ only in packing
             uniform = (rows, leads[0])

@@ -7,6 +7,7 @@ it will throw away.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def packed_attention(
             v.view(keys.images, keys.uniform[0], *v.shape[1:]),
         )
         if _products_are_faster(q, keys.uniform[0], dropout):
-            return _by_products(*by_image, mask, scale).view(q.shape)
+            return _by_products(*by_image, mask, scale).reshape(q.shape)
         return _fused(*by_image, mask, scale, dropout).reshape(q.shape)
     if q.device.type == "cpu":
         return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
@@ -84,6 +85,11 @@ _AT_ONCE = 2**18  # attention logits: they stay in the cache between the two pro
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """As ``_fused``, without gradients: (B, N, H, d) in and out."""
+    if q.shape[0] == 1:
+        whole = mask if mask is None else mask[0]
+        return _one_by_products(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), whole, scale
+        ).transpose(0, 1)[None]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     step = max(_AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[1]), 1)
     q = q * scale
@@ -95,6 +101,14 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
         weights = torch.softmax(logits, -1, out=logits)
         out[some].transpose(1, 2).copy_(weights @ v[some].transpose(1, 2))
     return out
+
+
+def _one_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One image, (H, N, d) in and out, without gradients."""
+    logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if mask is not None:
+        logits += mask
+    return torch.bmm(torch.softmax(logits, -1, out=logits), v)
 
 
 def _varlen_takes(q: Tensor) -> bool:
@@ -135,15 +149,12 @@ def _image_by_image(
     if not plain:
         out = [_fused_one(qi, ki, vi, mask, scale, dropout) for (qi, ki, vi), mask in zip(parts, biases, strict=True)]
         return torch.cat(out, dim=1).transpose(0, 1) if out else q
-    whole, unused = torch.empty_like(q), q.new_empty(())
+    whole = torch.empty_like(q)
     for (qi, ki, vi), mask, place in zip(parts, biases, whole.split(queries.counts), strict=True):
         if ki.shape[1] > SMALL:
             out_i = _fused_one(qi, ki, vi, mask, scale, dropout)
         else:
-            logits = torch.baddbmm(unused, qi, ki.transpose(1, 2), beta=0, alpha=scale)
-            if mask is not None:
-                logits += mask
-            out_i = torch.bmm(torch.softmax(logits, -1, out=logits), vi)
+            out_i = _one_by_products(qi, ki, vi, mask, scale)
         place.copy_(out_i.transpose(0, 1))
     return whole
 
@@ -173,22 +184,27 @@ class PackedAttention:
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
 
+    def _gradients(self) -> AbstractContextManager[Any]:
+        """As they were when the block began; nothing to switch is the usual case, and costs nothing."""
+        as_begun = torch.is_grad_enabled() == self._differentiable
+        return nullcontext() if as_begun else torch.set_grad_enabled(self._differentiable)
+
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
-        qkv, width = self.attn.qkv, self.attn.attn_dim
-        bias = None if qkv.bias is None else qkv.bias[first * width : last * width]
-        with torch.set_grad_enabled(self._differentiable):
-            out = F.linear(x, qkv.weight[first * width : last * width], bias)
-            return out.view(x.shape[0], last - first, self.attn.num_heads, self.attn.head_dim)
+        qkv, width, parts = self.attn.qkv, self.attn.attn_dim, last - first
+        bias = None if qkv.bias is None else qkv.bias.narrow(0, first * width, parts * width)
+        out = F.linear(x, qkv.weight.narrow(0, first * width, parts * width), bias)
+        return out.view(x.shape[0], parts, self.attn.num_heads, self.attn.head_dim)
 
     def use_all_queries(self) -> None:
         """Say that every row will be asked for, so that queries, keys and values take one projection."""
         if "_keys_values" not in self.__dict__:
-            self._fused_qkv = self._project(self.x, 0, 3)
+            with self._gradients():
+                self._fused_qkv = self._project(self.x, 0, 3)
 
     @cached_property
     def _keys_values(self) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(self._differentiable):
+        with self._gradients():
             both = self._project(self.x, 1, 3) if self._fused_qkv is None else self._fused_qkv[:, 1:]
             return self.attn.k_norm(both[:, 0]), both[:, 1]
 
@@ -202,7 +218,7 @@ class PackedAttention:
 
     def queries(self, rows: Tensor | None = None) -> Tensor:
         """(Tq, H, d) of the given packed rows, or of all."""
-        with torch.set_grad_enabled(self._differentiable):
+        with self._gradients():
             if rows is None or self._fused_qkv is not None or self._all_queries is not None:
                 if self._all_queries is None:
                     q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv

@@ -176,8 +176,6 @@ def run_block(
     ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
     the batch returned mean nothing.
     """
-    if reducer is None and not record_attention and _runs_as_it_is(batch):
-        return _run_plain(block, batch, tracer)
     batch, entering, queries = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
     if not decide_only:
         added = block.ls2(block.mlp(block.norm2(batch.x)))
@@ -196,21 +194,24 @@ FEW = 1024
 residuals in place and freeing queries, keys and values early is worth more (measured: DeiT-Ti, two threads)."""
 
 
-def _runs_as_it_is(batch: TokenBatch) -> bool:
-    """Whether timm's own block computes the same: nothing but features travels with the tokens."""
+def runs_as_it_is(batch: TokenBatch) -> bool:
+    """Whether timm's own blocks compute the same: nothing but features travels with the tokens."""
     uniform = batch.layout.uniform
     if uniform is None or any(part is not None for part in (batch.key_bias, batch.received, batch.alive)):
         return False
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or batch.layout.rows <= FEW)
 
 
-def _run_plain(block: Block, batch: TokenBatch, tracer: Tracer | None) -> TokenBatch:
+def run_plain(blocks: nn.Sequential, batch: TokenBatch, tracer: Tracer | None) -> TokenBatch:
+    """Blocks in which nobody acts, one after another, by timm itself; the batch ``runs_as_it_is``."""
     layout = batch.layout
     assert layout.uniform is not None
-    x = block(batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])).flatten(0, 1)
-    batch = replace(batch, x=x)
+    x = batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])
+    for block in blocks:
+        x = block(x)
+    batch = replace(batch, x=x.flatten(0, 1))
     if tracer is not None:
-        account([block], batch, tracer)
+        account(blocks, batch, tracer)
     return batch
 
 

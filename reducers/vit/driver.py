@@ -19,7 +19,7 @@ from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 from reducers.vit.adapter import check_model
-from reducers.vit.block import account, run_block
+from reducers.vit.block import account, run_block, run_plain, runs_as_it_is
 from reducers.vit.head import classify, head_macs
 from reducers.vit.host import Host, carriers, embed, entrance, grid_of
 from reducers.vit.shared import Shared
@@ -85,8 +85,13 @@ class ReducedViT(nn.Module):
     @property
     def first_block(self) -> int:
         """The first block that does not compute what the plain model computes there; the depth if there is none."""
-        acts = [*self.placement.blocks, len(self.base.blocks)]
-        return min(block - _asks_previous(self.placement.blocks.get(block)) for block in acts)
+        return min(self._acting, default=len(self.base.blocks))
+
+    @property
+    def _acting(self) -> set[int]:
+        """Blocks with a reducer in them, or before one that asks for what happened there."""
+        placed = self.placement.blocks
+        return {*placed, *(block - 1 for block, reducer in placed.items() if _asks_previous(reducer))}
 
     def members(self) -> list[TokenReducer]:
         """Every reducer that acts, a stack's members one by one."""
@@ -118,10 +123,7 @@ class ReducedViT(nn.Module):
         grid = grid_of(base) if images.shape != asked else grid_of(base, images)
         state = State(0, depth, initial, grid, keys, self.training, plans, tracer=tracer, notes={})
         last = max(self.placement.blocks, default=-1) if cost_only else depth
-        for index in range(start, last + 1 if cost_only else depth):
-            if shared is not None and index == self.first_block:
-                shared.put(index, batch)
-            batch = self._block(batch, replace(state, block=index), decide_only=index == last)
+        batch = self._through(batch, state, start, last, shared)
         if tracer is not None:
             account(base.blocks[max(start, last + 1) :], batch, tracer)
             tracer.cost.both(head_macs(base, batch.layout))
@@ -130,6 +132,22 @@ class ReducedViT(nn.Module):
         for finish in _steps(members, "finish"):
             batch = finish(batch, replace(state, block=depth))
         return classify(base, batch, base.norm(batch.x))
+
+    def _through(self, batch: TokenBatch, state: State, start: int, last: int, shared: Shared | None) -> TokenBatch:
+        """From block ``start`` on to the end, or to block ``last``, which then only decides."""
+        blocks, acting, index = self.base.blocks, self._acting, start
+        end = min(last + 1, len(blocks))
+        while index < end:
+            if shared is not None and index == self.first_block:
+                shared.put(index, batch)
+            idle = min((block for block in acting if block >= index), default=end)
+            if idle > index and runs_as_it_is(batch):
+                batch = run_plain(blocks[index:idle], batch, state.tracer)
+                index = idle
+            else:
+                batch = self._block(batch, replace(state, block=index), decide_only=index == last)
+                index += 1
+        return batch
 
     def _image_keys(self, images: Tensor, shared: Shared | None) -> Tensor | None:
         if not any(member.uses_random for member in self.members()):
