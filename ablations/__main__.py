@@ -169,12 +169,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from ablations import train
     from ablations.finetune.recipe import parse_settings
     from ablations.inputs import use_exact_float32
+    from ablations.workloads import default_models
 
     known = train.trainable()
     if not arguments.methods:
         print("\n".join(["methods that can be trained:", *(f"  {name}" for name in known)]))
         return OK
-    model = arguments.model or train.default_model(arguments.workload)
+    model = arguments.model or default_models(arguments.workload)[0]
     depth = train.depth_of(model)
     settings = None if arguments.settings is None else train.parse_method_settings(arguments.settings)
     asked = [

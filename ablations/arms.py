@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ablations.auto import AUTO, Setting, Stages, budgets_in, free_kinds, write
+from ablations.auto import AUTO, Setting, Stages, budgets_in, filled
 from ablations.plain import parse_yaml, substitute
 from reducers import available
 
@@ -87,7 +87,6 @@ def example_stages(name: str) -> Stages:
 
 def usual(stages: Stages) -> Stages:
     """The stages with a usual number wherever a budget is sought."""
-    for kind in sorted(free_kinds(stages)):
-        stages = write(stages, kind, _USUAL[kind])
-    assert all(AUTO not in budget.values() for budget in budgets_in(stages))
-    return stages
+    chosen: Stages = filled(stages, _USUAL)
+    assert all(AUTO not in budget.values() for budget in budgets_in(chosen))
+    return chosen

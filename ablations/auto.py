@@ -17,6 +17,7 @@ Setting = int | Fraction
 
 AUTO = "auto"
 KINDS = ("count", "ratio", "drop")
+_ANY: Mapping[str, Setting] = dict.fromkeys(KINDS, 1)
 _WRITTEN = re.compile(r"\d+(?:\.\d+|/(\d+))?")
 _RATIO_STEPS = 1000  # a keep rate is sought in thousandths …
 _SAMPLERS = {"ats"}  # reducers whose count is of sample points, not of tokens
@@ -49,6 +50,13 @@ def stand_in(kind: str, stages: Any, patches: int) -> Setting:
 def write(stages: Any, kind: str, setting: Setting) -> Any:
     """The same data with every free budget of a kind set to one value."""
     return _with_budgets(stages, lambda b: {**b, kind: _plain(setting)} if b.get(kind) == AUTO else b)
+
+
+def filled(stages: Any, settings: Mapping[str, Setting] = _ANY) -> Any:
+    """The same data with a number wherever a budget is free, by kind: for what does not depend on which."""
+    for kind in sorted(free_kinds(stages)):
+        stages = write(stages, kind, settings[kind])
+    return stages
 
 
 def free(stages: Any, kind: str, setting: Setting) -> Any:
@@ -151,6 +159,6 @@ def _plain(setting: Setting) -> int | float | str:
 
 
 __all__ = [
-    "AUTO", "KINDS", "Setting", "Stages", "budgets_in", "drop_schedule", "free", "free_kinds", "ladder",
+    "AUTO", "KINDS", "Setting", "Stages", "budgets_in", "drop_schedule", "filled", "free", "free_kinds", "ladder",
     "setting_label", "settle", "stand_in", "write",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ablations.auto import Stages, free, free_kinds, stand_in, write
+from ablations.auto import Stages, filled, free, free_kinds, stand_in, write
 from ablations.labels import with_nested
 from ablations.plain import Place, did_you_mean, substitute, variables
 from ablations.spec import AblationSpec, Arm, SpecFile
@@ -101,51 +101,25 @@ def training_of(
     own = isinstance(place[1], int) and file.spec.arms[place[1]].training is not None
     spot: Place = (*(place if own else ("base",)), "training")
     given = substitute(arm.training, values)
-    stages, target, canonical = given.get("stages"), given.pop("target", None), None
+    stages, sought = given.get("stages"), False
     if stages:
         if not isinstance(stages, list) or not all(isinstance(s, dict) and {"at", "stack"} == set(s) for s in stages):
             raise file.error((*spot, "stages"), "a stage of the training is written {at: [3, 6, 9], stack: [...]}")
         placed = _placed(file, (*spot, "stages"), stages, {}, facts)
-        if placed.kind is not None and target is None:
-            raise file.error(
-                placed.place,
-                f"a training needs a budget: write a number in place of {{{placed.kind}: auto}}, or name the cost that "
-                "it is sought for, such as `training: {target: 0.5, …}`",
-            )
-        given, canonical = {**given, "stages": placed.placement.spec()}, placed.canonical
-    if target is not None:
-        _check_share(file, (*spot, "target"), target, sought=canonical is not None and bool(free_kinds_of(canonical)))
+        given, sought = {**given, "stages": json.loads(placed.canonical)}, placed.kind is not None
+    if given.get("target") is not None and not sought:
+        raise file.error((*spot, "target"), f"no budget of this training is free to meet a cost; write {_FORMS}")
     try:
-        recipe = parse_recipe(given, workload=workload).spec()
+        return canonical_json(parse_recipe(given, workload=workload).spec())
     except _BUILD_ERRORS as error:
         raise file.error(spot, str(error)) from error
-    if target is not None and canonical is not None:
-        recipe |= {"target": float(target), "stages": json.loads(canonical)}
-    return canonical_json(recipe)
-
-
-def free_kinds_of(canonical: str) -> set[str]:
-    """Which kinds of budget are free in stages as canonical JSON."""
-    return free_kinds(json.loads(canonical))
-
-
-def _check_share(file: SpecFile, place: Place, target: object, *, sought: bool) -> None:
-    if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 1:
-        raise file.error(
-            place, f"a target is a share of the dense model's multiply-adds, in (0, 1]; got {target!r:.40}"
-        )
-    if not sought:
-        raise file.error(place, f"the training names a cost, and no budget in it is free to meet it; write {_FORMS}")
 
 
 def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: str, depth: int) -> None:
     """A method that works only after training needs one that has it at the same block."""
     learned = set()
     if training:
-        stages = json.loads(training)["stages"]
-        for kind in free_kinds(stages):
-            stages = write(stages, kind, 1)  # any will do: who learns where is asked
-        trained_with = placement_from(stages, depth=depth)
+        trained_with = placement_from(filled(json.loads(training)["stages"]), depth=depth)
         learned = {(block, reducer.name) for block, reducer in _trained(trained_with)}
     for block, reducer in _trained(placed.placement):
         if (block, reducer.name) not in learned:

@@ -21,10 +21,11 @@ from ablations.files import atomic
 from ablations.inputs import DensePredictions, TrialContext, dense_predictions, device_name
 from ablations.probes import Probes
 from ablations.profile import Profile
-from ablations.session import RANDOM, Session, Subject
+from ablations.session import Session, Subject
 from ablations.store import write_json
 from ablations.trial import RESULT_VERSION, ModelFacts
 from ablations.workloads import Workload, open_model
+from ablations.workloads.models import RANDOM
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TRAINING_COLUMNS = ("epochs", "train_images", "train_seconds", "teacher")
+_TRAINING_COLUMNS = ("training", "epochs", "train_images", "train_seconds", "teacher")
 
 Report = Callable[[dict[str, Any]], None]
 """Takes what a long step tells of its progress, such as an epoch of finetuning."""
@@ -149,7 +149,6 @@ class _Run:
         }
         if self.tuned is not None:
             row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
-            row["training"] = self.tuned.record.get("training", row["training"])  # with the budget that was found
         if self.solution is not None and context.calibration is not None:
             row["calibration_images"] = len(context.calibration)
         if not context.facts.class_token:

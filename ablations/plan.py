@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.auto import free_kinds
 from ablations.checks import (
     LISTS,
     Placed,
@@ -17,7 +19,6 @@ from ablations.checks import (
     place_reducers,
     training_of,
 )
-from ablations.finetune.aim import aimed
 from ablations.labels import budget_number
 from ablations.plain import Place, SpecError, substitute
 from ablations.spec import Arm, SpecFile
@@ -104,8 +105,13 @@ def _trial(
         target=None if share is None else float(share),
         training=training,
         measure=arm.measure or "",
-        calibration=target.calibration if share is not None or aimed(training) else "",
+        calibration=target.calibration if share is not None or _seeks(training) else "",
     )
+
+
+def _seeks(training: str) -> bool:
+    """Whether the budget of a training is sought, on the calibration images too."""
+    return bool(training) and bool(free_kinds(json.loads(training)["stages"]))
 
 
 def _x(

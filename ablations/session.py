@@ -16,14 +16,11 @@ from ablations.plan import Target
 from ablations.spec import SpecFile, find_specs
 from ablations.store import Store
 from ablations.trial import RESULT_VERSION, ModelFacts, Trial
-from ablations.workloads import LoadedModel, Workload, open_model, open_workload, split_calibration
+from ablations.workloads import LoadedModel, Workload, default_models, open_model, open_workload, split_calibration
+from ablations.workloads.models import RANDOM
 from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MODELS = {"embedded": ("digits_vit_small", "digits_vit_tiny")}
-DEFAULT_MODEL = "deit_tiny_patch16_224"  # of every other workload
-RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Settings:
         if len(names) != len(set(names)):
             raise ValueError(f"--model {self.model!r} names a model twice; name each once")
         if not names:
-            names = list(DEFAULT_MODELS.get(self.workload, (DEFAULT_MODEL,)))
+            names = list(default_models(self.workload))
             if self.weights not in (None, RANDOM):
                 names = names[:1]  # the file is the main model's
         if len(names) == 1 or self.weights in (None, RANDOM):

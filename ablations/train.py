@@ -32,7 +32,7 @@ from reducers.placement import parse_blocks
 COLUMNS = ["method", "trained", "GMACs", "top-1 %", "random, same cost", "random, trained as long", "verdict"]
 
 _LENGTH = ("epochs", "images", "batch", "accumulate", "augment", "amp", "seed", "holdout")  # what "as long" means
-_OF_REDUCERS = ("stages", "reducer_lr_scale", "freeze")  # settings that say nothing to a model trained with random drop
+_OF_REDUCERS = ("stages", "target", "reducer_lr_scale", "freeze")  # which say nothing to random drop
 _BASELINES = {"random", "topk"}
 _BATCH = {True: 32, False: 120}  # evaluated at once: of large images, of small ones
 
@@ -117,11 +117,6 @@ def asked_for(
 def trainable() -> list[str]:
     """The methods that the spec of trained methods trains, those it compares them with left out."""
     return sorted({name for arm in written_arms(TRAINED) for name in arm.trains()} - _BASELINES)
-
-
-def default_model(workload: str) -> str:
-    """The model a workload is measured with where none is named."""
-    return "digits_vit_small" if workload == "embedded" else "deit_tiny_patch16_224"
 
 
 def depth_of(model: str) -> int:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.comparison import Finding, spoken
-from analysis.matching import dense_gmacs, paired
+from analysis.matching import MATCH, dense_gmacs, paired
 from analysis.plots import finetuning as _finetuning
 from analysis.plots import transfer as _transfer
 from analysis.tables import percent
@@ -40,7 +40,9 @@ def transferred(trials: pd.DataFrame) -> list[Finding]:
         homes = part[part["home"]].to_dict("records")
         tests = []
         for row in part[~part["home"]].to_dict("records"):
-            near = [home for home in homes if abs(home["gmacs_mean"] - row["gmacs_mean"]) <= 0.03 * dense_gmacs(trials)]
+            near = [
+                home for home in homes if abs(home["gmacs_mean"] - row["gmacs_mean"]) <= MATCH * dense_gmacs(trials)
+            ]
             test = paired(row, near[0]) if near else None
             tests += [(test, row)] if test is not None else []
         if tests:

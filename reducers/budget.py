@@ -161,44 +161,6 @@ def checked_budget(budget: object, owner: str) -> Budget:
     return budget
 
 
-def checked_flag(value: object, setting: str) -> bool:
-    """True or False and nothing else: a word such as "no" would count as true."""
-    if not isinstance(value, bool):
-        raise ReducerError(f"{setting} must be true or false; got {value!r}")
-    return value
-
-
-def checked_whole(value: object, setting: str, *, least: int) -> int:
-    """A whole number, ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ReducerError(f"{setting.replace('…', repr(value))} must be a whole number, {least} or more")
-    return value
-
-
-def checked_share(value: object, setting: str, *, above: bool = False) -> float:
-    """A number from 0 to 1, or above 0 and at most 1."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else -1
-    if not 0 <= number <= 1 or (above and number == 0):
-        bound = "above 0 and at most 1" if above else "from 0 to 1"
-        raise ReducerError(f"{setting.replace('…', repr(value))} must be a number {bound}")
-    return number
-
-
-def checked_weight(value: object, setting: str) -> float:
-    """A finite number, 0 or more: what a loss counts."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else -1
-    if not 0 <= number < float("inf"):
-        raise ReducerError(f"{setting.replace('…', repr(value))} must be a finite number, 0 or more")
-    return number
-
-
-def checked_seed(value: object) -> int:
-    """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ReducerError(f"seed must be a whole number; got {value!r}")
-    return value
-
-
 _FORMS = '{"ratio": 0.7}, {"ratio": "48/196", "of": "initial"}, {"count": 108} or {"drop": 13}'
 
 

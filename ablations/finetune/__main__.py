@@ -19,14 +19,13 @@ from ablations.files import atomic
 from ablations.finetune.cache import Finetuned, identity, train_or_load
 from ablations.finetune.recipe import Recipe, RecipeError, parse_recipe, parse_settings
 from ablations.labels import with_nested
-from ablations.workloads import LoadedModel, Workload, open_model, open_workload
+from ablations.workloads import LoadedModel, Workload, default_models, open_model, open_workload
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement, reduce_tokens
 
 log = logging.getLogger("ablations.finetune")
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
-_MODELS = {"embedded": "digits_vit_small", "imagefolder": "deit_tiny_patch16_224"}
 
 _EPILOG = """\
 examples:
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    workload, name = arguments.workload, arguments.model or _MODELS[arguments.workload]
+    workload, name = arguments.workload, arguments.model or default_models(arguments.workload)[0]
     recipe = parse_recipe({**parse_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
     out = Path(arguments.out)
     (out / "cache").mkdir(parents=True, exist_ok=True)
@@ -205,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, help="folder of the results")
-    parser.add_argument("--workload", choices=sorted(_MODELS), default="embedded")
+    parser.add_argument("--workload", choices=("embedded", "imagefolder"), default="embedded")
     parser.add_argument("--data", help="image folder with train and val, for imagefolder")
     parser.add_argument("--train-data", help="folder of the images to train on, where it is not DATA/train")
     parser.add_argument("--model", help="a timm name (default: the workload's)")

@@ -6,32 +6,27 @@ of its multiply-adds; it is sought on the calibration images, as the target of a
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Any
 
 from ablations.auto import free_kinds
+from ablations.finetune.recipe import Recipe
 from ablations.inputs import TrialContext
 from ablations.trial import Trial, canonical_json
 
 
-def aimed(training: str) -> bool:
-    """Whether a training leaves its budget to be sought."""
-    return bool(training) and bool(free_kinds(json.loads(training).get("stages")))
+def settled(recipe: Recipe, context: TrialContext) -> Recipe:
+    """The recipe with the budget that was found written in; its ``target`` stays, to be told. Others as they are."""
+    from ablations.calibrate import solve  # which knows trained reducers, and so this package
 
-
-def settled(training: str, context: TrialContext) -> str:
-    """The training with the budget that was found written in; its ``target`` stays, to be told. Others as they are."""
-    from ablations.calibrate import solve
-
-    recipe: dict[str, Any] = json.loads(training)
-    if not free_kinds(recipe.get("stages")):
-        return training
+    if not free_kinds(list(recipe.stages)):
+        return recipe
     facts, images = context.facts, context.workload
     trial = Trial(
         spec="training",
         variant="the reducer in training",
         x=None,
-        stages=canonical_json(recipe["stages"]),
+        stages=canonical_json(recipe.stages),
         model=facts.name,
         weights=facts.weights,
         weights_digest=facts.weights_digest,
@@ -40,7 +35,6 @@ def settled(training: str, context: TrialContext) -> str:
         images=len(images),
         batch=1,
         seed=0,  # of whatever seed the training is: they share what is tried
-        target=recipe["target"],
+        target=recipe.target,
     )
-    found = solve(trial, context)
-    return canonical_json({**recipe, "stages": json.loads(found.stages)})
+    return dataclasses.replace(recipe, stages=tuple(json.loads(solve(trial, context).stages)))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ablations.files import atomic, locked
 from ablations.finetune import checkpoint
-from ablations.finetune.aim import aimed, settled
+from ablations.finetune.aim import settled
 from ablations.finetune.loop import FinetuneError, Finetuning
 from ablations.finetune.recipe import Recipe, parse_recipe
-from ablations.trial import ModelFacts
+from ablations.trial import ModelFacts, canonical_json
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
@@ -62,7 +62,7 @@ class Finetuned:
 
     model: nn.Module  # the plain timm model with its new weights, in eval mode
     reducers: Mapping[str, Tensor]  # the reducers' own trained tensors, by block: "3.weight"
-    record: Mapping[str, Any]  # epochs, train_images, train_seconds, teacher, curve, digest, …
+    record: Mapping[str, Any]  # training, epochs, train_images, train_seconds, teacher, …
 
     def load_reducers(self, placement: Placement) -> Placement:
         """Put the reducers' trained tensors into the parameters of a placement; one without parameters stays as it is.
@@ -127,10 +127,7 @@ def finetuned(training: str, context: Context, *, report: Callable[[dict[str, An
         data=context.data,
         train_data=getattr(context, "train_data", None),
     )
-    training = settled(training, cast("TrialContext", context)) if aimed(training) else training
-    written = json.loads(training)
-    aim = written.pop("target", None)
-    recipe = parse_recipe(written, workload=context.workload.name)
+    recipe = settled(parse_recipe(training, workload=context.workload.name), cast("TrialContext", context))
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=context.workload)
     about = identity(recipe, model=context.facts.name, weights_digest=context.facts.weights_digest, images=images)
     done = train_or_load(
@@ -143,7 +140,7 @@ def finetuned(training: str, context: Context, *, report: Callable[[dict[str, An
         workers=access.workers,
         report=report,
     )
-    return done if aim is None else dataclasses.replace(done, record={**done.record, "training": training})
+    return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
 
 
 def identity(recipe: Recipe, *, model: str, weights_digest: str, images: TrainingImages) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ablations.auto import filled, free_kinds
 from ablations.labels import with_nested
 from reducers import Placement, build, placement_from
 
-_ADDED_LATER: dict[str, Any] = {"freeze": 0.0}  # settings, and what says nothing
+_ADDED_LATER: dict[str, Any] = {"freeze": 0.0, "target": None}  # settings, and what says nothing
 
 Augment = Literal["none", "light", "strong"]
 Amp = Literal["none", "bfloat16", "float16"]
@@ -50,6 +51,7 @@ class Recipe:
     """
 
     stages: tuple[Any, ...] = ()  # the placement that is active in training, as plain data; none: the dense model
+    target: float | None = None  # what a free budget in stages is sought for: share of the plain model's multiply-adds
     epochs: int = 30
     images: int | None = None  # images an epoch sees; None: all of them
     batch: int = 128  # images computed at once …
@@ -92,9 +94,17 @@ class Recipe:
                 _number(name, getattr(self, name), low=0, above=True, high=1 if name == "ema" else math.inf)
         _choice("augment", self.augment, get_args(Augment))
         _choice("amp", self.amp, get_args(Amp))
+        if self.target is not None:
+            _number("target", self.target, low=0, above=True, high=1)
         self._check_together()
 
     def _check_together(self) -> None:
+        free = free_kinds(list(self.stages))
+        if free and self.target is None:
+            raise RecipeError(
+                f"a training needs a budget: write a number in place of {{{free.pop()}: auto}}, or name the cost that "
+                "it is sought for, such as target: 0.5 for half of the plain model's multiply-adds"
+            )
         if self.min_lr > self.lr:
             raise RecipeError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}: the rate falls from lr to min_lr")
         if self.warmup >= self.epochs:
@@ -112,7 +122,9 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     def placement(self, depth: int) -> Placement:
-        """A fresh set of the reducers that are active in training."""
+        """A fresh set of the reducers that are active in training; every budget must be known (``aim.settled``)."""
+        if free_kinds(list(self.stages)):
+            raise RecipeError("a budget of this training is auto: it is sought when a spec runs; write a number here")
         return placement_from(json.loads(json.dumps(self.stages)), depth=depth)
 
     def spec(self) -> dict[str, Any]:
@@ -185,7 +197,7 @@ def asked_of_training(stages: Iterable[Mapping[str, Any]]) -> dict[str, dict[str
     """Setting -> method -> value: what the reducers of a placement ask of the recipe they are trained by."""
     known = {field.name for field in dataclasses.fields(Recipe)} - {"stages"}
     asked: dict[str, dict[str, Any]] = {}
-    for stage in stages:
+    for stage in filled(list(stages)):
         for part in stage["stack"] if "stack" in stage else [stage.get("reducer", {})]:
             for reducer in with_nested(build(part)):
                 for name, value in reducer.schedule.items():

@@ -16,6 +16,7 @@ from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.models import (
     LoadedModel,
     check_model,
+    default_models,
     embedded_needs,
     head_classes,
     input_config,
@@ -30,6 +31,7 @@ __all__ = [
     "Workload",
     "WorkloadError",
     "available_workloads",
+    "default_models",
     "open_model",
     "open_workload",
     "split_calibration",

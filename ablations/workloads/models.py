@@ -22,6 +22,8 @@ from ablations.workloads.checkpoint import ModelError, load_into, read_shapes, r
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
+DEFAULT_MODELS = {"embedded": ("digits_vit_small", "digits_vit_tiny")}
+DEFAULT_MODEL = "deit_tiny_patch16_224"  # of every other workload
 _HUB_FILE = "model.safetensors"
 
 WeightsKind = Literal["embedded", "hub", "file", "random"]
@@ -35,6 +37,11 @@ class LoadedModel:
     digest: str  # sha256 of the weights
     weights: WeightsKind
     params_m: float  # millions of parameters
+
+
+def default_models(workload: str) -> tuple[str, ...]:
+    """The models a workload is measured with where none is named, the main one first."""
+    return DEFAULT_MODELS.get(workload, (DEFAULT_MODEL,))
 
 
 def check_model(name: str) -> None:

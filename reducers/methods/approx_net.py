@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State
 from reducers.errors import ReducerError
-from reducers.signals import Signals
 from reducers.tokens import TokenBatch
 from reducers.vit.block import run_block
 from reducers.vit.head import classify
-from reducers.vit.host import embed
+from reducers.vit.host import Listener, embed
 
 _EPS = 1e-6  # of the norms, as in timm's
 
@@ -133,24 +132,10 @@ class ApproxNet(nn.Module):
         return patches * self.patch_embed.weight.numel() + (blocks - 1) * block + last
 
 
-class _Watcher(TokenReducer):
-    """Reduces nothing, and keeps the attention maps it sees."""
-
-    name = "watcher"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps: list[Tensor] = []
-
-    def decide(self, signals: Signals, state: State) -> Decision | None:
-        self.maps.append(signals.attention())
-        return None
-
-
 @torch.no_grad()
 def watch(host: Any, images: Tensor) -> Dense:
     """Run the model unreduced and tell what ApproxNet is to guess."""
-    base, watcher = host.base, _Watcher()
+    base, watcher = host.base, Listener(lambda signals: signals.attention())
     entering = embed(base, images)
     batch = TokenBatch.from_images(
         entering, prefix=host.prefix, has_class_token=base.has_class_token, track=False
@@ -162,7 +147,7 @@ def watch(host: Any, images: Tensor) -> Dense:
         hidden.append(batch.x.view(entering.shape))
     logits = classify(base, batch, base.norm(batch.x))
     assert isinstance(logits, Tensor)
-    return Dense(watcher.maps, entering, hidden, logits)
+    return Dense(watcher.heard, entering, hidden, logits)
 
 
 class Mimicry(nn.Module):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag
-from reducers.methods.clusters import busy, checked_choice, count_each, keeps_all, labels_of, merge_labels
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_choice, checked_flag
+from reducers.methods.clusters import busy, count_each, keeps_all, labels_of, merge_labels
 from reducers.methods.topk import keep_count
 from reducers.registry import register
 from reducers.signals import Signals

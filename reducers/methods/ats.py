@@ -8,16 +8,15 @@ choosing.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from reducers import noise
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
-from reducers.errors import ReducerError
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_choice, checked_flag, checked_seed
 from reducers.maps import keep_patches, keep_rows
 from reducers.registry import register
 from reducers.scores import Heads, find_score
@@ -63,8 +62,10 @@ def sample_inverse(cdf: Tensor, points: Tensor | int) -> Tensor:
     int64, or one number for all.
     """
     each = points if isinstance(points, int) else points[:, None]
-    reached = F.pad((cdf * each + 0.5).floor(), (1, 0))
-    return reached[:, 1:] > reached[:, :-1]
+    reached = (cdf * each).add_(0.5).floor_()
+    holds = reached > 0  # the first one, if any point lies at or below it
+    holds[:, 1:].logical_and_(reached[:, 1:] > reached[:, :-1])
+    return holds
 
 
 def sample_nearest(cdf: Tensor, valid: Tensor, points: Tensor, used: Tensor) -> Tensor:
@@ -161,15 +162,11 @@ class ATS(TokenReducer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        named = (("variant", variant, Variant), ("heads", heads, Heads), ("lookup", lookup, Lookup))
-        for setting, value, choices in named:
-            if value not in get_args(choices):
-                raise ReducerError(f"ATS({setting}={value!r}): choose one of {', '.join(get_args(choices))}")
         self.budget = checked_budget(budget, "ATS")
         self.score = score
-        self.variant = variant
-        self.heads = heads
-        self.lookup = lookup
+        self.variant = checked_choice(variant, Variant, "ATS(variant=…)")
+        self.heads: Heads = checked_choice(heads, Heads, "ATS(heads=…)")  # type: ignore[assignment]
+        self.lookup = checked_choice(lookup, Lookup, "ATS(lookup=…)")
         self.keep_class_token = checked_flag(keep_class_token, "ATS(keep_class_token=…)")
         self.seed = checked_seed(seed)
         self._score = find_score(score)

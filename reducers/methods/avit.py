@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import checked_flag, checked_share, checked_weight, checked_whole
+from reducers.checks import checked_choice, checked_flag, checked_number, checked_share, checked_weight, checked_whole
 from reducers.errors import ReducerError
 from reducers.maps import keep_rows
-from reducers.methods.clusters import checked_choice
 from reducers.methods.halting import Halting, Rule, Sums
 from reducers.registry import register
 from reducers.signals import Signals
@@ -106,7 +105,8 @@ class AViT(TokenReducer):
     ) -> None:
         super().__init__()
         self.constants = checked_choice(constants, Constants, "AViT(constants=…)")
-        self.gamma, self.beta = _number(gamma, "AViT(gamma=…)"), _number(beta, "AViT(beta=…)")
+        self.gamma = None if gamma is None else checked_number(gamma, "AViT(gamma=…)")
+        self.beta = None if beta is None else checked_number(beta, "AViT(beta=…)")
         self.epsilon = checked_share(epsilon, "AViT(epsilon=…)")
         self.ponder = checked_weight(ponder, "AViT(ponder=…)")
         self.prior = checked_weight(prior, "AViT(prior=…)")
@@ -174,11 +174,3 @@ class AViT(TokenReducer):
             log_prior = depth_prior(state.depth, self.prior_depth)[[block for block, _ in sums.scores]]
             parts["prior"] = self.prior * prior_penalty(scores, log_prior, normalised=self.normalised)
         return parts
-
-
-def _number(value: object, setting: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ReducerError(f"{setting.replace('…', repr(value))} must be a finite number; None takes the published one")
-    return value

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag
-from reducers.errors import ReducerError
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_flag, checked_share
 from reducers.maps import keep_rows
 from reducers.methods.topk import first_of
 from reducers.registry import register
@@ -65,11 +65,9 @@ class BackTracking(TokenReducer):
 
     def __init__(self, budget: Budget, *, count_planning: bool = True, mixing: float = 0.1) -> None:
         super().__init__()
-        if isinstance(mixing, bool) or not isinstance(mixing, (int, float)) or not 0 <= mixing <= 1:
-            raise ReducerError(f"BackTracking(mixing={mixing!r}) must be a number from 0 to 1")
         self.budget = checked_budget(budget, "BackTracking")
         self.count_planning = checked_flag(count_planning, "BackTracking(count_planning=…)")
-        self.mixing = mixing
+        self.mixing = checked_share(mixing, "BackTracking(mixing=…)")
 
     def plan(self, images: Tensor, host: Any) -> list[Tensor]:
         """The masks of all blocks, (B, N) bool each, patches alone."""

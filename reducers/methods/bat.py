@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
-from reducers.errors import ReducerError
+from reducers.checks import checked_share, checked_whole
 from reducers.methods.clusters import (
     busy,
     count_each,
@@ -135,13 +135,9 @@ class BAT(TokenReducer):
 
     def __init__(self, budget: Budget, *, clusters: int = 10, alike: float = 0.1) -> None:
         super().__init__()
-        if isinstance(clusters, bool) or not isinstance(clusters, int) or clusters < 1:
-            raise ReducerError(f"BAT(clusters={clusters!r}) must be a whole number, at least 1")
-        if isinstance(alike, bool) or not isinstance(alike, (int, float)) or not 0 <= alike <= 1:
-            raise ReducerError(f"BAT(alike={alike!r}) must be a share from 0 to 1")
         self.budget = checked_budget(budget, "BAT")
-        self.clusters = clusters
-        self.alike = alike
+        self.clusters = checked_whole(clusters, "BAT(clusters=…)", least=1)
+        self.alike = checked_share(alike, "BAT(alike=…)")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

@@ -6,24 +6,16 @@ size that is known beforehand, so that nothing waits for the device where images
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from reducers.errors import ReducerError
 from reducers.maps import Merge
 from reducers.tokens import Layout
 
 Site = Literal["input", "attention"]
 Weights = Literal["attention", "equal"]
-
-
-def checked_choice(value: object, choices: object, setting: str) -> str:
-    """One of the words of a ``Literal``; another is refused with the list of those there are."""
-    if not isinstance(value, str) or value not in get_args(choices):
-        raise ReducerError(f"{setting.replace('…', repr(value))}: choose one of {', '.join(get_args(choices))}")
-    return value
 
 
 def keeps_all(layout: Layout, count: Tensor | int) -> bool:

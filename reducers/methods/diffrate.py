@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import checked_share, checked_weight, checked_whole
+from reducers.checks import checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape, linear_macs
 from reducers.errors import ReducerError
 from reducers.methods.ranked_merge import merge_ranked, soft_merge

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
-from reducers.errors import ReducerError
+from reducers.checks import checked_choice, checked_whole
 from reducers.methods.clusters import (
     Site,
     busy,
-    checked_choice,
     count_each,
     keeps_all,
     labels_of,
@@ -98,10 +97,8 @@ class DPCKNN(TokenReducer):
         self, budget: Budget, *, neighbours: int = 5, weights: Weights = "equal", site: Site = "attention"
     ) -> None:
         super().__init__()
-        if isinstance(neighbours, bool) or not isinstance(neighbours, int) or neighbours < 1:
-            raise ReducerError(f"DPCKNN(neighbours={neighbours!r}) must be a whole number, at least 1")
         self.budget = checked_budget(budget, "DPCKNN")
-        self.neighbours = neighbours
+        self.neighbours = checked_whole(neighbours, "DPCKNN(neighbours=…)", least=1)
         self.weights = checked_choice(weights, Weights, "DPCKNN(weights=…)")
         self.trained = self.weights == "learned"  # type: ignore[misc]  # of this instance, not of the method
         self.weighers = nn.ModuleDict()  # by block

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from reducers.base import Decision, State
-from reducers.budget import Budget, checked_weight
+from reducers.budget import Budget
+from reducers.checks import checked_choice, checked_weight
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Mask
-from reducers.methods.clusters import checked_choice
 from reducers.methods.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.registry import register
 from reducers.signals import Signals

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag, checked_seed
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_flag, checked_seed
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Merge
 from reducers.methods.clusters import count_each

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
-from reducers.methods.clusters import checked_choice, count_each, keeps_all
+from reducers.checks import checked_choice
+from reducers.methods.clusters import count_each, keeps_all
 from reducers.methods.topk import keep_count, keep_highest
 from reducers.registry import register
 from reducers.signals import Signals

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import checked_flag
+from reducers.checks import checked_choice, checked_flag
 from reducers.errors import ReducerError
 from reducers.maps import Mix
-from reducers.methods.clusters import Site, checked_choice
+from reducers.methods.clusters import Site
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import checked_share, checked_weight
+from reducers.checks import checked_share, checked_weight
 from reducers.maps import keep_patches
 from reducers.placement import Placement
 from reducers.registry import register

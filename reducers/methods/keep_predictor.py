@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, Ratio, checked_budget, checked_share, checked_weight, rounded_share
+from reducers.budget import Budget, Ratio, checked_budget, rounded_share
+from reducers.checks import checked_share, checked_weight
 from reducers.errors import ReducerError
 from reducers.maps import Keep, keep_patches
 from reducers.methods.clusters import busy, count_each
@@ -186,7 +187,14 @@ class PredictedKeep(TokenReducer):
     site = "input"
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 100.0, "freeze": 0.167}
 
-    def __init__(self, budget: Budget, *, threshold: float | None, ratio_weight: float, distill_weight: float) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        threshold: float | None = None,
+        ratio_weight: float = 2.0,
+        distill_weight: float = 0.5,
+    ) -> None:
         super().__init__()
         self.budget = checked_budget(budget, type(self).__name__)
         self.threshold = None if threshold is None else checked_share(threshold, f"{type(self).__name__}(threshold=…)")

@@ -11,18 +11,9 @@ from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
-from reducers.errors import ReducerError
+from reducers.checks import checked_choice, checked_whole
 from reducers.maps import keep_patches, keep_ranked
-from reducers.methods.clusters import (
-    Site,
-    Weights,
-    busy,
-    checked_choice,
-    count_each,
-    keeps_all,
-    nearest_centre,
-    squared_distances,
-)
+from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, nearest_centre, squared_distances
 from reducers.methods.topk import first_of, keep_count
 from reducers.registry import register
 from reducers.signals import Signals
@@ -82,11 +73,9 @@ class KMedoids(TokenReducer):
         self, budget: Budget, *, weights: Weights = "attention", iterations: int = 3, site: Site = "attention"
     ) -> None:
         super().__init__()
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-            raise ReducerError(f"KMedoids(iterations={iterations!r}) must be a whole number, 0 or more")
         self.budget = checked_budget(budget, "KMedoids")
         self.weights = checked_choice(weights, Weights, "KMedoids(weights=…)")
-        self.iterations = iterations
+        self.iterations = checked_whole(iterations, "KMedoids(iterations=…)", least=0)
         self.site = checked_choice(site, Site, "KMedoids(site=…)")  # type: ignore[assignment,misc]  # of this instance
         self.uses_previous_attention = weights == "attention"
 

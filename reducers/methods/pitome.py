@@ -5,21 +5,18 @@ A token that is like many others has a high energy and may be merged; one that i
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag, checked_whole
+from reducers.base import Decision, State
+from reducers.budget import Budget
+from reducers.checks import checked_whole
 from reducers.methods.clusters import merge_labels
-from reducers.methods.topk import keep_count
+from reducers.methods.tome import ToMe
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
-
-log = logging.getLogger(__name__)
 
 
 def margin_at(block: int, depth: int) -> float:
@@ -83,7 +80,7 @@ def merge_best_pairs(layout: Layout, metric: Tensor, order: Tensor, pairs: Tenso
 
 
 @register("pitome")
-class PiToMe(TokenReducer):
+class PiToMe(ToMe):
     """Merge the tokens of highest energy pairwise, protect the others.
 
     Metric: cosine of the patches' head-mean keys. Of the 2r tokens of highest energy each second one, by rank, is
@@ -101,16 +98,13 @@ class PiToMe(TokenReducer):
     source = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
 
     def __init__(self, budget: Budget, *, proportional: bool = False, bipartite: int = 0) -> None:
-        super().__init__()
-        self.budget = checked_budget(budget, "PiToMe")
-        self.proportional = checked_flag(proportional, "PiToMe(proportional=…)")
+        super().__init__(budget, proportional=proportional)
         self.bipartite = checked_whole(bipartite, "PiToMe(bipartite=…)", least=0)
-        self._warned = False
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         pairs = self._pairs(layout, state)
-        if pairs is None:
+        if isinstance(pairs, int) and pairs == 0:
             return None
         pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs
         with torch.no_grad():
@@ -129,25 +123,3 @@ class PiToMe(TokenReducer):
             signals.spend((patches**2 + halves) * metric.shape[2])
             signals.spend(patches * signals.values()[0].numel())
         return Decision(merge, proportional=self.proportional)
-
-    def _pairs(self, layout: Layout, state: State) -> Tensor | int | None:
-        """How many pairs merge in each image: one int where all images are alike, None where none merges any."""
-        gone = [  # told on the host, where lengths are known: nothing waits for the device
-            (patches, patches - self.budget.count(patches, initial=state.initial, prefix=prefix, rounding="ceil"))
-            for patches, prefix in layout.kinds
-        ]
-        self._warn_if_cut(any(wanted > patches // 2 for patches, wanted in gone), state.block)
-        if not any(min(wanted, patches // 2) for patches, wanted in gone):
-            return None
-        count = keep_count(layout, self.budget, state, "ceil")
-        if isinstance(count, int):
-            patches = layout.width_from(layout.prefix)
-            return min(patches - count, patches // 2)
-        return torch.minimum(layout.patches - count, layout.patches // 2)
-
-    def _warn_if_cut(self, cut: bool, block: int) -> None:
-        if cut and not self._warned:
-            log.warning(
-                "PiToMe can merge at most half the tokens in one block; the budget at block %d is cut to that", block
-            )
-            self._warned = True

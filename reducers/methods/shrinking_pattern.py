@@ -13,9 +13,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import checked_whole
+from reducers.checks import checked_choice, checked_whole
 from reducers.errors import ReducerError
-from reducers.methods.clusters import checked_choice
 from reducers.methods.fixed_pattern import Norm, keep_middle
 from reducers.registry import register
 from reducers.signals import Signals

@@ -5,14 +5,12 @@ Entropic optimal transport between tokens and prototypes, by cosine similarity; 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.budget import Budget
-from reducers.errors import ReducerError
+from reducers.checks import checked_weight, checked_whole
 from reducers.methods.learned_pooling import LearnedPooling, Pooler
 from reducers.registry import register
 
@@ -73,12 +71,8 @@ class Sinkhorn(LearnedPooling):
 
     def __init__(self, budget: Budget, *, epsilon: float = 1.0, iterations: int = 3) -> None:
         super().__init__(budget)
-        if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)) or not 0 < epsilon < math.inf:
-            raise ReducerError(f"Sinkhorn(epsilon={epsilon!r}) must be a number above 0")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ReducerError(f"Sinkhorn(iterations={iterations!r}) must be a whole number, at least 1")
-        self.epsilon = epsilon
-        self.iterations = iterations
+        self.epsilon = checked_weight(epsilon, "Sinkhorn(epsilon=…)", above=True)
+        self.iterations = checked_whole(iterations, "Sinkhorn(iterations=…)", least=1)
 
     def pooler(self, width: int, count: int) -> Prototypes:
         return Prototypes(width, count, epsilon=self.epsilon, iterations=self.iterations)

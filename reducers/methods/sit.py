@@ -4,7 +4,6 @@ al., ECCV 2022; methods 13).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from reducers.base import State
 from reducers.budget import Budget
+from reducers.checks import checked_weight
 from reducers.errors import ReducerError
 from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
 from reducers.registry import register
@@ -75,10 +75,7 @@ class SiT(LearnedPooling):
 
     def __init__(self, budget: Budget, *, recalibration: float = 1.0) -> None:
         super().__init__(budget)
-        number = isinstance(recalibration, (int, float)) and not isinstance(recalibration, bool)
-        if not number or not 0 <= recalibration < math.inf:
-            raise ReducerError(f"SiT(recalibration={recalibration!r}) must be a number, 0 or more")
-        self.recalibration = recalibration
+        self.recalibration = checked_weight(recalibration, "SiT(recalibration=…)")
         self.needs_teacher = recalibration > 0  # type: ignore[misc]  # of this instance, not of the method
 
     def pooler(self, width: int, count: int) -> Slimming:

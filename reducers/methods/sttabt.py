@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer, advance
-from reducers.budget import Budget, checked_budget, checked_share, checked_weight, checked_whole
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape
-from reducers.errors import ReducerError
 from reducers.maps import Keep
 from reducers.methods.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
 from reducers.methods.back_tracking import back_track
@@ -128,10 +128,8 @@ class STTABT(TokenReducer):
         occupancy: float = 1e-3,
     ) -> None:
         super().__init__()
-        if isinstance(operating_point, bool) or not isinstance(operating_point, (int, float)):
-            raise ReducerError(f"STTABT(operating_point={operating_point!r}) must be a number, such as -1")
         self.budget = None if budget is None else checked_budget(budget, "STTABT")
-        self.operating_point = operating_point
+        self.operating_point = checked_number(operating_point, "STTABT(operating_point=…)")
         self.shrink = checked_whole(shrink, "STTABT(shrink=…)", least=1)
         self.distillation = checked_share(distillation, "STTABT(distillation=…)")
         self.hidden = checked_weight(hidden, "STTABT(hidden=…)")

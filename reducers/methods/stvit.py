@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer, advance
-from reducers.budget import Budget, Count, checked_budget, checked_flag
+from reducers.budget import Budget, Count, checked_budget
+from reducers.checks import checked_choice, checked_flag
 from reducers.cost import BlockShape
 from reducers.errors import ReducerError
 from reducers.maps import Mix
-from reducers.methods.clusters import checked_choice
 from reducers.methods.small_input import smaller_grid
 from reducers.registry import register
 from reducers.signals import Signals

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reducers.base import Decision, State
 from reducers.budget import Budget
-from reducers.errors import ReducerError
+from reducers.checks import checked_share
 from reducers.maps import Keep, Merge
 from reducers.methods.tome import ToMe
 from reducers.registry import register
@@ -79,9 +79,7 @@ class ToFu(ToMe):
 
     def __init__(self, budget: Budget, *, switch: float = 0.5, proportional: bool = True) -> None:
         super().__init__(budget, proportional=proportional)
-        if isinstance(switch, bool) or not isinstance(switch, (int, float)) or not 0 <= switch <= 1:
-            raise ReducerError(f"ToFu(switch={switch!r}) must be a share of the depth, from 0 (merge) to 1 (prune)")
-        self.switch = switch
+        self.switch = checked_share(switch, "ToFu(switch=…)")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         decision = super().decide(signals, state)

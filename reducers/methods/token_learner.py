@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from reducers.base import Decision, State
 from reducers.budget import Budget
+from reducers.checks import checked_choice
 from reducers.errors import ReducerError
-from reducers.methods.clusters import checked_choice
 from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
 from reducers.registry import register
 from reducers.signals import Signals

@@ -12,16 +12,8 @@ from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
-from reducers.errors import ReducerError
-from reducers.methods.clusters import (
-    Site,
-    Weights,
-    busy,
-    checked_choice,
-    count_each,
-    keeps_all,
-    merge_labels,
-)
+from reducers.checks import checked_choice, checked_whole
+from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, merge_labels
 from reducers.methods.topk import keep_count
 from reducers.registry import register
 from reducers.signals import Signals
@@ -100,11 +92,9 @@ class TokenPooling(TokenReducer):
         self, budget: Budget, *, weights: Weights = "attention", iterations: int = 5, site: Site = "attention"
     ) -> None:
         super().__init__()
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ReducerError(f"TokenPooling(iterations={iterations!r}) must be a whole number, at least 1")
         self.budget = checked_budget(budget, "TokenPooling")
         self.weights = checked_choice(weights, Weights, "TokenPooling(weights=…)")
-        self.iterations = iterations
+        self.iterations = checked_whole(iterations, "TokenPooling(iterations=…)", least=1)
         self.site = checked_choice(site, Site, "TokenPooling(site=…)")  # type: ignore[assignment,misc]
         self.uses_previous_attention = weights == "attention"
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_flag
+from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_flag
 from reducers.maps import Merge
 from reducers.registry import register
 from reducers.signals import Signals
@@ -122,8 +123,8 @@ class ToMe(TokenReducer):
 
     def __init__(self, budget: Budget, *, proportional: bool = True) -> None:
         super().__init__()
-        self.budget = checked_budget(budget, "ToMe")
-        self.proportional = checked_flag(proportional, "ToMe(proportional=…)")
+        self.budget = checked_budget(budget, type(self).__name__)
+        self.proportional = checked_flag(proportional, f"{type(self).__name__}(proportional=…)")
         self._warned = False
 
     def decide(self, signals: Signals, state: State) -> Decision | None:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, Rounding, checked_budget, checked_seed
+from reducers.budget import Budget, Rounding, checked_budget
+from reducers.checks import checked_seed
 from reducers.maps import Keep, keep_patches, keep_ranked
+from reducers.methods.clusters import keeps_all
 from reducers.registry import register
 from reducers.scores import find_score
 from reducers.signals import Signals
@@ -44,8 +46,28 @@ def keep_highest(layout: Layout, scores: Tensor, count: Tensor | int) -> Keep | 
     return keep_patches(layout, first_of(rank_patches(layout, scores), count))
 
 
+class Ranked(TokenReducer):
+    """What methods have in common that keep the ``budget`` patches of highest score."""
+
+    def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
+        super().__init__()
+        self.budget = checked_budget(budget, type(self).__name__)
+        self.score = score
+        self.seed = checked_seed(seed)
+        self._score = find_score(score)
+        self.needs_class_token = self._score.needs_class_token
+        self.uses_random = self._score.uses_random
+
+    def highest(self, signals: Signals, state: State, rounding: Rounding) -> Keep | None:
+        """The selection of the patches that stay; None where all do, which then costs no score."""
+        count = keep_count(signals.layout, self.budget, state, rounding)
+        if isinstance(count, int) and keeps_all(signals.layout, count):
+            return None
+        return keep_highest(signals.layout, self._score.compute(signals, state, "concat", self.seed), count)
+
+
 @register("topk")
-class TopK(TokenReducer):
+class TopK(Ranked):
     """Keep the ``budget`` patch tokens of highest score; the rest are dropped.
 
     The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n =
@@ -56,19 +78,6 @@ class TopK(TokenReducer):
     summary = "keep the K patch tokens of highest score"
     source = "Fayyaz et al., ECCV 2022 (comparison); Haurum et al., ICCVW 2023"
 
-    def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
-        super().__init__()
-        self.budget = checked_budget(budget, "TopK")
-        self.score = score
-        self.seed = checked_seed(seed)
-        self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random
-
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        count = keep_count(signals.layout, self.budget, state, "floor")
-        if isinstance(count, int) and count >= signals.layout.longest - signals.layout.uniform[1]:  # type: ignore[index]
-            return None  # before the score is computed: keeping everything costs nothing
-        scores = self._score.compute(signals, state, "concat", self.seed)
-        kept = keep_highest(signals.layout, scores, count)
+        kept = self.highest(signals, state, "floor")
         return None if kept is None else Decision(kept)

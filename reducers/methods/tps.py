@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, checked_budget, checked_seed
+from reducers.base import Decision, State
 from reducers.maps import Keep, Mask, Merge
-from reducers.methods.clusters import busy, keeps_all
+from reducers.methods.clusters import busy
 from reducers.methods.keep_predictor import PredictedKeep
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.methods.topk import Ranked
 from reducers.registry import register
-from reducers.scores import find_score
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
@@ -96,13 +94,25 @@ def squeeze(kept: Keep, x: Tensor) -> Squeeze | Keep:
     return Squeeze(kept.old, new, group, shares, drops_none=True, hosts=kept.rows)
 
 
-def squeeze_masked(layout: Layout, x: Tensor, before: Tensor, alive: Tensor) -> Tensor:
-    """The same while every token stays: the features (T, D) after those dropped here went to hosts that are alive.
+@dataclass(frozen=True, eq=False)
+class SqueezeMask(Mask):
+    """Training only: what is masked here went to a host, which from now on stands for it too."""
 
-    before, alive (T,): 1 for what was not dropped so far, and after this stage. The weight of a guest is multiplied by
-    how much of it was dropped here, which is 1 and lets the gradient reach the decision [D]. Tokens dropped earlier are
-    neither guests nor hosts; where no patch is alive nobody is squeezed.
+    host: Tensor  # (T,) packed row of each token's host
+    guests: Tensor  # (T,) bool: who went
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.index_add(0, self.host, torch.where(self.guests, values, torch.zeros_like(values)))
+
+
+def squeeze_masked(layout: Layout, x: Tensor, before: Tensor, keep: Tensor) -> Decision:
+    """The same while every token stays: those dropped here go to hosts that are alive; x (T, D).
+
+    before, keep (T,): 1 for what was not dropped so far, and for what this stage keeps. The weight of a guest is
+    multiplied by how much of it was dropped here, which is 1 and lets the gradient reach the decision [D]. Tokens
+    dropped earlier are neither guests nor hosts; where no patch is alive nobody is squeezed.
     """
+    alive = before * keep
     hosts = (alive > 0.5) & ~layout.is_prefix
     guests = (before > 0.5) & ~(alive > 0.5)
     padded, may_host = layout.pad_patches(x), layout.pad_patches(hosts)
@@ -115,7 +125,8 @@ def squeeze_masked(layout: Layout, x: Tensor, before: Tensor, alive: Tensor) -> 
     received = torch.zeros_like(share).index_add(0, host, share)
     summed = (math.e * wide).index_add(0, host, share[:, None] * wide)
     squeezed = summed / (math.e + received)[:, None]
-    return torch.where((received > 0)[:, None], squeezed, wide).to(x.dtype)
+    features = torch.where((received > 0)[:, None], squeezed, wide).to(x.dtype)
+    return Decision(SqueezeMask(layout, layout, keep, host, guests), features)
 
 
 def spend_squeeze(signals: Signals, kept: Keep) -> None:
@@ -144,27 +155,16 @@ class DTPS(PredictedKeep):
         "GPU, the model at a hundredth of it"
     )
 
-    def __init__(
-        self,
-        budget: Budget,
-        *,
-        threshold: float | None = None,
-        ratio_weight: float = 2.0,
-        distill_weight: float = 0.5,
-    ) -> None:
-        super().__init__(budget, threshold=threshold, ratio_weight=ratio_weight, distill_weight=distill_weight)
-
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
         spend_squeeze(signals, kept)
         return Decision(squeeze(kept, signals.output()))
 
     def masked(self, signals: Signals, before: Tensor, keep: Tensor) -> Decision:
-        features = squeeze_masked(signals.layout, signals.output(), before, before * keep)
-        return Decision(Mask.of(signals.layout, keep), features)
+        return squeeze_masked(signals.layout, signals.output(), before, keep)
 
 
 @register("etps")
-class ETPS(TokenReducer):
+class ETPS(Ranked):
     """Keep the most attended patches as EViT does; squeeze each other one into the kept patch that resembles it most.
 
     Acts after the attention residual, before the MLP, where features are compared too. ``Ratio`` rounds up and counts
@@ -175,20 +175,8 @@ class ETPS(TokenReducer):
     summary = "keep the most attended patches, squeeze the rest into them"
     source = "Wei et al., CVPR 2023 (arXiv 2304.10716)"
 
-    def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
-        super().__init__()
-        self.budget = checked_budget(budget, "ETPS")
-        self.score = score
-        self.seed = checked_seed(seed)
-        self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random
-
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        count = keep_count(signals.layout, self.budget, state, "ceil")
-        if isinstance(count, int) and keeps_all(signals.layout, count):
-            return None
-        kept = keep_highest(signals.layout, self._score.compute(signals, state, "concat", self.seed), count)
+        kept = self.highest(signals, state, "ceil")
         if kept is None:
             return None
         spend_squeeze(signals, kept)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.checks import checked_share, checked_whole
 from reducers.errors import ReducerError
 from reducers.methods.clusters import busy, count_each, keeps_all
 from reducers.methods.topk import first_of, keep_count, keep_highest
@@ -98,17 +99,11 @@ class ZeroTPrune(TokenReducer):
         high: float = 0.7,
     ) -> None:
         super().__init__()
-        if isinstance(similar, bool) or not isinstance(similar, (int, float)) or not 0 <= similar <= 1:
-            raise ReducerError(f"ZeroTPrune(similar={similar!r}) must be a share from 0 to 1")
-        if iterations is not None and (isinstance(iterations, bool) or not isinstance(iterations, int)):
-            raise ReducerError(f"ZeroTPrune(iterations={iterations!r}) must be a whole number, or None")
-        if iterations is not None and iterations < 1:
-            raise ReducerError(f"ZeroTPrune(iterations={iterations!r}) must be at least 1")
         if not low <= high:
             raise ReducerError(f"ZeroTPrune(low={low!r}, high={high!r}): low must not exceed high")
         self.budget = checked_budget(budget, "ZeroTPrune")
-        self.similar = similar
-        self.iterations = iterations
+        self.similar = checked_share(similar, "ZeroTPrune(similar=…)")
+        self.iterations = None if iterations is None else checked_whole(iterations, "ZeroTPrune(iterations=…)", least=1)
         self.low = low
         self.high = high
 

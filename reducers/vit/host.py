@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,17 +73,18 @@ def carriers(original: Grid, run: Grid, device: torch.device) -> tuple[Tensor, T
     return centres(original, run), centres(run, original)
 
 
-class _Listener(TokenReducer):
-    """Reduces nothing; keeps the head-mean attention map of every block it is asked at."""
+class Listener(TokenReducer):
+    """Reduces nothing; keeps what it ``hear``s of the signals of every block it is asked at."""
 
     name = "listener"
 
-    def __init__(self) -> None:
+    def __init__(self, hear: Callable[[Signals], Any]) -> None:
         super().__init__()
-        self.maps: list[Tensor] = []
+        self.hear = hear
+        self.heard: list[Any] = []
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        self.maps.append(signals.attention().mean(dim=1))
+        self.heard.append(self.hear(signals))
         return None
 
 
@@ -151,7 +153,7 @@ class Host:
 
         Runs the whole model once. ``book=False``: as if the maps were there for nothing.
         """
-        base, listener = self.base, _Listener()
+        base, listener = self.base, Listener(lambda signals: signals.attention().mean(dim=1))
         with torch.no_grad():
             batch = TokenBatch.from_images(
                 embed(base, images), prefix=self.prefix, has_class_token=base.has_class_token, track=False
@@ -165,4 +167,4 @@ class Host:
                 batch = run_block(block, batch, listener, state, tracer, decide_only=last)
         if book:
             self.spent = tracer.cost.executed if self.spent is None else self.spent + tracer.cost.executed
-        return listener.maps
+        return listener.heard

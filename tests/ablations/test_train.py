@@ -23,7 +23,6 @@ from ablations.plan import Target, expand
 from ablations.spec import SpecError, find_specs, parse_spec
 from ablations.trial import TrialResult
 from ablations.workloads import open_model
-from ablations.workloads import training as sources
 from reducers import available, build, placement_from, reduce_tokens
 from tests.ablations.conftest import ROOT
 from tests.finetune import taught
@@ -34,12 +33,8 @@ TAUGHT = "[{at: 3, stack: [{name: taught_for_a_test, budget: {count: %s}}]}]"
 
 
 @pytest.fixture(autouse=True)
-def _taught(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _taught(few_scenes: None) -> Iterator[None]:
     """The method of the tests, and 16 training scenes instead of thousands."""
-    fields = sources.TrainingAccess.__init__.__defaults__
-    assert fields is not None
-    fewer = tuple(16 if value == sources.SCENES else value for value in fields)
-    monkeypatch.setattr(sources.TrainingAccess.__init__, "__defaults__", fewer)
     with taught.registered():
         yield
 

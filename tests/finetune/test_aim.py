@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from ablations.auto import free_kinds
 from ablations.evaluate import run_trial
-from ablations.finetune.aim import aimed, settled
+from ablations.finetune.aim import settled
+from ablations.finetune.recipe import parse_recipe
 from ablations.inputs import TrialContext, dense_predictions, model_facts
 from ablations.plan import Target, expand
 from ablations.spec import SpecError, parse_spec
 from ablations.trial import Trial
 from ablations.workloads import open_model
-from ablations.workloads import training as sources
 from ablations.workloads.embedded import calibration_scenes, embedded_workload
 from reducers import placement_from, reduce_tokens
 from tests.finetune.conftest import CPU
@@ -36,11 +37,7 @@ arms:
 
 
 @pytest.fixture
-def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialContext:
-    fields = sources.TrainingAccess.__init__.__defaults__
-    assert fields is not None
-    fewer = tuple(16 if value == sources.SCENES else value for value in fields)
-    monkeypatch.setattr(sources.TrainingAccess.__init__, "__defaults__", fewer)
+def context(tmp_path: Path, few_scenes: None) -> TrialContext:
     loaded = open_model("digits_vit_tiny", weights=None, workload_name="embedded")
     facts = model_facts(loaded.model, name="digits_vit_tiny", weights="embedded", digest="w" * 64, params_m=0.6)
     images = embedded_workload(limit=6)
@@ -60,11 +57,12 @@ def trials(context: TrialContext, text: str = SPEC) -> list[Trial]:
 
 def test_the_budget_in_training_is_the_one_that_meets_the_cost_off_the_shelf(context: TrialContext) -> None:
     trained, plain = trials(context)
-    assert aimed(trained.training) and not aimed(plain.training)
-    found = json.loads(settled(trained.training, context))
+    recipe = parse_recipe(trained.training, workload="embedded")
+    found = settled(recipe, context)
+    assert free_kinds(list(recipe.stages)) and not free_kinds(list(found.stages)) and not plain.training
     solved = json.loads(run_trial(plain, context).row["reducer"])
-    assert found["stages"] == solved and found["target"] == 0.6
-    fast = reduce_tokens(context.model, placement_from(found["stages"], depth=context.facts.depth))
+    assert list(found.stages) == solved and found.target == 0.6
+    fast = reduce_tokens(context.model, placement_from(list(found.stages), depth=context.facts.depth))
     cost = float(fast.cost(context.workload.batch(0, 2)).mean()) / 1e9
     assert cost == pytest.approx(0.6 * context.dense.gmacs, rel=0.05)
 
@@ -72,7 +70,7 @@ def test_the_budget_in_training_is_the_one_that_meets_the_cost_off_the_shelf(con
 def test_the_result_tells_the_budget_of_its_training(context: TrialContext) -> None:
     trained, _ = trials(context)
     row = run_trial(trained, context).row
-    assert json.loads(row["training"]) == json.loads(settled(trained.training, context))
+    assert json.loads(row["training"]) == settled(parse_recipe(trained.training, workload="embedded"), context).spec()
     assert row["training"] != trained.training and row["finetuned"] and row["epochs"] == 1
     fixed = dataclasses.replace(trained, training=json.dumps({**json.loads(row["training"]), "target": 0.6}))
     assert run_trial(fixed, context).row["top1"] == row["top1"], "the same training under its own settings"
@@ -91,9 +89,9 @@ def test_the_key_of_a_trial_covers_the_images_its_training_is_calibrated_on(cont
     ("change", "to", "expected"),
     [
         ("training: {target: $target, ", "training: {", "a training needs a budget"),
-        ("training: {target: $target, ", "training: {target: 1.5, ", r"a target is a share .*got 1\.5"),
-        ("training: {target: $target, ", "training: {target: half, ", "a target is a share"),
-        (f"seed: $seed, stages: {TOPK}", "seed: $seed", "no budget in it is free"),
+        ("training: {target: $target, ", "training: {target: 1.5, ", r"above 0 and at most 1; got 1\.5"),
+        ("training: {target: $target, ", "training: {target: half, ", "target must be a number"),
+        (f"seed: $seed, stages: {TOPK}", "seed: $seed", "no budget of this training is free"),
     ],
 )
 def test_a_mistake_about_the_cost_of_a_training_is_named(

@@ -21,7 +21,6 @@ from ablations.finetune import cache as trainings
 from ablations.finetune import finetuned, trained_model
 from ablations.finetune.loop import FinetuneError
 from ablations.workloads import embedded, open_model
-from ablations.workloads import training as sources
 from reducers import ATS, Count, at, placement_from, reduce_tokens
 from tests.finetune import taught
 from tests.finetune.conftest import ATS as STAGE
@@ -32,13 +31,7 @@ TRAINING = json.dumps(
 )
 
 
-@pytest.fixture(autouse=True)
-def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw 16 training scenes instead of the thousands of a real run."""
-    fields = sources.TrainingAccess.__init__.__defaults__
-    assert fields is not None and sources.SCENES in fields
-    fewer = tuple(16 if value == sources.SCENES else value for value in fields)
-    monkeypatch.setattr(sources.TrainingAccess.__init__, "__defaults__", fewer)
+pytestmark = pytest.mark.usefixtures("few_scenes")
 
 
 @pytest.fixture

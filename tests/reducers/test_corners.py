@@ -28,19 +28,8 @@ from reducers import (
     reduce_tokens,
 )  # fmt: skip
 
-from .conftest import make_vit
+from .conftest import make_vit, same_alone_and_in_a_batch
 from .test_evit_tome_topk import slow_evit, slow_tome
-
-
-def assert_same_alone_and_in_a_batch(model, images, placement) -> None:
-    driven = reduce_tokens(model, placement)
-    with torch.no_grad():
-        together, trace = driven.trace(images)
-        for i in range(len(images)):
-            alone, own = driven.trace(images[i : i + 1])
-            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
-            assert torch.equal(own.tokens[0], trace.tokens[i])
-            assert torch.equal(own.owner(3)[0], trace.owner(3)[i])
 
 
 @pytest.mark.parametrize("kind", ["class", "qk_norm"])
@@ -78,7 +67,7 @@ def test_what_would_be_bypassed_is_refused():
 def test_a_dropped_class_token_beside_other_prefix_tokens(kind, images):
     dropper = ATS(Count(2), keep_class_token=False, score="value_norm")
     model = make_vit(kind).double()
-    assert_same_alone_and_in_a_batch(model, images.double(), at(3, dropper))
+    same_alone_and_in_a_batch(reduce_tokens(model, at(3, dropper)), images, costs=False)
     _, trace = reduce_tokens(model, at([1, 3], dropper)).trace(images.double())
     others = model.num_prefix_tokens - 1
     kept = trace.kept(3).sum(1) + trace.class_kept(3).long() + others
@@ -93,7 +82,7 @@ def test_an_image_that_merges_nothing_is_left_as_it_is(images):
         at(0, EViT(Ratio(0.8), select=ATS(Count(14)))) | at(1, ToMe(Count(13))),
         at(0, ATS(Ratio(0.6))) | at(1, ToMe(Count(14))) | at(2, TopK(Count(9))),
     ):
-        assert_same_alone_and_in_a_batch(model, images.double(), placement)
+        same_alone_and_in_a_batch(reduce_tokens(model, placement), images, costs=False)
 
 
 @torch.no_grad()
@@ -110,7 +99,7 @@ def test_two_random_drops_in_one_block_are_independent():
 def test_one_sample_point_leaves_one_token_over_and_over(variant, images):
     model = make_vit().double()
     placement = at([0, 1, 2], ATS(Count(1), variant=variant))
-    assert_same_alone_and_in_a_batch(model, images.double(), placement)
+    same_alone_and_in_a_batch(reduce_tokens(model, placement), images, costs=False)
     _, trace = reduce_tokens(model, placement).trace(images.double())
     assert (trace.tokens[:, 1:] == 2).all()
 

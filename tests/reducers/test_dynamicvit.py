@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ablations.finetune.objective import Objective, TeacherOutputs, TrainingViT
 from reducers import ATS, Count, Drop, Ratio, ReducerError, TopK, at, build, reduce_tokens
-from reducers.methods import DynamicViT, keep_predictor
+from reducers.methods import DTPS, DynamicViT, keep_predictor
 from reducers.methods.dynamicvit import token_distance
 from reducers.methods.keep_predictor import KeepPredictor, Stage, next_stage, patches_of, ratio_loss
 from reducers.tokens import Layout
@@ -175,10 +175,11 @@ def test_counts_follow_the_budget_and_what_other_reducers_left():
     assert next_stage(Ratio(0.5), ragged, one, initial=196).count.tolist() == [25, 2]
 
 
+@pytest.mark.parametrize("method", [DynamicViT, DTPS])
 @pytest.mark.parametrize("kind", ["class", "distilled", "registers", "average_with_class", "avgmax", "map"])
 @torch.no_grad()
-def test_the_masked_pass_with_the_decision_of_inference_is_the_gathered_pass(kind, images, monkeypatch):
-    model = trained_model(DynamicViT(Ratio(0.6)), kind=kind)
+def test_the_masked_pass_with_the_decision_of_inference_is_the_gathered_pass(kind, method, images, monkeypatch):
+    model = trained_model(method(Ratio(0.6)), kind=kind)
     images = images.double()
     draw_as_inference(monkeypatch, model, images)
     masked = model(images)

@@ -14,11 +14,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from reducers import Decision, Placement, Ratio, ReducedViT, Stack, State, TokenReducer, at, available, reduce_tokens
+from reducers import Placement, Ratio, ReducedViT, Stack, TokenReducer, at, available, reduce_tokens
 from reducers.methods.fixed_pattern import ring_counts
 from reducers.methods.hvt_pool import pooled_length
 from reducers.methods.shrinking_pattern import counts_within, radius_at
-from reducers.signals import Signals
+from reducers.vit.host import Listener
 
 from .conftest import make_vit
 from .test_contract import KEEP_ALL, NEVER_THE_IDENTITY, settings
@@ -39,20 +39,6 @@ def qualifies(name: str) -> bool:
 NAMES = [name for name in available() if qualifies(name)]
 PAIRS = [pytest.param(*pair, id=" then ".join(pair)) for pair in itertools.product(NAMES, NAMES)]
 pairs = pytest.mark.parametrize(("first", "second"), PAIRS)
-
-
-class Onlooker(TokenReducer):
-    """Writes down how many tokens each image has, and leaves them alone."""
-
-    name = "onlooker"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lengths: list[int] = []
-
-    def decide(self, signals: Signals, state: State) -> Decision | None:
-        self.lengths = signals.layout.lengths.tolist()
-        return None
 
 
 @functools.cache
@@ -97,11 +83,12 @@ def allowed(reducer: TokenReducer, patches: int, block: int) -> range:
 @torch.no_grad()
 def test_both_budgets_hold_and_an_image_alone_is_itself_in_a_batch(first: str, second: str) -> None:
     for where in PLACED:
-        one, other, between = settings(first, FIRST), settings(second, SECOND), Onlooker()
+        one, other = settings(first, FIRST), settings(second, SECOND)
+        between = Listener(lambda signals: signals.layout.lengths.tolist())
         driven = reduce_tokens(model(), placed(where, one, other, between))
         logits, trace = driven.trace(pictures())
         assert torch.isfinite(logits).all()
-        middle = between.lengths if where == "one block" else trace.tokens[:, 2].tolist()
+        middle = between.heard[0] if where == "one block" else trace.tokens[:, 2].tolist()
         for entering, left in zip(middle, trace.tokens[:, -1].tolist(), strict=True):
             assert entering - 1 in allowed(one, PATCHES, 1), f"{first}, {where}"
             assert left - 1 in allowed(other, entering - 1, 1 if where == "one block" else 2), f"{second}, {where}"

@@ -17,7 +17,7 @@ from reducers.methods.hvt_pool import max_pool, pool_windows, pooled_length
 from reducers.methods.small_input import smaller_grid
 from reducers.tokens import Layout
 
-from .conftest import make_vit
+from .conftest import make_vit, nested_squares, same_alone_and_in_a_batch
 from .test_evit_tome_topk import attention_parts, embed, feed_forward
 
 NORMS = ["l1", "l2", "linf"]
@@ -43,15 +43,8 @@ def test_the_nearest_ring_and_of_two_the_smaller():
 def test_patterns_are_symmetric_nested_and_the_same_for_every_image(norm, images):
     reducer = FixedPattern(Ratio(0.6), norm=norm)
     _, trace = reduce_tokens(make_vit(), at([0, 1, 2], reducer)).trace(images)
-    before = torch.ones(6, 6, dtype=torch.bool)
-    for block in range(3):
-        kept = trace.kept(block)
-        assert (kept == kept[0]).all()
-        square = kept[0].view(6, 6)
-        assert torch.equal(square, square.rot90()), "whole rings"
-        assert (square <= before).all()
+    for square in nested_squares(trace, range(3)):
         assert int(square.sum()) in ring_counts((6, 6), norm)
-        before = square
 
 
 @torch.no_grad()
@@ -106,11 +99,7 @@ def test_pooling_on_a_vit_and_on_images_of_different_lengths(images):
         assert (again.owner(3)[:, :-1] >= 1).all()
         assert (again.owner(3)[:, -1] == -1).all(), "of 36 tokens the last is in no window"
     driven = reduce_tokens(model, at(0, ATS(Count(5))) | at([1, 2, 3], HVTPool()))
-    together, trace = driven.trace(images.double())
-    for i in range(len(images)):
-        alone, own = driven.trace(images[i : i + 1].double())
-        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
-        assert torch.equal(own.tokens[0], trace.tokens[i])
+    same_alone_and_in_a_batch(driven, images)
 
 
 def test_back_tracking_by_hand():

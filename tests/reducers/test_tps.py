@@ -16,7 +16,7 @@ from reducers.methods.tps import affinity, left_out, nearest_host, squeeze, sque
 from reducers.tokens import Layout
 
 from .conftest import make_vit
-from .test_dynamicvit import STAGES, draw_as_inference, slow_predictor, trained_model
+from .test_dynamicvit import STAGES, slow_predictor, trained_model
 from .test_evit_tome_topk import attention_parts, embed, feed_forward
 
 
@@ -117,7 +117,7 @@ def test_the_masked_squeezing_with_a_fixed_decision_is_the_gathered_one(lengths)
     later = keep_rows(kept.new, torch.arange(kept.new.rows) % 3 != 2)  # of those, some more leave
     later = keep_rows(kept.new, (later.destination >= 0) | (kept.new.row_index <= 1))
     alive = (kept.then(later).destination >= 0).double()
-    squeezed = squeeze_masked(layout, x, before, alive)
+    squeezed = squeeze_masked(layout, x, before, alive).features
     torch.testing.assert_close(squeezed[alive > 0], squeeze(later, kept.apply(x)).apply(kept.apply(x)))
     assert torch.equal(squeezed[alive == 0], x[alive == 0])
 
@@ -126,13 +126,13 @@ def test_the_masked_squeezing_lets_the_gradient_reach_the_decision():
     kept, x = some_keep((9, 9))
     alive = (kept.destination >= 0).double().requires_grad_()
     x.requires_grad_()
-    squeeze_masked(kept.old, x, torch.ones_like(alive), alive).square().sum().backward()
+    squeeze_masked(kept.old, x, torch.ones_like(alive), alive).features.square().sum().backward()
     dropped = kept.destination < 0
     assert (alive.grad[dropped] != 0).all()
     assert (alive.grad[~dropped] == 0).all()
     assert torch.isfinite(x.grad).all()
     nobody = torch.zeros_like(alive)
-    assert torch.equal(squeeze_masked(kept.old, x, torch.ones_like(alive), nobody), x)
+    assert torch.equal(squeeze_masked(kept.old, x, torch.ones_like(alive), nobody).features, x)
 
 
 def slow_tps(model, images, choose, *, before_block):
@@ -188,16 +188,6 @@ def test_etps_is_the_slow_reference(kind, images):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     prefix = model.base.num_prefix_tokens
     assert (trace.tokens - prefix).tolist() == [[36, 36, 22, 14, 14]] * len(images)
-
-
-@pytest.mark.parametrize("kind", ["class", "registers"])
-@torch.no_grad()
-def test_the_masked_pass_with_the_decision_of_inference_is_the_gathered_pass(kind, images, monkeypatch):
-    model = trained_model(DTPS(Ratio(0.6)), kind=kind)
-    images = images.double()
-    draw_as_inference(monkeypatch, model, images)
-    masked = model(images)
-    torch.testing.assert_close(masked, model.eval()(images), rtol=0, atol=1e-4)
 
 
 def test_training_differs_from_dynamicvit_by_the_squeezing_alone(images, monkeypatch):
