@@ -215,7 +215,7 @@ def keep_patches(layout: Layout, chosen: Tensor) -> Keep:
     if lead is None:  # some image has lost a prefix token
         return keep_rows(layout, layout.spread(chosen, prefix=True))
     kept = F.pad(chosen, (lead, 0), value=True)
-    new = Layout.ragged(kept.sum(dim=1), layout.prefix, lead)
+    new = Layout.ragged(kept.sum(dim=1), layout.prefix, lead=lead)
     rows = kept.flatten().nonzero_static(size=new.rows).squeeze(1)
     if layout.uniform is None:  # from places in the padded view to packed rows
         width = kept.shape[1]

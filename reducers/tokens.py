@@ -36,7 +36,7 @@ class Layout:
         return cls(lengths, torch.full_like(lengths, prefix), images * tokens, (tokens, prefix))
 
     @classmethod
-    def ragged(cls, lengths: Tensor, prefix: Tensor, lead: int | None = None) -> Layout:
+    def ragged(cls, lengths: Tensor, prefix: Tensor, *, lead: int | None = None) -> Layout:
         """Images of any lengths, read to the host here: the one wait for the device of an adaptive stage. ``lead``:
         the prefix tokens of every image, where that is known.
         """
@@ -169,7 +169,8 @@ class Layout:
             first = self.outset
         if self.uniform is not None:
             skip = self.uniform[0] - self.width_from(first)
-            return values.reshape(self.images, self.uniform[0], *values.shape[1:])[:, skip:]
+            padded = values.reshape(self.images, self.uniform[0], *values.shape[1:])
+            return padded[:, skip:] if skip else padded
         valid = self.valid_from(first)
         rows = (self.starts + first)[:, None] + self._columns[: valid.shape[1]]
         padded = values[rows.clamp_(max=max(self.rows - 1, 0))]

@@ -37,21 +37,13 @@ def significance(scores: Tensor, valid: Tensor) -> Tensor:
     return torch.where(total > 0, scores / total.clamp(min=torch.finfo(scores.dtype).tiny), even)
 
 
-def cumulative(scores: Tensor, valid: Tensor | None) -> Tensor:
+def cumulative(scores: Tensor, valid: Tensor) -> Tensor:
     """The cumulative distribution over the candidates, float32 or wider, ending in exactly 1 at each image's last and
-    staying there; all-zero scores mean that all are alike. (B, N); ``valid`` None: every place is a candidate.
+    staying there; all-zero scores mean that all are alike. (B, N)
     """
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if valid is not None:
-        scores = scores.masked_fill(~valid, 0)
-    sums = scores.cumsum(dim=1)
-    if valid is None:
-        ramp = torch.arange(1, scores.shape[1] + 1, dtype=scores.dtype, device=scores.device)
-    else:
-        ramp = valid.to(scores.dtype).cumsum(dim=1)
-    sums = torch.where(sums[:, -1:] > 0, sums, ramp)
-    total = sums[:, -1:]
-    return sums / (total if valid is None else total.clamp(min=torch.finfo(sums.dtype).tiny))  # 0 without candidates
+    sums = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0).cumsum(dim=1)
+    sums = torch.where(sums[:, -1:] > 0, sums, valid.to(sums.dtype).cumsum(dim=1))
+    return sums / sums[:, -1:].clamp(min=torch.finfo(sums.dtype).tiny)  # 0 without candidates
 
 
 def sample_inverse(cdf: Tensor, points: Tensor | int) -> Tensor:
@@ -183,10 +175,10 @@ class ATS(TokenReducer):
         if self.keep_class_token:
             padded = layout.pad_patches(scores)
             if layout.uniform is not None and padded.shape[1] and (self.variant, self.lookup) == ("paper", "inverse"):
-                chosen = self._sample_alike(padded, layout.uniform, state)  # the usual case, in the few steps it needs
-            else:
-                chosen = self._sample(padded, layout.valid_patches, signals, state)
-            return Decision(keep_patches(layout, chosen))
+                kept = keep_patches(layout, self._sample_alike(padded, layout.uniform, state))
+                if all(kept.new.patch_counts):
+                    return Decision(kept)
+            return Decision(keep_patches(layout, self._sample(padded, layout.valid_patches, signals, state)))
         # the class token, which comes first, is a candidate; other prefix tokens are not
         candidates = layout.pad(~layout.is_prefix)
         candidates = candidates | layout.pad(signals.is_class_token)
@@ -195,10 +187,13 @@ class ATS(TokenReducer):
         return Decision(keep_rows(layout, layout.unpad(chosen | (layout.valid & ~candidates))))
 
     def _sample_alike(self, scores: Tensor, uniform: tuple[int, int], state: State) -> Tensor:
-        """The published rule where all images have the same number of tokens: nothing is padding. (B, N) bool"""
+        """The usual case in the few steps it needs: the published rule where all images have the same number of tokens,
+        so that nothing is padding. Of an image whose scores are all zero nothing is sampled. (B, N) bool
+        """
         tokens, prefix = uniform
         points = self.budget.point_count(tokens - prefix, initial=state.initial, prefix=prefix, rounding="floor")
-        return sample_inverse(cumulative(scores, None), points)
+        sums = scores.to(torch.promote_types(scores.dtype, torch.float32)).cumsum(dim=1)
+        return sample_inverse(sums / sums[:, -1:], points)
 
     def _sample(self, scores: Tensor, valid: Tensor, signals: Signals, state: State) -> Tensor:
         """Which candidates are kept, (B, N) bool."""

@@ -40,14 +40,20 @@ def packed_attention(
     H, d).
     """
     if queries.uniform is not None and keys.uniform is not None:
+        faster = _products_are_faster(q, keys.uniform[0], dropout)
+        if faster and keys.images == 1:
+            bias = None if key_bias is None else key_bias.to(q.dtype)
+            return _one_by_products(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias, scale).transpose(
+                0, 1
+            )
         mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, keys.uniform[0]).to(q.dtype)
         by_image = (
             q.view(queries.images, queries.uniform[0], *q.shape[1:]),
             k.view(keys.images, keys.uniform[0], *k.shape[1:]),
             v.view(keys.images, keys.uniform[0], *v.shape[1:]),
         )
-        if _products_are_faster(q, keys.uniform[0], dropout):
-            return _by_products(*by_image, mask, scale).reshape(q.shape)
+        if faster:
+            return _by_products(*by_image, mask, scale).view(q.shape)
         return _fused(*by_image, mask, scale, dropout).reshape(q.shape)
     if q.device.type == "cpu":
         return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
@@ -85,11 +91,6 @@ _AT_ONCE = 2**18  # attention logits: they stay in the cache between the two pro
 
 def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """As ``_fused``, without gradients: (B, N, H, d) in and out."""
-    if q.shape[0] == 1:
-        whole = mask if mask is None else mask[0]
-        return _one_by_products(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), whole, scale
-        ).transpose(0, 1)[None]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     step = max(_AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[1]), 1)
     q = q * scale
@@ -190,11 +191,14 @@ class PackedAttention:
         return nullcontext() if as_begun else torch.set_grad_enabled(self._differentiable)
 
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
+        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d); of one
+        alone (T, H, d).
+        """
         qkv, width, parts = self.attn.qkv, self.attn.attn_dim, last - first
         bias = None if qkv.bias is None else qkv.bias.narrow(0, first * width, parts * width)
         out = F.linear(x, qkv.weight.narrow(0, first * width, parts * width), bias)
-        return out.view(x.shape[0], parts, self.attn.num_heads, self.attn.head_dim)
+        by_head = self.attn.num_heads, self.attn.head_dim
+        return out.view(x.shape[0], *by_head) if parts == 1 else out.view(x.shape[0], parts, *by_head)
 
     def use_all_queries(self) -> None:
         """Say that every row will be asked for, so that queries, keys and values take one projection."""
@@ -221,10 +225,10 @@ class PackedAttention:
         with self._gradients():
             if rows is None or self._fused_qkv is not None or self._all_queries is not None:
                 if self._all_queries is None:
-                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv
-                    self._all_queries = self.attn.q_norm(q[:, 0])
+                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv[:, 0]
+                    self._all_queries = self.attn.q_norm(q)
                 return self._all_queries if rows is None else self._all_queries.index_select(0, rows)
-            return self.attn.q_norm(self._project(self.x.index_select(0, rows), 0, 1)[:, 0])
+            return self.attn.q_norm(self._project(self.x.index_select(0, rows), 0, 1))
 
     @property
     def computed_all_queries(self) -> bool:

@@ -105,9 +105,35 @@ class ReducedViT(nn.Module):
     def _run(
         self, images: Tensor, tracer: Tracer | None, shared: Shared | None = None, *, cost_only: bool = False
     ) -> Any:
-        base, members = self.base, self.members()
-        if any(member.prepare is not None or member.plan is not None for member in members):
+        base, acting = self.base, self._acting
+        if any(member.prepare is not None or member.plan is not None for member in self.members()):
             shared = None  # they look at the images in their own way first
+        index, batch, state = self._begin(images, tracer, shared)
+        depth = end = len(base.blocks)
+        if cost_only:  # the last reducer only decides, and nothing runs after it
+            end = max(self.placement.blocks, default=-1) + 1
+        while index < end:
+            if shared is not None and index == self.first_block:
+                shared.put(index, batch)
+            idle = min((block for block in acting if block >= index), default=end)
+            if idle > index and runs_as_it_is(batch):
+                batch = run_plain(base.blocks[index:idle], batch, tracer)
+                index = idle
+            else:
+                batch = self._block(batch, replace(state, block=index), decide_only=cost_only and index == end - 1)
+                index += 1
+        if tracer is not None:
+            account(base.blocks[index:], batch, tracer)
+            tracer.cost.both(head_macs(base, batch.layout))
+        if cost_only:
+            return None
+        for finish in _steps(self.members(), "finish"):
+            batch = finish(batch, replace(state, block=depth))
+        return classify(base, batch, base.norm(batch.x))
+
+    def _begin(self, images: Tensor, tracer: Tracer | None, shared: Shared | None) -> tuple[int, TokenBatch, State]:
+        """All that comes before the blocks: the first one to run, the tokens that enter it, what reducers may know."""
+        base, members = self.base, self.members()
         if shared is not None:
             shared.claim(base, images)
         keys = self._image_keys(images, shared)
@@ -115,39 +141,15 @@ class ReducedViT(nn.Module):
         for prepare in _steps(members, "prepare"):
             images = prepare(images, host)
         plans = {id(member): member.plan(images, host) for member in members if member.plan is not None}
-        start, batch = self._enter(images, shared, tracer, resized=images.shape != asked)
+        index, batch = self._enter(images, shared, tracer, resized=images.shape != asked)
         assert batch.layout.uniform is not None
         if tracer is not None and host.spent is not None:
             tracer.cost.spend(host.spent)
-        depth, initial = len(base.blocks), batch.layout.uniform[0] - base.num_prefix_tokens
+        initial = batch.layout.uniform[0] - base.num_prefix_tokens
         grid = grid_of(base) if images.shape != asked else grid_of(base, images)
-        state = State(0, depth, initial, grid, keys, self.training, plans, tracer=tracer, notes={})
-        last = max(self.placement.blocks, default=-1) if cost_only else depth
-        batch = self._through(batch, state, start, last, shared)
-        if tracer is not None:
-            account(base.blocks[max(start, last + 1) :], batch, tracer)
-            tracer.cost.both(head_macs(base, batch.layout))
-        if cost_only:
-            return None
-        for finish in _steps(members, "finish"):
-            batch = finish(batch, replace(state, block=depth))
-        return classify(base, batch, base.norm(batch.x))
-
-    def _through(self, batch: TokenBatch, state: State, start: int, last: int, shared: Shared | None) -> TokenBatch:
-        """From block ``start`` on to the end, or to block ``last``, which then only decides."""
-        blocks, acting, index = self.base.blocks, self._acting, start
-        end = min(last + 1, len(blocks))
-        while index < end:
-            if shared is not None and index == self.first_block:
-                shared.put(index, batch)
-            idle = min((block for block in acting if block >= index), default=end)
-            if idle > index and runs_as_it_is(batch):
-                batch = run_plain(blocks[index:idle], batch, state.tracer)
-                index = idle
-            else:
-                batch = self._block(batch, replace(state, block=index), decide_only=index == last)
-                index += 1
-        return batch
+        return index, batch, State(
+            0, len(base.blocks), initial, grid, keys, self.training, plans, tracer=tracer, notes={}
+        )  # fmt: skip
 
     def _image_keys(self, images: Tensor, shared: Shared | None) -> Tensor | None:
         if not any(member.uses_random for member in self.members()):

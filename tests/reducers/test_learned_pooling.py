@@ -440,7 +440,7 @@ def test_a_pooling_is_stacked_at_the_input_and_merged_after(images):
     [
         (lambda: PatchMerger(3), "takes a budget"),
         (lambda: Sinkhorn(Count(3), epsilon=0), "above 0"),
-        (lambda: Sinkhorn(Count(3), iterations=0), "at least 1"),
+        (lambda: Sinkhorn(Count(3), iterations=0), "1 or more"),
         (lambda: SiT(Count(3), recalibration=-1.0), "0 or more"),
         (lambda: TokenLearner(Count(3), maps="grid"), "choose one of mlp, conv"),
         (lambda: DPCKNN(Count(3), weights="size"), "choose one of equal, learned"),

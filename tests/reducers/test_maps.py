@@ -13,7 +13,7 @@ from reducers.methods.tome import bipartite_pairs, merge_pairs
 
 def ragged(lengths=(6, 1, 4, 5), prefix=1) -> Layout:
     lengths = torch.tensor(lengths)
-    return Layout.ragged(lengths, torch.full_like(lengths, prefix), int(lengths.sum()))
+    return Layout.ragged(lengths, torch.full_like(lengths, prefix))
 
 
 def alike(images=3, tokens=7, prefix=2) -> Layout:
