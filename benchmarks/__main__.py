@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--data", type=Path, help="folder of real images (any depth); without it they are random")
     common.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    common.add_argument("--allocator", choices=["steady", "system"], default="system", help="on a CPU with glibc: keep "
-                        "memory between calls, for all variants alike, or leave the C library as it is "
+    common.add_argument("--allocator", choices=sorted(allocator.ALLOCATORS), default=allocator.USUAL,
+                        help="on a CPU with glibc: keep memory between calls, or leave the C library as it is "
                         "(default: %(default)s)")  # fmt: skip
     common.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
 
