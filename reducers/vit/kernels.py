@@ -1,0 +1,160 @@
+"""Attention of queries over keys on packed tokens, by whichever way is fastest on the device it runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reducers.tokens import Layout
+
+varlen_attn: Any
+try:  # flash attention over packed rows; older torch has none, and pads and masks instead
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Layout,
+    keys: Layout,
+    *,
+    scale: float,
+    key_bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq,
+    H, d).
+    """
+    if queries.uniform is not None and keys.uniform is not None:
+        faster = _products_are_faster(q, keys.uniform[0], dropout)
+        if faster and keys.images == 1:
+            bias = None if key_bias is None else key_bias.to(q.dtype)
+            return _one_by_products(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias, scale).transpose(
+                0, 1
+            )
+        mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, keys.uniform[0]).to(q.dtype)
+        by_image = (
+            q.view(queries.images, queries.uniform[0], *q.shape[1:]),
+            k.view(keys.images, keys.uniform[0], *k.shape[1:]),
+            v.view(keys.images, keys.uniform[0], *v.shape[1:]),
+        )
+        if faster:
+            return _by_products(*by_image, mask, scale).view(q.shape)
+        return _fused(*by_image, mask, scale, dropout).reshape(q.shape)
+    if q.device.type == "cpu":
+        return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
+    if key_bias is None and dropout == 0 and _varlen_takes(q):
+        return _varlen(q, k, v, queries, keys, scale)
+    valid = keys.valid
+    bias = (
+        torch.zeros(valid.shape, dtype=q.dtype, device=q.device) if key_bias is None else keys.pad(key_bias.to(q.dtype))
+    )
+    # a finished image has no key at all: leaving its (padded, unread) rows open keeps the softmax free of NaN
+    mask = bias.masked_fill(~valid & (keys.lengths > 0)[:, None], -torch.inf)[:, None, None]
+    return queries.unpad(_fused(queries.pad(q), keys.pad(k), keys.pad(v), mask, scale, dropout))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """(B, N, H, d) in and out; mask broadcasts to (B, H, Nq, Nk)."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale).transpose(1, 2)
+
+
+def _products_are_faster(q: Tensor, keys: int, dropout: float) -> bool:
+    """Whether two plain products beat the fused kernel on images of equal length."""
+    if q.device.type != "cpu" or q.dtype != torch.float32 or dropout > 0 or torch.compiler.is_compiling():
+        return False
+    return keys in MEDIUM and not torch.is_grad_enabled()
+
+
+MEDIUM = range(80, 192)
+"""Keys for which the fused kernel on a CPU, whose blocks are made for longer rows, loses 5-20 % to two plain products
+over a few images at a time (measured: DeiT-Ti and S, 50-197 tokens, two threads)."""
+_AT_ONCE = 2**18  # attention logits: they stay in the cache between the two products
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As ``_fused``, without gradients: (B, N, H, d) in and out."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    step = max(_AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[1]), 1)
+    q = q * scale
+    for first in range(0, q.shape[0], step):
+        some = slice(first, first + step)
+        logits = q[some].transpose(1, 2) @ k[some].permute(0, 2, 3, 1)
+        if mask is not None:
+            logits += mask[some]
+        weights = torch.softmax(logits, -1, out=logits)
+        out[some].transpose(1, 2).copy_(weights @ v[some].transpose(1, 2))
+    return out
+
+
+def _one_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """One image, (H, N, d) in and out, without gradients."""
+    logits = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    if mask is not None:
+        logits += mask
+    return torch.bmm(torch.softmax(logits, -1, out=logits), v)
+
+
+def _varlen_takes(q: Tensor) -> bool:
+    """Whether flash attention over packed rows is there: half precision on an Ampere GPU or newer."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return varlen_attn is not None and half and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float) -> Tensor:
+    """Flash attention on the packed rows themselves: no padding, and no wait for the device."""
+    natural = q.shape[-1] ** -0.5  # the kernel's own; passing another needs no argument that some versions lack
+    if scale != natural:
+        q = q * (scale / natural)
+    out: Tensor = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), queries.offsets, keys.offsets, queries.longest, keys.longest
+    )
+    return out
+
+
+SMALL = 256
+"""Keys up to which an image's attention on a CPU is two plain matrix products: up to 20 % faster than the fused kernel,
+whose blocks are made for longer rows (measured: DeiT-Ti and S, 40-197 tokens, two threads). Grouping images by length
+with padding and a key mask was slower than either."""
+
+
+@torch.compiler.disable  # it would be written out once for every image, and again for every new set of lengths
+def _image_by_image(
+    q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in
+    vain.
+    """
+    plain = dropout == 0 and not torch.is_grad_enabled() and q.dtype in (torch.float32, torch.float64)
+    by_head = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, d)
+    counts = queries.counts, keys.counts, keys.counts
+    parts = zip(*(x.split(n, dim=1) for x, n in zip(by_head, counts, strict=True)), strict=True)
+    biases = [None] * keys.images if bias is None else bias.to(q.dtype).split(keys.counts)
+    if not plain:
+        out = [_fused_one(qi, ki, vi, mask, scale, dropout) for (qi, ki, vi), mask in zip(parts, biases, strict=True)]
+        return torch.cat(out, dim=1).transpose(0, 1) if out else q
+    whole = torch.empty_like(q)
+    for (qi, ki, vi), mask, place in zip(parts, biases, whole.split(queries.counts), strict=True):
+        if ki.shape[1] > SMALL:
+            out_i = _fused_one(qi, ki, vi, mask, scale, dropout)
+        else:
+            out_i = _one_by_products(qi, ki, vi, mask, scale)
+        place.copy_(out_i.transpose(0, 1))
+    return whole
+
+
+def _fused_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """One image, (H, N, d) in and out; an image without tokens has none to give."""
+    if q.shape[1] == 0:
+        return q
+    mask = None if bias is None else bias.expand(1, 1, q.shape[1], -1)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, dropout_p=dropout, scale=scale)[0]
