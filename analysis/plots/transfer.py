@@ -69,13 +69,18 @@ def _first_budget(stages: Any) -> dict[str, Any] | None:
 
 
 def labelled(trials: pd.DataFrame) -> pd.DataFrame:
-    """Rows with seeds merged, ``method`` (its reducers), ``trained`` (the budget) and ``home`` (evaluated at the cost
-    that the training was aimed at, or with the very budget of the training).
+    """Rows with seeds merged, ``method`` (as its variants begin, or else its reducers), ``trained`` (the budget) and
+    ``home`` (evaluated at the cost that the training was aimed at, or with the very budget of the training).
     """
     rows = merge_seeds(trials[~trials["dense"]])
     own = [_at_home(row) for row in rows.to_dict("records")]
+    reducers = [" + ".join(reducer_names(text)) for text in rows["reducer"]]
+    heads: dict[str, set[str]] = {}
+    for name, variant in zip(reducers, rows["variant"], strict=True):
+        heads.setdefault(name, set()).add(str(variant).partition(",")[0])
+    spoken = {name: next(iter(found)) if len(found) == 1 else name for name, found in heads.items()}
     return rows.assign(
-        method=[" + ".join(reducer_names(text)) for text in rows["reducer"]],
+        method=[spoken[name] for name in reducers],
         trained=[trained_at(text) for text in rows["training"]],
         home=own,
     )
