@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -164,8 +164,11 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
         source = token_map.source
         pos = pos[source.clamp(min=0)].masked_fill(source < 0, -1)
     received = None if batch.received is None else token_map.total(batch.received)
-    class_rows, alive = class_rows_after(batch.cls, token_map), _alive_after(batch.alive, token_map)
-    return type(batch)(x, token_map.new, size, class_rows, pos, bias, received, alive)
+    class_rows = class_rows_after(batch.cls, token_map)
+    return replace(
+        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received,
+        alive=_alive_after(batch.alive, token_map),
+    )  # fmt: skip
 
 
 def _alive_after(alive: Tensor | None, token_map: TokenMap) -> Tensor | None:
@@ -181,7 +184,7 @@ def class_rows_after(rows: Tensor, token_map: TokenMap) -> Tensor:
     """Where the class tokens (B,) went; -1 where there is none or it was dropped."""
     if token_map.old.lead is not None and token_map.old.lead == token_map.new.lead:
         # nobody lost a prefix token, and the class token comes first
-        if token_map.new.images == 1:
+        if token_map.new.images == 1:  # which is row 0 then, before and after
             return rows
         return token_map.new.starts.where(rows >= 0, rows)
     return token_map.destination[rows.clamp(min=0)].masked_fill(rows < 0, -1)

@@ -41,18 +41,18 @@ def checked_whole(value: object, setting: str, *, least: int) -> int:
     return value
 
 
-def checked_number(value: object, setting: str) -> float:
-    """A finite number."""
+def checked_number(value: object, setting: str, *, hint: str = "") -> float:
+    """A finite number; the message ends in ``hint``."""
     if not isinstance(value, (int, float)) or not _is_number(value):
-        raise ReducerError(f"{_named(setting, value)} must be a finite number")
+        raise ReducerError(f"{_named(setting, value)} must be a finite number{hint}")
     return value
 
 
-def checked_share(value: object, setting: str, *, above: bool = False) -> float:
-    """A number from 0 to 1, or above 0 and at most 1."""
+def checked_share(value: object, setting: str, *, above: bool = False, of: str = "") -> float:
+    """A number from 0 to 1, or above 0 and at most 1; ``of`` tells in the message what it is a share of."""
     if not isinstance(value, (int, float)) or not _is_number(value) or not 0 <= value <= 1 or (above and value == 0):
         bound = "above 0 and at most 1" if above else "from 0 to 1"
-        raise ReducerError(f"{_named(setting, value)} must be a number {bound}")
+        raise ReducerError(f"{_named(setting, value)} must be a {f'share of {of},' if of else 'number'} {bound}")
     return value
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,13 +21,10 @@ from ablations.finetune import checkpoint
 from ablations.finetune.aim import settled
 from ablations.finetune.loop import FinetuneError, Finetuning
 from ablations.finetune.recipe import Recipe, parse_recipe
-from ablations.trial import ModelFacts, canonical_json
-from ablations.workloads.base import Workload
+from ablations.inputs import TrialContext
+from ablations.trial import canonical_json
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
-
-if TYPE_CHECKING:
-    from ablations.inputs import TrialContext
 
 log = logging.getLogger(__name__)
 
@@ -35,25 +32,6 @@ FINETUNE_VERSION = 1
 """Part of every digest: raise it whenever the code would train other weights by the same recipe."""
 
 _CHECKPOINT_EVERY = 60.0  # seconds
-
-
-class Context(Protocol):
-    """What a training needs of a trial's context."""
-
-    @property
-    def workload(self) -> Workload: ...  # the evaluated images, which must not be trained on
-    @property
-    def model(self) -> nn.Module: ...  # to start from; it stays as it is
-    @property
-    def facts(self) -> ModelFacts: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def opened_as(self) -> str: ...  # the workload as it was asked for
-    @property
-    def data(self) -> str | None: ...
-    @property
-    def cache(self) -> Path | None: ...  # OUT/cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +81,7 @@ class Finetuned:
 
 
 def trained_model(
-    training: str, context: Context, *, report: Callable[[dict[str, Any]], None] | None = None
+    training: str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
 ) -> nn.Module:
     """The context's model after a trial's ``training``: from OUT/cache/finetuned if finished, else trained now.
 
@@ -113,7 +91,9 @@ def trained_model(
     return finetuned(training, context, report=report).model
 
 
-def finetuned(training: str, context: Context, *, report: Callable[[dict[str, Any]], None] | None = None) -> Finetuned:
+def finetuned(
+    training: str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
+) -> Finetuned:
     """As ``trained_model``, with the reducers' own weights and the record of the training."""
     if context.cache is None:
         raise FinetuneError(
@@ -125,9 +105,9 @@ def finetuned(training: str, context: Context, *, report: Callable[[dict[str, An
         cache=context.cache,
         classes=context.facts.classes,
         data=context.data,
-        train_data=getattr(context, "train_data", None),
+        train_data=context.train_data,
     )
-    recipe = settled(parse_recipe(training, workload=context.workload.name), cast("TrialContext", context))
+    recipe = settled(parse_recipe(training, workload=context.workload.name), context)
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=context.workload)
     about = identity(recipe, model=context.facts.name, weights_digest=context.facts.weights_digest, images=images)
     done = train_or_load(

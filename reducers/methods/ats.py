@@ -176,7 +176,7 @@ class ATS(TokenReducer):
             padded = layout.pad_patches(scores)
             if layout.uniform is not None and padded.shape[1] and (self.variant, self.lookup) == ("paper", "inverse"):
                 kept = keep_patches(layout, self._sample_alike(padded, layout.uniform, state))
-                if all(kept.new.patch_counts):
+                if all(kept.new.patch_counts):  # else an image has no score above 0
                     return Decision(kept)
             return Decision(keep_patches(layout, self._sample(padded, layout.valid_patches, signals, state)))
         # the class token, which comes first, is a candidate; other prefix tokens are not

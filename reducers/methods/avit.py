@@ -23,6 +23,7 @@ from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
 
 Constants = Literal["released", "paper"]
+_OR_PUBLISHED = "; None takes the published one"
 
 
 def published_constants(constants: str, width: int) -> tuple[float, float]:
@@ -105,8 +106,8 @@ class AViT(TokenReducer):
     ) -> None:
         super().__init__()
         self.constants = checked_choice(constants, Constants, "AViT(constants=…)")
-        self.gamma = None if gamma is None else checked_number(gamma, "AViT(gamma=…)")
-        self.beta = None if beta is None else checked_number(beta, "AViT(beta=…)")
+        self.gamma = None if gamma is None else checked_number(gamma, "AViT(gamma=…)", hint=_OR_PUBLISHED)
+        self.beta = None if beta is None else checked_number(beta, "AViT(beta=…)", hint=_OR_PUBLISHED)
         self.epsilon = checked_share(epsilon, "AViT(epsilon=…)")
         self.ponder = checked_weight(ponder, "AViT(ponder=…)")
         self.prior = checked_weight(prior, "AViT(prior=…)")

@@ -79,7 +79,7 @@ class ToFu(ToMe):
 
     def __init__(self, budget: Budget, *, switch: float = 0.5, proportional: bool = True) -> None:
         super().__init__(budget, proportional=proportional)
-        self.switch = checked_share(switch, "ToFu(switch=…)")
+        self.switch = checked_share(switch, "ToFu(switch=…)", of="the depth")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         decision = super().decide(signals, state)

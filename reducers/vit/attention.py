@@ -7,9 +7,6 @@ it will throw away.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 from timm.layers.attention import Attention
 from torch import Tensor
@@ -37,20 +34,16 @@ class PackedAttention:
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
 
-    def _gradients(self) -> AbstractContextManager[Any]:
-        """As they were when the block began; nothing to switch is the usual case, and costs nothing."""
-        as_begun = torch.is_grad_enabled() == self._differentiable
-        return nullcontext() if as_begun else torch.set_grad_enabled(self._differentiable)
+    def _gradients(self) -> torch.set_grad_enabled:
+        """As they were when the block began."""
+        return torch.set_grad_enabled(self._differentiable)
 
     def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d); of one
-        alone (T, H, d).
-        """
+        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
         qkv, width, parts = self.attn.qkv, self.attn.attn_dim, last - first
         bias = None if qkv.bias is None else qkv.bias.narrow(0, first * width, parts * width)
         out = F.linear(x, qkv.weight.narrow(0, first * width, parts * width), bias)
-        by_head = self.attn.num_heads, self.attn.head_dim
-        return out.view(x.shape[0], *by_head) if parts == 1 else out.view(x.shape[0], parts, *by_head)
+        return out.view(x.shape[0], parts, self.attn.num_heads, self.attn.head_dim)
 
     def use_all_queries(self) -> None:
         """Say that every row will be asked for, so that queries, keys and values take one projection."""
@@ -77,10 +70,10 @@ class PackedAttention:
         with self._gradients():
             if rows is None or self._fused_qkv is not None or self._all_queries is not None:
                 if self._all_queries is None:
-                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv[:, 0]
-                    self._all_queries = self.attn.q_norm(q)
+                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv
+                    self._all_queries = self.attn.q_norm(q[:, 0])
                 return self._all_queries if rows is None else self._all_queries.index_select(0, rows)
-            return self.attn.q_norm(self._project(self.x.index_select(0, rows), 0, 1))
+            return self.attn.q_norm(self._project(self.x.index_select(0, rows), 0, 1)[:, 0])
 
     @property
     def computed_all_queries(self) -> bool:

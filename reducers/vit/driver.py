@@ -110,10 +110,11 @@ class ReducedViT(nn.Module):
             shared = None  # they look at the images in their own way first
         index, batch, state = self._begin(images, tracer, shared)
         depth = end = len(base.blocks)
+        first = min(acting, default=depth)
         if cost_only:  # the last reducer only decides, and nothing runs after it
             end = max(self.placement.blocks, default=-1) + 1
         while index < end:
-            if shared is not None and index == self.first_block:
+            if shared is not None and index == first:
                 shared.put(index, batch)
             idle = min((block for block in acting if block >= index), default=end)
             if idle > index and runs_as_it_is(batch):

@@ -197,7 +197,7 @@ def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -
     assert len(trials) >= 150
     # a trial that is timed is evaluated as any other of its setting, and timed beside it
     evaluated = {dataclasses.replace(trial, measure="", batch=target.batch).computation for trial in trials}
-    assert len(evaluated) <= 255, "more computations than two cores finish in an hour on ImageNet"
+    assert len(evaluated) <= 245, "more computations than two cores finish in an hour on ImageNet"
     for file in files:
         assert file.spec.title and file.spec.question and file.spec.caption and file.spec.published
 

@@ -38,8 +38,9 @@ pytestmark = pytest.mark.usefixtures("few_scenes")
 def context(tmp_path: Path) -> SimpleNamespace:
     """What a trial's context holds, as far as a training asks."""
     return SimpleNamespace(
-        workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, opened_as="embedded", data=None,
+        workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, opened_as="embedded",
         facts=SimpleNamespace(name="tiny", weights_digest="w" * 64, classes=10), cache=tmp_path,
+        data=None, train_data=None,
     )  # fmt: skip
 
 

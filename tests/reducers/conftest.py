@@ -41,7 +41,7 @@ WITHOUT_CLASS_TOKEN = {"average", "avgmax", "map"}
 
 
 @torch.no_grad()
-def same_alone_and_in_a_batch(driven: ReducedViT, images: Tensor, *, costs: bool = True) -> Trace:
+def assert_same_alone_and_in_a_batch(driven: ReducedViT, images: Tensor, *, costs: bool = True) -> Trace:
     """Assert that every image gets alone what it gets in the batch, in float64; the batch's trace.
 
     ``costs=False`` where a batch rightly costs an image more: a score that it did not need and others did.

@@ -13,7 +13,7 @@ from reducers import ATS, Count, Ratio, ReducerError, at, reduce_tokens
 from reducers.methods import ATC
 from reducers.methods.atc import agglomerate, cosine_distances
 
-from .conftest import make_vit, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit
 
 LINKAGES = ["single", "average", "complete"]
 
@@ -91,7 +91,7 @@ def test_tokens_are_size_weighted_means_and_sizes_sum(images):
 def test_ragged_images_alone_and_in_a_batch(name, images):
     model = make_vit().double()
     driven = reduce_tokens(model, at(0, ATS(Ratio(0.6))) | at([1, 3], ATC(Count(11), linkage=name)))
-    trace = same_alone_and_in_a_batch(driven, images)
+    trace = assert_same_alone_and_in_a_batch(driven, images)
     assert len(set(trace.tokens[:, 1].tolist())) > 1
 
 

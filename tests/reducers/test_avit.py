@@ -14,7 +14,7 @@ from reducers.methods.avit import depth_prior, prior_penalty, published_constant
 from reducers.methods.halting import halt, halting_score
 from tests.finetune.conftest import recipe_of
 
-from .conftest import DEPTH, make_vit, same_alone_and_in_a_batch
+from .conftest import DEPTH, assert_same_alone_and_in_a_batch, make_vit
 from .test_evit_tome_topk import embed, feed_forward
 
 LATER = range(1, DEPTH)
@@ -238,7 +238,7 @@ def test_other_reducers_act_before_it_and_not_after(images):
     base = make_vit()
     for first in (ATS(Ratio(0.7)), TopK(Ratio(0.5)), ToMe(Drop(8))):
         model = reduce_tokens(base.double(), at(0, first) | at([2, 3], AViT(**HALTING)))
-        same_alone_and_in_a_batch(model, images)
+        assert_same_alone_and_in_a_batch(model, images)
     for late in (at([1, 3], AViT()) | at(2, TopK(Ratio(0.5))), at([1, 2], AViT()) | at(3, TopK(Ratio(0.5)))):
         with pytest.raises(ReducerError, match="place (the other|this) one before"):
             reduce_tokens(base, late)(images.double())

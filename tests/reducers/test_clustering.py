@@ -14,7 +14,7 @@ from reducers.methods.dpc_knn import density_peaks
 from reducers.methods.kmedoids import better_medoids, far_apart, heaviest
 from reducers.methods.token_pooling import weighted_kmeans
 
-from .conftest import make_vit, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit
 
 
 def ragged(*lengths: int, width: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +186,7 @@ def test_ragged_images_alone_and_in_a_batch(reducer, site, images):
     reducer = type(reducer)(Count(11), site=site)
     model = make_vit().double()
     driven = reduce_tokens(model, at(0, ATS(Ratio(0.6))) | at([1, 3], reducer))
-    trace = same_alone_and_in_a_batch(driven, images)
+    trace = assert_same_alone_and_in_a_batch(driven, images)
     assert len(set(trace.tokens[:, 1].tolist())) > 1
 
 

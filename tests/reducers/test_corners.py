@@ -28,7 +28,7 @@ from reducers import (
     reduce_tokens,
 )  # fmt: skip
 
-from .conftest import make_vit, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit
 from .test_evit_tome_topk import slow_evit, slow_tome
 
 
@@ -67,7 +67,7 @@ def test_what_would_be_bypassed_is_refused():
 def test_a_dropped_class_token_beside_other_prefix_tokens(kind, images):
     dropper = ATS(Count(2), keep_class_token=False, score="value_norm")
     model = make_vit(kind).double()
-    same_alone_and_in_a_batch(reduce_tokens(model, at(3, dropper)), images, costs=False)
+    assert_same_alone_and_in_a_batch(reduce_tokens(model, at(3, dropper)), images)
     _, trace = reduce_tokens(model, at([1, 3], dropper)).trace(images.double())
     others = model.num_prefix_tokens - 1
     kept = trace.kept(3).sum(1) + trace.class_kept(3).long() + others
@@ -82,7 +82,7 @@ def test_an_image_that_merges_nothing_is_left_as_it_is(images):
         at(0, EViT(Ratio(0.8), select=ATS(Count(14)))) | at(1, ToMe(Count(13))),
         at(0, ATS(Ratio(0.6))) | at(1, ToMe(Count(14))) | at(2, TopK(Count(9))),
     ):
-        same_alone_and_in_a_batch(reduce_tokens(model, placement), images, costs=False)
+        assert_same_alone_and_in_a_batch(reduce_tokens(model, placement), images)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_two_random_drops_in_one_block_are_independent():
 def test_one_sample_point_leaves_one_token_over_and_over(variant, images):
     model = make_vit().double()
     placement = at([0, 1, 2], ATS(Count(1), variant=variant))
-    same_alone_and_in_a_batch(reduce_tokens(model, placement), images, costs=False)
+    assert_same_alone_and_in_a_batch(reduce_tokens(model, placement), images)
     _, trace = reduce_tokens(model, placement).trace(images.double())
     assert (trace.tokens[:, 1:] == 2).all()
 

@@ -15,7 +15,7 @@ from reducers.methods.gtp import cosine_graph, sparsified, spatial_graph, token_
 from reducers.methods.zero_tprune import combine_heads, most_alike, page_rank, rounds_at
 from reducers.tokens import Layout
 
-from .conftest import make_vit, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit
 from .test_evit_tome_topk import embed, feed_forward
 
 
@@ -154,7 +154,7 @@ def test_zero_tprune_meets_its_budget_whatever_the_split(images):
 def test_after_another_reducer_alone_and_in_a_batch(reducer, before, images):
     """At the next block, and at the same block, where the attention map is carried through the other's map."""
     for placement in (at(0, before) | at([1, 3], reducer), at(1, Stack(before, reducer))):
-        same_alone_and_in_a_batch(reduce_tokens(make_vit().double(), placement), images)
+        assert_same_alone_and_in_a_batch(reduce_tokens(make_vit().double(), placement), images)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def test_sparsified_attention_in_stacks_and_after_adaptive_methods(images):
     images = images.double()
     sparse = GTP(Ratio(0.7), theta=0.5)
     for placement in (at(0, ATS(Ratio(0.6))) | at([1, 3], sparse), at([1, 3], Stack(sparse, ATS(Ratio(0.8))))):
-        same_alone_and_in_a_batch(reduce_tokens(make_vit().double(), placement), images)
+        assert_same_alone_and_in_a_batch(reduce_tokens(make_vit().double(), placement), images)
     with pytest.raises(ReducerError, match="first in the stack"):
         reduce_tokens(make_vit(), at(1, Stack(TopK(Ratio(0.8)), sparse)))(images.float())
     for theta in (0, 1.5, True, "half"):

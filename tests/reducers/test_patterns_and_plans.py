@@ -17,7 +17,7 @@ from reducers.methods.hvt_pool import max_pool, pool_windows, pooled_length
 from reducers.methods.small_input import smaller_grid
 from reducers.tokens import Layout
 
-from .conftest import make_vit, nested_squares, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit, nested_squares
 from .test_evit_tome_topk import attention_parts, embed, feed_forward
 
 NORMS = ["l1", "l2", "linf"]
@@ -99,7 +99,7 @@ def test_pooling_on_a_vit_and_on_images_of_different_lengths(images):
         assert (again.owner(3)[:, :-1] >= 1).all()
         assert (again.owner(3)[:, -1] == -1).all(), "of 36 tokens the last is in no window"
     driven = reduce_tokens(model, at(0, ATS(Count(5))) | at([1, 2, 3], HVTPool()))
-    same_alone_and_in_a_batch(driven, images)
+    assert_same_alone_and_in_a_batch(driven, images)
 
 
 def test_back_tracking_by_hand():

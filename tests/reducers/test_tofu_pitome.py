@@ -15,7 +15,7 @@ from reducers.methods.tofu import group_peaks, norm_preserving, without_sources
 from reducers.methods.tome import bipartite_pairs, merge_pairs
 from reducers.tokens import Layout
 
-from .conftest import make_vit, same_alone_and_in_a_batch
+from .conftest import assert_same_alone_and_in_a_batch, make_vit
 from .test_evit_tome_topk import attention_parts, embed, feed_forward
 
 
@@ -87,7 +87,7 @@ def test_tofu_prunes_first_and_merges_later(images):
     tome = reduce_tokens(model, at(3, ToMe(Drop(5)))).trace(images.double())[1]
     tofu = reduce_tokens(model, at(3, ToFu(Drop(5)))).trace(images.double())[1]
     assert torch.equal(tome.owner(3), tofu.owner(3)), "the same pairs"
-    with pytest.raises(ReducerError, match="from 0 to 1"):
+    with pytest.raises(ReducerError, match="share of the depth, from 0 to 1"):
         ToFu(Drop(5), switch=2.0)
 
 
@@ -169,7 +169,7 @@ RAGGED = [PiToMe(Count(12)), PiToMe(Ratio(0.7), proportional=True), PiToMe(Ratio
 @torch.no_grad()
 def test_ragged_images_alone_and_in_a_batch(reducer, images):
     driven = reduce_tokens(make_vit().double(), at(0, ATS(Ratio(0.6))) | at([1, 3], reducer))
-    trace = same_alone_and_in_a_batch(driven, images)
+    trace = assert_same_alone_and_in_a_batch(driven, images)
     assert len(set(trace.tokens[:, 1].tolist())) > 1
 
 
