@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     common.add_argument("--allocator", choices=sorted(allocator.ALLOCATORS), default=allocator.USUAL,
-                        help="on a CPU with glibc: keep memory between calls, or leave the C library as it is "
-                        "(default: %(default)s)")  # fmt: skip
+                        help="on a CPU with glibc: steady keeps memory between calls, system leaves the C library as "
+                        "it is (default: %(default)s)")  # fmt: skip
     common.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
 
     add = commands.add_parser
@@ -44,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
     speed.add_argument("--size", nargs="+", default=[], help="pixels, such as 224 384 (default: the model's own)")
     speed.add_argument("--dtype", nargs="+", default=["float32"], help="float32, bfloat16 (default: float32)")
     speed.add_argument("--batch", nargs="+", default=[], help="default: 1 32, and on a GPU 256 1024")
-    speed.add_argument("--rounds", type=int, default=9, help="times each variant takes its turn (default: %(default)s)")
+    speed.add_argument("--rounds", type=int, default=5, help="times each variant takes its turn in a process "
+                       "(default: %(default)s)")  # fmt: skip
+    speed.add_argument("--processes", type=int, help="fresh processes that measure one after the other, their pairs "
+                       "pooled: how memory comes to lie differs between them (default: 3, on a GPU 1)")  # fmt: skip
     speed.add_argument("--train-batch", type=int, default=8, help="images of a training step, 0 for none "
                        "(default: %(default)s)")  # fmt: skip
     speed.add_argument("--only", nargs="+", default=[], help="variants whose name holds one of these words")
@@ -85,11 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch  # not before: the program may just have started again
 
-    from benchmarks import commands
+    from benchmarks import commands, pooled
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.command == "speed":
+        processes = args.processes or (1 if device.type == "cuda" else 3)
+        if processes > 1:
+            pooled.run(given, args.out, rounds=args.rounds, processes=processes, say=print)
+            return 0
     return commands.run(args, device)
 
 

@@ -7,14 +7,15 @@ import sys
 
 # With glibc's defaults a forward pass gives its large buffers back to the system and takes them again as fresh pages.
 # How often is a matter of luck: of three processes with the same code, DeiT-Ti's dense model took 28,000, 52,000 and
-# 106,000 page faults a pass of 32 images, the reduced ones 0 to 18,000, and every efficiency moved by up to 15 %. These
-# settings keep the memory, for all variants alike, as the allocators made for servers do.
+# 106,000 page faults a pass of 32 images, the reduced ones 0 to 18,000, and every efficiency moved by up to 15 %. So
+# several processes are measured (``pooled.py``). These settings keep the memory instead, for all variants alike, as the
+# allocators made for servers do.
 STEADY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 ALLOCATORS = {
     "steady": "memory kept between calls (glibc: no mmap, no trim)",
     "system": "the C library's defaults",
 }
-USUAL = "steady"
+USUAL = "system"
 _MARK = "SIEVIT_BENCH_ALLOCATOR"
 
 

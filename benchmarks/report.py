@@ -47,7 +47,10 @@ def speed_table(rows: Rows) -> str:
                 number(row["gmacs_ratio"]),
                 number(row["images_per_second"], 1),
             ]
-            line += [spread(row, "speedup", "speedup_low", "speedup_high"), number(row["efficiency"])]
+            line.append(spread(row, "speedup", "speedup_low", "speedup_high"))
+            alone = row["efficiency_lowest"] is None
+            between = "efficiency", "efficiency_lowest", "efficiency_highest"
+            line.append(number(row["efficiency"]) if alone else spread(row, *between))
             line.append(
                 "–" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f} ({row['peak_mib']:.0f} MiB)"
             )

@@ -121,11 +121,7 @@ def _write_speed(
     notes = [
         f"On {machine.sentence(known)}.",
         *ready.notes,
-        f"All variants took turns in one process, {scenario.effort.rounds} rounds ({speed.AT_BATCH_1} times as many at "
-        "batch 1), each round in another order; each turn is a pair, the variant and timm's own forward on fused "
-        "attention one right after the other, each run twice of which the second counts. Speed-ups are medians and "
-        "quartiles of the ratios within a pair. Efficiency = speed-up / GMACs ratio. Only ratios within a table mean "
-        "anything.",
+        how_timed(scenario.effort.rounds),
         f"Peak memory: ratio to the dense model's, beyond weights and images ({memory.HOW[source.device.type]}).",
     ]
     if any(row["kind"] in ("padded", "masked") for row in rows):
@@ -133,19 +129,46 @@ def _write_speed(
             "*masked*: the same decisions with tokens zeroed in place and hidden by a key mask; *padded*: cut to the "
             "batch's longest image. Their GMACs are the packed run's: what the decisions would save."
         )
+    stem = f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}{allocator.suffix()}"
+    write_speed(source.out, stem, title=title, notes=notes, known=known, rows=rows, profiles=profiles, say=source.say)
+
+
+def how_timed(rounds: int, processes: int = 1) -> str:
+    """The note that tells how the speed-ups of a table came about."""
+    where, over = "in one process", ""
+    if processes > 1:
+        where = f"in each of {processes} processes, started one after the other"
+        over = (
+            " over all processes; beside the efficiency stand the lowest and the highest that one process gave. Peak "
+            "memory and the training step were measured in the first"
+        )
+    return (
+        f"All variants took turns {where}, {rounds} rounds ({speed.AT_BATCH_1} times as many at batch 1), each round "
+        "in another order; each turn is a pair, the variant and timm's own forward on fused attention one right after "
+        "the other, each run twice of which the second counts. Efficiency = speed-up / GMACs ratio. Speed-ups are "
+        f"medians and quartiles of the ratios within a pair{over}. Only ratios within a table mean anything."
+    )
+
+
+def write_speed(
+    out: Path, stem: str, *, title: str, notes: Sequence[str], known: dict[str, Any], rows: list[dict[str, Any]],
+    profiles: dict[str, dict[str, Any]], say: Say,
+) -> None:  # fmt: skip
+    """Keep a measured table as text, data and figure, and say it."""
     text = report.speed_table(rows)
     if profiles:
-        text += f"\n## Where the time goes, batch {max(scenario.batches)}\n\n{profile_table(profiles)}"
+        largest = max(row["batch"] for row in rows)
+        text += f"\n## Where the time goes, batch {largest}\n\n{profile_table(profiles)}"
     written = report.keep(
-        source.out,
-        f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}{allocator.suffix()}",
+        out,
+        stem,
         title=title,
         notes=notes,
         data={"machine": known, "rows": rows, "profiles": profiles},
         text=text,
         draw=lambda file: figures.speed_figure(rows, f"{title}, {known.get('gpu', known['cpu'])}", file),
     )
-    source.say(f"{text}\nwritten: {', '.join(map(str, written))}")
+    say(f"{text}\nwritten: {', '.join(map(str, written))}")
 
 
 def run_scaling(

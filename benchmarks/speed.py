@@ -37,12 +37,15 @@ class Timing:
     speedup_low: float | None = None  # first and third quartile of the same
     speedup_high: float | None = None
     efficiency: float | None = None  # speed-up / GMACs ratio: 1 where time follows cost
+    efficiency_lowest: float | None = None  # of the processes, where several were measured
+    efficiency_highest: float | None = None
     peak_mib: float | None = None  # beyond weights and images
     memory_ratio: float | None = None  # this / dense
     training_batch: int | None = None
     training_speedup: float | None = None  # of forward and backward together, no optimiser
     training_low: float | None = None
     training_high: float | None = None
+    pairs: list[list[float]] | None = None  # seconds of the dense model and of this, right beside each other
     error: str | None = None  # why there is no measurement
 
 
@@ -178,6 +181,7 @@ def _row(
         training_speedup=None if step is None else step.median,
         training_low=None if step is None else step.low,
         training_high=None if step is None else step.high,
+        pairs=[list(pair) for pair in turns.pairs(name)],
     )
 
 

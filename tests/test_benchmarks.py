@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.commands import scenarios
 from benchmarks.counts import SETTINGS, Counts, Replay, record, write
 from benchmarks.memory import peak_bytes
 from benchmarks.padded import PaddedViT
+from benchmarks.pooled import pool
 from benchmarks.profiling import profile_ops, profile_table
 from benchmarks.reference_tome import ReferenceToMe
 from benchmarks.scaling import Decided, decided, measure
@@ -342,6 +344,29 @@ def test_a_scenario_can_be_cut_to_some_variants(tmp_path: Path) -> None:
     effort = Effort(rounds=1, warmup=1, memory=False)
     rows = run_speed(Scenario(TINY, (2,), size=32, dtype="bfloat16", effort=effort, only=("top-K",)), source(tmp_path))
     assert [row["kind"] for row in rows] == ["dense", "packed", "masked"]
+
+
+def test_several_processes_are_pooled(tmp_path: Path) -> None:
+    asked = ["--model", TINY, "--size", "32", "--batch", "2", "--rounds", "2", "--only", "top-K", "--device", "cpu"]
+    assert main(["speed", *asked, "--processes", "2", "--out", str(tmp_path)]) == 0
+    stem = tmp_path / f"speed-{TINY}-32-float32-cpu"
+    dense, top_k, masked = json.loads(stem.with_suffix(".json").read_text())["rows"]
+    assert [len(row["pairs"]) for row in (dense, top_k, masked)] == [8, 4, 4]
+    ratios = [beside / own for beside, own in top_k["pairs"]]
+    assert top_k["speedup"] == pytest.approx(statistics.median(ratios))
+    of_each = [statistics.median(part) / top_k["gmacs_ratio"] for part in (ratios[:2], ratios[2:])]
+    assert [top_k["efficiency_lowest"], top_k["efficiency_highest"]] == pytest.approx(sorted(of_each))
+    assert top_k["memory_ratio"] is not None
+    text = stem.with_suffix(".md").read_text()
+    assert "in each of 2 processes" in text and f"{top_k['efficiency']:.2f} ({min(of_each):.2f}" in text
+
+
+def test_pooled_tables_must_agree_and_a_failure_in_one_is_told() -> None:
+    row = {**asdict(Timing("ATS", "packed", 2)), "pairs": [(1.0, 0.5)], "efficiency": 1.0, "gmacs_ratio": 2.0}
+    with pytest.raises(ValueError, match="same rows"):
+        pool([[row], [{**row, "variant": "ToMe"}]])
+    (failed,) = pool([[row], [{**row, "error": "out of memory"}]])
+    assert failed["error"] == "out of memory" and failed["speedup"] is None and failed["variant"] == "ATS"
 
 
 def test_without_matplotlib_the_figure_is_left_out_with_a_message(
