@@ -278,6 +278,7 @@ SPECIAL: Mapping[str, Callable[[pd.DataFrame], list[Finding]]] = {
     "adaptivity": tokens,
     "finetuning": trained.finetuned,
     "budget_transfer": trained.transferred,
+    "trained_methods": trained.against_random,
 }
-OPENING = ("adaptivity", "evit_stacking", "class_token")  # their own answer comes before who leads
+OPENING = ("adaptivity", "evit_stacking", "class_token", "trained_methods")  # their own answer comes before who leads
 WITHOUT_RANKING = ("model_scaling", "runtime", "budget_transfer")  # their question is not who leads

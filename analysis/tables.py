@@ -28,7 +28,7 @@ TESTS = (
 COPIED = (
     "agreement", "coverage", "class_kept", "target_gmacs", "calibration_gmacs", "target_reached", "target_note",
     "probes", "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high",
-    "measured_batch", "epochs",
+    "measured_batch", "epochs", "train_images", "train_seconds",
 )  # fmt: skip
 SHORT = 8  # digits of a key in a table
 EVERY = "every trial"  # of the plain model's row where it had no trial of its own: each trial records its answers
@@ -120,10 +120,14 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
             for row in table[["difference", "difference_low", "difference_high"]].to_numpy(dtype=float)
         ],
         "tokens out": [_number(value, 1) for value in table["tokens_out"]],
+        "trained": [
+            f"{epochs:g} × {images:,.0f} images, {_number(seconds, 0)} s" if pd.notna(epochs) else ""
+            for epochs, images, seconds in table[["epochs", "train_images", "train_seconds"]].to_numpy(dtype=float)
+        ],
         "speed-up": [f"{_number(value, 2)} ×" if pd.notna(value) else "" for value in table["speedup"]],
         "trial": [short_keys(keys) or EVERY for keys in table["keys"]],
     }
-    optional = ("target", "over seeds", "speed-up")
+    optional = ("target", "over seeds", "trained", "speed-up")
     return pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
 
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
-from analysis import stats
-from analysis.comparison import Finding, spoken
-from analysis.matching import MATCH, dense_gmacs, paired
+from analysis import stats, style
+from analysis.comparison import SAME, Finding, Versus, spoken, versus_curve
+from analysis.matching import MATCH, dense_gmacs, merge_seeds, paired
 from analysis.plots import finetuning as _finetuning
 from analysis.plots import transfer as _transfer
 from analysis.tables import percent
+
+RANDOM = "random, trained as long"  # in ``specs/trained_methods.yaml``: what training alone gives
+
+
+def against_random(trials: pd.DataFrame) -> list[Finding]:
+    """Which methods beat random drop that was trained as long, each at the cost its training came to."""
+    rows = merge_seeds(trials[~trials["dense"] & trials["finetuned"]])
+    drop = rows[rows["variant"] == RANDOM].sort_values("gmacs_mean")
+    if drop.empty:
+        return []
+    met = versus_curve(rows, RANDOM, by="variant")
+    better = [one for one in met if one.told_apart and one.paired.difference > 0]
+    worse = [one for one in met if one.told_apart and one.paired.difference < 0]
+    same = [one for one in met if not one.told_apart]
+    said = [("clearly better", better), ("clearly worse", worse), (SAME, same)]
+    parts = [f"{words}: {_listed(part)}" for words, part in said if part]
+    text = f"Against random drop trained as long, in points, at the cost of each (Holm): {'. '.join(parts)}."
+    found = [Finding(text, keys=tuple(dict.fromkeys(key for one in met for key in one.keys)), headline=True)]
+    cheapest = drop.iloc[0]
+    for row in rows[~rows["variant"].isin({RANDOM, *(one.name for one in met)})].to_dict("records"):
+        text = (
+            f"{spoken(row['variant'])} came to {style.cost(row['gmacs_mean'])} GMACs and {percent(row['top1'])} %, "
+            f"where there is no random drop to compare with: the nearest has {percent(cheapest['top1'])} % at "
+            f"{style.cost(cheapest['gmacs_mean'])}."
+        )
+        found.append(Finding(text, keys=(*row["keys"], *cheapest["keys"]), headline=True))
+    return found
+
+
+def _listed(part: Sequence[Versus]) -> str:
+    """Each series once, with its difference, or the range of them."""
+    named = []
+    for name in dict.fromkeys(one.name for one in part):
+        moved = sorted(one.paired.difference for one in part if one.name == name)
+        ends = dict.fromkeys(percent(value, sign=True) for value in (moved[0], moved[-1]))
+        named.append(f"{spoken(name)} {' to '.join(ends)}")
+    return "; ".join(named)
 
 
 def finetuned(trials: pd.DataFrame) -> list[Finding]:

@@ -48,7 +48,9 @@ def squared_distances(x: Tensor, valid: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         x = x - (x.sum(1) / valid.sum(1).clamp(min=1)[:, None])[:, None]
         norm = x.square().sum(-1)
-        squared = norm[:, :, None] + norm[:, None, :] - 2 * x @ x.transpose(1, 2)
+        products = x @ x.transpose(1, 2)
+        # alike both ways to the last bit, which a product need not be: of two tokens in a cluster neither is nearer
+        squared = norm[:, :, None] + norm[:, None, :] - (products + products.transpose(1, 2))
     own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     squared = squared.clamp(min=0).masked_fill(own, 0)
     return squared.masked_fill(~(valid[:, :, None] & valid[:, None, :]), torch.inf)

@@ -108,6 +108,31 @@ def test_an_order_of_numbers_says_which_are_told_apart(answered: pd.DataFrame) -
     assert len(found) == 1 and "told apart from the first (Holm): " in found["measured here"].iloc[0]
 
 
+def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
+    """At each one's own cost; what is cheaper than any random drop is named with the nearest, and not tested."""
+    maker = Maker(images=400)
+
+    def add(variant: str, share: float, accuracy: float, *, trained: bool = True) -> None:
+        about = {"epochs": 3, "train_images": 5000, "train_seconds": 61.0, "finetuned": True} if trained else {}
+        maker.add("trained_methods", variant, reducer=[{"name": variant.lower()}], blocks=[3, 6, 9], keep=share,
+                  target=share, x=share, accuracy=accuracy, **about)  # fmt: skip
+
+    for share, accuracy in ((0.4, 0.6), (0.5, 0.7), (0.6, 0.75)):
+        add("random, trained as long", share, accuracy)
+        add("random, off the shelf", share, accuracy - 0.2, trained=False)
+    for variant, share, accuracy in (("A", 0.5, 0.85), ("B", 0.5, 0.5), ("C", 0.5, 0.7), ("D", 0.2, 0.65)):
+        add(variant, share, accuracy)
+    rows = with_answers(tidy(maker.frame()), maker.images)
+    head, alone, *_ = findings.answers("trained_methods", rows)
+    assert head.headline and head.text.startswith("Against random drop trained as long, in points")
+    better, worse, same = head.text.split(". ")
+    assert "clearly better: A +1" in better and "clearly worse: B −1" in worse and ": C " in same
+    assert "off the shelf" not in head.text and "D" not in head.text
+    assert alone.text.startswith("D came to") and "no random drop to compare with: the nearest has" in alone.text
+    shown = tables.display(tables.measured(rows))
+    assert set(shown["trained"]) == {"", "3 × 5,000 images, 61 s"}
+
+
 def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
     maker = Maker(images=60)
     why = "out of reach: this method costs 0.77 to 1 of the dense model here"
