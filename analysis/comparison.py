@@ -205,7 +205,8 @@ def tally(found: list[Comparison], noun: str) -> Finding | None:
     ranked = sorted(leads.items(), key=lambda item: -len(item[1]))
     clear = sum(one.clear for one in found)
     said = [_verdict(noun, ranked, len(found))]
-    even = [name for name, standing in met.items() if "worse" not in standing]
+    # behind and a little cheaper everywhere is not even with anybody
+    even = [n for n, standing in met.items() if "worse" not in standing and set(standing) != {"cheaper"}]
     beaten = [name for name, standing in met.items() if set(standing) == {"worse"}]
     said += [f"Never clearly beaten: {_few(even)}"] if even and clear != len(found) else []
     said += [f"Clearly behind wherever compared: {_few(beaten)}"] if beaten else []

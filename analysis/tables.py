@@ -121,7 +121,7 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
         ],
         "tokens out": [_number(value, 1) for value in table["tokens_out"]],
         "trained": [
-            f"{epochs:g} × {images:,.0f} images, {_number(seconds, 0)} s" if pd.notna(epochs) else ""
+            f"{images:,.0f} images in {epochs:g} epochs, {_number(seconds, 0)} s" if pd.notna(epochs) else ""
             for epochs, images, seconds in table[["epochs", "train_images", "train_seconds"]].to_numpy(dtype=float)
         ],
         "speed-up": [f"{_number(value, 2)} ×" if pd.notna(value) else "" for value in table["speedup"]],

@@ -130,7 +130,7 @@ def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
     assert "off the shelf" not in head.text and "D" not in head.text
     assert alone.text.startswith("D came to") and "no random drop to compare with: the nearest has" in alone.text
     shown = tables.display(tables.measured(rows))
-    assert set(shown["trained"]) == {"", "3 × 5,000 images, 61 s"}
+    assert set(shown["trained"]) == {"", "5,000 images in 3 epochs, 61 s"}
 
 
 def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
