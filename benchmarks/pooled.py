@@ -69,12 +69,12 @@ def _together(rows: Sequence[Row]) -> dict[str, Any]:
     if failed is not None:
         known = {name: first[name] for name in ("variant", "kind", "batch")}
         return dict.fromkeys(first) | known | {"error": failed}
-    pairs = [pair for row in rows for pair in row["pairs"]]
-    speed = Quartiles.of([dense / own for dense, own in pairs])
-    middle = statistics.median(own for _, own in pairs)
-    own = [row["efficiency"] for row in rows]
+    times, beside = ([second for row in rows for second in row[name]] for name in ("seconds", "dense_seconds"))
+    speed = Quartiles.of([dense / own for dense, own in zip(beside, times, strict=True)])
+    middle, own = statistics.median(times), [row["efficiency"] for row in rows]
     return first | {
         "milliseconds": 1e3 * middle, "images_per_second": first["batch"] / middle, "speedup": speed.median,
         "speedup_low": speed.low, "speedup_high": speed.high, "efficiency": speed.median / first["gmacs_ratio"],
-        "efficiency_lowest": min(own), "efficiency_highest": max(own), "pairs": pairs,
+        "efficiency_lowest": min(own), "efficiency_highest": max(own), "seconds": times,
+        "dense_seconds": beside,
     }  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
+_NUMBERS = re.compile(r"\[[-\d.,e\s]+\]")  # a list of numbers takes one line
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -111,7 +113,8 @@ def keep(
     said = "\n\n".join(notes)
     written[0].write_text(f"# {title}\n\n{said}\n\n{text}", encoding="utf-8")
     content = {"title": title, "notes": list(notes), **data}
-    written[1].write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    lines = _NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(content, indent=1, ensure_ascii=False))
+    written[1].write_text(f"{lines}\n", encoding="utf-8")
     return written
 
 

@@ -45,7 +45,8 @@ class Timing:
     training_speedup: float | None = None  # of forward and backward together, no optimiser
     training_low: float | None = None
     training_high: float | None = None
-    pairs: list[list[float]] | None = None  # seconds of the dense model and of this, right beside each other
+    seconds: list[float] | None = None  # of each turn …
+    dense_seconds: list[float] | None = None  # … and of the dense model right beside it
     error: str | None = None  # why there is no measurement
 
 
@@ -181,7 +182,8 @@ def _row(
         training_speedup=None if step is None else step.median,
         training_low=None if step is None else step.low,
         training_high=None if step is None else step.high,
-        pairs=[list(pair) for pair in turns.pairs(name)],
+        seconds=[round(own, 6) for own in turns.seconds[name]],
+        dense_seconds=[round(dense, 6) for dense in turns.beside[name]],
     )
 
 

@@ -48,11 +48,8 @@ class Turns:
 
     def ratio(self, name: str) -> Quartiles:
         """How many times faster than the first variant it is, from ratios taken within each pair."""
-        return Quartiles.of([other / own for other, own in self.pairs(name)])
-
-    def pairs(self, name: str) -> list[tuple[float, float]]:
-        """Seconds of the first variant and of this one, right beside each other."""
-        return list(zip(self.beside[name], self.seconds[name], strict=True))
+        pairs = zip(self.beside[name], self.seconds[name], strict=True)
+        return Quartiles.of([other / own for other, own in pairs])
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
