@@ -27,8 +27,8 @@ def against_random(trials: pd.DataFrame) -> list[Finding]:
     worse = [one for one in met if one.told_apart and one.paired.difference < 0]
     same = [one for one in met if not one.told_apart]
     said = [("clearly better", better), ("clearly worse", worse), (SAME, same)]
-    parts = [f"{words}: {_listed(part)}" for words, part in said if part]
-    text = f"Against random drop trained as long, in points, at the cost of each (Holm): {'. '.join(parts)}."
+    parts = [f"{words[0].upper()}{words[1:]}: {_listed(part)}" for words, part in said if part]
+    text = f"Against random drop trained as long, in points, each at its own cost (Holm). {'. '.join(parts)}."
     found = [Finding(text, keys=tuple(dict.fromkeys(key for one in met for key in one.keys)), headline=True)]
     cheapest = drop.iloc[0]
     for row in rows[~rows["variant"].isin({RANDOM, *(one.name for one in met)})].to_dict("records"):

@@ -125,8 +125,8 @@ def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
     rows = with_answers(tidy(maker.frame()), maker.images)
     head, alone, *_ = findings.answers("trained_methods", rows)
     assert head.headline and head.text.startswith("Against random drop trained as long, in points")
-    better, worse, same = head.text.split(". ")
-    assert "clearly better: A +1" in better and "clearly worse: B −1" in worse and ": C " in same
+    _, better, worse, same = head.text.split(". ")
+    assert "Clearly better: A +1" in better and "Clearly worse: B −1" in worse and ": C " in same
     assert "off the shelf" not in head.text and "D" not in head.text
     assert alone.text.startswith("D came to") and "no random drop to compare with: the nearest has" in alone.text
     shown = tables.display(tables.measured(rows))
