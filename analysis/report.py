@@ -180,7 +180,7 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
     return Part(
         scene.subtitle.split("\n")[0],
         anchor,
-        style.caution(setting),
+        style.caution(setting, trials),
         findings.limits(setting, trials),
         sections,
         shared,

@@ -180,14 +180,16 @@ def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:
     workload = WORKLOADS.get(setting.workload, setting.workload) + (f" {data}" if data else "")
     tuned = set(trials["finetuned"])
     how = "off the shelf" if tuned <= {False} else "finetuned" if tuned == {True} else "off the shelf and finetuned"
+    if setting.weights == "random" and tuned == {True}:
+        how = "trained from random weights"
     text = f"{workload}, {setting.model}, {setting.images:,} images, {how}"
-    return "\n".join([text, *caution(setting)])
+    return "\n".join([text, *caution(setting, trials)])
 
 
-def caution(setting: Setting) -> list[str]:
+def caution(setting: Setting, trials: pd.DataFrame) -> list[str]:
     """Why a setting's numbers must not be believed; [] where nothing speaks against them."""
     said = []
-    if setting.weights == "random":
+    if setting.weights == "random" and not trials["finetuned"].all():
         said.append("RANDOM WEIGHTS: this shows that the suite runs, nothing about methods")
     if setting.images < FEW_IMAGES:
         said.append(f"ONLY {setting.images} IMAGES: too few to rank methods")

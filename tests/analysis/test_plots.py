@@ -267,6 +267,14 @@ def test_a_title_says_when_not_to_believe_it(images: int, weights: str, words: s
     assert f"{images:,} images, off the shelf" in figure.get_suptitle().replace("\n", " ")
 
 
+def test_what_was_trained_from_random_weights_is_no_mere_trial_run() -> None:
+    maker = Maker(images=5000, weights="random")
+    maker.add("s", "HVT", reducer=[{"name": "hvt_pool"}], blocks=[3], keep=0.5, accuracy=0.8, finetuned=True)
+    rows = tidy(maker.frame())
+    said = style.describe(Results(Path("nowhere"), rows).settings()[0], rows)
+    assert said.endswith("5,000 images, trained from random weights")
+
+
 def test_one_series_without_a_dense_row_is_still_a_figure(looks: Looks) -> None:
     maker = Maker(images=30)
     row = {"dense_top1": None, "dense_gmacs": None, "top1_low": None, "top1_high": None}
