@@ -212,7 +212,11 @@ def tidy(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_dense(row: Mapping[str, Any]) -> bool:
-    """Whether a trial ran the plain model: it says so, or no block reduces anything."""
+    """Whether a trial ran the plain model: it says so, or no block reduces anything. Trained from random weights, it is
+    a series like the others.
+    """
+    if row["finetuned"] and row["weights"] == "random":
+        return False
     plain = row["status"] == "ok" and row["reducer"] != "" and set(reducer_names(row["reducer"])) <= {"identity"}
     return plain or str(row["variant"]).casefold() == "dense"
 

@@ -270,7 +270,9 @@ def test_a_title_says_when_not_to_believe_it(images: int, weights: str, words: s
 def test_what_was_trained_from_random_weights_is_no_mere_trial_run() -> None:
     maker = Maker(images=5000, weights="random")
     maker.add("s", "HVT", reducer=[{"name": "hvt_pool"}], blocks=[3], keep=0.5, accuracy=0.8, finetuned=True)
+    maker.add("s", "HVT-0", reducer=[{"name": "identity"}], blocks=[0], keep=1.0, accuracy=0.9, finetuned=True)
     rows = tidy(maker.frame())
+    assert not rows["dense"].any(), "what was trained without reduction is compared like the others"
     said = style.describe(Results(Path("nowhere"), rows).settings()[0], rows)
     assert said.endswith("5,000 images, trained from random weights")
 
