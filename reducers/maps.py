@@ -215,11 +215,6 @@ def keep_patches(layout: Layout, chosen: Tensor) -> Keep:
     if lead is None:  # some image has lost a prefix token
         return keep_rows(layout, layout.spread(chosen, prefix=True))
     kept = F.pad(chosen, (lead, 0), value=True)
-    if layout.images == 1 and not torch.compiler.is_compiling():  # what is found says how many there are
-        rows = kept[0].nonzero().squeeze(1)
-        count = rows.shape[0]
-        new = Layout(torch.full_like(layout.prefix, count), layout.prefix, count, (count, lead))
-        return Keep(layout, new, rows)
     new = Layout.ragged(kept.sum(dim=1), layout.prefix, lead=lead)
     rows = kept.flatten().nonzero_static(size=new.rows).squeeze(1)
     if layout.uniform is None:  # from places in the padded view to packed rows

@@ -89,18 +89,16 @@ class PackedAttention:
             return self.layout.unpad(given.transpose(1, 2))
         layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
         q, keys = self.queries(rows).to(wide), self.keys.to(wide)  # q: (B, H, d)
-        if layout.images == 1 and self.key_bias is None and self.alive is None:
-            # each step counts here; they are those of a batch, to the last bit
-            return ((keys * q).sum(-1) * self.attn.scale).softmax(dim=0)
         if layout.uniform is not None:
             by_image = keys.view(layout.images, layout.uniform[0], *keys.shape[1:])
-            logits = (by_image * q[:, None]).sum(-1).flatten(0, 1)
+            padded = (by_image * q[:, None]).sum(-1) * self.attn.scale
+            if self.key_bias is not None:
+                padded = padded + self.key_bias.view(layout.images, -1, 1)
         else:
-            logits = (keys * q[layout.row_image]).sum(-1)
-        logits = logits * self.attn.scale
-        if self.key_bias is not None:
-            logits = logits + self.key_bias[:, None]
-        padded = layout.pad(logits, fill=-torch.inf)
+            logits = (keys * q[layout.row_image]).sum(-1) * self.attn.scale
+            if self.key_bias is not None:
+                logits = logits + self.key_bias[:, None]
+            padded = layout.pad(logits, fill=-torch.inf)
         if self.alive is None:
             return layout.unpad(padded.softmax(dim=1))
         seen = layout.pad(self.alive.to(wide))[..., None]
