@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -127,8 +128,7 @@ class TokenReducer(nn.Module):
     @classmethod
     def settings(cls) -> list[inspect.Parameter]:
         """What the method can be given by name, as its constructor says it."""
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return [p for p in inspect.signature(cls).parameters.values() if p.kind in named]
+        return list(_settings(cls))  # type: ignore[arg-type]  # mypy takes the class for one of its instances
 
     def spec(self) -> dict[str, Any]:
         """The reducer as plain data, defaults left out: ``build`` reads it back."""
@@ -142,6 +142,13 @@ class TokenReducer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.spec().items() if key != "name")
+
+
+@cache
+def _settings(cls: type[TokenReducer]) -> tuple[inspect.Parameter, ...]:
+    """Reading a signature takes longer than making the reducer, and a plan makes tens of thousands."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p for p in inspect.signature(cls).parameters.values() if p.kind in named)
 
 
 def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> TokenBatch:

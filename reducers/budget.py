@@ -6,6 +6,7 @@ means what it says.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args
@@ -13,11 +14,16 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from reducers.checks import checked_flag
 from reducers.errors import ReducerError
 
 Rounding = Literal["floor", "ceil", "nearest"]
 Base = Literal["current", "initial"]
 N = TypeVar("N", Tensor, int)  # a count of each image, or of one on the host
+
+_LONGEST = 100  # characters of a number
+_EXPONENT_DIGITS = 3  # as a float has: 1e-308
+_EXPONENT = re.compile(r"[eE][+-]?([\d_]+)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,14 @@ def rounded_share(whole: Any, numerator: int, denominator: int, rounding: Roundi
             return (2 * share + denominator) // (2 * denominator)
 
 
+def _fraction(text: str) -> Fraction:
+    """The exact value of a number as text; of one so long that its digits alone would fill the memory, ValueError."""
+    exponent = _EXPONENT.search(text)
+    if len(text) > _LONGEST or (exponent and len(exponent[1]) > _EXPONENT_DIGITS):
+        raise ValueError(f"{text:.20}… has too many digits")
+    return Fraction(text)
+
+
 @dataclass(frozen=True, init=False)
 class Ratio(Budget):
     """A share of the tokens: ``Ratio(0.7)`` of those entering the block, ``Ratio(0.5, of="initial")`` of those
@@ -86,7 +100,7 @@ class Ratio(Budget):
         count_prefix: bool = False,
     ) -> None:
         try:
-            exact = Fraction(str(value)).limit_denominator(10**6)
+            exact = _fraction(str(value)).limit_denominator(10**6)
         except (ValueError, ZeroDivisionError) as error:
             raise ReducerError(f"Ratio({value!r}) is no number; give a share of the tokens in (0, 1]") from error
         if isinstance(value, bool) or not 0 < exact <= 1:
@@ -98,7 +112,7 @@ class Ratio(Budget):
         object.__setattr__(self, "value", exact)
         object.__setattr__(self, "of", of)
         object.__setattr__(self, "rounding", rounding)
-        object.__setattr__(self, "count_prefix", bool(count_prefix))
+        object.__setattr__(self, "count_prefix", checked_flag(count_prefix, "Ratio(count_prefix=…)"))
 
     def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
         whole = current if self.of == "current" else initial
@@ -178,6 +192,6 @@ def parse_budget(data: Any) -> Budget:
     allowed = {"of", "rounding", "count_prefix"} if named[0] == "ratio" else set()
     unknown = set(options) - allowed
     if unknown:
-        raise ReducerError(f"unknown key {sorted(unknown)[0]!r} in budget {data!r}; a budget is written {_FORMS}")
+        raise ReducerError(f"unknown key {min(unknown, key=str)!r} in budget {data!r}; a budget is written {_FORMS}")
     budget: Budget = kinds[named[0]](data[named[0]], **options)
     return budget

@@ -60,9 +60,8 @@ class TokenMap:
         first = self.destination
         second = torch.cat([other.destination, first.new_full((1,), -1)])[first]  # row -1 stays -1
         weight = self.member_weights() * torch.cat([other.member_weights(), other.member_weights().new_zeros(1)])[first]
-        alive = torch.cat([other.source, other.source.new_full((1,), -1)])
-        ownerless = (alive[:-1] < 0) | (self.source[alive[:-1].clamp(min=0)] < 0)
-        return Merge(self.old, other.new, second, weight, ownerless)
+        lives = torch.cat([self.source, self.source.new_full((1,), -1)])[other.source]  # row -1 stays -1
+        return Merge(self.old, other.new, second, weight, lives < 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +152,16 @@ class Mix(TokenMap):
 
     @cached_property
     def destination(self) -> Tensor:
+        if self.new.longest == 0:  # no image has a token left: there is no largest weight
+            return torch.full((self.old.rows,), -1, dtype=torch.int64, device=self.weights.device)
         largest, where = self.weights.max(dim=1)  # (B, N)
         packed = self.old.unpad(where + self.new.starts[:, None])
         return packed.masked_fill(self.old.unpad(largest) <= 0, -1)
 
     @cached_property
     def source(self) -> Tensor:
+        if self.old.longest == 0:
+            return torch.full((self.new.rows,), -1, dtype=torch.int64, device=self.weights.device)
         largest, where = self.weights.max(dim=2)  # (B, M)
         packed = self.new.unpad(where + self.old.starts[:, None])
         return packed.masked_fill(self.new.unpad(largest) <= 0, -1)
