@@ -65,7 +65,7 @@ def open_workload(
 ) -> Workload:
     """Open images for a model, decoded and cropped to its input, with labels in its head's class numbering.
 
-    ``limit`` takes a fixed subset spread over the classes; ``strict`` refuses images that cannot be read instead of
+    ``limit`` takes a fixed subset spread over the classes; ``strict`` refuses images that cannot be used instead of
     skipping and reporting them; ``cache`` is the folder that keeps the decoded images (None: memory only).
     ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are.
     ``resize`` is explained in ``preprocess``; ``download`` lets torchvision and timm fetch a data set.

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ablations.workloads.account import Account
+
 log = logging.getLogger(__name__)
 
 CALIBRATION = 128  # images that settings are sought on
@@ -40,9 +42,10 @@ class Workload:
     std: tuple[float, ...]
     classes: int  # size of the head the labels refer to
     digest: str  # sha256 over all that is evaluated: see ``data_digest``
-    skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) of what could not be read
+    skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) of what cannot be used
     masks: np.ndarray | None = None  # (n, H, W) bool: pixels of the object, where known
     clutter: np.ndarray | None = None  # (n,) int64, where known
+    account: Account | None = None  # what became of all that was found; None where nothing had to be looked for
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -53,8 +56,19 @@ class Workload:
                 f"workload {self.name}: pixels must be ({count}, H, W, C) uint8, "
                 f"not {self.pixels.shape} {self.pixels.dtype}"
             )
-        if self.labels.shape != (count,) or not 0 <= self.labels.min() <= self.labels.max() < self.classes:
-            raise WorkloadError(f"workload {self.name}: needs one label in 0..{self.classes - 1} for each image")
+        if self.labels.shape != (count,):
+            raise WorkloadError(f"workload {self.name}: needs one label for each of {count} images")
+        self._check_labels()
+
+    def _check_labels(self) -> None:
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.classes))
+        if len(outside):
+            first = outside[0]
+            raise WorkloadError(
+                f"workload {self.name}: {len(outside)} of {len(self)} labels are outside 0..{self.classes - 1}, the "
+                f"classes of the model's head (the first: {self.ids[first]} has {self.labels[first]}): correct them, "
+                "or choose a model (or WEIGHTS) whose head has these classes"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -163,12 +177,12 @@ def split_calibration(workload: Workload, count: int = CALIBRATION) -> tuple[Wor
 
 
 def refuse_or_keep(skipped: Sequence[tuple[str, str]], *, strict: bool, name: str) -> tuple[tuple[str, str], ...]:
-    """Images that could not be read: an error that lists them under ``strict``, else what the workload reports."""
+    """Images that cannot be used: an error that lists them under ``strict``, else what the workload reports."""
     if strict and skipped:
         listed = "; ".join(f"{file}: {reason}" for file, reason in skipped[:5])
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         raise WorkloadError(
-            f"{name}: {len(skipped)} image(s) cannot be read ({listed}{more}). "
+            f"{name}: {len(skipped)} image(s) cannot be used ({listed}{more}). "
             "Repair or remove them, or run without --strict to skip and report them"
         )
     for file, reason in skipped[:_LOGGED]:

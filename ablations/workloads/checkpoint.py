@@ -115,10 +115,12 @@ def _check_values(
             raise ModelError(
                 f"{key} in {source} is stored as {tensor.dtype}: quantised weights are not read, store floating point"
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
+        # as the model will hold it: a float64 can be too large for a float32
+        held = tensor.to(expected[key].dtype) if expected[key].is_floating_point() else tensor
+        if held.is_floating_point() and not bool(torch.isfinite(held).all()):
+            count = int((~torch.isfinite(held)).sum())
             raise ModelError(
-                f"{key} in {source} holds {count} values that are NaN or infinite: "
+                f"{key} in {source} holds {count} values that are NaN or infinite (or too large for {held.dtype}): "
                 "the training diverged or the file is damaged; give other weights"
             )
 

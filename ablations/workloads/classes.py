@@ -48,6 +48,35 @@ def imagenet_indices(classes: int) -> dict[str, int] | None:
     return indices
 
 
+def folder_classes(
+    used: Sequence[str], empty: Sequence[str], *, head: int | None, where: str
+) -> tuple[dict[str, int], int, tuple[str, ...]]:
+    """(class index of each folder that is ``used``, classes of the head, the empty ones that are classes too).
+
+    An empty folder keeps its number, or every class behind it would be taken for another. Where the head has just as
+    many classes as folders with images, or the classes are WordNet ids, folders without images need not be classes.
+    """
+    known = imagenet_indices(_IMAGENET_1K if head is None else head) or {}
+    if all(name in known for name in used):
+        counting, missing = list(used), [name for name in empty if name in known]
+    elif head == len(used):
+        counting, missing = list(used), list(empty)
+        if empty:
+            log.warning(
+                "%s: the model's head has %d classes, as many as there are folders with images: the empty folders %s "
+                "are taken for no classes",
+                where,
+                head,
+                ", ".join(empty),
+            )
+    else:
+        counting, missing = [*used, *empty], list(empty)
+    names = natural_order(counting)
+    indices, classes = class_indices(names, head=head, where=where)
+    label_of = dict(zip(names, indices.tolist(), strict=True))
+    return {name: label_of[name] for name in used}, classes, tuple(missing)
+
+
 def class_indices(names: Sequence[str], *, head: int | None, where: str) -> tuple[np.ndarray, int]:
     """The head's class index of each named class, and the number of classes of that head.
 

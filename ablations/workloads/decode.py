@@ -7,29 +7,38 @@ and the preprocessing, so a changed image or another model's preprocessing never
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from ablations.files import atomic
+from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.problems import UNREADABLE, kind_of, notes_on_frames, notes_on_pixels, reason_of, refuse_size
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # part of every key: raise it whenever the same sources would give other pixels
+_VERSION = 2  # part of every key: raise it whenever the same sources would give other pixels
 _AHEAD = 64  # images decoded at once, so that memory stays small
+
+
+class Loaded(NamedTuple):
+    """A decoded image, its label, and what is unusual about it: see ``problems``."""
+
+    image: Image.Image
+    label: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Source:
 
     id: str
     stamp: str
-    load: Callable[[], tuple[Image.Image, int]]  # the decoded image and its label
+    load: Callable[[], Loaded]
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,8 @@ class Decoded:
     pixels: np.ndarray  # (n, H, W, C) uint8
     labels: np.ndarray  # (n,) int64
     ids: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
+    skipped: tuple[Entry, ...]  # (id, reason)
+    notes: tuple[Entry, ...]  # (id, what is unusual about an image that is read all the same)
     pixels_sha256: str
 
     def workload(
@@ -58,7 +68,8 @@ class Decoded:
         preprocess: Preprocess,
         labels: np.ndarray,
         classes: int,
-        skipped: tuple[tuple[str, str], ...],
+        skipped: tuple[Entry, ...],
+        account: Account | None = None,
     ) -> Workload:
         """These images as a workload, with labels in the numbering of a head of ``classes`` classes."""
         digest = data_digest(
@@ -79,6 +90,7 @@ class Decoded:
             classes=classes,
             digest=digest,
             skipped=skipped,
+            account=account,
         )
 
 
@@ -88,6 +100,7 @@ class _Row:
     label: int
     pixels: np.ndarray | None  # None: could not be read, for the reason given
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def decode(
@@ -97,21 +110,23 @@ def decode(
     cache: Path | None,
     origin: str,
     workers: int | None = None,
+    unwanted: Callable[[], Mapping[str, str]] | None = None,
 ) -> Decoded:
     """Decode every source that can be read; the others are skipped with their reason.
 
     ``origin`` tells data sets apart in the cache; ``cache=None`` keeps the pixels in memory. ``workers`` is the number
     of decoding threads (Pillow decodes outside the interpreter's lock); 1 for loaders that are not thread-safe.
+    ``unwanted`` says of some ids why they must not count; it is asked once, where nothing is in the cache yet.
     """
     key = cache_key(sources, preprocess=preprocess, origin=origin)
     if cache is not None:
         found = _read(cache, key, preprocess)
-        if found is not None:
+        if found is not None and not _recovered(found, sources):
             log.debug("%s: %d decoded images from %s", origin, len(found.ids), cache)
             return found
     log.info("%s: decoding %d images", origin, len(sources))
     workers = workers or min(8, os.cpu_count() or 1)
-    rows = _rows(sources, preprocess, workers)
+    rows = _rows(sources, preprocess, workers, unwanted() if unwanted is not None else {})
     if cache is None:
         return _collect(rows, origin)
     try:
@@ -134,37 +149,47 @@ def cache_key(sources: Sequence[Source], *, preprocess: Preprocess, origin: str)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def load_image(file: Path | BinaryIO) -> Image.Image:
-    """Decode the first frame of an image file completely, or raise; Pillow's limit refuses decompression bombs."""
+def read_image(file: Path | BinaryIO, *, name: str = "") -> tuple[Image.Image, tuple[str, ...]]:
+    """Decode the first frame of an image file completely, or raise: the image, and what is unusual about it.
+
+    What would fill the memory is refused before it is decoded. ``name`` is the file's, where that is known otherwise.
+    """
     with Image.open(file) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(
-                f"{image.width} x {image.height} pixels, above the limit of {limit} (a decompression bomb?)"
-            )
-        return image.copy()  # loads, and outlives the file
+        refuse_size(image)
+        notes = notes_on_pixels(image, name or (file.name if isinstance(file, Path) else ""))
+        decoded = image.copy()  # loads, and outlives the file
+        return decoded, (*notes, *notes_on_frames(image))
+
+
+def load_image(file: Path | BinaryIO) -> Image.Image:
+    """The image of ``read_image`` alone."""
+    return read_image(file)[0]
 
 
 def _decode_one(source: Source, preprocess: Preprocess) -> _Row:
     try:
-        image, label = source.load()
-        return _Row(source.id, label, preprocess(image))
-    except UnidentifiedImageError:
-        return _Row(source.id, -1, None, "not an image, or of an unknown format")
+        image, label, notes = source.load()
+        return _Row(source.id, label, preprocess(image), notes=notes)
     except Exception as error:  # noqa: BLE001  a broken file can make a decoder raise nearly anything; the reason is reported
-        return _Row(source.id, -1, None, str(error) or type(error).__name__)
+        return _Row(source.id, -1, None, reason_of(error))
 
 
-def _rows(sources: Sequence[Source], preprocess: Preprocess, workers: int) -> Iterator[_Row]:
+def _rows(
+    sources: Sequence[Source], preprocess: Preprocess, workers: int, unwanted: Mapping[str, str]
+) -> Iterator[_Row]:
+    def row(source: Source) -> _Row:
+        reason = unwanted.get(source.id)
+        return _decode_one(source, preprocess) if reason is None else _Row(source.id, -1, None, reason)
+
     if workers == 1:
-        yield from (_decode_one(source, preprocess) for source in sources)
+        yield from map(row, sources)
         return
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(sources), _AHEAD):
-            yield from pool.map(lambda source: _decode_one(source, preprocess), sources[start : start + _AHEAD])
+            yield from pool.map(row, sources[start : start + _AHEAD])
 
 
-def _none_readable(skipped: Sequence[tuple[str, str]], origin: str) -> WorkloadError:
+def _none_readable(skipped: Sequence[Entry], origin: str) -> WorkloadError:
     listed = "; ".join(f"{file}: {reason}" for file, reason in skipped[:5])
     return WorkloadError(f"{origin}: none of {len(skipped)} images can be read ({listed}): check that DATA is complete")
 
@@ -177,7 +202,8 @@ def _collect(rows: Iterator[_Row], origin: str) -> Decoded:
         raise _none_readable(skipped, origin)
     pixels = np.stack([row.pixels for row in good if row.pixels is not None])
     labels = np.array([row.label for row in good], dtype=np.int64)
-    return Decoded(pixels, labels, tuple(row.id for row in good), skipped, pixel_digest(pixels))
+    notes = tuple((row.id, note) for row in good for note in row.notes)
+    return Decoded(pixels, labels, tuple(row.id for row in good), skipped, notes, pixel_digest(pixels))
 
 
 def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preprocess, origin: str) -> Decoded:
@@ -186,8 +212,9 @@ def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preproces
     digest = hashlib.sha256()
     ids: list[str] = []
     labels: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    with _replacing(cache / f"{key}.npy") as file:
+    skipped: list[Entry] = []
+    notes: list[Entry] = []
+    with atomic(cache / f"{key}.npy") as whole, whole.open("wb") as file:
         _write_header(file, 0, preprocess)
         body = file.tell()
         for row in rows:
@@ -199,14 +226,16 @@ def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preproces
             file.write(data)
             ids.append(row.id)
             labels.append(row.label)
+            notes += [(row.id, note) for note in row.notes]
         if not ids:
             raise _none_readable(skipped, origin)
         file.seek(0)
         _write_header(file, len(ids), preprocess)  # the number of rows is known only now
         assert file.tell() == body, "numpy pads headers so that the first axis may grow"
-    content = {"ids": ids, "labels": labels, "skipped": skipped, "pixels_sha256": digest.hexdigest()}
-    with _replacing(cache / f"{key}.json") as file:
-        file.write(json.dumps(content).encode())
+    about = {"ids": ids, "labels": labels, "skipped": skipped, "notes": notes}
+    content = {**about, "pixels_sha256": digest.hexdigest()}
+    with atomic(cache / f"{key}.json") as whole:
+        whole.write_text(json.dumps(content), encoding="utf-8")
     found = _read(cache, key, preprocess)
     assert found is not None, "what was just written can be read"
     return found
@@ -215,21 +244,6 @@ def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preproces
 def _write_header(file: BinaryIO, count: int, preprocess: Preprocess) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *preprocess.shape)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when it is whole; two writers at once do no harm."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
-    part = Path(name)
-    part.chmod(0o644)  # mkstemp makes files that others of a shared cache cannot read
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
@@ -242,6 +256,7 @@ def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
             labels=np.array(content["labels"], dtype=np.int64),
             ids=tuple(content["ids"]),
             skipped=tuple((file, reason) for file, reason in content["skipped"]),
+            notes=tuple((file, note) for file, note in content["notes"]),
             pixels_sha256=content["pixels_sha256"],
         )
     except FileNotFoundError:
@@ -249,4 +264,26 @@ def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         log.warning("the decoded images in %s are damaged (%s): decoding again", cache, error)
         return None
-    return decoded if pixels.shape == (len(decoded.ids), *preprocess.shape) else None
+    if pixels.shape != (len(decoded.ids), *preprocess.shape):
+        return None
+    if pixel_digest(pixels) != decoded.pixels_sha256:  # their name stands in for them: they must be what it says
+        log.warning("the decoded images in %s are no longer what they were: decoding again", cache)
+        return None
+    return decoded
+
+
+def _recovered(found: Decoded, sources: Sequence[Source]) -> bool:
+    """Whether an image that the system would not give last time can be read now: nothing about the file tells.
+
+    Permissions and disks are mended without changing a file's size or time, which is all that a stamp knows.
+    """
+    refused = {name for name, reason in found.skipped if kind_of(reason) == UNREADABLE}
+    return any(_loads(source) for source in sources if source.id in refused)
+
+
+def _loads(source: Source) -> bool:
+    try:
+        source.load()
+    except Exception as error:  # noqa: BLE001  whatever a decoder raises, the system did give the file
+        return kind_of(reason_of(error)) != UNREADABLE
+    return True

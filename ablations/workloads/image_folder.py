@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
-from ablations.workloads.classes import class_indices, natural_order
-from ablations.workloads.decode import Source, decode, load_image
+from ablations.workloads.classes import folder_classes
+from ablations.workloads.copies import find_copies
+from ablations.workloads.decode import Loaded, Source, decode, read_image
 from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.problems import (
+    BROKEN_LINK,
+    FOLDER_LINK,
+    OUTSIDE_LINK,
+    SPECIAL,
+    UNREADABLE_FOLDER,
+    reason_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +47,8 @@ class FoundImages:
 
     root: Path  # the folder that holds the class folders
     files: dict[str, list[Path]]  # class name -> its image files, sorted by id
-    skipped: tuple[tuple[str, str], ...]
+    empty: tuple[str, ...]  # class folders without any image file
+    skipped: tuple[Entry, ...]
     ignored: int  # files that do not call themselves images
 
 
@@ -52,17 +62,42 @@ def open_image_folder(
     cache: Path | None,
     name: str = "imagefolder",
 ) -> Workload:
-    """Open a folder of class folders for a model whose head has ``head`` classes (None: random weights, any number)."""
+    """Open a folder of class folders for a model whose head has ``head`` classes (None: random weights, any number).
+
+    Files that are there twice count once, and not at all where their labels differ: see ``copies``.
+    """
     found = find_images(class_root(data))
-    names = natural_order(list(found.files))
-    indices, classes = class_indices(names, head=head, where=str(found.root))
-    label_of = dict(zip(names, indices.tolist(), strict=True))
-    entries = sorted((image_id(path, found.root), label_of[cls], path) for cls in names for path in found.files[cls])
-    chosen = spread_subset([entry[0] for entry in entries], [entry[1] for entry in entries], limit)
-    sources = [_source(*entries[position]) for position in chosen]
-    decoded = decode(sources, preprocess=preprocess, cache=cache, origin=str(found.root))
+    label_of, classes, empty = folder_classes(list(found.files), found.empty, head=head, where=str(found.root))
+    entries = sorted((image_id(path, found.root), label_of[cls], path) for cls in label_of for path in found.files[cls])
+    positions = spread_subset([entry[0] for entry in entries], [entry[1] for entry in entries], limit)
+    chosen = [entries[position] for position in positions]
+    decoded = decode(
+        [_source(*entry) for entry in chosen],
+        preprocess=preprocess,
+        cache=cache,
+        origin=str(found.root),
+        unwanted=lambda: find_copies(chosen),
+    )
     skipped = refuse_or_keep([*found.skipped, *decoded.skipped], strict=strict, name=str(found.root))
-    return decoded.workload(name, preprocess=preprocess, labels=decoded.labels, classes=classes, skipped=skipped)
+    account = Account(
+        found=len(entries) + len(found.skipped),
+        used=len(decoded.ids),
+        left_out=len(entries) - len(chosen),
+        notes=decoded.notes,
+        empty_classes=tuple(sorted(map(_printable, (*empty, *_emptied(found, decoded.skipped))))),
+        ignored=found.ignored,
+    )
+    if account.empty_classes:
+        log.warning("%s: no image that can be used in %s", found.root, ", ".join(account.empty_classes[:10]))
+    return decoded.workload(
+        name, preprocess=preprocess, labels=decoded.labels, classes=classes, skipped=skipped, account=account
+    )
+
+
+def _emptied(found: FoundImages, skipped: tuple[Entry, ...]) -> list[str]:
+    """Classes that have image files, but none that can be used."""
+    useless = {name for name, _ in skipped}
+    return [cls for cls, paths in found.files.items() if all(image_id(path, found.root) in useless for path in paths)]
 
 
 def class_root(data: str | None) -> Path:
@@ -74,7 +109,7 @@ def class_root(data: str | None) -> Path:
         raise WorkloadError(f"DATA {data} does not exist: give the folder that holds the class folders")
     if not root.is_dir():
         raise WorkloadError(f"DATA {data} is a file: give the folder that holds the class folders")
-    splits = {entry.name.lower(): entry for entry in _folders(root) if any(True for _ in _folders(entry))}
+    splits = {entry.name.lower(): entry for entry in _folders(root) if _holds_folders(entry)}
     evaluated = [splits[name] for name in _EVALUATED_SPLITS if name in splits]
     if not set(splits) <= {*_EVALUATED_SPLITS, *_TRAINING_SPLITS} or not splits:
         return root
@@ -89,7 +124,8 @@ def class_root(data: str | None) -> Path:
 
 def find_images(root: Path) -> FoundImages:
     """Every image file below each class folder, at any depth; links that leave the folder are skipped and reported."""
-    skipped: list[tuple[str, str]] = []
+    skipped: list[Entry] = []
+    empty: list[str] = []
     files: dict[str, list[Path]] = {}
     ignored = 0
     for folder in _folders(root, skipped):
@@ -97,25 +133,31 @@ def find_images(root: Path) -> FoundImages:
         for path in _walk(folder, root, skipped):
             if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
                 ignored += 1
-            elif (reason := _link_problem(path, root)) is not None:
+            elif (reason := _problem(path, root)) is not None:
                 skipped.append((image_id(path, root), reason))
             else:
                 images.append(path)
         if images:
             files[folder.name] = images
+        else:
+            empty.append(folder.name)
     if ignored:
         log.info("%s: %d files are no images by their names and were ignored", root, ignored)
     if not files:
         raise WorkloadError(_nothing_found(root, skipped))
-    return FoundImages(root, files, tuple(skipped), ignored)
+    return FoundImages(root, files, tuple(empty), tuple(skipped), ignored)
 
 
 def image_id(path: Path, root: Path) -> str:
     """The path relative to the class root, with forward slashes; bytes that are no UTF-8 are written as escapes."""
-    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+    return _printable(path.relative_to(root).as_posix())
 
 
-def _folders(root: Path, skipped: list[tuple[str, str]] | None = None) -> list[Path]:
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _folders(root: Path, skipped: list[Entry] | None = None) -> list[Path]:
     """The visible sub-folders in sorted order; linked ones are not followed, and reported where asked."""
     try:
         entries = sorted(root.iterdir())
@@ -127,12 +169,19 @@ def _folders(root: Path, skipped: list[tuple[str, str]] | None = None) -> list[P
     return [entry for entry in folders if not entry.is_symlink()]
 
 
-_LINKED_FOLDER = "a link to a folder, which is not followed: copy the folder itself"
+def _holds_folders(folder: Path) -> bool:
+    try:
+        return bool(_folders(folder))
+    except WorkloadError:  # counted when its images are looked for
+        return False
 
 
-def _walk(folder: Path, root: Path, skipped: list[tuple[str, str]]) -> list[Path]:
+_LINKED_FOLDER = f"{FOLDER_LINK}: it is not followed, copy the folder itself"
+
+
+def _walk(folder: Path, root: Path, skipped: list[Entry]) -> list[Path]:
     def unreadable(error: OSError) -> None:
-        skipped.append((image_id(Path(error.filename), root), f"the folder cannot be read: {error.strerror}"))
+        skipped.append((image_id(Path(error.filename), root), f"{UNREADABLE_FOLDER}: {error.strerror}"))
 
     paths = []
     for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=False):
@@ -143,18 +192,26 @@ def _walk(folder: Path, root: Path, skipped: list[tuple[str, str]]) -> list[Path
     return sorted(paths)
 
 
-def _link_problem(path: Path, root: Path) -> str | None:
-    """Why a link is not followed, or None for a plain file or a link that stays inside."""
-    if not path.is_symlink():
-        return None
+def _problem(path: Path, root: Path) -> str | None:
+    """Why a file is not even opened, or None for a plain file, or a link to one, inside the folder.
+
+    Opening a pipe would wait for ever, and a device is no picture.
+    """
+    linked = False
     try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        return "a broken link"
-    return None if target.is_relative_to(root) else "a link that leaves the folder: copy the file itself"
+        mode = path.lstat().st_mode
+        linked = stat.S_ISLNK(mode)
+        if linked:
+            target = path.resolve(strict=True)
+            if not target.is_relative_to(root):
+                return f"{OUTSIDE_LINK}: copy the file itself"
+            mode = target.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        return BROKEN_LINK if linked else reason_of(error)
+    return None if stat.S_ISREG(mode) else f"{SPECIAL}: a pipe, a socket or a device"
 
 
-def _nothing_found(root: Path, skipped: list[tuple[str, str]]) -> str:
+def _nothing_found(root: Path, skipped: list[Entry]) -> str:
     reasons = "; ".join(f"{file}: {reason}" for file, reason in skipped[:3])
     if reasons:
         return f"{root} has no image that can be used ({len(skipped)} skipped: {reasons})"
@@ -164,8 +221,9 @@ def _nothing_found(root: Path, skipped: list[tuple[str, str]]) -> str:
 
 
 def _source(name: str, label: int, path: Path) -> Source:
-    def load() -> tuple[Image.Image, int]:
-        return load_image(path), label
+    def load() -> Loaded:
+        image, notes = read_image(path)
+        return Loaded(image, label, notes)
 
     try:
         status = path.stat()

@@ -21,10 +21,12 @@ import timm.data
 import torchvision
 from PIL import Image
 
+from ablations.workloads.account import Account
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
 from ablations.workloads.classes import class_indices
-from ablations.workloads.decode import Source, decode, load_image
+from ablations.workloads.decode import Loaded, Source, decode, read_image
 from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.problems import Unusable
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,16 @@ def open_named(
     decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
     skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)
     mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name)
-    return decoded.workload(name, preprocess=preprocess, labels=mapped, classes=classes, skipped=skipped)
+    account = Account(
+        found=count,
+        used=len(decoded.ids),
+        left_out=count - len(chosen),
+        notes=decoded.notes,
+        empty_classes=_empty_classes(dataset, decoded.labels) if len(chosen) == count else (),
+    )
+    return decoded.workload(
+        name, preprocess=preprocess, labels=mapped, classes=classes, skipped=skipped, account=account
+    )
 
 
 def _create(name: str, *, family: str, spec: str, split: str, data: str | None, download: bool) -> Any:
@@ -174,14 +185,15 @@ def _known_labels(dataset: Any) -> list[int] | None:
 
 
 def _source(dataset: Any, position: int, name: str) -> Source:
-    def load() -> tuple[Image.Image, int]:
+    def load() -> Loaded:
         if hasattr(dataset, "reader"):
             # not dataset[position], which puts another image in the place of one it cannot read
             file, target, *_ = dataset.reader[position]
             with file:
-                return load_image(file), _label(target)
+                pixels, notes = read_image(file, name=name)
+            return Loaded(pixels, _label(target), notes)
         image, target = dataset[position]
-        return image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), _label(target)
+        return Loaded(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), _label(target))
 
     return Source(name, _stamp(dataset, position), load)
 
@@ -202,7 +214,7 @@ def _label(target: Any) -> int:
     try:
         return operator.index(target)
     except TypeError as error:
-        raise ValueError(
+        raise Unusable(
             f"its target is a {type(target).__name__} and no class: only classification data sets can be evaluated"
         ) from error
 
@@ -218,9 +230,16 @@ def _class_names(dataset: Any) -> list[str] | None:
     return sorted(indices, key=indices.__getitem__) if indices else None
 
 
+def _empty_classes(dataset: Any, labels: np.ndarray) -> tuple[str, ...]:
+    """The classes that the data set names and has no image of that can be used."""
+    present = set(labels.tolist())
+    return tuple(name for index, name in enumerate(_class_names(dataset) or ()) if index not in present)
+
+
 def _map_labels(dataset: Any, labels: np.ndarray, *, head: int | None, name: str) -> tuple[np.ndarray, int]:
     if labels.min() < 0:
-        raise WorkloadError(f"{name} has images without a label: choose a split that has labels (NAME@SPLIT)")
+        missing = int((labels < 0).sum())
+        raise WorkloadError(f"{name} has {missing} images without a label: choose a split that has labels (NAME@SPLIT)")
     names = _class_names(dataset)
     if names:
         indices, classes = class_indices(names, head=head, where=name)

@@ -18,9 +18,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablations.workloads.base import Workload, WorkloadError
-from ablations.workloads.classes import class_indices, natural_order
-from ablations.workloads.decode import Source, decode, load_image
+from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep
+from ablations.workloads.classes import folder_classes
+from ablations.workloads.decode import Loaded, Source, decode, load_image, read_image
 from ablations.workloads.image_folder import find_images, image_id
 from ablations.workloads.preprocess import Preprocess, convert
 
@@ -53,11 +53,11 @@ class Photographs(Dataset[tuple[Tensor, int]]):
         evaluated: Workload | None = None,
     ) -> None:
         found = find_images(root)
-        names = natural_order(list(found.files))
-        indices, self.classes = class_indices(names, head=head, where=str(root))
-        label_of = dict(zip(names, indices.tolist(), strict=True))
+        refuse_or_keep(found.skipped, strict=False, name=str(root))  # says what is not trained on
+        label_of, self.classes, _ = folder_classes(list(found.files), found.empty, head=head, where=str(root))
         _check_agreement(label_of, evaluated, root)
-        entries = sorted((image_id(path, root), label_of[cls], path) for cls in names for path in found.files[cls])
+        files = found.files.items()
+        entries = sorted((image_id(path, root), label_of[cls], path) for cls, paths in files for path in paths)
         by_hash = sorted(entries, key=lambda entry: sample_seed("holdout", entry[0]))
         held = min(holdout, len(entries) // 10)  # a small folder has little to spare
         self.root = root
@@ -71,7 +71,11 @@ class Photographs(Dataset[tuple[Tensor, int]]):
 
     def _held_out(self, entries: list[tuple[str, int, Path]], preprocess: Preprocess, cache: Path) -> Workload:
         def source(name: str, label: int, path: Path) -> Source:
-            return Source(name, f"{path.stat().st_size}:{label}", lambda: (load_image(path), label))
+            def load() -> Loaded:
+                image, notes = read_image(path)
+                return Loaded(image, label, notes)
+
+            return Source(name, f"{path.stat().st_size}:{label}", load)
 
         sources = [source(*entry) for entry in sorted(entries)]
         decoded = decode(sources, preprocess=preprocess, cache=cache, origin=f"held out of {self.root}")

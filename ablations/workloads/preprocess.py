@@ -21,6 +21,7 @@ from timm.data import create_transform
 from torchvision.transforms.functional import center_crop
 
 from ablations.workloads.base import WorkloadError
+from ablations.workloads.problems import Unusable
 
 Resize = Literal["auto", "always", "never"]
 
@@ -91,7 +92,7 @@ class Preprocess:
         ratio = max(image.size) / min(image.size)
         pixels = ratio * (max(self.size) / self.crop_pct) ** 2
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"too elongated: {image.width} x {image.height} pixels")
+            raise Unusable(f"too elongated: {image.width} x {image.height} pixels")
 
     @functools.cached_property
     def _timm(self) -> Any:
@@ -113,7 +114,7 @@ def convert(image: Image.Image, *, channels: int) -> Image.Image:
         # Pillow would clip 16-bit grey at 255 and leave a white picture
         image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no agreed range; store them with 8 or 16 bits")
+        raise Unusable(f"pixels without an agreed range: mode {image.mode}; store them with 8 or 16 bits")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

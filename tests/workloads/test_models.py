@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
+import tarfile
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -192,6 +195,13 @@ def test_values_that_are_not_finite_are_refused(state, weights_file, value: floa
         opened(weights_file(head__bias=broken))
 
 
+def test_values_too_large_for_the_model_are_refused(state, weights_file) -> None:
+    huge = state["head.bias"].double()
+    huge[5] = 1e300
+    with pytest.raises(ModelError, match=r"head\.bias in .* holds 1 values that are NaN or infinite \(or too large"):
+        opened(weights_file(head__bias=huge))
+
+
 def test_quantised_weights_are_refused(state, weights_file) -> None:
     with pytest.raises(ModelError, match=r"norm\.weight in .*torch\.int8: quantised"):
         opened(weights_file(norm__weight=torch.ones(64, dtype=torch.int8)))
@@ -232,6 +242,46 @@ def test_a_pickle_dressed_as_safetensors_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a Python pickle"):
         opened(str(dressed))
     assert not (tmp_path / "ran").exists()
+
+
+def poisoned(path: Path, trap: Trap, kind: str) -> None:
+    """A checkpoint that would leave a file behind if anything in it were unpickled."""
+    if kind.startswith("protocol"):
+        path.write_bytes(pickle.dumps(trap, protocol=int(kind[-1])))
+    elif kind == "torch":
+        torch.save({"head.weight": trap}, path)
+    elif kind == "torch before zip":
+        torch.save({"head.weight": trap}, path, _use_new_zipfile_serialization=False)
+    elif kind == "numpy":
+        with path.open("wb") as file:
+            np.save(file, np.array([trap], dtype=object), allow_pickle=True)
+    elif kind == "tar":
+        inner = path.with_suffix(".pkl")
+        inner.write_bytes(pickle.dumps(trap))
+        with tarfile.open(path, "w") as archive:
+            archive.add(inner)
+    else:  # a header of the right form, the pickle where the tensors should be
+        content = pickle.dumps(trap)
+        header = json.dumps({"head.weight": {"dtype": "F32", "shape": [1000, 64], "data_offsets": [0, len(content)]}})
+        path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + content)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [*(f"protocol {number}" for number in range(6)), "torch", "torch before zip", "numpy", "tar", "behind a header"],
+)
+def test_no_checkpoint_that_can_run_code_is_ever_opened_whatever_it_calls_itself(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.safetensors"
+    poisoned(path, Trap(tmp_path / "ran"), kind)
+    for reads in (lambda: head_classes(NAME, weights=str(path)), lambda: opened(str(path))):
+        with pytest.raises(ModelError, match="no safetensors file, the only format that is read"):
+            reads()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_trap_springs_where_it_is_unpickled(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Trap(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists(), "else the tests above would show nothing"
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
 
 
 def test_pixels_without_an_agreed_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="no agreed range"):
+    with pytest.raises(ValueError, match="without an agreed range"):
         convert(Image.new("F", (4, 4)), channels=3)
 
 
