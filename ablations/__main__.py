@@ -1,4 +1,4 @@
-"""The command line: ``python -m ablations list | validate | run | status | train | docs``."""
+"""The command line: ``python -m ablations list | validate | run | status | …``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from ablations.cluster_address import check_address
 from ablations.listing import REDUCER_COLUMNS, reducer_rows, table, trial_rows
 from ablations.options import make_parser
 from ablations.profile import Profile, profile_rows, profile_words, summary
 
 if TYPE_CHECKING:
-    from ablations.jobs import Computation
+    from ablations.execution import Ended
     from ablations.session import Session
-    from ablations.trial import Trial
 
 log = logging.getLogger("ablations")
 
@@ -29,7 +30,10 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. User errors are one message on standard error, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"list": _list, "validate": _validate, "run": _run, "status": _status, "train": _train, "docs": _docs}
+    commands = {
+        "list": _list, "validate": _validate, "run": _run, "status": _status, "log": _log, "reproduce": _reproduce,
+        "train": _train, "docs": _docs,
+    }  # fmt: skip
     arguments = make_parser(commands).parse_args(words)
     arguments.words = words
     logging.basicConfig(
@@ -92,11 +96,16 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     profile, started = Profile(), time.perf_counter()
     with profile.measure("imports"):
+        from ablations.progress import LIVE
         from ablations.record import write_record, write_samples
         from ablations.session import Settings, open_session
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one trial must run at a time")
+    if arguments.time_limit < 0:
+        raise ValueError(f"--time-limit {arguments.time_limit:g}: give seconds, or 0 for none")
+    if not (arguments.serial or arguments.dry_run):
+        check_address()
     settings = Settings(
         out=arguments.out,
         workload=arguments.workload,
@@ -112,57 +121,77 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     with profile.measure("opening"):
         session = open_session(settings)
-        pending = session.pending()
-        work = session.computations(pending)
-    _announce(session, len(pending), len(work))
-    if arguments.dry_run:
-        return OK
-    with session.store.lock():
+    with nullcontext() if arguments.dry_run else session.store.lock():
+        with profile.measure("opening"):
+            pending = session.pending()
+            work = session.computations(pending)
+        _announce(session, len(pending), len(work))
+        if arguments.dry_run:
+            return OK
+        session.store.delete(LIVE)  # what an earlier run told of itself
         with profile.measure("records"):
             write_record(session, command=["python", "-m", "ablations", *arguments.words])
             write_samples(session)
-        status, workers = OK, 1
+        ended = None
         if work:
-            status, workers = _execute(session, work, profile, serial=arguments.serial, workers=arguments.workers)
-        with profile.measure("records"):
-            kept = _compact(session)
-        if work:
+            with profile.measure("imports"):
+                from ablations.execution import execute
+            ended = execute(session, work, profile, serial=arguments.serial, workers=arguments.workers,
+                            time_limit=arguments.time_limit or None)  # fmt: skip
             _profile(
-                session, profile, shown=arguments.profile, workers=workers, trials=len(pending), computations=len(work),
-                wall=time.perf_counter() - started,
+                session, profile, shown=arguments.profile, workers=ended.workers, trials=len(pending),
+                computations=len(work), wall=time.perf_counter() - started,
             )  # fmt: skip
-    if status != INTERRUPTED:
-        done = f"{session.store.results}: {kept} of the {len(session.all_trials)} trials asked for are finished"
-        print(done + ("" if work else "; nothing was left to compute"))
-    return status
+        kept = _collect(session) if ended is None else ended.finished
+    return _say_how_it_ended(session, ended, kept)
 
 
 def _profile(
     session: Session, profile: Profile, *, shown: bool, workers: int, trials: int, computations: int, wall: float
 ) -> None:
     """Keep where the time went, and show it if asked to."""
-    from ablations.store import write_json
-
     found = summary(profile, wall=wall, workers=workers, trials=trials, computations=computations)
-    write_json(session.store.out / "profile.json", found)
+    session.store.write_json("profile.json", found)
     if shown:
         print(table(["where the time went", "seconds", "share"], profile_rows(found)))
         print(profile_words(found))
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from ablations.record import planned_keys
-    from ablations.store import Store, read_json
+    from ablations.state import lines, look, watch
+    from ablations.store import Store
 
-    run = read_json(arguments.out / "run.json")
-    if not planned_keys(run):
-        raise ValueError(f"{arguments.out} holds no run.json; give the OUT of a run, or start one with `run --out`")
-    states = Store(arguments.out).status(planned_keys(run))
-    print(f"{run.get('model')} ({run.get('weights')} weights) on {run.get('images')} images of {run.get('workload')}")
-    rows = [[s.spec, *(str(n) for n in (s.planned, s.finished, s.failed, s.stale))] for s in states]
-    sums = [str(sum(int(row[column]) for row in rows)) for column in range(1, 5)]
-    print(table(["spec", "planned", "finished", "failed", "stale"], [*rows, ["all", *sums]]))
+    store = Store(arguments.out)
+    if arguments.watch is None:
+        print("\n".join(lines(look(store))))
+        return OK
+    if arguments.watch < 1:
+        raise ValueError(f"--watch {arguments.watch:g}: looking costs the storage something; give 1 second or more")
+    clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+    for shown in watch(store, every=arguments.watch):
+        print(clear + "\n".join(shown), flush=True)
     return OK
+
+
+def _log(arguments: argparse.Namespace) -> int:
+    from ablations.reproduce import find_key, log_lines
+    from ablations.store import Store
+
+    store = Store(arguments.out)
+    print("\n".join(log_lines(store, find_key(store, arguments.key, folders=("trials", "logs")))))
+    return OK
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from ablations.reproduce import report, reproduce
+    from ablations.store import Store
+
+    found = reproduce(
+        Store(arguments.out), arguments.key, data=arguments.data or None, train_data=arguments.train_data or None,
+        weights=arguments.weights or None, scratch=arguments.scratch,
+    )  # fmt: skip
+    print("\n".join(report(found)))
+    return OK if found.same else FAILED
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -212,73 +241,29 @@ def _docs(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _execute(
-    session: Session, work: list[Computation], profile: Profile, *, serial: bool, workers: int | None
-) -> tuple[int, int]:
-    """Evaluate, then time what is to be timed; whatever happens, what is finished is kept and compacted.
+def _collect(session: Session) -> int:
+    from ablations.execution import compact
 
-    The exit status, and how many workers computed side by side.
-    """
-    from ablations.context import Contexts, choose_device, make_context, save_context
-    from ablations.progress import RunProgress, duration
-    from ablations.serial import run_timed, timed_trials
+    return compact(session)
 
-    timed = timed_trials(work)
-    progress = RunProgress(work, timed=timed)
-    contexts = Contexts(lambda model: make_context(session, choose_device(), model=model, profile=profile))
-    left = _not_evaluated(session, work, timed)
-    try:
-        for model in dict.fromkeys(computation.trial.model for computation in work):
-            contexts[model]  # the plain model's predictions come first
-        with progress:
-            if serial:
-                from ablations.jobs import schedule
-                from ablations.serial import run_serial
 
-                run_serial(schedule(left, workers=1), contexts=contexts, store=session.store, progress=progress)
-            elif left:
-                with profile.measure("imports"):
-                    from ablations.runner import run_on_ray
-
-                run_on_ray(
-                    left,
-                    contexts={model: save_context(session, context) for model, context in contexts.items()},
-                    facts=session.all_facts,
-                    store=session.store,
-                    progress=progress,
-                    profile=profile,
-                    workers=workers,
-                )
-            run_timed(timed, contexts=contexts, store=session.store, progress=progress)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the summary short
-        kept = _compact(session)
+def _say_how_it_ended(session: Session, ended: Ended | None, kept: int) -> int:
+    """Tell the person; the exit status."""
+    store, asked = session.store, len(session.all_trials)
+    if ended is not None and ended.interrupted:
         print(
-            f"\ninterrupted: {kept} of {len(session.all_trials)} trials are finished and kept in {session.store.out}; "
+            f"\ninterrupted: {kept} of {asked} trials are finished and kept in {store.location}; "
             "the same command goes on from there",
             file=sys.stderr,
         )
-        return INTERRUPTED, progress.at_once
-    log.info("%d trials in %s", progress.finished, duration(progress.elapsed))
-    return _summarise_failures(progress.failures, missing=progress.total - progress.finished), progress.at_once
+        return INTERRUPTED
+    status = OK if ended is None else _summarise_failures(ended.failures, missing=ended.missing)
+    done = f"{store.results}: {kept} of the {asked} trials asked for are finished"
+    print(done + ("" if ended else "; nothing was left to compute"))
+    return status
 
 
-def _not_evaluated(session: Session, work: list[Computation], timed: list[Trial]) -> list[Computation]:
-    """What is left to evaluate: the results of some trials may only wait to be timed."""
-    waiting = session.store.untimed.finished() if timed else set()
-    return [one for one in work if not all(trial.measure and trial.key in waiting for trial in one.answers)]
-
-
-def _compact(session: Session) -> int:
-    """Collect the planned trials on disk; how many of this run's are finished."""
-    from ablations.record import keys_in_plan
-
-    keys = [key for keys in keys_in_plan(session.store).values() for key in keys]
-    session.store.compact(keys)
-    return len(session.store.finished() & {trial.key for trial in session.all_trials})
-
-
-def _summarise_failures(failures: list[tuple[str, str]], *, missing: int) -> int:
+def _summarise_failures(failures: Sequence[tuple[str, str]], *, missing: int) -> int:
     if not failures and not missing:
         return OK
     print(f"\n{len(failures) + missing} trials failed; the others are kept, and the same command repeats these:",

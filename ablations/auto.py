@@ -19,6 +19,7 @@ AUTO = "auto"
 KINDS = ("count", "ratio", "drop")
 _ANY: Mapping[str, Setting] = dict.fromkeys(KINDS, 1)
 _WRITTEN = re.compile(r"\d+(?:\.\d+|/(\d+))?")
+_LONGEST = 64  # characters of a number
 _RATIO_STEPS = 1000  # a keep rate is sought in thousandths …
 _SAMPLERS = {"ats"}  # reducers whose count is of sample points, not of tokens
 _POINT_STEP, _POINT_RUNGS = 1.05, 86  # 1.05 ** 85 is about 64
@@ -147,8 +148,9 @@ def _with_budgets(data: Any, change: Callable[[dict[str, Any]], dict[str, Any]])
 
 def _number(value: Any) -> Fraction | None:
     """A number as written in a budget, exactly; None for anything else."""
-    written = _WRITTEN.fullmatch(str(value)[:64])
-    return Fraction(str(value)) if written and int(written[1] or 1) else None
+    text = str(value)
+    written = _WRITTEN.fullmatch(text) if len(text) <= _LONGEST else None  # beyond, its digits alone would take long
+    return Fraction(text) if written and int(written[1] or 1) else None
 
 
 def _plain(setting: Setting) -> int | float | str:

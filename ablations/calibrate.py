@@ -21,10 +21,12 @@ from ablations.auto import free_kinds, ladder, setting_label, settle
 from ablations.inputs import TrialContext, spans, use_exact_float32
 from ablations.trial import Solution, Trial, TrialError, canonical_stages
 from reducers import Placement, placement_from, reduce_tokens
-from reducers.vit import Shared
+from reducers.vit import ReducedViT, Shared
 
 if TYPE_CHECKING:
     from ablations.finetune import Finetuned
+
+log = logging.getLogger(__name__)
 
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
@@ -66,6 +68,7 @@ def solve(trial: Trial, context: TrialContext, *, tuned: Finetuned | None = None
         return placement if tuned is None else tuned.load_reducers(placement)
 
     def cost(rung: int) -> float:
+        context.beat()
         key = (trial.family, str(rungs[rung]))
         if key not in context.probes:
             context.probes[key] = mean_cost(placed(rung), context, seed=trial.seed)
@@ -109,12 +112,29 @@ def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:
     return Found(best, known[best], len(known), inside, ends)
 
 
-@torch.inference_mode()
 def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> float:
-    """Mean GMACs per calibration image; one image is enough for a method that treats all alike."""
+    """Mean GMACs per calibration image; one image is enough for a method that treats all alike.
+
+    Where the GPU's memory runs out, with half as many images at once from then on: what an image costs does not depend
+    on those beside it.
+    """
     use_exact_float32()
-    torch.manual_seed(seed)
     fast = reduce_tokens(context.model, placement).to(context.device).eval()
+    while True:
+        try:
+            return _mean_cost(fast, context, seed=seed)
+        except torch.OutOfMemoryError:
+            at_once = len(calibration_batches(context)[0][0]) // 2
+            if at_once == 0:
+                raise
+            log.warning("the GPU's memory ran out: calibration goes on with %d images at once", at_once)
+            _batches.pop(context)
+            calibration_batches(context, at_once=at_once)
+
+
+@torch.inference_mode()
+def _mean_cost(fast: ReducedViT, context: TrialContext, *, seed: int) -> float:
+    torch.manual_seed(seed)
     batches: Sequence[tuple[Tensor, Shared | None]] = calibration_batches(context)
     if not any(member.adaptive for member in fast.members()):
         batches = [(batches[0][0][:1], None)]
@@ -123,15 +143,17 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> floa
     return float(costs.mean()) / _GIGA
 
 
-def calibration_batches(context: TrialContext) -> Batches:
-    """The calibration images, and for each batch what the plain model computes of its first blocks."""
+def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> Batches:
+    """The calibration images, and for each batch what the plain model computes of its first blocks; they stay as they
+    were made first.
+    """
     found = _batches.get(context)
     if found is None:
         workload = context.calibration
         if workload is None:
             raise TrialError("a target is met on calibration images, and this context has none")
         found = [
-            (workload.batch(start, stop).to(context.device), Shared()) for start, stop in spans(len(workload), _BATCH)
+            (workload.batch(start, stop).to(context.device), Shared()) for start, stop in spans(len(workload), at_once)
         ]
         _batches[context] = found
     return found

@@ -183,7 +183,7 @@ def _blocks(where: Any, depth: int) -> list[int]:
         if any(len(digits) > 4 for digits in re.findall(r"\d+", where)):  # before a range is written out
             raise ReducerError(f"{where!r} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
     elif isinstance(where, list):  # ["$first", 6] has been substituted; ["3-5", 9] is two ways at once
-        where = [int(b) if isinstance(b, str) and b.isascii() and b.isdigit() else b for b in where]
+        where = [int(b) if isinstance(b, str) and re.fullmatch("[0-9]{1,4}", b) else b for b in where]
     blocks = parse_blocks(where, depth)
     for block in blocks:
         if not 0 <= block < depth:

@@ -9,14 +9,18 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+import zipfile
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from ablations.code_version import runtime_code
 from ablations.files import atomic
 from ablations.inputs import DensePredictions, TrialContext, dense_predictions, device_name
 from ablations.probes import Probes
@@ -24,13 +28,18 @@ from ablations.profile import Profile
 from ablations.session import Session, Subject
 from ablations.store import write_json
 from ablations.trial import RESULT_VERSION, ModelFacts
-from ablations.workloads import Workload, open_model
+from ablations.workloads import LoadedModel, Workload, open_model
+from ablations.workloads.checkpoint import ModelError, read_weights
 from ablations.workloads.models import RANDOM
 
 log = logging.getLogger(__name__)
 
 _LARGE = ("pixels", "masks")  # mapped from files of their own, which models and later runs share
 _SMALL = ("labels", "clutter")
+_PART = 256  # images compared at once
+
+Locate = Callable[[Path], Path]
+"""From a file as the driver names it to where it is on this machine."""
 
 
 class Contexts:
@@ -44,10 +53,6 @@ class Contexts:
         if model not in self._open:
             self._open[model] = self._open_one(model)
         return self._open[model]
-
-    def items(self) -> Iterable[tuple[str, TrialContext]]:
-        """Those that are open, by model."""
-        return self._open.items()
 
 
 def choose_device() -> torch.device:
@@ -85,24 +90,41 @@ def make_context(
 
 
 def _dense(session: Session, subject: Subject, device: torch.device) -> DensePredictions:
-    identity = [
-        RESULT_VERSION, subject.facts.name, subject.facts.weights_digest, subject.workload.digest, subject.target.batch,
-    ]  # fmt: skip
-    path = session.store.cache / f"dense-{_short(identity)}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
-        if len(found.prediction) == len(subject.workload):
-            return found
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        log.warning("%s cannot be read (%s): the plain model is run again", path, error)
+    path = _dense_file(session, subject)
+    found = read_dense(path)
+    if found is not None and len(found.prediction) == len(subject.workload):
+        return found
     log.info("running the plain %s on %d images", subject.facts.name, len(subject.workload))
     dense = dense_predictions(subject.loaded.model, subject.workload, batch=subject.target.batch, device=device)
+    keep_dense(path, dense)
+    return dense
+
+
+def _dense_file(session: Session, subject: Subject) -> Path:
+    """Where what the plain model says of these images is kept."""
+    identity = [
+        RESULT_VERSION, runtime_code(), subject.facts.name, subject.facts.weights_digest, subject.workload.digest,
+        subject.target.batch,
+    ]  # fmt: skip
+    return session.store.cache / f"dense-{_short(identity)}.npz"
+
+
+def read_dense(path: Path) -> DensePredictions | None:
+    """Predictions of the plain model that were kept, or None where there are none that can be read."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        log.warning("%s cannot be read (%s): the plain model is run again", path, error)
+        return None
+
+
+def keep_dense(path: Path, dense: DensePredictions) -> None:
+    """Keep predictions of the plain model for later runs and for workers."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, prediction=dense.prediction, correct=dense.correct, gmacs=np.float64(dense.gmacs))
-    return dense
 
 
 def _probes(cache: Path, facts: ModelFacts, calibration: Workload, device: torch.device) -> Probes:
@@ -122,42 +144,75 @@ def _short(identity: object) -> str:
 # --- for the workers --------------------------------------------------------------------------------------------------
 
 
-def save_context(session: Session, context: TrialContext) -> Path:
-    """Write what a worker needs to open the same context; the path to hand it."""
-    cache, facts, dense = session.store.cache, context.facts, context.dense
-    subject = session.subjects[facts.name]
+def save_context(session: Session, model: str) -> Path:
+    """Write what a worker needs to open the context of one of the session's models; the path to hand it.
+
+    The plain model's predictions are a file of their own, which ``dense_file_of`` names.
+    """
+    subject, settings, cache = session.subjects[model], session.settings, session.store.cache
+    facts = subject.facts
     path = cache / f"context-{_short([facts.name, facts.weights_digest, subject.workload.digest])}.json"
-    own = path.with_suffix(".npz")
-    with atomic(own) as temporary, temporary.open("wb") as file:
-        np.savez(file, prediction=dense.prediction, correct=dense.correct, gmacs=np.float64(dense.gmacs))
     description = {
         "workload": _save_workload(subject.workload, cache),
         "calibration": _save_workload(subject.calibration, cache),
-        "opened_as": context.opened_as,
-        "data": context.data,
-        "train_data": context.train_data,
+        "opened_as": settings.workload,
+        "data": _absolute(settings.data),
+        "train_data": _absolute(settings.train_data),
         "cache": str(cache),
-        "dense": str(own),
-        "weights": _absolute(subject.weights),
+        "dense": str(_dense_file(session, subject)),
+        "batch": subject.target.batch,
+        "weights": _save_weights(subject, cache),
         "facts": dataclasses.asdict(facts),
     }
     write_json(path, description)
     return path
 
 
-def load_context(path: Path, device: torch.device, *, profile: Profile | None = None) -> TrialContext:
-    """Open what ``save_context`` wrote. A worker does this once, then runs many trials."""
+def dense_file_of(path: Path) -> Path:
+    """Where a saved context expects what the plain model says of its images."""
+    return Path(json.loads(path.read_text(encoding="utf-8"))["dense"])
+
+
+def find_dense(path: Path, device: torch.device, *, locate: Locate = Path) -> DensePredictions:
+    """What the plain model of a saved context says of its images, computed here."""
+    saved = json.loads(locate(path).read_text(encoding="utf-8"))
+    workload = _load_workload(saved["workload"], locate)
+    model = _load_model(saved, workload, locate).model.to(device)
+    return dense_predictions(model, workload, batch=saved["batch"], device=device)
+
+
+def context_files(path: Path) -> list[Path]:
+    """Every file that opening this context reads, its own description included; the predictions may be to come."""
     saved = json.loads(path.read_text(encoding="utf-8"))
+    arrays = [file for name in ("workload", "calibration") for file in saved[name]["arrays"].values()]
+    weights = [saved["weights"]] if saved["weights"] != RANDOM else []
+    return [path, *(Path(file) for file in (*arrays, saved["dense"], *weights))]
+
+
+def load_context(
+    path: Path,
+    device: torch.device,
+    *,
+    profile: Profile | None = None,
+    locate: Locate = Path,
+    cache: Path | None = None,
+    beat: Callable[[], None] | None = None,
+) -> TrialContext:
+    """Open what ``save_context`` wrote. A worker does this once, then runs many trials.
+
+    On a machine that does not see the files of the one that wrote them, ``locate`` says where each is here, and
+    ``cache`` is a folder of its own. ``beat`` is called at every sign of progress.
+    """
+    saved = json.loads(locate(path).read_text(encoding="utf-8"))
     facts = ModelFacts(**{**saved["facts"], "grid": tuple(saved["facts"]["grid"])})
-    workload, calibration = (_load_workload(saved[name]) for name in ("workload", "calibration"))
-    loaded = open_model(
-        facts.name, weights=saved["weights"], workload_name=saved["opened_as"], classes=workload.classes
-    )
-    with np.load(saved["dense"], allow_pickle=False) as arrays:
-        dense = DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
+    workload, calibration = (_load_workload(saved[name], locate) for name in ("workload", "calibration"))
+    loaded = _load_model(saved, workload, locate)
+    dense = read_dense(locate(Path(saved["dense"])))
+    if dense is None or len(dense.prediction) != len(workload):
+        raise OSError(f"the plain model's predictions are not in {saved['dense']}; run the same command again")
     facts = dataclasses.replace(facts, weights_digest=loaded.digest)  # a file that changed meanwhile must be noticed
-    cache = Path(saved["cache"])
-    return TrialContext(
+    cache = cache or Path(saved["cache"])
+    context = TrialContext(
         workload,
         loaded.model.to(device),
         facts,
@@ -171,6 +226,28 @@ def load_context(path: Path, device: torch.device, *, profile: Profile | None = 
         cache=cache,
         profile=profile or Profile(),
     )
+    return context if beat is None else dataclasses.replace(context, beat=beat)
+
+
+def _load_model(saved: dict[str, Any], workload: Workload, locate: Locate) -> LoadedModel:
+    weights = RANDOM if saved["weights"] == RANDOM else str(locate(Path(saved["weights"])))
+    name, opened_as = saved["facts"]["name"], saved["opened_as"]
+    return open_model(name, weights=weights, workload_name=opened_as, classes=workload.classes)
+
+
+def _save_weights(subject: Subject, cache: Path) -> str | None:
+    """The file to load, or "random". A model's own weights are written down as well: a node need not reach the hub."""
+    if subject.weights is not None:
+        return _absolute(subject.weights)
+    path = cache / f"weights-{subject.facts.weights_digest[:16]}.safetensors"
+    weights = {name: tensor.cpu().contiguous() for name, tensor in subject.loaded.model.state_dict().items()}
+    with suppress(OSError, ModelError):  # of an earlier run
+        known = read_weights(path)
+        if known.keys() == weights.keys() and all(torch.equal(known[name], weights[name]) for name in weights):
+            return str(path)
+    with atomic(path) as temporary:
+        save_file(weights, temporary)
+    return str(path)
 
 
 def _save_workload(workload: Workload, cache: Path) -> dict[str, Any]:
@@ -184,8 +261,9 @@ def _save_workload(workload: Workload, cache: Path) -> dict[str, Any]:
     return {**about, "arrays": arrays}
 
 
-def _load_workload(about: dict[str, Any]) -> Workload:
-    arrays = {name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in about["arrays"].items()}
+def _load_workload(about: dict[str, Any], locate: Locate) -> Workload:
+    files = {name: locate(Path(file)) for name, file in about["arrays"].items()}
+    arrays = {name: np.load(file, mmap_mode="r", allow_pickle=False) for name, file in files.items()}
     return Workload(
         name=about["name"],
         pixels=arrays["pixels"],
@@ -209,9 +287,16 @@ def _array_file(array: np.ndarray, path: Path) -> Path:
         if mapped.shape == array.shape and mapped.dtype == array.dtype:
             return Path(source).absolute()
     with suppress(OSError, ValueError):  # of an earlier run, which saw the same images
-        known = np.load(path, mmap_mode="r", allow_pickle=False)
-        if known.shape == array.shape and known.dtype == array.dtype:
+        if _equal(np.load(path, mmap_mode="r", allow_pickle=False), array):
             return path
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.ascontiguousarray(array), allow_pickle=False)
     return path
+
+
+def _equal(known: np.ndarray, array: np.ndarray) -> bool:
+    """To the last byte: a disk may have lost some of a file that was whole. Part by part, for it may be large."""
+    if known.shape != array.shape or known.dtype != array.dtype:
+        return False
+    parts = (slice(start, start + _PART) for start in range(0, len(array), _PART))
+    return all(np.array_equal(known[part], array[part]) for part in parts)

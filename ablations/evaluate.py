@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ablations.failures import DeviceError, again, device_lost, in_words
 from ablations.inputs import (
     DensePredictions,
     TrialContext,
+    check_inputs,
     dense_predictions,
     device_name,
     model_facts,
@@ -30,7 +33,7 @@ from ablations.inputs import (
     versions,
 )
 from ablations.metrics import batch_columns, finite, image_columns, summary
-from ablations.trial import Solution, Trial, TrialError, TrialResult, base_row, failed
+from ablations.trial import Solution, Trial, TrialResult, base_row, failed
 from reducers import Identity, at, reduce_tokens
 from reducers.vit import ReducedViT, Shared
 
@@ -49,18 +52,36 @@ def run_group(trials: Sequence[Trial], context: TrialContext, *, report: Report 
     """Evaluate trials of one model and one training together, in float32; their results in the order given.
 
     Each result is what the trial gives alone, to the last bit. Whatever goes wrong with a trial becomes its record:
-    the others go on. ``report`` hears of the epochs of a finetuning.
+    the others go on. What may pass is tried once more, and where a GPU's memory runs out, with half as many images at
+    once; the row says with how many. ``report`` hears of the epochs of a finetuning.
+
+    Raises:
+        DeviceError: the GPU takes no more work from this process.
     """
     runs = _evaluate(trials, context, report)
-    results = []
-    for run in runs:
-        if isinstance(run.error, (MemoryError, torch.OutOfMemoryError)) and len(trials) > 1:
-            results.append(try_trial(run.trial, context))  # alone it needs less
-        elif run.error is not None:
-            results.append(failed(run.trial, context.facts, run.error, seconds=run.seconds))
-        else:
-            results.append(run.result(context))
-    return results
+    return [_settled(run, context, alone=len(runs) == 1) for run in runs]
+
+
+def _settled(run: _Run, context: TrialContext, *, alone: bool) -> TrialResult:
+    """The result of a run, begun again as long as that may help; or the record of its failure."""
+    while run.error is not None:
+        if device_lost(run.error):
+            raise DeviceError(f"the GPU takes no more work from this process ({run.error})") from run.error
+        at_once = again(run.error, alone=alone, attempts=run.attempts, at_once=run.at_once) if run.begun else None
+        if at_once is None:
+            return failed(
+                run.trial,
+                context.facts,
+                in_words(run.error, at_once=run.at_once if run.begun else None),
+                seconds=run.seconds,
+            )
+        log.info("trial %s is begun again, %d images at once: %s", run.trial.key, at_once, run.error)
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        attempts, alone = run.attempts + 1, True
+        (run,) = _evaluate([run.trial], context, None, at_once=at_once)
+        run.attempts = attempts
+    return run.result(context)
 
 
 def run_trial(trial: Trial, context: TrialContext) -> TrialResult:
@@ -79,8 +100,11 @@ def try_trial(trial: Trial, context: TrialContext) -> TrialResult:
 class _Run:
     """One trial on its way through the batches."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: Trial, *, at_once: int) -> None:
         self.trial = trial
+        self.at_once = at_once  # images in a batch; fewer than planned where the GPU's memory ran out
+        self.attempts = 1
+        self.begun = False  # it has its weights: what goes wrong from here on is its own
         self.tuned: Finetuned | None = None  # its weights, where they are not the model's own
         self.seconds = 0.0  # its own, and an equal share of what it has in common with others
         self.error: Exception | None = None
@@ -93,16 +117,19 @@ class _Run:
         started = time.perf_counter()
         try:
             step()
-        except Exception as error:  # noqa: BLE001  # any failure at all is a result to record, with its reason
+        except Exception as error:  # any failure at all is a result to record, with its reason
             self.error, self._batches = error, []
+            log.info("trial %s failed", self.trial.key, exc_info=error)  # into the log of the trial
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory may be what is short
         self.seconds += time.perf_counter() - started
 
     def prepare(self, context: TrialContext) -> None:
         """Check the inputs, find the settings that are still free, and place the reducers."""
-        trial = self.trial
-        _check_inputs(trial, context)
+        trial, self.begun = self.trial, True
+        context.beat()
+        check_inputs(trial, context)
         placed = self._calibrated(context) if trial.target is not None else trial
-        torch.manual_seed(trial.seed)  # from here on the trial alone draws, whatever its calibration had to try
+        torch.manual_seed(placed.random_seed)  # from here on the trial alone draws, whatever its calibration had to try
         placement = placed.placement(context.facts.depth)
         if self.tuned is not None:
             placement = self.tuned.load_reducers(placement)
@@ -124,6 +151,7 @@ class _Run:
 
     def batch(self, images: Tensor, span: tuple[int, int], context: TrialContext, shared: Shared | None) -> None:
         """Evaluate one batch, with the random numbers that the trial would draw alone."""
+        context.beat()
         _set_random_state(self._random, context.device)
         with context.profile.measure("evaluation"):
             logits, trace = self.fast.trace(images, shared=shared if self.shares else None)
@@ -160,6 +188,8 @@ class _Run:
             dense_gmacs=dense.gmacs,
             dense_top1=dense.top1,
             shared_prefix=self.shares,
+            evaluated_batch=self.at_once,
+            attempts=self.attempts,
             seconds=self.seconds + took,
             device=device_name(context.device),
             versions=json.dumps(versions(), sort_keys=True),
@@ -167,12 +197,15 @@ class _Run:
         return TrialResult(row, {name: value for name, value in images.items() if not name.startswith("_")})
 
 
-def _evaluate(trials: Sequence[Trial], context: TrialContext, report: Report | None) -> list[_Run]:
-    """All trials, batch by batch, each up to its end or its own failure."""
+def _evaluate(
+    trials: Sequence[Trial], context: TrialContext, report: Report | None, *, at_once: int | None = None
+) -> list[_Run]:
+    """All trials, batch by batch, each up to its end or its own failure; ``at_once`` images instead of the planned."""
     if len({(trial.model, trial.training, trial.batch) for trial in trials}) != 1:
         raise ValueError("trials that are evaluated together have one model, one training and one batch size")
     use_exact_float32()
-    runs = [_Run(trial) for trial in trials]
+    at_once = at_once or trials[0].batch
+    runs = [_Run(trial, at_once=at_once) for trial in trials]
     try:
         context = _finetuned(runs, context, report)
     except Exception as error:  # noqa: BLE001  # without its weights no trial of the group can run
@@ -186,7 +219,7 @@ def _evaluate(trials: Sequence[Trial], context: TrialContext, report: Report | N
     for run in sharing:
         run.shares = len(sharing) > 1
     prefixes = _prefixes(sharing, context) if len(sharing) > 1 else {}
-    for span in spans(len(context.workload), trials[0].batch):
+    for span in spans(len(context.workload), at_once):
         _evaluate_batch(alive, span, prefixes, context)
     return runs
 
@@ -198,7 +231,7 @@ def _finetuned(runs: Sequence[_Run], context: TrialContext, report: Report | Non
         return context
     from ablations.finetune import finetuned  # most runs need none of it
 
-    _check_inputs(runs[0].trial, context)  # before hours of training
+    check_inputs(runs[0].trial, context)  # before hours of training
     with context.profile.measure("finetuning"):
         tuned = finetuned(training, context, report=report)
     for run in runs:
@@ -215,7 +248,12 @@ def _evaluate_batch(
         return
     with context.profile.measure("images"):
         started = time.perf_counter()
-        images = context.workload.batch(*span).to(context.device)
+        try:
+            images = context.workload.batch(*span).to(context.device)
+        except Exception as error:  # noqa: BLE001  # none of them has its images: a result to record, for each
+            for run in alive:
+                run.error = error
+            return
         each = (time.perf_counter() - started) / len(alive)
     for run in alive:
         run.seconds += each
@@ -251,24 +289,6 @@ def _share(
                 torch.cuda.synchronize(context.device)
             for run in those:
                 run.seconds += (time.perf_counter() - started) / len(those)
-
-
-def _check_inputs(trial: Trial, context: TrialContext) -> None:
-    """The context must hold what the trial was planned with: a key names its inputs."""
-    inputs = [
-        ("data", trial.data_digest, context.workload.digest),
-        ("weights", trial.weights_digest, context.facts.weights_digest),
-    ]
-    if trial.target is not None or trial.calibration:
-        if context.calibration is None:
-            raise TrialError("a trial with a target needs calibration images, and its context has none")
-        inputs.append(("calibration images", trial.calibration, context.calibration.digest))
-    for name, planned, present in inputs:
-        if planned != present:
-            raise TrialError(
-                f"the {name} changed after the trial was planned (digest {present[:12]} instead of "
-                f"{planned[:12]}); run `python -m ablations run` again to plan with what is there now"
-            )
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:

@@ -6,8 +6,9 @@ Costly to make and never changing a result: opened once by a worker for each mod
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from ablations.code_version import code_of
 from ablations.metrics import GIGA, finite, patch_masks
 from ablations.profile import Profile
-from ablations.trial import ModelFacts
+from ablations.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
 from reducers import Placement, reduce_tokens
 
+log = logging.getLogger(__name__)
+
 _VERSIONED = ("torch", "timm", "numpy")
+
+
+def _unwatched() -> None:
+    """What nobody watches over need not say that it lives."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class TrialContext:
     train_data: str | None = None  # … and that of its training images, where it is another: finetuning starts there
     cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
     profile: Profile = field(default_factory=Profile)
+    beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``watch``
 
     @cached_property
     def object_patches(self) -> np.ndarray | None:
@@ -110,12 +119,47 @@ def use_exact_float32() -> None:
 
 @torch.inference_mode()
 def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> DensePredictions:
-    """Run the plain timm model over all images. Its cost is counted by the same rules as a reduced model's."""
+    """Run the plain timm model over all images. Its cost is counted by the same rules as a reduced model's.
+
+    Where the GPU's memory runs out, with half as many images at once, down to one.
+    """
     use_exact_float32()
-    predictions = [
-        finite(model(workload.batch(start, stop).to(device)), start).argmax(1).cpu().numpy()
-        for start, stop in spans(len(workload), batch)
-    ]
+    predictions: list[np.ndarray] = []
+    at_once, done = batch, 0
+    while done < len(workload):
+        stop = min(done + at_once, len(workload))
+        try:
+            predictions.append(finite(model(workload.batch(done, stop).to(device)), done).argmax(1).cpu().numpy())
+        except torch.OutOfMemoryError:
+            if at_once == 1:
+                raise
+            at_once //= 2
+            log.warning("the GPU's memory ran out: the plain model goes on with %d images at once", at_once)
+            continue
+        done = stop
     _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
     prediction = np.concatenate(predictions).astype(np.int64)
     return DensePredictions(prediction, prediction == workload.labels, float(trace.macs[0]) / GIGA)
+
+
+def check_inputs(trial: Trial, context: TrialContext) -> None:
+    """The context must hold what the trial was planned with: a key names its inputs."""
+    inputs = [
+        ("data", trial.data_digest, context.workload.digest),
+        ("weights", trial.weights_digest, context.facts.weights_digest),
+        ("code", trial.code, code_of(trial) if trial.code else ""),
+    ]
+    if trial.target is not None or trial.calibration:
+        if context.calibration is None:
+            raise TrialError("a trial with a target needs calibration images, and its context has none")
+        inputs.append(("calibration images", trial.calibration, context.calibration.digest))
+    for name, planned, present in inputs:
+        if planned != present:
+            raise TrialError(
+                f"the {name} changed after the trial was planned ({_brief(present)} instead of "
+                f"{_brief(planned)}); run `python -m ablations run` again to plan with what is there now"
+            )
+
+
+def _brief(digest: str) -> str:
+    return digest if "=" in digest else f"digest {digest[:12]}"

@@ -7,7 +7,6 @@ ways to cut the groups are simulated on the number of workers at hand, and the o
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,9 +42,13 @@ class Computation:
 
 @dataclass(frozen=True)
 class Job:
-    """Computations that one worker carries out together: one model, one training."""
+    """Computations that one worker carries out together: one model, one training.
+
+    ``timed``: they are evaluated already, and what is left is to time their answers, with the device to themselves.
+    """
 
     computations: tuple[Computation, ...]
+    timed: bool = False
 
     @property
     def model(self) -> str:
@@ -55,6 +58,11 @@ class Job:
     def trials(self) -> tuple[Trial, ...]:
         """Every trial that the job answers."""
         return tuple(trial for computation in self.computations for trial in computation.answers)
+
+    @property
+    def whole_device(self) -> bool:
+        """It wants a GPU to itself: a training fills one, and a timing must not share."""
+        return self.timed or bool(self.computations[0].trial.training)
 
     @property
     def cost(self) -> float:
@@ -75,7 +83,7 @@ def computations(
     for trial in trials:
         evaluated = trial
         if trial.measure == SPEED:
-            evaluated = dataclasses.replace(trial, measure="", batch=batches[trial.model])
+            evaluated = trial.evaluated(batches[trial.model])
         groups.setdefault(evaluated.computation, (evaluated, []))[1].append(trial)
     return [_computation(trial, tuple(answers), facts[trial.model]) for trial, answers in groups.values()]
 
@@ -93,6 +101,11 @@ def schedule(work: Sequence[Computation], *, workers: int) -> list[Job]:
                 best = ends, jobs
     assert best is not None
     return best[1]
+
+
+def timings(trials: Iterable[Trial]) -> list[Job]:
+    """A job for each trial that is evaluated and still to be timed."""
+    return [Job((Computation(trial, (trial,), 0.0, 0.0),), timed=True) for trial in trials]
 
 
 def expected_end(jobs: Sequence[Job], *, workers: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -20,9 +21,12 @@ examples:
   python -m ablations run --specs model_scaling --workload imagefolder --data IMAGES \
       --model "deit_tiny_patch16_224 deit_small_patch16_224"   several models, for specs that compare them
   python -m ablations run --profile               and where the time went
-  python -m ablations status results              how far a run is
+  python -m ablations status results              how far a run is; --watch: from another terminal, until it is over
+  python -m ablations log results 3f9c            what was said while a trial was computed, by its key
+  python -m ablations reproduce 3f9c --out results   run that trial again and compare, bit for bit
   python -m ablations train dynamicvit            train a method and put it beside random drop (train --help)
-  RAY_ADDRESS=HOST:6379 python -m ablations run   on an existing Ray cluster (OUT on a disk that all nodes share)
+  RAY_ADDRESS=HOST:6379 python -m ablations run   on an existing Ray cluster (--out on a disk that all
+                                                  nodes share, or s3://BUCKET/FOLDER)
 
 A run may be stopped at any time; the same command goes on where it stopped, and computes nothing twice.
 exit status: 0 all is well, 1 some trials failed (run again to repeat them), 2 bad input, 130 interrupted
@@ -73,6 +77,27 @@ A training may be stopped at any time; the same command goes on where it stopped
 python -m ablations.finetune --help. exit status: 0 all is well, 2 bad input, 130 interrupted
 """
 
+_STATUS_HELP = """\
+examples:
+  python -m ablations status results              how far each spec is, what failed, what is stale and why
+  python -m ablations status results --watch      the same every 5 seconds, from any terminal or machine
+  python -m ablations status s3://bucket/runs/a    results kept in an object store
+  python -m ablations log results 3f9c1b          one trial, by its key or how it begins
+
+waiting: not begun, running, or lost; stale: on disk, but of another model, other images, other code, or no spec.
+exit status: 0 all is well, 2 bad input
+"""
+
+_REPRODUCE_HELP = """\
+examples:
+  python -m ablations reproduce 3f9c1b --out results
+  python -m ablations reproduce 3f9c1b --out s3://bucket/runs/a --data /mnt/imagenet/val
+
+Nothing of the run is used but its record: images are decoded, settings sought and weights finetuned once more. Every
+column but times, memory, device and versions is compared, and every image, to the last bit.
+exit status: 0 the same, 1 not the same, 2 bad input
+"""
+
 
 def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The options of every command; ``commands`` are the functions that carry them out."""
@@ -98,16 +123,26 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     checking.set_defaults(command=commands["validate"])
 
     running = subparsers.add_parser("run", help="run what is not finished yet", formatter_class=raw, epilog=_EPILOG)
-    running.add_argument("--out", type=Path, default=Path("results"), help="folder of the results (results)")
+    running.add_argument(
+        "--out",
+        type=_place,
+        default=Path("results"),
+        metavar="OUT",
+        help="folder of the results, or s3://BUCKET/FOLDER (results)",
+    )
     running.add_argument("--specs", nargs="+", default=[], metavar="SPEC", help="names of specs or .yaml files (all)")
     _model_options(running)
     _data_options(running)
     running.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
-    running.add_argument("--strict", action="store_true", help="refuse images that cannot be read, instead of skipping")
+    running.add_argument("--strict", action="store_true", help="refuse images that cannot be used, instead of skipping")
     running.add_argument(
         "--download", action="store_true", help="let torchvision and timm fetch a data set into --data"
     )
     running.add_argument("--workers", type=int, metavar="N", help="trials at once (one a core, or four a GPU)")
+    running.add_argument(
+        "--time-limit", type=float, default=3600.0, metavar="SECONDS",
+        help="a trial that makes no progress for that long is ended and tried again (3600; 0: never)",
+    )  # fmt: skip
     running.add_argument("--serial", action="store_true", help="run in this process, one after the other, without Ray")
     running.add_argument("--profile", action="store_true", help="show where the time went (always in OUT/profile.json)")
     running.add_argument("--dry-run", action="store_true", help="open everything, show the plan and stop")
@@ -133,10 +168,43 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     documenting.add_argument("--check", action="store_true", help="change nothing; exit status 1 if pages are stale")
     documenting.set_defaults(command=commands["docs"])
 
-    state = subparsers.add_parser("status", help="how far each spec of a run is")
-    state.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
-    state.set_defaults(command=commands["status"])
+    _looking(subparsers, commands)
     return parser
+
+
+def _looking(subparsers: Any, commands: Mapping[str, Command]) -> None:
+    """Commands that look at what a run left."""
+    raw = argparse.RawDescriptionHelpFormatter
+    state = subparsers.add_parser(
+        "status", help="how far each spec of a run is", formatter_class=raw, epilog=_STATUS_HELP
+    )
+    state.add_argument("out", type=_place, metavar="OUT", help="folder or URI of the results")
+    state.add_argument(
+        "--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
+        help="look again every so many seconds, until the run is over (5)",
+    )  # fmt: skip
+    state.set_defaults(command=commands["status"])
+
+    logs = subparsers.add_parser("log", help="the log of a trial", formatter_class=raw, epilog=_STATUS_HELP)
+    logs.add_argument("out", type=_place, metavar="OUT", help="folder or URI of the results")
+    logs.add_argument("key", metavar="KEY", help="the trial's key, or how it begins")
+    logs.set_defaults(command=commands["log"])
+
+    again = subparsers.add_parser(
+        "reproduce", help="run one trial again and compare", formatter_class=raw, epilog=_REPRODUCE_HELP
+    )
+    again.add_argument("key", metavar="KEY", help="the trial's key, or how it begins")
+    again.add_argument("--out", type=_place, default=Path("results"), metavar="OUT", help="where it is on record")
+    again.add_argument("--data", metavar="DIR", help="where the images are by now (as the run had them)")
+    again.add_argument("--train-data", metavar="DIR", help="where the training images are by now")
+    again.add_argument("--weights", metavar="FILE", help="where the model's weights are by now")
+    again.add_argument("--scratch", type=Path, metavar="DIR", help="a folder to work in and to keep (a temporary one)")
+    again.set_defaults(command=commands["reproduce"])
+
+
+def _place(text: str) -> Path | str:
+    """A folder, or a URI as it stands: a path would lose one of its slashes."""
+    return text if "//" in text and ":" in text.partition("//")[0] else Path(text)
 
 
 def _data_options(parser: argparse.ArgumentParser) -> None:

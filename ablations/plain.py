@@ -67,7 +67,7 @@ def parse_yaml(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise SpecError(f"{path}{line}: {error.problem or 'not valid YAML'}") from error
+        raise SpecError(f"{path}{line}: {error.problem or 'not valid YAML':.300}") from error
     except RecursionError as error:
         raise SpecError(f"{path}: nested too deeply; a spec needs about six levels") from error
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
@@ -89,7 +89,7 @@ def check_plain(value: Any, place: Place, path: Path, node: yaml.Node | None) ->
     elif isinstance(value, float) and not math.isfinite(value):
         raise SpecError(f"{where}: {value} is no finite number")
     elif isinstance(value, int) and abs(value) > 2**53:
-        raise SpecError(f"{where}: {value} is too large")
+        raise SpecError(f"{where}: a whole number of {value.bit_length()} bits is too large")
     elif value is not None and not isinstance(value, str | int | float):
         raise SpecError(f"{where}: {kind_of(value)} is no plain value; put it in quotes")
 

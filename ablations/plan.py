@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from ablations.checks import (
     place_reducers,
     training_of,
 )
+from ablations.code_version import code_of
 from ablations.labels import budget_number
 from ablations.plain import Place, SpecError, substitute
 from ablations.spec import Arm, SpecFile
@@ -89,7 +91,7 @@ def _trial(
     training = training_of(file, arm, place, values, facts, workload=target.workload)
     check_trained(file, place, placed, training=training, depth=facts.depth)
     share = values.get("target")
-    return Trial(
+    trial = Trial(
         spec=file.spec.name,
         variant=variant,
         x=_x(file, arm, place, values, placed, facts),
@@ -107,6 +109,7 @@ def _trial(
         measure=arm.measure or "",
         calibration=target.calibration if share is not None or _seeks(training) else "",
     )
+    return dataclasses.replace(trial, code=code_of(trial))
 
 
 def _seeks(training: str) -> bool:

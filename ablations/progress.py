@@ -1,4 +1,7 @@
-"""Live progress with the time left: a bar on a terminal, plain log lines anywhere else."""
+"""Live progress with the time left: a bar on a terminal, plain log lines anywhere else, and a file for other terminals.
+
+All clocks are monotonic: a machine whose clock is wrong or is set while a run goes on shows the same.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
@@ -15,10 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from ablations.jobs import SPEED, Computation
 from ablations.trial import Trial
 
+if TYPE_CHECKING:
+    from ablations.store import Store
+
 log = logging.getLogger(__name__)
+
+LIVE = "progress.json"
+"""The file in OUT by which a run tells other terminals how far it is."""
 
 _EVERY = 15.0  # seconds between lines where there is no terminal
 _TIMING = 8.0  # seconds that timing a trial takes, until it is known
+_SHOWN = (2.0, 15.0)  # seconds between two states of the file: on a disk, in an object store
 
 
 def duration(seconds: float) -> str:
@@ -35,16 +45,25 @@ class RunProgress:
     """Counts finished trials and tells the time left, from what computations took so far and their estimated costs.
 
     ``at_once`` is how many workers compute side by side; the runner sets it. ``timed`` are trials that are timed alone
-    after all else. A context manager: leaving it ends the bar, also when the run is interrupted.
+    after all else. A context manager: leaving it ends the bar, also when the run is interrupted. With a ``store``,
+    ``progress.json`` there tells the same to ``status --watch``.
     """
 
     def __init__(
-        self, work: Sequence[Computation], *, timed: Sequence[Trial] = (), terminal: bool | None = None
+        self,
+        work: Sequence[Computation],
+        *,
+        timed: Sequence[Trial] = (),
+        terminal: bool | None = None,
+        store: Store | None = None,
     ) -> None:
         self.total = len({trial.key for trial in (*(t for one in work for t in one.answers), *timed)})
         self.at_once = 1
         self.finished = 0
         self.failures: list[tuple[str, str]] = []  # (trial in words, reason)
+        self.retried = 0  # computations that were handed out again
+        self._running: set[str] = set()  # keys of trials
+        self._store, self._written = store, 0.0
         self._cost_left = sum(computation.cost for computation in work)
         self._cost_done = self._seconds_done = 0.0
         self._timings_left = len({trial.key for trial in timed})
@@ -74,6 +93,7 @@ class RunProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._show(now=True)
 
     @property
     def elapsed(self) -> float:
@@ -89,8 +109,20 @@ class RunProgress:
             return None
         return self._seconds_done / self._cost_done * self._cost_left / self.at_once + timings
 
+    def began(self, trials: Sequence[Trial]) -> None:
+        """Trials are being computed now."""
+        self._running |= {trial.key for trial in trials}
+        self._show()
+
+    def lost(self, trials: Sequence[Trial], *, again: bool) -> None:
+        """Trials ended without a result; ``again``: they will be handed out once more."""
+        self._running -= {trial.key for trial in trials}
+        self.retried += again
+        self._show()
+
     def done(self, computation: Computation, *, seconds: float = 0.0, error: str | None = None) -> None:
         """A computation ended after ``seconds`` of work, well or with a reason why not."""
+        self._running -= {trial.key for trial in computation.answers}
         self._cost_left = max(0.0, self._cost_left - computation.cost)
         if seconds > 0:
             self._cost_done += computation.cost
@@ -104,6 +136,7 @@ class RunProgress:
 
     def timed(self, trial: Trial, *, seconds: float = 0.0, error: str | None = None) -> None:
         """A trial has been timed, the last it needed."""
+        self._running.discard(trial.key)
         self._timings_left = max(0, self._timings_left - 1)
         if seconds > 0:
             self._timing_seconds = seconds
@@ -135,8 +168,32 @@ class RunProgress:
         self.finished += trials
         left = self.seconds_left()
         text = "" if left is None else f"{duration(left)} left"
+        if self.failures:
+            text = f"{len(self.failures)} failed{', ' if text else ''}{text}"
+        self._show()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.finished, left=text)
         elif time.monotonic() - self._said > _EVERY or self.finished == self.total:
             self._said = time.monotonic()
             log.info("%d of %d trials, %s", self.finished, self.total, text or "done")
+
+    def _show(self, *, now: bool = False) -> None:
+        """Write the state where another terminal finds it, now and then: it is for looking, nothing depends on it."""
+        if self._store is None:
+            return
+        if not now and time.monotonic() - self._written < _SHOWN[self._store.remote]:
+            return
+        self._written = time.monotonic()
+        state = {
+            "finished": self.finished,
+            "total": self.total,
+            "failed": len(self.failures),
+            "at_once": self.at_once,
+            "seconds_left": self.seconds_left(),
+            "running": sorted(self._running),
+            "retried": self.retried,
+        }
+        try:
+            self._store.write_json(LIVE, state)
+        except OSError as error:
+            log.debug("%s cannot be written (%s)", LIVE, error)

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import logging
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ablations.files import atomic
 from ablations.inputs import versions
-from ablations.session import Session, Subject
-from ablations.store import Store, read_json, write_json
+from ablations.session import Session, Settings, Subject
+from ablations.stale import outdated
+from ablations.store import Store
 from ablations.workloads import Workload
+from ablations.workloads.models import RANDOM
 
+log = logging.getLogger(__name__)
+
+RUN = "run.json"
 SAMPLES = 8
 _SAMPLE_LEVELS = (2, 4, 2)  # the plainest, those between, the busiest
 
 
 def keys_in_plan(store: Store) -> dict[str, list[str]]:
     """Spec -> keys: of the last run, and of specs run earlier with the same model on the same images."""
-    return planned_keys(read_json(store.out / "run.json"))
+    return planned_keys(store.read_json(RUN))
 
 
 def planned_keys(run: Any) -> dict[str, list[str]]:
@@ -40,11 +47,7 @@ def planned_keys(run: Any) -> dict[str, list[str]]:
 
 def write_record(session: Session, *, command: Sequence[str]) -> None:
     """``OUT/run.json``: what was run on what, and the plan. Specs of earlier runs stay if their rows still compare."""
-    path = session.store.out / "run.json"
-    earlier = read_json(path)
-    specs: dict[str, Any] = {}
-    if planned_keys(earlier) and all(earlier.get(name) == value for name, value in session.identity.items()):
-        specs.update(earlier["specs"])
+    specs = _earlier_specs(session)
     for file in session.specs:
         spec = file.spec
         specs[spec.name] = {
@@ -52,8 +55,8 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "trials": [trial.key for trial in session.trials[spec.name]],
         }
     settings, facts = session.settings, session.facts
-    write_json(
-        path,
+    session.store.write_json(
+        RUN,
         {
             "project": "Sievit",
             "version": _own_version(),
@@ -70,11 +73,47 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "grid": list(facts.grid),
             "classes": facts.classes,
             "strict": settings.strict,
+            "settings": _settings(settings),
             "skipped": [list(entry) for entry in session.workload.skipped],
+            "images_account": _images_account(session.workload),
             "versions": versions(),
             "specs": specs,
         },
     )
+
+
+def _earlier_specs(session: Session) -> dict[str, Any]:
+    """Specs of earlier runs whose rows still compare: of the same models and images, computed by the same code."""
+    earlier = session.store.read_json(RUN)
+    plan = planned_keys(earlier)
+    if not plan or any(earlier.get(name) != value for name, value in session.identity.items()):
+        return {}
+    others = {key for name, keys in plan.items() if name not in session.trials for key in keys}
+    old = outdated(session.store.table(), keys=others) if others else {}
+    kept = {}
+    for name, keys in plan.items():  # what is run again keeps its place
+        if changed := sorted({old[key] for key in keys if key in old}):
+            log.info("%s was run by another version of the code (%s) and is left out", name, "; ".join(changed))
+        else:
+            kept[name] = earlier["specs"][name]
+    return kept
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """What a trial of this run needs to be run again from anywhere: paths in full."""
+    names = ("workload", "data", "train_data", "model", "weights", "limit", "batch", "strict")
+    about = {name: getattr(settings, name) for name in names}
+    for name in ("data", "train_data"):
+        if about[name] is not None:
+            about[name] = str(Path(about[name]).expanduser().absolute())
+    files = [file if file is None or file == RANDOM else str(Path(file).expanduser().absolute())
+             for _, file in settings.chosen()]  # fmt: skip
+    return {**about, "models": [name for name, _ in settings.chosen()], "weights_files": files}
+
+
+def _images_account(workload: Workload) -> dict[str, Any] | None:
+    """What became of every image that was found; None where none had to be looked for."""
+    return None if workload.account is None else workload.account.as_data(workload.skipped)
 
 
 def _about_model(subject: Subject) -> dict[str, Any]:
@@ -96,14 +135,15 @@ def _about_model(subject: Subject) -> dict[str, Any]:
 
 def write_samples(session: Session) -> None:
     """``OUT/samples``: a few images for the pictures, and which rows they are."""
-    folder, workload = session.store.samples, session.workload
+    workload = session.workload
     entries = []
     for number, row in enumerate(sample_rows(workload)):
         name = f"{number + 1:04d}.png"
-        with atomic(folder / name) as temporary:
-            Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(temporary, format="PNG")
+        picture = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
+        session.store.write(f"samples/{name}", picture.getvalue())
         entries.append({"image": workload.ids[row], "file": name, "label": int(workload.labels[row]), "row": row})
-    write_json(folder / "index.json", {"grid": list(session.facts.grid), "images": entries})
+    session.store.write_json("samples/index.json", {"grid": list(session.facts.grid), "images": entries})
 
 
 def sample_rows(workload: Workload, count: int = SAMPLES) -> list[int]:

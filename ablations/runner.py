@@ -1,21 +1,20 @@
-"""Run jobs at once with Ray Tune: the only module that imports Ray.
+"""Run jobs at once with Ray Tune, on this machine or on a cluster. ``runner*.py`` are the only modules that import Ray.
 
 One Tune trial is one job: a few trials that share what they compute. Workers are reused, so each loads torch, the model
-and the images once; they store results themselves, so that a driver that dies loses nothing. Jobs that lose their
-worker are repeated one trial at a time. Tune keeps no checkpoints and no logs of its own here.
+and the images once (``runner_worker``); they store results themselves, so that a driver that dies loses nothing. Jobs
+that lose their worker are handed out again, a bounded number of times (``tries``). Tune keeps no checkpoints and no
+logs of its own here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import os
 import shutil
-import signal
-import time
+import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,152 +29,40 @@ _QUIET = {  # read by Ray when it is imported or started; what a user has set st
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "3600",
-    "OMP_NUM_THREADS": "1",  # one core a trial
-    # Tune runs each job in a new thread, and glibc would give each a heap of its own, which add up to gigabytes
+    "OMP_NUM_THREADS": "1",  # one core a trial, as in ``runner_cluster.WORKER_SETTINGS``
     "MALLOC_ARENA_MAX": "1",
 }
-if not os.environ.get("RAY_ADDRESS"):
-    # a private Ray listens on the loopback address alone; without this, it replaces 127.0.0.1 by a public address
+_address = os.environ.get("RAY_ADDRESS") or "local"
+if _address == "local" or _address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+    # a Ray of this machine alone listens on the loopback address; without this, it replaces 127.0.0.1 by a public one
     _QUIET["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 for _name, _value in _QUIET.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # after the settings above
-import torch
 from ray import tune
+from ray.exceptions import RayError, RayTaskError
 
-from ablations.context import Contexts, choose_device, load_context
-from ablations.jobs import Computation, Job, schedule
+from ablations.cluster_address import address
+from ablations.context import context_files, dense_file_of, keep_dense, read_dense
+from ablations.inputs import versions
+from ablations.jobs import Computation, Job, schedule, timings
 from ablations.profile import Profile
 from ablations.progress import RunProgress
-from ablations.serial import Outcome, carry_out
-from ablations.store import Store, write_json
+from ablations.runner_cluster import Cluster, ask_nodes, start
+from ablations.runner_events import Events, Lost, Shown
+from ablations.runner_files import listed, open_library
+from ablations.runner_worker import describe_jobs, find_stall, run_job, run_plain_model, watched
+from ablations.serial import keep, waits_to_be_timed
+from ablations.store import Store
 from ablations.trial import ModelFacts, Trial, failed
+from ablations.tries import GivenUp, Tries
+from ablations.watch import LIMIT, place_of_stall
 
 log = logging.getLogger(__name__)
 
-_OBJECT_STORE = 128 * 2**20  # bytes: rows are stored as files, so next to nothing travels
-_PER_GPU = 4  # trials that share a GPU unless --workers says otherwise: small models leave most of it idle
-
-
-class _Worker:
-    """What a worker process has opened: it stays from one job to the next."""
-
-    def __init__(self, description: Path) -> None:
-        about = json.loads(description.read_text(encoding="utf-8"))
-        self.profile = Profile()
-        self.store = Store(about["out"])
-        self.jobs = [Job(tuple(map(_computation, job))) for job in about["jobs"]]
-        self._contexts = Contexts(
-            lambda model: load_context(Path(about["contexts"][model]), choose_device(), profile=self.profile)
-        )
-
-    def run(self, index: int) -> list[Outcome]:
-        """Carry out a job, its epochs of finetuning told to Tune."""
-        job = self.jobs[index]
-        with self.profile.measure("worker_start"):  # nothing to do but for the first job of a model
-            context = self._contexts[job.model]
-        return carry_out(job, context, self.store, report=lambda epoch: tune.report({"epoch": dict(epoch)}))
-
-
-_workers: dict[str, _Worker] = {}  # by the file that describes the run
-
-
-def _work(config: dict[str, Any]) -> None:
-    """One Tune trial: one job. Tune calls this in a new thread of a process that it uses again."""
-    started = time.perf_counter()
-    torch.set_num_threads(1)  # a setting of the thread
-    if config["run"] not in _workers:
-        _workers[config["run"]] = _Worker(Path(config["run"]))
-    worker = _workers[config["run"]]
-    outcomes = worker.run(int(config["job"]))
-    tune.report(
-        {
-            "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
-            "spent": worker.profile.take(),
-            "busy": time.perf_counter() - started,
-        }
-    )
-
-
-def _computation(fields: dict[str, Any]) -> Computation:
-    answers = tuple(Trial(**trial) for trial in fields["answers"])
-    return Computation(**{**fields, "trial": Trial(**fields["trial"]), "answers": answers})
-
-
-class _Reporter(tune.Callback):
-    """Carries what happens in Tune to the progress display, keeps the clocks, and notes jobs whose worker died."""
-
-    def __init__(self, jobs: Sequence[Job], store: Store, facts: Mapping[str, ModelFacts], shown: _Shown) -> None:
-        self._jobs, self._store, self._facts, self._shown = jobs, store, facts, shown
-        self._results: dict[int, dict[str, Any]] = {}
-        self._began: dict[int, float] = {}  # of jobs that run
-        self._waiting = len(jobs)
-        self._since = time.perf_counter()
-        self._any = False
-        self.lost: list[Job] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes callbacks down to restore a run, and a progress bar cannot be written."""
-        return {}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.tick()
-        self._any = True
-        self._waiting -= 1
-        self._began[trial.config["job"]] = self._since
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if "epoch" in result:
-            self._shown.progress.trained(self._jobs[trial.config["job"]].trials, result["epoch"])
-        else:
-            self._results[trial.config["job"]] = result
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        index = trial.config["job"]
-        result = self._results.pop(index)
-        self._ended(index, busy=result["busy"])
-        self._shown.profile.merge(result["spent"])
-        for computation, outcome in zip(self._jobs[index].computations, result["outcomes"], strict=True):
-            self._shown.progress.done(computation, seconds=outcome["seconds"], error=outcome["error"])
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        job = self._jobs[trial.config["job"]]
-        self._ended(trial.config["job"], busy=None)
-        reason = _reason(trial)
-        if len(job.computations) > 1:  # one of them may have taken the others down with it
-            log.warning("%s: its %d trials are tried again one by one", reason, len(job.computations))
-            self.lost.append(job)
-            return
-        rows = {planned.key: self._store.load(planned.key) for planned in job.trials}
-        lost = [planned for planned in job.trials if (rows[planned.key] or {}).get("status") != "ok"]
-        for planned in lost:
-            self._store.save(failed(planned, self._facts[planned.model], reason))
-        self._shown.progress.done(job.computations[0], error=reason if lost else None)
-
-    def tick(self) -> None:
-        """Account for workers without a job since the last event: starting, waiting for one, or at the end idle."""
-        now = time.perf_counter()
-        passed, free = now - self._since, max(0, self._shown.progress.at_once - len(self._began))
-        if self._any:
-            self._shown.profile.add("hand_over" if self._waiting else "idle", free * passed)
-        else:
-            self._shown.profile.add("ray_start", passed)
-        self._since = now
-
-    def _ended(self, index: int, *, busy: float | None) -> None:
-        self.tick()
-        ran = self._since - self._began.pop(index, self._since)
-        if busy is not None:
-            self._shown.profile.add("hand_over", max(0.0, ran - busy))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shown:
-    """What a person sees of a run."""
-
-    progress: RunProgress
-    profile: Profile
+Place = Mapping[str, Any]
+"""Where a job ran: node, process, gpus, taken (resources), code, began, ended (seconds since 1970), whole, timed."""
 
 
 def run_on_ray(
@@ -187,111 +74,203 @@ def run_on_ray(
     progress: RunProgress,
     profile: Profile | None = None,
     workers: int | None = None,
-) -> None:
-    """Carry out all computations, on as many workers as there are cores, or as share the GPUs; ``RAY_ADDRESS`` names a
-    cluster. ``contexts`` and ``facts`` are by model.
+    timed: Sequence[Trial] = (),
+    time_limit: float | None = LIMIT,
+) -> list[Place]:
+    """Carry out all computations, on as many workers as there are cores, or as share the GPUs; where each job ran.
 
-    Raises KeyboardInterrupt on Ctrl-C and on SIGTERM; what is finished by then stays.
+    ``RAY_ADDRESS`` names a cluster; on one, the ``timed`` trials are then timed, each on a whole GPU or node (else the
+    caller times them, when Ray has left the machine). ``contexts`` and ``facts`` are by model. A worker that shows no
+    progress for ``time_limit`` seconds is ended (None: never), and its trials are tried again.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C and on SIGTERM; what is finished by then stays.
+        OSError: results cannot be written, or not by every node (StoreError, NodeError); what is finished stays.
     """
-    shown = _Shown(progress, profile or Profile())
+    if not work and not (address() and timed):
+        return []
+    shown = Shown(progress, profile or Profile())
     try:
         with shown.profile.measure("ray_start"):
-            _start_ray(workers)
-            resources, progress.at_once = _resources(workers)
-        jobs = schedule(work, workers=progress.at_once)
-        log.debug("%d computations in %d jobs for %d workers", len(work), len(jobs), progress.at_once)
-        lost = _run(jobs, resources, contexts=contexts, facts=facts, store=store, shown=shown)
-        alone = [Job((computation,)) for job in lost for computation in job.computations]
-        if alone:
-            _run(alone, resources, contexts=contexts, facts=facts, store=store, shown=shown)
+            cluster = start(workers)
+            progress.at_once = cluster.at_once
+        run = _Run(cluster, facts=facts, store=store, shown=shown, limit=time_limit)
+        run.describe(contexts)
+        jobs = schedule(work, workers=cluster.at_once)
+        log.debug("%d computations in %d jobs for %d workers", len(work), len(jobs), cluster.at_once)
+        run.carry_out(jobs)
+        if cluster.joined:
+            run.carry_out(timings(trial for trial in timed if waits_to_be_timed(trial, store)))
+        return run.places
     finally:
         with shown.profile.measure("ray_start"):
             ray.shutdown()
-            shutil.rmtree(store.out / "ray", ignore_errors=True)
+            _forget_watches(store.cache)
 
 
-def _run(
-    jobs: Sequence[Job],
-    resources: Mapping[str, float],
-    *,
-    contexts: Mapping[str, Path],
-    facts: Mapping[str, ModelFacts],
-    store: Store,
-    shown: _Shown,
-) -> list[Job]:
-    """Hand the jobs out; those that lost their worker and may be tried again."""
-    description = store.cache / f"jobs-{uuid.uuid4().hex[:8]}.json"
-    write_json(
-        description,
-        {
-            "out": str(store.out),
+class _Run:
+    """One run on Ray, from the first job to the last try of the last lost one."""
+
+    def __init__(
+        self, cluster: Cluster, *, facts: Mapping[str, ModelFacts], store: Store, shown: Shown, limit: float | None
+    ) -> None:
+        self._cluster, self._facts, self._store, self._shown, self._limit = cluster, facts, store, shown, limit
+        self._tries = Tries(self._finished)
+        self._about: dict[str, Any] = {}
+        self.places: list[Place] = []
+
+    def describe(self, contexts: Mapping[str, Path]) -> None:
+        """What every worker is told of the run, as plain data and the handle to the driver's files."""
+        self._about = {
+            "id": uuid.uuid4().hex[:8],
+            "out": self._store.location,
             "contexts": {model: str(path) for model, path in contexts.items()},
-            "jobs": [[dataclasses.asdict(computation) for computation in job.computations] for job in jobs],
-        },
-    )
-    reporter = _Reporter(jobs, store, facts, shown)
-    try:
-        tune.Tuner(
-            tune.with_resources(_work, dict(resources)),
-            param_space={"job": tune.grid_search(list(range(len(jobs)))), "run": str(description)},
-            tune_config=tune.TuneConfig(
-                reuse_actors=True,
-                max_concurrent_trials=shown.progress.at_once,
-                trial_name_creator=lambda trial: f"job_{trial.config['job']}",
-                trial_dirname_creator=lambda trial: f"job_{trial.config['job']}",
-            ),
-            run_config=tune.RunConfig(
-                name=description.stem,
-                storage_path=str(store.out / "ray"),
-                verbose=0,
-                callbacks=[reporter],
-                failure_config=tune.FailureConfig(max_failures=0),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-            ),
-        ).fit()
-    finally:
-        reporter.tick()
-        description.unlink(missing_ok=True)
-    return reporter.lost
+            "limit": self._limit,
+            "joined": self._cluster.joined,
+            "versions": versions(),
+            "files": {},
+            "library": None,
+            "fetch": os.environ.get("SIEVIT_FETCH") == "always",  # else only what a node does not see
+        }
+        if self._cluster.joined:
+            named = [file for path in contexts.values() for file in context_files(path)]
+            self._about.update(library=open_library(map(str, named)), files=listed(f for f in named if f.exists()))
+            self._find_dense(contexts.values())
+            self._about["files"] = listed(named)
 
+    def _find_dense(self, contexts: Iterable[Path]) -> None:
+        """Have the plain model's predictions found by a node that computes, where they are not known yet."""
+        missing = {path: dense_file_of(path) for path in contexts if read_dense(dense_file_of(path)) is None}
+        share = self._cluster.share
+        with self._shown.profile.measure("dense"), _token(self._store, self._about):
+            task = ray.remote(run_plain_model).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
+            found = {path: task.remote(self._about, str(path)) for path in missing}
+            try:
+                for path, file in missing.items():
+                    keep_dense(file, ray.get(found[path]))
+            except RayTaskError as error:
+                raise error.cause from None
+            except RayError as error:  # its worker was killed, each time
+                reason = str(error).splitlines()[0]
+                raise OSError(
+                    f"the plain model cannot be run on the cluster ({reason}); look there for memory"
+                ) from error
 
-def _start_ray(workers: int | None) -> None:
-    """Join the cluster of ``RAY_ADDRESS``, or start a private one on this machine's loopback address."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = os.environ.get("RAY_ADDRESS")
-    before = signal.getsignal(signal.SIGTERM)
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(
-            num_cpus=max(1, workers or len(os.sched_getaffinity(0))),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            _node_ip_address="127.0.0.1",
-            **quiet,
+    def carry_out(self, jobs: Sequence[Job]) -> None:
+        """All jobs, and those that are lost again, until each is done or given up."""
+        left = list(jobs)
+        while left:
+            left = self._one_round(left)
+
+    def _after(self, lost: Lost) -> list[Job]:
+        """Record what is given up of a lost job; what is to be handed out again."""
+        again, given_up, finished = self._tries.after(lost.job, lost.reason, with_node=lost.with_node)
+        self._shown.progress.lost(lost.job.trials, again=bool(again))
+        keys = [trial.key for trial in lost.job.trials]
+        self._store.add_to_logs(keys, f"lost: {lost.reason}; {'tried again' if again else 'not tried again'}")
+        if again:
+            log.warning("%s: its trials are tried again (%d)", lost.reason, sum(len(job.trials) for job in again))
+        for one in given_up:
+            self._give_up(one, timed=lost.job.timed)
+        for computation in finished:
+            self._shown.progress.done(computation)
+        return again
+
+    def _stall(self, run: str, index: int) -> str | None:
+        """Where a worker stood that ended for want of progress; None where it ended for another reason."""
+        found = place_of_stall(watched(self._store.cache, run, index))
+        if found is not None or not (self._cluster.joined and self._store.remote):
+            return found
+        return ask_nodes(find_stall, self._store.location, run, index)  # it is on the disk of the worker's node
+
+    def _one_round(self, jobs: Sequence[Job]) -> list[Job]:
+        """Hand the jobs out, and wait for them; those to hand out again."""
+        about, again = {**self._about, "id": uuid.uuid4().hex[:8]}, list[Job]()
+        events = Events(
+            jobs,
+            self._shown,
+            on_lost=lambda lost: again.extend(self._after(lost)),
+            stall=lambda index: self._stall(about["id"], index),
+            limit=self._limit,
+            joined=self._cluster.joined,
         )
-    signal.signal(signal.SIGTERM, before)  # Ray's own handler would end the process before the results are compacted
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        with _scratch() as folder, _token(self._store, about):
+            try:
+                tune.Tuner(
+                    tune.with_resources(
+                        tune.with_parameters(run_job, run=about, jobs=describe_jobs(list(jobs))), self._resources(jobs)
+                    ),
+                    param_space={"job": tune.grid_search(list(range(len(jobs))))},
+                    tune_config=tune.TuneConfig(
+                        reuse_actors=True,
+                        max_concurrent_trials=self._shown.progress.at_once,
+                        trial_name_creator=lambda trial: f"job_{trial.config['job']}",
+                        trial_dirname_creator=lambda trial: f"job_{trial.config['job']}",
+                    ),
+                    run_config=tune.RunConfig(
+                        name=f"run-{about['id']}",
+                        storage_path=str(folder),
+                        verbose=0,
+                        callbacks=[events],
+                        failure_config=tune.FailureConfig(max_failures=0),
+                        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    ),
+                ).fit()
+            finally:
+                events.tick()
+                self.places += events.places
+        return again
+
+    def _resources(self, jobs: Sequence[Job]) -> Any:
+        """From a Tune trial's config to what its job takes; Tune keeps apart the workers of each kind."""
+        kinds = [(job.whole_device, job.timed) for job in jobs]
+        cluster = self._cluster
+
+        def of(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+            whole, timed = kinds[config["job"]]
+            return cluster.taken_by(whole=whole, timed=timed)
+
+        return of
+
+    def _finished(self, trial: Trial, timed: bool) -> bool:
+        """Its result is stored; for one that is to be timed and is not yet, the evaluation is."""
+        row = self._store.load(trial.key)
+        if row is not None and row["status"] == "ok":
+            return True
+        return bool(trial.measure) and not timed and waits_to_be_timed(trial, self._store)
+
+    def _give_up(self, one: GivenUp, *, timed: bool) -> None:
+        for trial in one.computation.answers:
+            if not self._finished(trial, timed):
+                keep(failed(trial, self._facts[trial.model], one.reason), trial, self._store)
+        if timed:
+            self._shown.progress.timed(one.computation.trial, error=one.reason)
+        else:
+            self._shown.progress.done(one.computation, error=one.reason)
 
 
-def _resources(workers: int | None) -> tuple[dict[str, float], int]:
-    """What one job takes (a core, and a share of a GPU where there is one), and how many jobs that lets run at once."""
-    available = ray.cluster_resources()
-    gpus, cores = available.get("GPU", 0.0), int(available.get("CPU", 1))
-    if not gpus:
-        return {"cpu": 1}, min(cores, workers or cores)
-    at_once = max(1, workers or min(cores, int(gpus * _PER_GPU)))
-    return {"cpu": 1, "gpu": min(1.0, gpus / at_once)}, min(at_once, cores)
-
-
-def _reason(trial: Any) -> str:
-    """Why a worker ended without a result, in one line, from the file that Tune has just written."""
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what Tune must write down somewhere; nothing of it is ever read again."""
+    folder = Path(tempfile.mkdtemp(prefix="sievit-"))
     try:
-        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
-    except (OSError, TypeError):  # no file, or none named
-        text = ""
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Failure #")]
-    if not lines or "died" in lines[0]:
-        return "the worker was killed or crashed; where memory ran out, use fewer --workers or a smaller --batch"
-    return f"the worker ended: {lines[-1]}"  # the last line of a traceback
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _token(store: Store, about: dict[str, Any]) -> Iterator[None]:
+    """A file by which a node finds out whether it sees where the results go."""
+    token = store.cache / f"run-{about['id']}.token"
+    about["token"] = str(token)
+    token.write_text("a run is going on\n", encoding="utf-8")
+    try:
+        yield
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _forget_watches(cache: Path) -> None:
+    """What workers left that hung has been read by now, and stands in the records."""
+    shutil.rmtree(cache / "watch", ignore_errors=True)

@@ -31,7 +31,7 @@ class Settings:
     ``models: all`` take each.
     """
 
-    out: Path = Path("results")
+    out: Path | str = Path("results")  # or a URI: s3://bucket/folder
     workload: str = "embedded"
     data: str | None = None
     train_data: str | None = None
@@ -125,7 +125,7 @@ class Session:
 
     def pending(self) -> list[Trial]:
         """The planned trials that have no finished result."""
-        finished = self.store.finished()
+        finished = self.store.finished(verify=True)
         return [trial for trial in self.all_trials if trial.key not in finished]
 
     def computations(self, trials: Sequence[Trial]) -> list[Computation]:
@@ -155,11 +155,12 @@ def open_session(settings: Settings) -> Session:
     chosen = settings.chosen()
     if not any(file.spec.models == "all" for file in files):
         chosen = chosen[:1]
-    subjects = {name: _open(name, weights, settings, store) for name, weights in chosen}
+    subjects = {name: open_subject(name, weights, settings, store) for name, weights in chosen}
     return Session(settings, store, subjects, files, _trials(files, list(subjects.values())))
 
 
-def _open(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:
+def open_subject(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:
+    """One model with its weights, and the images as it reads them."""
     workload = open_workload(
         settings.workload,
         data=settings.data,
@@ -171,7 +172,9 @@ def _open(name: str, weights: str | None, settings: Settings, store: Store) -> S
         download=settings.download,
     )
     if workload.skipped:
-        log.warning("%d images could not be read and are skipped; run.json lists them", len(workload.skipped))
+        log.warning(
+            "%d images cannot be used and are skipped; run.json and the report list them", len(workload.skipped)
+        )
     loaded = open_model(name, weights=weights, workload_name=settings.workload, classes=workload.classes)
     facts = _facts(name, loaded)
     calibration, evaluated = split_calibration(workload)

@@ -1,68 +1,40 @@
-"""Where results live: one small Parquet file a trial, each written once and atomically.
+"""Where results live: one small Parquet file a trial, each written once and whole.
 
 ``OUT/trials/<key>.parquet`` is the truth and its presence means *finished*; it is written last, after the trial's
 ``OUT/images/<key>.parquet``, so that whatever ends a run at whatever moment leaves only whole results behind.
-``OUT/results.parquet`` is compacted from them and can be made again at any time.
+``OUT/results.parquet`` is compacted from them and can be made again at any time. OUT is a folder, or a URI that pyarrow
+knows (``storage``).
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
-import re
+import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from ablations.files import atomic
+from ablations.files import atomic, json_bytes, read_json, write_json
+from ablations.index import KEY, SUFFIX, RowIndex, owned, parquet, read_parquet, read_row, short
+from ablations.lease import leased
+from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.storage import Disk, StoreError, open_storage, refused
 from ablations.trial import Trial, TrialResult
+from ablations.trial_log import add_line, read_log, trial_log
 
 log = logging.getLogger(__name__)
 
-_KEY = re.compile(r"[0-9a-f]{16}")
-_LEFT_OVER = 3600.0  # seconds after which a temporary file can only be one that a killed run left behind
-
-_TEXT, _REAL, _WHOLE, _FLAG = pa.string(), pa.float64(), pa.int64(), pa.bool_()
-ROW_SCHEMA = pa.schema(
-    [
-        ("spec", _TEXT), ("key", _TEXT), ("status", _TEXT), ("error", _TEXT), ("model", _TEXT), ("params_m", _REAL),
-        ("weights", _TEXT), ("workload", _TEXT), ("images", _WHOLE), ("batch", _WHOLE), ("seed", _WHOLE),
-        ("finetuned", _FLAG), ("training", _TEXT), ("epochs", _WHOLE), ("train_images", _WHOLE),
-        ("train_seconds", _REAL), ("teacher", _FLAG), ("placement", _TEXT), ("blocks", pa.list_(_WHOLE)),
-        ("reducer", _TEXT), ("variant", _TEXT), ("x", _REAL), ("score", _TEXT), ("budget", _TEXT), ("target", _REAL),
-        ("target_gmacs", _REAL), ("target_reached", _FLAG), ("target_note", _TEXT), ("calibrated", _FLAG),
-        ("calibration_gmacs", _REAL), ("calibration_images", _WHOLE), ("probes", _WHOLE), ("top1", _REAL),
-        ("top1_low", _REAL), ("top1_high", _REAL), ("top5", _REAL), ("agreement", _REAL), ("gmacs_mean", _REAL),
-        ("gmacs_std", _REAL), ("reference_gmacs_mean", _REAL), ("reducer_gmacs_mean", _REAL), ("dense_gmacs", _REAL),
-        ("tokens", pa.list_(_REAL)), ("tokens_std", pa.list_(_REAL)), ("coverage", _REAL), ("class_kept", _REAL),
-        ("images_per_second", _REAL), ("dense_images_per_second", _REAL), ("speedup", _REAL), ("speedup_low", _REAL),
-        ("speedup_high", _REAL), ("measured_batch", _WHOLE), ("peak_memory_mb", _REAL), ("shared_prefix", _FLAG),
-        ("seconds", _REAL), ("device", _TEXT), ("versions", _TEXT), ("data_digest", _TEXT),
-        ("weights_digest", _TEXT), ("dense_top1", _REAL), ("created", _TEXT),
-    ]
-)  # fmt: skip
-"""The columns of ``results.parquet``, in order."""
-
-IMAGE_SCHEMA = pa.schema(
-    [
-        ("image", _TEXT), ("label", _WHOLE), ("prediction", _WHOLE), ("correct", _FLAG), ("dense_correct", _FLAG),
-        ("loss", _REAL), ("gmacs", _REAL), ("tokens", pa.list_(_WHOLE)), ("kept", pa.list_(pa.binary())),
-        ("class_kept", _FLAG), ("coverage", _REAL), ("clutter", _WHOLE),
-    ]
-)  # fmt: skip
-"""The columns of ``images/<key>.parquet``; ``kept`` holds one ``np.packbits`` of the patches a block."""
-
-
-class StoreError(OSError):
-    """The results cannot be kept where they should go."""
+_RESULTS = "results.parquet"
 
 
 @dataclass(frozen=True)
@@ -73,28 +45,33 @@ class Status:
     planned: int
     finished: int
     failed: int
-    stale: int  # on disk, but no longer part of the plan: another model, other data, an older spec
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically, in UTF-8 and readable by a person."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The JSON of a file, or None where there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    stale: int  # on disk, but no longer part of the plan: another model, other data, an older spec, older code
 
 
 class Store:
-    """The result files below one folder."""
+    """The result files below one folder or URI."""
 
     def __init__(self, out: Path | str) -> None:
-        self.out = Path(out).absolute()
+        self.storage = open_storage(out)
+        self._index = RowIndex(self.storage)
+
+    @property
+    def location(self) -> str:
+        """OUT as a person writes it and as another process opens it."""
+        return self.storage.location
+
+    @property
+    def remote(self) -> bool:
+        """Results go to a file system that is not a folder of this machine."""
+        return not isinstance(self.storage, Disk)
+
+    @property
+    def out(self) -> Path:
+        """The folder of what is no result (caches, scratch): OUT itself, or for a URI a folder of this machine."""
+        if isinstance(self.storage, Disk):
+            return self.storage.root
+        base = os.environ.get("SIEVIT_CACHE") or Path.home() / ".cache" / "sievit"
+        return Path(base).absolute() / hashlib.sha256(self.location.encode()).hexdigest()[:16]
 
     @property
     def trials(self) -> Path:
@@ -113,158 +90,214 @@ class Store:
         return self.out / "cache"
 
     @property
-    def results(self) -> Path:
-        return self.out / "results.parquet"
+    def results(self) -> str:
+        """Where the compacted rows are."""
+        return self.storage.below(_RESULTS)
 
     @property
     def untimed(self) -> Store:
         """Where the results of trials that are still to be timed wait, evaluated and out of the way."""
-        return Store(self.cache / "untimed")
+        return Store(self.storage.below("cache/untimed"))
 
     def create(self) -> Store:
         """Make the folders and prove that files can be written there; a run must not find out at its end."""
+        folders = ("trials", "images", "samples", "cache")
         try:
-            for folder in (self.out, self.trials, self.images, self.samples, self.cache):
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder) as file:
-                    file.write(b"writable")
+            self.cache.mkdir(parents=True, exist_ok=True)
+            self.storage.make("", *folders)
+            probed = [self._probe(folder) for folder in (("cache",) if self.remote else ("", *folders))]
         except OSError as error:
-            raise StoreError(
-                f"the results cannot be written to {self.out} ({error.strerror or error}); "
-                "choose another folder with --out, or make this one writable"
-            ) from error
-        self._remove_left_overs()
+            raise refused(self.location, error) from error
+        if isinstance(self.storage, Disk):
+            self.storage.remove_left_overs(("", *folders), now=max(probed))
         return self
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second run out of this folder; the lock ends with the process, however it ends."""
-        with (self.out / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(
-                    f"another run is writing to {self.out}; wait for it to end, or choose another folder with --out"
-                ) from error
-            except OSError as error:  # some network disks know no locks: two runs there only do work twice
-                log.debug("%s cannot be locked (%s)", self.out, error)
+        """Keep a second run out; the lock ends with the process, however it ends."""
+        if isinstance(self.storage, Disk):
+            with (self.out / ".lock").open("a") as file:
+                try:
+                    _lock(file)
+                except BlockingIOError as error:
+                    raise StoreError(
+                        f"another run is writing to {self.out}; wait for it to end, or choose another folder with --out"
+                    ) from error
+                except OSError as error:  # some network disks know no locks
+                    log.debug("%s cannot be locked (%s)", self.out, error)
+                else:
+                    yield
+                    return
+        with leased(self.storage):
             yield
 
     def save(self, result: TrialResult) -> None:
-        """Keep a result: its images first, then the row whose presence says that the trial is finished."""
-        if result.ok:
-            self._write(self._path(self.images, result.key), pa.Table.from_pydict(_columns(result), IMAGE_SCHEMA))
-        self._write(self._path(self.trials, result.key), pa.Table.from_pylist([result.row], ROW_SCHEMA))
+        """Keep a result: its images first, then the row whose presence says that the trial is finished.
+
+        Raises:
+            StoreError: it could not be written, e.g. because the disk is full; nothing that counts was left.
+        """
+        name = _name(result.key)
+        try:
+            if result.ok:
+                images = pa.Table.from_pydict(_columns(result), IMAGE_SCHEMA)
+                self.storage.write(f"images/{name}", parquet(owned(images, result.key)))
+            self.storage.write(f"trials/{name}", _row(result.row))
+        except OSError as error:
+            raise refused(self.location, error) from error
 
     def keep(self, result: TrialResult, trial: Trial) -> None:
         """Save a result; one that is evaluated but still to be timed is put aside until ``release``."""
         if not (result.ok and trial.measure):
             self.save(result)
             return
-        for folder in (self.untimed.trials, self.untimed.images):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.untimed.save(result)
+        aside = self.untimed
+        aside.storage.make("trials", "images")
+        aside.save(result)
 
     def release(self, key: str, columns: Mapping[str, Any]) -> None:
         """Save a result that was put aside, with the columns that timing it gave."""
-        aside = self.untimed
+        aside, name = self.untimed, _name(key)
         row = aside.load(key)
         if row is None:
-            raise StoreError(f"the evaluation of {key} is no longer in {aside.out}; run the same command again")
-        self._path(aside.images, key).replace(self._path(self.images, key))
-        self._write(self._path(self.trials, key), pa.Table.from_pylist([{**row, **columns}], ROW_SCHEMA))
-        self._path(aside.trials, key).unlink(missing_ok=True)
+            raise StoreError(f"the evaluation of {key} is no longer in {aside.location}; run the same command again")
+        try:
+            if aside.storage.entry(f"images/{name}") is not None:  # else an earlier try has moved it already
+                self.storage.move(f"cache/untimed/images/{name}", f"images/{name}")
+            self.storage.write(f"trials/{name}", _row({**row, **columns}))
+        except OSError as error:
+            raise refused(self.location, error) from error
+        aside.storage.delete(f"trials/{name}")
+
+    def table(self) -> pa.Table:
+        """Every row that can be read, by key, with the columns of ``schema.ROW_SCHEMA``."""
+        return self._index.table().select(ROW_SCHEMA.names)
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """The row of every trial on disk, by key; files that cannot be read are ignored with a warning."""
-        found: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.trials.glob("*.parquet")):
-            row = self._read_row(path)
-            if row is not None:
-                found[path.stem] = row
-        return found
+        return {row["key"]: row for row in self.table().to_pylist()}
 
-    def finished(self) -> set[str]:
-        """Keys that need not be computed again: a readable row with status "ok" and a whole image file beside it."""
-        return {key for key, row in self.rows().items() if row["status"] == "ok" and self._has_images(key, row)}
+    def finished(self, *, verify: bool = False) -> set[str]:
+        """Keys that need not be computed again: a readable row with status "ok" and a whole image file beside it.
+
+        ``verify``: the checksums of image files are looked at as well, once for each; else only how they end.
+        """
+        return self._index.finished(verify=verify)
 
     def load(self, key: str) -> dict[str, Any] | None:
         """One row, or None."""
-        path = self._path(self.trials, key)
-        return self._read_row(path) if path.exists() else None
+        _name(key)
+        try:
+            row: dict[str, Any] = read_row(self.storage, key).to_pylist()[0]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, pa.ArrowException) as error:
+            log.warning("%s/trials/%s cannot be read and its trial will be computed again (%s)",
+                        self.location, _name(key), short(error))  # fmt: skip
+            return None
+        return row
+
+    def load_images(self, key: str) -> pa.Table:
+        """The table of a trial's images; OSError or ArrowException where it cannot be read."""
+        return read_parquet(self.storage, f"images/{_name(key)}").cast(IMAGE_SCHEMA)
 
     def compact(self, plan: Collection[str]) -> int:
         """Write ``results.parquet`` from the planned trials that are on disk; how many they are.
 
         Rows of earlier plans stay in ``trials/`` but are left out here, so that no figure mixes two models.
         """
-        rows = self.rows()
-        kept = [rows[key] for key in dict.fromkeys(plan) if key in rows]
-        self._write(self.results, pa.Table.from_pylist(kept, ROW_SCHEMA))
+        table = self.table()
+        place = {key: position for position, key in enumerate(table["key"].to_pylist())}
+        kept = [place[key] for key in dict.fromkeys(plan) if key in place]
+        try:
+            self.storage.write(_RESULTS, parquet(table.take(pa.array(kept, pa.int64()))))
+        except OSError as error:
+            raise refused(self.location, error) from error
+        self._index.save(alone=True)
         return len(kept)
 
     def status(self, plan: Mapping[str, Collection[str]]) -> list[Status]:
         """How far each spec is; ``plan`` maps a spec to the keys of its trials."""
-        rows, finished = self.rows(), self.finished()
-        stale: dict[str, int] = {}
+        table = self._index.table()
+        finished = self._index.finished(table)
+        failed = set(table["key"].filter(pc.equal(table["status"], "failed")).to_pylist())
         planned = {key for keys in plan.values() for key in keys}
-        for key, row in rows.items():
+        stale: dict[str, int] = {}
+        for key, spec in zip(table["key"].to_pylist(), table["spec"].to_pylist(), strict=True):
             if key not in planned:
-                stale[row["spec"]] = stale.get(row["spec"], 0) + 1
-        failed = {key for key, row in rows.items() if row["status"] == "failed"}
+                stale[spec] = stale.get(spec, 0) + 1
         return [
             Status(name, len(keys), len(finished & set(keys)), len(failed & set(keys)), stale.get(name, 0))
             for name, keys in {**plan, **{name: () for name in sorted(stale) if name not in plan}}.items()
         ]
 
-    def _path(self, folder: Path, key: str) -> Path:
-        """A file below OUT and nowhere else: keys are 16 hexadecimal digits."""
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is no trial key (16 hexadecimal digits)")
-        return folder / f"{key}.parquet"
+    # --- other files --------------------------------------------------------------------------------------------------
 
-    def _write(self, path: Path, table: pa.Table) -> None:
-        with atomic(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-
-    def _read_row(self, path: Path) -> dict[str, Any] | None:
-        if not _KEY.fullmatch(path.stem):
-            log.warning("%s is no result of this suite and is ignored", path)
-            return None
+    def write(self, name: str, content: bytes) -> None:
+        """Put a file beside the results; its folder is one of theirs or made here."""
         try:
-            rows = _as_known(pq.read_table(path, partitioning=None)).to_pylist()
-            if len(rows) != 1 or rows[0]["key"] != path.stem or rows[0]["status"] not in ("ok", "failed"):
-                raise ValueError("its content does not match its name")
-        except (OSError, ValueError, pa.ArrowException) as error:
-            log.warning("%s cannot be read and its trial will be computed again (%s)", path, _short(error))
-            return None
-        row: dict[str, Any] = rows[0]
-        return row
+            if "/" in name:
+                self.storage.make(name.rpartition("/")[0])
+            self.storage.write(name, content)
+        except OSError as error:
+            raise refused(self.location, error) from error
 
-    def _has_images(self, key: str, row: Mapping[str, Any]) -> bool:
-        path = self._path(self.images, key)
+    def delete(self, name: str) -> None:
+        """Remove a file beside the results, if it is there."""
+        self.storage.delete(name)
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write JSON, in UTF-8 and readable by a person."""
+        self.write(name, json_bytes(value))
+
+    def read_json(self, name: str) -> Any:
+        """The JSON of a file, or None where there is none that can be read."""
         try:
-            whole = pq.read_metadata(path).num_rows == row["images"]
-        except (OSError, pa.ArrowException):
-            whole = False
-        if not whole:
-            log.warning("%s is missing or not whole: its trial will be computed again", path)
-        return bool(whole)
+            return json.loads(self.storage.read(name))
+        except (OSError, ValueError, RecursionError):
+            return None
 
-    def _remove_left_overs(self) -> None:
-        for folder in (self.out, self.trials, self.images, self.samples, self.cache):
-            for path in folder.glob(".*.tmp"):
-                with suppress(OSError):
-                    if time.time() - path.stat().st_mtime > _LEFT_OVER:
-                        path.unlink()
+    def log(self, keys: Sequence[str]) -> AbstractContextManager[None]:
+        """Keep what this thread logs meanwhile as the log of these trials."""
+        return trial_log(self.storage, keys)
+
+    def add_to_logs(self, keys: Sequence[str], text: str) -> None:
+        """Add a line to the logs of these trials; where that fails, it is said and stops nothing."""
+        add_line(self.storage, keys, text)
+
+    def read_log(self, key: str) -> str | None:
+        """What was logged while a trial was computed, all attempts; None where there is nothing."""
+        return read_log(self.storage, key)
+
+    def _probe(self, folder: str) -> float:
+        """Prove that a file can be written to a folder; the time by the clock of its storage."""
+        if isinstance(self.storage, Disk):
+            with tempfile.TemporaryFile(dir=self.out / folder) as file:
+                file.write(b"writable")
+                file.flush()
+                return os.fstat(file.fileno()).st_mtime
+        self.storage.write(f"{folder}/writable", b"writable")
+        return time.time()
 
 
-def _as_known(table: pa.Table) -> pa.Table:
-    """A row as this version knows it: columns that were added since it was written are null."""
-    for column in ROW_SCHEMA:
-        if column.name not in table.column_names:
-            table = table.append_column(column, pa.nulls(table.num_rows, column.type))
-    return table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+def _lock(file: IO[str]) -> None:
+    """Lock a file for this process alone. Whoever looks at a run holds the lock for a moment: that is waited for."""
+    for _ in range(20):
+        with suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.025)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _name(key: str) -> str:
+    """A file below OUT and nowhere else: keys are 16 hexadecimal digits."""
+    if not KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no trial key (16 hexadecimal digits)")
+    return f"{key}{SUFFIX}"
+
+
+def _row(row: Mapping[str, Any]) -> pa.Buffer:
+    return parquet(pa.Table.from_pylist([dict(row)], ROW_SCHEMA))
 
 
 def _columns(result: TrialResult) -> dict[str, Any]:
@@ -277,6 +310,4 @@ def _columns(result: TrialResult) -> dict[str, Any]:
     }
 
 
-def _short(error: BaseException) -> str:
-    text = str(error).splitlines()
-    return text[0][:200] if text else type(error).__name__
+__all__ = ["IMAGE_SCHEMA", "ROW_SCHEMA", "Status", "Store", "StoreError", "atomic", "read_json", "write_json"]

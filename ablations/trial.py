@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 from ablations.auto import Stages
@@ -25,9 +27,12 @@ _METRICS = (
     "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
     "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "tokens", "tokens_std", "coverage", "class_kept",
     "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
-    "peak_memory_mb", "dense_top1", "shared_prefix", "epochs", "train_images", "train_seconds", "teacher",
+    "peak_memory_mb", "dense_top1", "shared_prefix", "evaluated_batch", "attempts",
+    "epochs", "train_images", "train_seconds", "teacher",
 )  # fmt: skip
-_ADDED_LATER = {"target": None, "training": "", "measure": "", "calibration": ""}  # fields, and what says nothing
+_ADDED_LATER = {  # fields, and what says nothing
+    "target": None, "training": "", "measure": "", "calibration": "", "code": "",
+}  # fmt: skip
 
 
 class TrialError(ValueError):
@@ -77,13 +82,14 @@ class Trial:
     training: str = ""  # canonical JSON of how the weights are finetuned first; "" is off the shelf
     measure: str = ""  # "speed": timed alone on its device
     calibration: str = ""  # digest of the images a target is met on
+    code: str = ""  # digests of the code it uses (``code_version.code_of``)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hexadecimal digits that change with every field, and with nothing else."""
         return _digest(self._content())
 
-    @property
+    @cached_property
     def computation(self) -> str:
         """The key without the labels: trials that share it differ in name only and are computed once."""
         labels = {"spec", "variant", "x"}
@@ -93,7 +99,26 @@ class Trial:
     def family(self) -> str:
         """What a cost depends on beside the free setting: trials that share it can share what they tried."""
         unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest"}
-        return _digest({name: value for name, value in self._content().items() if name not in unrelated})
+        content = dataclasses.replace(self, code=_untimed(self.code))._content()
+        return _digest({name: value for name, value in content.items() if name not in unrelated})
+
+    @cached_property
+    def random_seed(self) -> int:
+        """Seeds every source of randomness that the stages do not seed themselves: 63 bits of a digest of what is
+        computed, whatever it is called, how it is batched, and by which version of the code.
+        """
+        kept = ("stages", "model", "weights_digest", "workload", "data_digest", "images", "seed", "training")
+        text = canonical_json({name: getattr(self, name) for name in kept})
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def evaluated(self, batch: int) -> Trial:
+        """The trial whose evaluation a timed one shares with others: not timed, in batches of the run's size."""
+        return dataclasses.replace(self, measure="", batch=batch, code=_untimed(self.code))
+
+    @property
+    def description(self) -> str:
+        """Canonical JSON of every field: what the key is a digest of. ``trial_from`` reads it back."""
+        return canonical_json(self._content())
 
     def resolved(self, stages: str) -> Trial:
         """The trial one would have written with these stages and no target: its ``computation`` is that of every
@@ -103,7 +128,7 @@ class Trial:
 
     def _content(self) -> dict[str, Any]:
         """Every field but those that were added later and say nothing: results on disk keep their keys."""
-        fields = dataclasses.asdict(self).items()
+        fields = ((name, getattr(self, name)) for name in _FIELDS)  # all of them plain values
         return {name: value for name, value in fields if name not in _ADDED_LATER or value != _ADDED_LATER[name]}
 
     def stage_list(self) -> Stages:
@@ -114,6 +139,26 @@ class Trial:
     def placement(self, depth: int) -> Placement:
         """The stages as ``reducers`` carries them out; nothing may be ``auto`` any more."""
         return placement_from(self.stage_list(), depth=depth)
+
+
+_FIELDS = tuple(each.name for each in dataclasses.fields(Trial))
+
+
+def trial_from(text: str) -> Trial:
+    """A trial from its ``description``.
+
+    Raises:
+        TrialError: it is not one, or was written by a version that knew other fields.
+    """
+    try:
+        return Trial(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise TrialError(f"no trial of this version: {error}") from error
+
+
+def _untimed(code: str) -> str:
+    """The code without the part that times: an evaluation does not use it."""
+    return " ".join(part for part in code.split(" ") if not part.startswith("timing="))
 
 
 @dataclass(frozen=True)
@@ -211,20 +256,22 @@ def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) 
         **dict.fromkeys(_METRICS),
         "seconds": 0.0, "device": "", "versions": "{}",
         "data_digest": trial.data_digest, "weights_digest": trial.weights_digest,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": trial.code, "trial": trial.description,
+        "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),  # the clock that tests set
     }  # fmt: skip
 
 
 def failed(trial: Trial, facts: ModelFacts, error: BaseException | str, *, seconds: float = 0.0) -> TrialResult:
     """The record of a trial that gave no result; it is run again next time."""
     reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    reason = reason.encode("utf-8", "backslashreplace").decode()  # names of files may be no text at all
     return TrialResult({**base_row(trial, facts), "error": reason[:4000], "seconds": seconds})
 
 
 def relabel(result: TrialResult, trial: Trial, facts: ModelFacts) -> TrialResult:
-    """The same computation under another trial's name: spec, variant, x and key change, nothing else."""
+    """The same computation under another trial's name: what names the trial changes, nothing else."""
     fresh = base_row(trial, facts)
-    labels = {name: fresh[name] for name in ("spec", "key", "variant", "x")}
+    labels = {name: fresh[name] for name in ("spec", "key", "variant", "x", "code", "trial")}
     return dataclasses.replace(result, row={**result.row, **labels})
 
 

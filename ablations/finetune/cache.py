@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ablations.code_version import training_code
 from ablations.files import atomic, locked
 from ablations.finetune import checkpoint
 from ablations.finetune.aim import settled
@@ -119,6 +120,7 @@ def finetuned(
         device=context.device,
         workers=access.workers,
         report=report,
+        beat=getattr(context, "beat", None),
     )
     return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
 
@@ -127,6 +129,7 @@ def identity(recipe: Recipe, *, model: str, weights_digest: str, images: Trainin
     """Everything that decides the result of a training, as plain data."""
     return {
         "version": FINETUNE_VERSION,
+        "code": training_code(json.dumps(recipe.spec())),
         "recipe": recipe.spec(),
         "model": model,
         "weights": weights_digest,
@@ -150,15 +153,19 @@ def train_or_load(
     workers: int = 0,
     every: float = _CHECKPOINT_EVERY,
     report: Callable[[dict[str, Any]], None] | None = None,
+    beat: Callable[[], None] | None = None,
 ) -> Finetuned:
-    """The finished training of this identity below ``folder``, trained first where there is none."""
+    """The finished training of this identity below ``folder``, trained first where there is none.
+
+    ``report`` hears of each epoch; ``beat`` is called after each update, for whoever watches over hanging work.
+    """
     digest = identity_digest(identity)
     folder.mkdir(parents=True, exist_ok=True)
     final, unfinished = folder / f"{digest}.safetensors", folder / f"{digest}.checkpoint"
     with locked(folder / f"{digest}.lock", what=f"the training {digest}"):
         state = _finished(final, identity)
         if state is None:
-            state = _train(recipe, dense, images, identity, unfinished, device, workers, every, report)
+            state = _train(recipe, dense, images, identity, unfinished, device, workers, every, report, beat)
             checkpoint.save(final, identity=identity, state=state)
             unfinished.unlink(missing_ok=True)
     model = copy.deepcopy(dense)
@@ -176,10 +183,11 @@ def _train(
     workers: int,
     every: float,
     report: Callable[[dict[str, Any]], None] | None,
+    beat: Callable[[], None] | None,
 ) -> dict[str, Any]:
     """Train to the end; what the finished file holds."""
     training = Finetuning(recipe, dense, images, device=device, workers=workers)
-    training.run(path=path, identity=identity, every=every, report=report)
+    training.run(path=path, identity=identity, every=every, report=report, beat=beat)
     model, reducers = training.trained()
     record = {
         "epochs": recipe.epochs,

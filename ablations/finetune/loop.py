@@ -113,10 +113,11 @@ class Finetuning:
         identity: Mapping[str, Any] | None = None,
         every: float = 60.0,
         report: Report | None = None,
+        beat: Callable[[], None] | None = None,
     ) -> None:
         """Train to the end, from the checkpoint at ``path`` if it holds one of this ``identity``.
 
-        A checkpoint is written every so many seconds, and after each epoch.
+        A checkpoint is written every so many seconds, and after each epoch. ``beat`` is called after each update.
         """
         with own_randomness(self.recipe.seed, self.device):
             known = dict(identity or {})
@@ -127,6 +128,8 @@ class Finetuning:
             saved = self._begun = time.monotonic()
             while self.update < self.updates:
                 for _ in self._rest_of_epoch():
+                    if beat is not None:
+                        beat()
                     at_end = self.update % self.per_epoch == 0
                     if at_end:
                         self._finish_epoch(report)

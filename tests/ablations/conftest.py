@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,26 +14,7 @@ from ablations.evaluate import model_facts
 from ablations.plan import Target
 from ablations.trial import ModelFacts
 from ablations.workloads import open_model
-
-ROOT = Path(__file__).parents[2]
-TINY = ("--model", "digits_vit_tiny", "--weights", "random", "--limit", "10", "--batch", "4")
-
-SPEC = """\
-name: tiny
-title: A tiny question
-base:
-  x: budget
-  vary: {K: [48, 96]}
-  stages: [{at: 3, stack: [{name: $method, budget: {ratio: $K/196, of: initial, rounding: nearest}}]}]
-arms:
-  - {variant: ATS, set: {method: ats}}
-  - {variant: top-K, set: {method: topk}}
-"""
-
-
-def one_thread() -> dict[str, str]:
-    """The environment of processes that must not fight for the machine's cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+from tests.ablations.runs import SPEC, TINY, end_launched
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -85,23 +63,7 @@ def ablate(tmp_path: Path) -> Iterator[Callable[..., int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a command line in a process of its own; whatever is left of it ends with the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def call(*arguments: str | Path) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ablations", *map(str, arguments)],
-            cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            # a shell starts what it runs in the background with Ctrl-C switched off, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
-        started.append(process)
-        return process
-
-    yield call
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    yield
+    end_launched()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ablations.auto import drop_schedule, free_kinds, ladder, settle
 from ablations.calibrate import calibration_batches, mean_cost, search, solve
-from ablations.inputs import DensePredictions, TrialContext, model_facts
+from ablations.inputs import DensePredictions, TrialContext, dense_predictions, model_facts
 from ablations.plan import Target, expand
 from ablations.spec import parse_spec
 from ablations.trial import Solution, Trial, TrialError
@@ -186,6 +186,27 @@ def test_a_probe_costs_what_the_whole_pass_books(embedded: TrialContext) -> None
     assert embedded.calibration is not None
     _, trace = reduce_tokens(embedded.model, placement).trace(embedded.calibration.batch(0, 32))
     assert mean_cost(placement, embedded, seed=0) == pytest.approx(float(trace.macs.mean()) / 1e9, rel=1e-9)
+
+
+def test_where_the_gpu_holds_few_images_costs_are_the_same(embedded: TrialContext) -> None:
+    """A GPU whose memory ends at five images; what it computes before is the CPU's."""
+    trial = trial_for(embedded, ATS3, 0.6)
+    expected = solve(trial, fresh(embedded))
+
+    def five(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > 5:
+            raise torch.OutOfMemoryError(f"CUDA out of memory with {len(inputs[0])} images")
+
+    hook = embedded.model.get_submodule("patch_embed").register_forward_pre_hook(five)
+    try:
+        small = fresh(embedded)
+        assert solve(trial, small) == expected
+        assert len(calibration_batches(small)[0][0]) == 4, "32, 16, 8, 4"
+        dense = dense_predictions(embedded.model, embedded.workload, batch=16, device=torch.device("cpu"))
+    finally:
+        hook.remove()
+    true = dense_predictions(embedded.model, embedded.workload, batch=16, device=torch.device("cpu"))
+    assert (dense.prediction == true.prediction).all() and dense.gmacs == true.gmacs
 
 
 def test_labels_play_no_part(embedded: TrialContext) -> None:

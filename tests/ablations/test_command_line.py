@@ -66,7 +66,8 @@ def test_a_changed_spec_computes_only_what_is_new(
     assert ablate("run", "--specs", spec_path) == 0
     assert "\n2 to compute" in capsys.readouterr().out
     assert ablate("status", tmp_path / "out") == 0
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "4", "4", "0", "2"]
+    (sums,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("all "))
+    assert sums.split() == ["all", "4", "4", "0", "0", "2"]
     assert {row["x"] for row in rows(tmp_path / "out").values()} == {16.0, 42.0}
 
 
@@ -204,7 +205,7 @@ def test_images_are_skipped_and_reported_or_refused(
     for wnid in ("n01440764", "n01484850"):
         (folder / wnid).mkdir(parents=True)
         for number in range(3):
-            noise = np.random.default_rng(number).integers(0, 255, (160, 160, 3)).astype(np.uint8)
+            noise = np.random.default_rng([number, *wnid.encode()]).integers(0, 255, (160, 160, 3)).astype(np.uint8)
             Image.fromarray(noise).save(folder / wnid / f"good{number}.png")
     (folder / "n01440764" / "broken.png").write_bytes(b"not an image")
     options = ["--specs", spec_path, "--workload", "imagefolder", "--data", folder, "--model", "test_vit"]
@@ -213,6 +214,15 @@ def test_images_are_skipped_and_reported_or_refused(
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (run["images"], run["calibration_images"]) == (5, 1), "six that can be read, one of them to calibrate on"
     assert len(run["skipped"]) == 1 and "broken.png" in run["skipped"][0][0]
+    assert run["images_account"]["skipped"] == {"not an image, or of an unknown format": 1}
     assert pq.read_table(tmp_path / "out" / "results.parquet")["coverage"].null_count == 2
     assert ablate("run", *options, "--strict") == 2
     assert "broken.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--time-limit", "-5"), ("--workers", "0")])
+def test_settings_that_mean_nothing_are_refused_before_anything_is_opened(
+    option: str, value: str, ablate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("run", option, value) == 2
+    assert f"error: {option} {value}: " in capsys.readouterr().err and not (tmp_path / "out").exists()

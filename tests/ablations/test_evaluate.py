@@ -22,7 +22,7 @@ from ablations.spec import parse_spec
 from ablations.store import ROW_SCHEMA
 from ablations.trial import Trial, TrialError
 from reducers import placement_from, reduce_tokens
-from tests.ablations.conftest import ROOT, SPEC
+from tests.ablations.runs import ROOT, SPEC
 
 
 @pytest.fixture(scope="module")
@@ -157,4 +157,4 @@ def test_only_the_runner_imports_ray() -> None:
         for path in (ROOT / "ablations").rglob("*.py")
         if any(line.strip().startswith(("import ray", "from ray")) for line in Path(path).read_text().splitlines())
     ]
-    assert importing == ["runner.py"]
+    assert importing and all(name.startswith("runner") for name in importing)

@@ -17,7 +17,7 @@ from ablations.spec import parse_spec
 from ablations.trial import Trial
 from reducers import TokenReducer
 from reducers import registry as known_reducers
-from tests.ablations.conftest import SPEC
+from tests.ablations.runs import SPEC
 
 STAGES = {
     "ATS": "[{at: 3, stack: [{name: ats, budget: {count: 20}}]}]",

@@ -11,7 +11,7 @@ from ablations.jobs import LARGEST, Computation, Job, computations, expected_end
 from ablations.plan import Target, expand
 from ablations.spec import find_specs, parse_spec
 from ablations.trial import ModelFacts, Trial, canonical_json
-from tests.ablations.conftest import SPEC
+from tests.ablations.runs import SPEC
 
 AT = "{name: s, title: S, arms: [{variant: v, vary: {b: %s}, x: b, stages: [{at: [$b], stack: [%s]}]}]}"
 

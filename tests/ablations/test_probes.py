@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ablations.probes import Probes
-from tests.ablations.conftest import ROOT
+from tests.ablations.runs import ROOT
 
 
 def test_a_cost_is_remembered_exactly_by_others_and_later(tmp_path: Path) -> None:

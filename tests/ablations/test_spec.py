@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ablations.plan import Target, expand
 from ablations.spec import MAX_BYTES, SpecError, find_specs, load_spec, parse_spec
 from reducers import available, reduce_tokens
-from tests.ablations.conftest import SPEC
+from tests.ablations.runs import SPEC
 
 
 def refused(text: str, target: Target) -> str:
@@ -196,7 +196,7 @@ def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -
     trials = [trial for file in files for trial in expand(file, target)]
     assert len(trials) >= 150
     # a trial that is timed is evaluated as any other of its setting, and timed beside it
-    evaluated = {dataclasses.replace(trial, measure="", batch=target.batch).computation for trial in trials}
+    evaluated = {trial.evaluated(target.batch).computation for trial in trials}
     assert len(evaluated) <= 245, "more computations than two cores finish in an hour on ImageNet"
     for file in files:
         assert file.spec.title and file.spec.question and file.spec.caption and file.spec.published

@@ -24,7 +24,7 @@ from ablations.spec import SpecError, find_specs, parse_spec
 from ablations.trial import TrialResult
 from ablations.workloads import open_model
 from reducers import available, build, placement_from, reduce_tokens
-from tests.ablations.conftest import ROOT
+from tests.ablations.runs import ROOT
 from tests.finetune import taught
 
 Ablate = Callable[..., int]

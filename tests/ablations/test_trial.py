@@ -10,14 +10,15 @@ import pytest
 from ablations.labels import budget_label, budget_number, labels_of, placement_label, resolve_count, target_label
 from ablations.plan import Target, expand
 from ablations.spec import parse_spec
-from ablations.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel
-from tests.ablations.conftest import SPEC
+from ablations.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel, trial_from
+from tests.ablations.runs import SPEC
 
 CHANGED: dict[str, Any] = {
     "spec": "other", "variant": "other", "x": 17.0, "stages": '[{"at":[4],"stack":[{"name":"identity"}]}]',
     "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
     "target": 0.5, "training": '{"epochs":1}', "measure": "speed", "calibration": "c" * 64,
+    "code": "evaluation=other",
 }  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_labels_alone_leave_the_computation_as_it_is(trial: Trial) -> None:
 
 
 def test_a_family_is_what_a_cost_depends_on_beside_the_free_setting(trial: Trial) -> None:
-    related = {"stages", "model", "weights", "weights_digest", "workload", "seed", "training", "calibration"}
+    related = {"stages", "model", "weights", "weights_digest", "workload", "seed", "training", "calibration", "code"}
     for name, value in CHANGED.items():
         other = dataclasses.replace(trial, **{name: value})
         assert (other.family != trial.family) == (name in related), name
@@ -148,4 +149,25 @@ def test_relabelling_changes_labels_only(trial: Trial, facts: ModelFacts) -> Non
     first = failed(trial, facts, "reason")
     other = dataclasses.replace(trial, spec="other", variant="elsewhere", x=3.0)
     row = relabel(first, other, facts).row
-    assert {name for name in row if row[name] != first.row[name]} == {"spec", "key", "variant", "x"}
+    assert {name for name in row if row[name] != first.row[name]} == {"spec", "key", "variant", "x", "trial"}
+
+
+def test_a_timed_trial_shares_its_evaluation_whatever_code_times_it(trial: Trial) -> None:
+    timed = dataclasses.replace(trial, measure="speed", batch=1, code=f"{trial.code} timing=0123")
+    assert timed.evaluated(trial.batch) == trial and timed.evaluated(trial.batch).computation == trial.computation
+    assert timed.family == dataclasses.replace(trial, batch=1).family
+
+
+def test_seeds_derive_from_what_is_computed(trial: Trial) -> None:
+    """The same draws under any name, in any batch, at any target; others for anything that is evaluated otherwise."""
+    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights"}
+    for name, value in CHANGED.items():
+        other = dataclasses.replace(trial, **{name: value})
+        assert (other.random_seed == trial.random_seed) == (name in alike), name
+    assert 0 <= trial.random_seed < 2**63
+
+
+def test_a_trial_is_read_back_from_its_description(trial: Trial) -> None:
+    for name, value in CHANGED.items():
+        other = dataclasses.replace(trial, **{name: value})
+        assert trial_from(other.description) == other and trial_from(other.description).key == other.key
