@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis import remote
 from analysis.frame import AnalysisError, read_results
 from analysis.report import write_analysis
 
@@ -35,20 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="output folder of a run (make ablations OUT=...)")
+    parser.add_argument(
+        "out", metavar="OUT", help="output folder of a run (make ablations OUT=...), or s3://BUCKET/FOLDER"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        results = read_results(options.out)
+        place = remote.open_place(options.out) if remote.is_uri(options.out) else None
+        folder = Path(options.out) if place is None else place.fetch(remote.local_folder(options.out))
+        results = read_results(folder)
         written = write_analysis(results)
+        report = str(written.report) if place is None else place.send(folder)
     except (AnalysisError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not options.quiet:
         print(
             f"{len(results.finished)} finished trials, {len(results.failed)} failed: "
-            f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {written.report}"
+            f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {report}"
         )
     if results.finished.empty:
         print("error: no trial finished; the report lists the reasons", file=sys.stderr)

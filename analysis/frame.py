@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ WORDS = (
 FLAGS = ("calibrated", "target_reached", "teacher")  # True, False, or None where a trial does not say
 LISTS = ("blocks", "tokens", "tokens_std")
 REMEDY = "run the experiments first: make ablations OUT={out}"
+_AT_ONCE = 512  # small files read together: of each, what reads it ahead holds far more than it holds itself
+KEPT_ROWS = 1_000_000  # rows of per-image tables held at once: some hundreds of megabytes
 
 
 class AnalysisError(ValueError):
@@ -60,12 +63,14 @@ class Setting:
 
 class ImageTables(Mapping[str, pd.DataFrame]):
     """``images/<key>.parquet`` by key, read when asked for; a key whose file is missing or unreadable is not
-    there. The bits of the kept patches, most of a file, are read by ``kept`` alone.
+    there. The bits of the kept patches, most of a file, are read by ``kept`` alone. Of many large tables only the
+    latest are held.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._read: dict[str, pd.DataFrame | None] = {}
+        self._read: dict[str, pd.DataFrame | None] = {}  # the longest unused first
+        self._rows = 0  # in it
         self._bits: dict[str, np.ndarray | None] = {}
 
     def _open(self, key: str, columns: Callable[[list[str]], list[str]]) -> pa.Table | None:
@@ -74,9 +79,16 @@ class ImageTables(Mapping[str, pd.DataFrame]):
         if not path.is_file():
             return None
         try:
-            return pq.read_table(path, columns=columns(pq.read_schema(path).names))
+            schema = pq.read_schema(path)
+            owner = (schema.metadata or {}).get(b"trial", key.encode())
+            if owner != key.encode():
+                raise pa.ArrowInvalid(f"it is of the trial {owner.decode(errors='replace')}")
+            return pq.read_table(path, columns=columns(schema.names), page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            log.warning("%s cannot be read (%s): the tests that need it are left out", path, error)
+            log.warning(
+                "%s cannot be used (%s): the tests that need it are left out; the command of the run computes it again",
+                path, error,
+            )  # fmt: skip
             return None
 
     def _load(self, key: str) -> pd.DataFrame | None:
@@ -84,6 +96,11 @@ class ImageTables(Mapping[str, pd.DataFrame]):
             found = self._open(key, lambda names: [name for name in names if name != "kept"])
             table = None if found is None else found.to_pandas()
             self._read[key] = table if table is not None and {"image", "correct"} <= set(table.columns) else None
+            self._rows += _length(self._read[key])
+            while self._rows > KEPT_ROWS and len(self._read) > 1:
+                self._rows -= _length(self._read.pop(next(iter(self._read))))
+        else:
+            self._read[key] = self._read.pop(key)
         return self._read[key]
 
     def kept(self, key: str) -> np.ndarray | None:
@@ -174,8 +191,8 @@ def read_results(out: Path) -> Results:
         raise AnalysisError(f"{out} holds neither results.parquet nor trials/*.parquet: {remedy}")
     try:
         # A run that was stopped before it compacted still left its trials, one file each.
-        paths = [compacted] if compacted.is_file() else parts
-        trials = pd.concat([pq.read_table(path).to_pandas() for path in paths], ignore_index=True)
+        found = pq.read_table(compacted) if compacted.is_file() else _together(parts)
+        trials = found.to_pandas()
     except (OSError, pa.ArrowException) as error:
         raise AnalysisError(f"{out}: results cannot be read ({error}); delete the damaged file and {remedy}") from error
     if trials.empty:
@@ -184,6 +201,21 @@ def read_results(out: Path) -> Results:
     if missing:
         raise AnalysisError(f"{out}/results.parquet lacks the columns {', '.join(missing)}: {remedy}")
     return Results(out, tidy(trials), _read_run(out / "run.json"))
+
+
+def _together(parts: Sequence[Path]) -> pa.Table:
+    """The rows of many small files, those of older versions included: columns they lack are null."""
+    paths = [str(path) for path in parts]
+    known = pa.unify_schemas([pq.read_schema(path) for path in (paths[0], paths[-1])], promote_options="permissive")
+    try:
+        groups = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
+        read = [pads.dataset(group, schema=known, format="parquet").to_table().combine_chunks() for group in groups]
+        table = pa.concat_tables(read)
+        if set(REQUIRED) <= set(table.column_names):
+            return table
+    except pa.ArrowException as error:
+        log.debug("read one by one: %s", error)
+    return pa.concat_tables([pq.read_table(path, partitioning=None) for path in paths], promote_options="permissive")
 
 
 def tidy(trials: pd.DataFrame) -> pd.DataFrame:
@@ -244,6 +276,10 @@ def reducer_names(stages: str) -> list[str]:
 
 def _as_list(value: object) -> list[Any]:
     return list(value) if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) else []
+
+
+def _length(table: pd.DataFrame | None) -> int:
+    return 0 if table is None else len(table)
 
 
 def _as_bits(table: pa.Table) -> np.ndarray | None:

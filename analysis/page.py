@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis import style, tables
+from analysis.account import read_account
 from analysis.frame import Results
 from analysis.plots import Drawn, Sample
 
@@ -42,6 +43,7 @@ def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) 
         skipped_specs=skipped,
         failed=results.failed.to_dict("records"),
         images_skipped=results.skipped_images,
+        account=read_account(run),
         trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
         finished=len(results.finished),
         versions=_versions(trials, run),

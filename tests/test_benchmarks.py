@@ -457,20 +457,8 @@ def test_without_a_gpu_its_command_says_so(capsys: pytest.CaptureFixture[str], t
 def test_the_command_runs_with_torch_timm_and_safetensors_alone(tmp_path: Path) -> None:
     others = ["ray", "pydantic", "pyarrow", "pandas", "fvcore", "seaborn", "matplotlib", "yaml", "sklearn", "scipy"]
     block = f"import sys\nfor name in {others!r}:\n    sys.modules[name] = None\n"
-    options = [
-        "--model",
-        TINY,
-        "--size",
-        "32",
-        "--batch",
-        "1",
-        "--rounds",
-        "1",
-        "--only",
-        "top-K",
-        "--out",
-        str(tmp_path),
-    ]
+    options = ["--model", TINY, "--size", "32", "--batch", "1", "--rounds", "1", "--only", "top-K", "--processes", "1"]
+    options += ["--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", f"{block}from benchmarks.__main__ import main\nsys.exit(main({options!r}))"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,

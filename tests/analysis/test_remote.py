@@ -1,0 +1,102 @@
+"""Results in an object store are fetched, drawn and sent back, and only what changed travels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from analysis import remote
+from analysis.__main__ import main
+from analysis.frame import AnalysisError, read_results
+from tests.analysis.runs import scores
+from tests.analysis.synthetic import Maker
+from tests.s3 import local_s3
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with local_s3() as uri:
+        yield uri
+
+
+@pytest.fixture
+def uploaded(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small run in the bucket; its URI."""
+    monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "cache"))
+    maker = Maker()
+    scores(maker)
+    folder = maker.save(tmp_path / "run")
+    uri = f"{bucket}/{tmp_path.name}"
+    place = remote.open_place(uri)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with place.filesystem.open_output_stream(f"{place.path}/{path.relative_to(folder)}") as stream:
+                stream.write(path.read_bytes())
+    return uri
+
+
+def test_a_report_is_drawn_from_the_object_store_into_it(
+    uploaded: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([uploaded]) == 0
+    assert f"{uploaded}/report.html" in capsys.readouterr().out
+    place = remote.open_place(uploaded)
+    found = place.filesystem.get_file_info(pafs.FileSelector(place.path, recursive=True))
+    names = {info.path.removeprefix(f"{place.path}/") for info in found if info.type == pafs.FileType.File}
+    assert "report.html" in names and any(name.startswith("figures/") for name in names)
+    assert any(name.startswith("tables/") for name in names)
+
+
+def test_only_what_changed_is_fetched_again(uploaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, folder = remote.open_place(uploaded), tmp_path / "copy"
+    place.fetch(folder)
+    assert len(read_results(folder).finished) == len(read_results(tmp_path / "run").finished)
+    copied: list[str] = []
+    copy = remote.Place._copy_one
+    monkeypatch.setattr(
+        remote.Place, "_copy_one", lambda self, name, *rest: (copied.append(name), copy(self, name, *rest))
+    )
+    place.fetch(folder)
+    assert copied == []
+    with place.filesystem.open_output_stream(f"{place.path}/run.json") as stream:
+        stream.write(b"{}")
+    place.fetch(folder)
+    assert copied == ["run.json"]
+
+
+def test_what_is_no_longer_there_is_in_no_report(uploaded: str, tmp_path: Path) -> None:
+    """Another run took the place of the first, and the copy on this machine knows only the first."""
+    place, folder = remote.open_place(uploaded), tmp_path / "copy"
+    place.fetch(folder)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "of_the_first.svg").write_text("<svg/>")
+    place.filesystem.delete_file(f"{place.path}/results.parquet")
+    images = sorted((folder / "images").iterdir())
+    place.filesystem.delete_file(f"{place.path}/images/{images[0].name}")
+    with place.filesystem.open_output_stream(f"{place.path}/trials/0123456789abcdef.parquet") as stream:
+        stream.write((folder / "results.parquet").read_bytes())
+    place.fetch(folder)
+    assert not (folder / "results.parquet").exists() and not (folder / "figures").exists()
+    assert sorted((folder / "images").iterdir()) == images[1:]
+    assert [path.name for path in (folder / "trials").iterdir()] == ["0123456789abcdef.parquet"]
+
+
+def test_a_run_that_was_stopped_is_read_from_its_trials(uploaded: str, tmp_path: Path) -> None:
+    place = remote.open_place(uploaded)
+    with place.filesystem.open_input_stream(f"{place.path}/results.parquet") as stream:
+        content = stream.read()
+    with place.filesystem.open_output_stream(f"{place.path}/trials/0123456789abcdef.parquet") as stream:
+        stream.write(content)
+    place.filesystem.delete_file(f"{place.path}/results.parquet")
+    assert len(read_results(place.fetch(tmp_path / "copy")).trials) == len(read_results(tmp_path / "run").trials)
+
+
+def test_places_that_cannot_be_read_are_named(bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AnalysisError, match=r"cannot be opened .* s3://BUCKET/FOLDER"):
+        remote.open_place("nonsense://place")
+    assert main([f"{bucket}-missing/run"]) == 2
+    assert "s3://sievit-tests-missing/run" in capsys.readouterr().err
+    assert main([f"{bucket}/empty"]) == 2
