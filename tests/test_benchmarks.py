@@ -346,6 +346,7 @@ def test_a_scenario_can_be_cut_to_some_variants(tmp_path: Path) -> None:
     assert [row["kind"] for row in rows] == ["dense", "packed", "masked"]
 
 
+@pytest.mark.slow
 def test_several_processes_are_pooled(tmp_path: Path) -> None:
     asked = ["--model", TINY, "--size", "32", "--batch", "2", "--rounds", "2", "--only", "top-K", "--device", "cpu"]
     assert main(["speed", *asked, "--processes", "2", "--out", str(tmp_path)]) == 0
@@ -384,6 +385,7 @@ def test_without_matplotlib_the_figure_is_left_out_with_a_message(
     assert "matplotlib is not installed" in caplog.text
 
 
+@pytest.mark.slow
 def test_growth_writes_table_data_and_figure(tmp_path: Path) -> None:
     points = run_scaling(TINY, [64, 32], [1, 2], "float32", source(tmp_path), rounds=1)
     assert [(p["series"], p["tokens"], p["batch"]) for p in points[::4]] == [
