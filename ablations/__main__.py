@@ -129,6 +129,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             return OK
         session.store.delete(LIVE)  # what an earlier run told of itself
+        session.store.forget_spoilt()
         with profile.measure("records"):
             write_record(session, command=["python", "-m", "ablations", *arguments.words])
             write_samples(session)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -120,23 +121,27 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> floa
     """
     use_exact_float32()
     fast = reduce_tokens(context.model, placement).to(context.device).eval()
+    adaptive = any(member.adaptive for member in fast.members())
     while True:
         try:
-            return _mean_cost(fast, context, seed=seed)
-        except torch.OutOfMemoryError:
+            return _mean_cost(fast, context, adaptive=adaptive, seed=seed)
+        except torch.OutOfMemoryError as error:
             at_once = len(calibration_batches(context)[0][0]) // 2
-            if at_once == 0:
+            if at_once == 0 or not adaptive:  # of the others one image was asked for
                 raise
-            log.warning("the GPU's memory ran out: calibration goes on with %d images at once", at_once)
-            _batches.pop(context)
-            calibration_batches(context, at_once=at_once)
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory is what is short
+        log.warning("the GPU's memory ran out: calibration goes on with %d images at once", at_once)
+        _batches.pop(context)
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+        calibration_batches(context, at_once=at_once)
 
 
 @torch.inference_mode()
-def _mean_cost(fast: ReducedViT, context: TrialContext, *, seed: int) -> float:
+def _mean_cost(fast: ReducedViT, context: TrialContext, *, adaptive: bool, seed: int) -> float:
     torch.manual_seed(seed)
     batches: Sequence[tuple[Tensor, Shared | None]] = calibration_batches(context)
-    if not any(member.adaptive for member in fast.members()):
+    if not adaptive:
         batches = [(batches[0][0][:1], None)]
     with _quiet():
         costs = torch.cat([fast.cost(images, shared=shared).cpu() for images, shared in batches])

@@ -9,8 +9,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -116,7 +114,7 @@ def read_dense(path: Path) -> DensePredictions | None:
             return DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # noqa: BLE001  # a damaged archive can make its readers raise nearly anything
         log.warning("%s cannot be read (%s): the plain model is run again", path, error)
         return None
 
@@ -286,7 +284,7 @@ def _array_file(array: np.ndarray, path: Path) -> Path:
         mapped = np.load(source, mmap_mode="r", allow_pickle=False)
         if mapped.shape == array.shape and mapped.dtype == array.dtype:
             return Path(source).absolute()
-    with suppress(OSError, ValueError):  # of an earlier run, which saw the same images
+    with suppress(Exception):  # of an earlier run, which saw the same images; damaged, it may raise nearly anything
         if _equal(np.load(path, mmap_mode="r", allow_pickle=False), array):
             return path
     with atomic(path) as temporary, temporary.open("wb") as file:

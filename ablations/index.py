@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from ablations.schema import ROW_SCHEMA, as_known
+from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA, as_known
 from ablations.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class RowIndex:
         self._unsaved: set[str] = set()
         self._damaged: dict[str, Entry] = {}
         self._incomplete: set[str] = set()  # those that were warned of
+        self._spoilt: dict[str, Entry] = {}  # files of images that are not whole, as they were when that was found
 
     def table(self, *, verify: bool = False) -> pa.Table:
         """Every readable row, by key; files that cannot be read are left out with a warning.
@@ -126,13 +127,17 @@ class RowIndex:
         return found
 
     def _current(self, known: pa.Table, listed: Mapping[str, Entry]) -> dict[str, int]:
-        """Key -> position of the rows whose file is still the one that was read; the last of several."""
-        columns = (known[name].to_pylist() for name in ("key", "row_size", "row_modified"))
-        return {
-            key: position
-            for position, (key, size, modified) in enumerate(zip(*columns, strict=True))
-            if (entry := listed.get(key)) is not None and (entry.size, entry.modified) == (size, modified)
-        }
+        """Key -> position of the rows whose file is still the one that was read; of several one with verified images,
+        for the order of segments says nothing.
+        """
+        columns = (known[name].to_pylist() for name in ("key", "row_size", "row_modified", "images_verified"))
+        found: dict[str, int] = {}
+        best: dict[str, int] = {}
+        for position, (key, size, modified, verified) in enumerate(zip(*columns, strict=True)):
+            entry = listed.get(key)
+            if entry is not None and (entry.size, entry.modified) == (size, modified) and verified >= best.get(key, 0):
+                found[key], best[key] = position, verified
+        return found
 
     def _read(self, keys: Sequence[str], listed: Mapping[str, Entry]) -> pa.Table:
         """The rows of these files: all at once, or one by one where some file among them is damaged."""
@@ -186,7 +191,9 @@ class RowIndex:
         changed: list[int] = []
         for place, (key, status) in enumerate(zip(columns["key"], columns["status"], strict=True)):
             entry = images.get(key)
-            known = entry is not None and (entry.size, entry.modified) == (sizes[place], times[place])
+            known = entry is not None and (
+                (entry.size, entry.modified) == (sizes[place], times[place]) or entry == self._spoilt.get(key)
+            )
             if status == "ok" and not (known and (verified[place] or not verify)):
                 changed.append(place)
         if not changed:
@@ -197,6 +204,8 @@ class RowIndex:
             counts = list(threads.map(lambda key: look(key) if key in images else None, keys))
         for place, key, count in zip(changed, keys, counts, strict=True):
             whole = count is not None and count == columns["images"][place]
+            if not whole and key in images:
+                self._spoilt[key] = images[key]
             if whole or sizes[place] >= 0:
                 self._unsaved.add(key)
             if not whole and key not in self._incomplete:
@@ -215,16 +224,22 @@ class RowIndex:
             with self._storage.open(f"images/{key}{SUFFIX}") as file:
                 about = pq.read_metadata(file)
             return int(about.num_rows) if owner(about.metadata) in (key, None) else None
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return None
 
     def _read_images(self, key: str) -> int | None:
         """The same, and every byte of it is what was written."""
         try:
             found = read_parquet(self._storage, f"images/{key}{SUFFIX}")
-            return int(found.num_rows) if owner(found.schema.metadata) in (key, None) else None
-        except (OSError, pa.ArrowException):
+            whole = owner(found.schema.metadata) in (key, None) and found.schema.equals(IMAGE_SCHEMA)
+            return int(found.num_rows) if whole else None
+        except (OSError, ValueError, pa.ArrowException):
             return None
+
+    @property
+    def spoilt(self) -> list[str]:
+        """Keys of the files of images that were found not to be whole."""
+        return sorted(self._spoilt)
 
 
 def owned(table: pa.Table, key: str) -> pa.Table:

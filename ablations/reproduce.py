@@ -191,8 +191,10 @@ def _before(store: Store, *, key: str, recorded: Mapping[str, Any]) -> pa.Table 
         return None
     try:
         return store.load_images(key)
-    except (OSError, pa.ArrowException) as error:
-        raise ReproduceError(f"the images of {key} cannot be read ({error}); run the same command again") from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ReproduceError(
+            f"the images of {key} cannot be read ({error}); delete images/{key}.parquet and run the same command again"
+        ) from error
 
 
 def _row_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Difference]:

@@ -184,6 +184,11 @@ class Store:
         """
         return self._index.finished(verify=verify)
 
+    def forget_spoilt(self) -> None:
+        """Delete the rows whose files of images were found spoilt: whoever computes them again starts from nothing."""
+        for key in self._index.spoilt:
+            self.storage.delete(f"trials/{_name(key)}")
+
     def load(self, key: str) -> dict[str, Any] | None:
         """One row, or None."""
         _name(key)

@@ -33,6 +33,7 @@ class _Lines(logging.Handler):
         self._storage, self._keys = storage, keys
         self._waiting: list[str] = []  # lines that the storage takes only when all are there
         self._broken = False
+        self._bytes = 0  # written so far
         shape = "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s"
         formatter = logging.Formatter(shape, "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
@@ -43,6 +44,9 @@ class _Lines(logging.Handler):
         if record.thread != self._thread or self._broken:
             return
         line = self.format(record) + "\n"
+        self._bytes += len(line.encode())
+        if self._bytes > MAX_BYTES and record.name != __name__:
+            return  # nobody reads so much; how the job ended is still told
         with self.unless_broken():
             if not all(self._storage.append(f"{FOLDER}/{key}.log", line.encode()) for key in self._keys):
                 self._waiting.append(line)

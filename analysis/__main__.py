@@ -43,11 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        place = remote.open_place(options.out) if remote.is_uri(options.out) else None
-        folder = Path(options.out) if place is None else place.fetch(remote.local_folder(options.out))
-        results = read_results(folder)
-        written = write_analysis(results)
-        report = str(written.report) if place is None else place.send(folder)
+        if remote.is_uri(options.out):
+            place = remote.open_place(options.out)
+            with remote.local_folder(options.out) as folder:
+                results = read_results(place.fetch(folder))
+                written = write_analysis(results)
+                report = place.send(folder)
+        else:
+            results = read_results(Path(options.out))
+            written = write_analysis(results)
+            report = str(written.report)
     except (AnalysisError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

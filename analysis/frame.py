@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+
+from analysis.files import read_rows, read_together
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ WORDS = (
 FLAGS = ("calibrated", "target_reached", "teacher")  # True, False, or None where a trial does not say
 LISTS = ("blocks", "tokens", "tokens_std")
 REMEDY = "run the experiments first: make ablations OUT={out}"
-_AT_ONCE = 512  # small files read together: of each, what reads it ahead holds far more than it holds itself
 KEPT_ROWS = 1_000_000  # rows of per-image tables held at once: some hundreds of megabytes
 
 
@@ -84,9 +84,10 @@ class ImageTables(Mapping[str, pd.DataFrame]):
             if owner != key.encode():
                 raise pa.ArrowInvalid(f"it is of the trial {owner.decode(errors='replace')}")
             return pq.read_table(path, columns=columns(schema.names), page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             log.warning(
-                "%s cannot be used (%s): the tests that need it are left out; the command of the run computes it again",
+                "%s cannot be used (%s): the tests that need it are left out; delete it, and the command of the run "
+                "computes it again",
                 path, error,
             )  # fmt: skip
             return None
@@ -191,7 +192,7 @@ def read_results(out: Path) -> Results:
         raise AnalysisError(f"{out} holds neither results.parquet nor trials/*.parquet: {remedy}")
     try:
         # A run that was stopped before it compacted still left its trials, one file each.
-        found = pq.read_table(compacted) if compacted.is_file() else _together(parts)
+        found = read_rows(compacted) if compacted.is_file() else read_together(parts, needed=REQUIRED)
         trials = found.to_pandas()
     except (OSError, pa.ArrowException) as error:
         raise AnalysisError(f"{out}: results cannot be read ({error}); delete the damaged file and {remedy}") from error
@@ -201,21 +202,6 @@ def read_results(out: Path) -> Results:
     if missing:
         raise AnalysisError(f"{out}/results.parquet lacks the columns {', '.join(missing)}: {remedy}")
     return Results(out, tidy(trials), _read_run(out / "run.json"))
-
-
-def _together(parts: Sequence[Path]) -> pa.Table:
-    """The rows of many small files, those of older versions included: columns they lack are null."""
-    paths = [str(path) for path in parts]
-    known = pa.unify_schemas([pq.read_schema(path) for path in (paths[0], paths[-1])], promote_options="permissive")
-    try:
-        groups = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
-        read = [pads.dataset(group, schema=known, format="parquet").to_table().combine_chunks() for group in groups]
-        table = pa.concat_tables(read)
-        if set(REQUIRED) <= set(table.column_names):
-            return table
-    except pa.ArrowException as error:
-        log.debug("read one by one: %s", error)
-    return pa.concat_tables([pq.read_table(path, partitioning=None) for path in paths], promote_options="permissive")
 
 
 def tidy(trials: pd.DataFrame) -> pd.DataFrame:

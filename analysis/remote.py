@@ -5,11 +5,13 @@ Only files that are new or changed travel, so drawing again after a few more tri
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -116,10 +118,16 @@ def open_place(uri: str) -> Place:
     return Place(uri.partition("?")[0], filesystem, path.rstrip("/"))
 
 
-def local_folder(uri: str) -> Path:
-    """Where the copy of a place is kept on this machine."""
+@contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """Where the copy of a place is kept on this machine, for one report at a time."""
     base = os.environ.get("SIEVIT_CACHE") or Path.home() / ".cache" / "sievit"
-    return Path(base) / "analysis" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder = Path(base) / "analysis" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
 
 
 def _s3(bucket: str) -> pafs.FileSystem:
@@ -139,7 +147,7 @@ def _forget(folder: Path, *, but: Collection[str]) -> None:
     for name in _DRAWN:
         shutil.rmtree(folder / name, ignore_errors=True)
     copied = [folder / name for name in _WHOLE]
-    copied += [path for name in _FOLDERS for path in (folder / name).glob("*")]
+    copied += [path for name in _FOLDERS for path in (folder / name).glob("[!.]*")]
     for path in copied:
         if path.relative_to(folder).as_posix() not in but:
             path.unlink(missing_ok=True)

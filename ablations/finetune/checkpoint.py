@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ablations.files import atomic
 from ablations.finetune.state import joined, separate
+from ablations.workloads.checkpoint import tensors_digest
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def save(path: Path, *, identity: Mapping[str, Any], state: Mapping[str, Any]) -
     """Write a checkpoint atomically: whoever reads the path sees the one before or this one."""
     tensors: dict[str, Tensor] = {}
     plain = separate(dict(state), tensors, name="state")
-    text = json.dumps({"identity": dict(identity), "plain": plain})
+    text = json.dumps({"identity": dict(identity), "plain": plain, "sha256": _digest(tensors)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: text})
@@ -54,6 +55,8 @@ def load(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Any] | None:
             saved = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         found, plain = saved["identity"], saved["plain"]
+        if saved["sha256"] != _digest(tensors):
+            raise ValueError("its tensors are not those that were written")
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -69,6 +72,10 @@ def load(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is no whole checkpoint ({type(error).__name__}: {error})") from error
     return state
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return tensors_digest(dict(sorted(tensors.items())))
 
 
 def load_or_start_afresh(path: Path, *, identity: Mapping[str, Any]) -> dict[str, Any] | None:

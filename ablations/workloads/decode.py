@@ -235,7 +235,7 @@ def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preproces
     about = {"ids": ids, "labels": labels, "skipped": skipped, "notes": notes}
     content = {**about, "pixels_sha256": digest.hexdigest()}
     with atomic(cache / f"{key}.json") as whole:
-        whole.write_text(json.dumps(content), encoding="utf-8")
+        whole.write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
     found = _read(cache, key, preprocess)
     assert found is not None, "what was just written can be read"
     return found
@@ -249,7 +249,9 @@ def _write_header(file: BinaryIO, count: int, preprocess: Preprocess) -> None:
 def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
     """A finished cache, or None where there is none or it is damaged (it is then made again)."""
     try:
-        content = json.loads((cache / f"{key}.json").read_text())
+        content = json.loads((cache / f"{key}.json").read_text(encoding="utf-8"))
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("their names or labels are not what was written")
         pixels = np.load(cache / f"{key}.npy", mmap_mode="r", allow_pickle=False)
         decoded = Decoded(
             pixels=pixels,
@@ -261,7 +263,7 @@ def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  # a damaged header can make numpy raise nearly anything
         log.warning("the decoded images in %s are damaged (%s): decoding again", cache, error)
         return None
     if pixels.shape != (len(decoded.ids), *preprocess.shape):
@@ -270,6 +272,10 @@ def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
         log.warning("the decoded images in %s are no longer what they were: decoding again", cache)
         return None
     return decoded
+
+
+def _digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _recovered(found: Decoded, sources: Sequence[Source]) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ablations.files import atomic, locked
 from ablations.workloads import digits, embedded
-from ablations.workloads.base import Workload, WorkloadError, data_digest
+from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.image_folder import class_root
 from ablations.workloads.models import input_config
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
@@ -154,7 +154,7 @@ def drawn_scenes(cache: Path, start: int, stop: int) -> tuple[np.ndarray, np.nda
     folder = cache / "training"
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"digits-v{digits.VERSION}-seed{SCENE_SEED}-{start}-{stop}"
-    paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy"
+    paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy", folder / f"{stem}.sha256"
     shape = (stop - start, digits.CANVAS, digits.CANVAS, 1)
     with locked(folder / f"{stem}.lock", what="drawing the training scenes"):
         found = _mapped(*paths, shape)
@@ -165,24 +165,34 @@ def drawn_scenes(cache: Path, start: int, stop: int) -> tuple[np.ndarray, np.nda
             for row, scene in enumerate(scenes):
                 pixels[row, :, :, 0], labels[row] = scene.image, scene.label
             arrays: tuple[np.ndarray, ...] = pixels, labels
-            for path, array in zip(paths, arrays, strict=True):  # the labels last: they mark a whole pair
+            for path, array in zip(paths, arrays, strict=False):
                 with atomic(path) as temporary, temporary.open("wb") as file:
                     np.save(file, array, allow_pickle=False)
+            with atomic(paths[2]) as temporary:  # last: it marks a whole pair
+                temporary.write_text(_digests(pixels, labels), encoding="utf-8")
             found = _mapped(*paths, shape)
     assert found is not None, "what was just written can be read"
     return found
 
 
-def _mapped(pixels: Path, labels: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+def _mapped(pixels: Path, labels: Path, digests: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
     """Both arrays, or None where they are missing or damaged and have to be made again."""
     try:
         found = np.load(pixels, mmap_mode="r", allow_pickle=False), np.load(labels, allow_pickle=False)
+        whole = found[0].shape == shape and found[1].shape == shape[:1]
+        whole = whole and _digests(*found) == digests.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  # a damaged header can make numpy raise nearly anything
         log.warning("%s is damaged (%s): drawing it again", pixels, error)
         return None
-    return found if found[0].shape == shape and found[1].shape == shape[:1] else None
+    if not whole:
+        log.warning("%s is not what was drawn: drawing it again", pixels)
+    return found if whole else None
+
+
+def _digests(pixels: np.ndarray, labels: np.ndarray) -> str:
+    return f"{pixel_digest(pixels)} {pixel_digest(labels)}"
 
 
 TrainingImages = Scenes | Photographs

@@ -241,6 +241,37 @@ def test_a_flipped_bit_in_the_images_is_noticed_where_they_are_verified_once(
     assert [name for name in opened if name.startswith("images/")] == [f"images/{trials[0].key}.parquet"]
 
 
+def test_what_was_verified_is_not_verified_again_whatever_the_order_of_segments(
+    store: Store, trials: list[Trial], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows stand in the index twice: as they were stored, and as a later run found them whole."""
+    for trial in trials:
+        store.save(finished(trial, target.facts))
+    names = iter(["b", "a"])  # the later segment is listed first
+    monkeypatch.setattr(index.uuid, "uuid4", lambda: type("Name", (), {"hex": next(names)}))
+    store.compact([])
+    later = Store(store.out)
+    assert len(later.finished(verify=True)) == 4
+    later.compact([])
+    assert sorted(path.stem for path in (store.out / "cache" / "index").iterdir()) == ["a", "b"]
+    monkeypatch.setattr(RowIndex, "_read_images", lambda self, key: pytest.fail("read again"))
+    assert len(Store(store.out).finished(verify=True)) == 4
+
+
+def test_spoilt_images_stay_spoilt_until_they_are_computed_again(
+    store: Store, trials: list[Trial], target: Target
+) -> None:
+    for trial in trials:
+        store.save(finished(trial, target.facts))
+    flip_a_bit(store.images / f"{trials[0].key}.parquet")
+    assert len(store.finished(verify=True)) == 3
+    assert len(store.finished()) == 3, "a look at its end does not make it whole"
+    store.forget_spoilt()
+    assert store.load(trials[0].key) is None, "nobody who asks for the row takes it for finished"
+    store.save(finished(trials[0], target.facts))
+    assert len(store.finished()) == 4
+
+
 def test_timing_a_trial_is_stored_though_the_disk_refuses_once(
     store: Store, trials: list[Trial], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +362,18 @@ def test_a_log_stays_small_and_what_other_threads_say_is_not_in_it(
     text = store.read_log(trials[0].key) or ""
     assert len(text) < 2100 and text.startswith("… earlier attempts") and "attempt 39" in text
     assert "of another job" not in text
+
+
+def test_a_talkative_trial_fills_no_disk_while_it_runs(
+    store: Store, trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial_log, "MAX_BYTES", 2000)
+    path = store.out / "logs" / f"{trials[0].key}.log"
+    with store.log([trials[0].key]):
+        for number in range(1000):
+            logging.getLogger("ablations.somewhere").info("line %d", number)
+        assert path.stat().st_size < 3000
+    assert "over after" in path.read_text()
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(

@@ -84,6 +84,21 @@ def test_a_damaged_record_or_image_table_is_done_without(tmp_path: Path) -> None
     assert found.run == {} and row["key"] not in found.images and found.specs == ["s"]
 
 
+@pytest.mark.parametrize("compacted", [True, False])
+def test_a_flipped_bit_among_the_rows_is_no_result(compacted: bool, tmp_path: Path) -> None:
+    rows = pa.table(
+        {name: [f"{name} {number}" for number in range(50)] for name in ("spec", "key", "status", "variant")}
+    )
+    (tmp_path / "trials").mkdir()
+    path = tmp_path / ("results.parquet" if compacted else "trials/a.parquet")
+    pq.write_table(rows, path, write_page_checksum=True, compression="none")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"key 31")] ^= 0x01
+    path.write_bytes(content)
+    with pytest.raises(AnalysisError, match=f"{path.name}.*delete the damaged file"):
+        read_results(tmp_path)
+
+
 def test_skipped_images_are_read_in_either_form() -> None:
     run = {"skipped": [["a.jpg", "truncated"], {"file": "b.jpg", "reason": "not an image"}, "c.jpg"]}
     found = Results(Path(), tidy(pd.DataFrame([{"spec": "s", "key": "k", "status": "ok", "variant": "v"}])), run)

@@ -73,10 +73,15 @@ def test_other_weights_recipes_or_images_are_other_trainings(context: Any, tmp_p
     assert len(set(digests)) == 3 == len(list((tmp_path / "finetuned").glob("*.safetensors")))
 
 
-def test_a_damaged_result_is_trained_again(context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", ["cut", "a bit"])
+def test_a_damaged_result_is_trained_again(
+    damage: str, context: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = trained_model(TRAINING, context)
     (path,) = (tmp_path / "finetuned").glob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:1000])
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10  # of the last tensor
+    path.write_bytes(content if damage == "a bit" else content[:1000])
     with caplog.at_level(logging.WARNING):
         again = trained_model(TRAINING, context)
     assert "trained again" in caplog.text

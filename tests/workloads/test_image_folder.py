@@ -354,6 +354,11 @@ def test_a_cache_that_lost_some_of_its_bytes_is_made_again(
     second = open_folder(root, cache=cache)
     assert second.digest == first.digest and (second.pixels == true).all()
     assert "no longer what they were" in caplog.text
+    (names,) = cache.glob("*.json")
+    names.write_text(names.read_text().replace('"labels": [', '"labels": [1', 1))
+    third = open_folder(root, cache=cache)
+    assert third.digest == first.digest and (third.labels == first.labels).all()
+    assert "not what was written" in caplog.text
 
 
 def test_another_preprocessing_has_a_cache_of_its_own(

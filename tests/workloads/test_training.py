@@ -41,10 +41,13 @@ def test_a_damaged_file_of_scenes_is_drawn_again(tmp_path: Path, caplog: pytest.
     pixels, labels = drawn_scenes(tmp_path, 0, 3)
     before = np.array(pixels), labels.copy()
     (path,) = (tmp_path / "training").glob("*0-3.npy")
-    path.write_bytes(b"damaged")
-    with caplog.at_level(logging.WARNING):
-        pixels, labels = drawn_scenes(tmp_path, 0, 3)
-    assert "damaged" in caplog.text
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x10
+    for damaged in (b"damaged", content):
+        path.write_bytes(damaged)
+        with caplog.at_level(logging.WARNING):
+            pixels, labels = drawn_scenes(tmp_path, 0, 3)
+    assert "damaged" in caplog.text and "not what was drawn" in caplog.text
     assert np.array_equal(pixels, before[0]) and np.array_equal(labels, before[1])
 
 
