@@ -175,7 +175,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _log(arguments: argparse.Namespace) -> int:
-    from ablations.reproduce import find_key, log_lines
+    from ablations.state import find_key, log_lines
     from ablations.store import Store
 
     store = Store(arguments.out)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ablations.auto import free_kinds, ladder, setting_label, settle
+from ablations.failures import halving
 from ablations.inputs import TrialContext, spans, use_exact_float32
 from ablations.trial import Solution, Trial, TrialError, canonical_stages
 from reducers import Placement, placement_from, reduce_tokens
@@ -26,8 +26,6 @@ from reducers.vit import ReducedViT, Shared
 
 if TYPE_CHECKING:
     from ablations.finetune import Finetuned
-
-log = logging.getLogger(__name__)
 
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
@@ -121,39 +119,31 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> floa
     """
     use_exact_float32()
     fast = reduce_tokens(context.model, placement).to(context.device).eval()
-    adaptive = any(member.adaptive for member in fast.members())
-    while True:
-        try:
-            return _mean_cost(fast, context, adaptive=adaptive, seed=seed)
-        except torch.OutOfMemoryError as error:
-            at_once = len(calibration_batches(context)[0][0]) // 2
-            if at_once == 0 or not adaptive:  # of the others one image was asked for
-                raise
-            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory is what is short
-        log.warning("the GPU's memory ran out: calibration goes on with %d images at once", at_once)
-        _batches.pop(context)
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
-        calibration_batches(context, at_once=at_once)
+    if not any(member.adaptive for member in fast.members()):
+        return _cost(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
+    return halving(
+        lambda at_once: _cost(fast, calibration_batches(context, at_once=at_once), seed=seed),
+        at_once=len(calibration_batches(context)[0][0]),
+        what="settings are sought",
+    )
 
 
 @torch.inference_mode()
-def _mean_cost(fast: ReducedViT, context: TrialContext, *, adaptive: bool, seed: int) -> float:
+def _cost(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *, seed: int) -> float:
     torch.manual_seed(seed)
-    batches: Sequence[tuple[Tensor, Shared | None]] = calibration_batches(context)
-    if not adaptive:
-        batches = [(batches[0][0][:1], None)]
     with _quiet():
         costs = torch.cat([fast.cost(images, shared=shared).cpu() for images, shared in batches])
     return float(costs.mean()) / _GIGA
 
 
 def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> Batches:
-    """The calibration images, and for each batch what the plain model computes of its first blocks; they stay as they
-    were made first.
+    """The calibration images, at most ``at_once`` in a batch, and for each batch what the plain model computes of its
+    first blocks. They stay, and so does their size where it had to be made smaller.
     """
     found = _batches.get(context)
-    if found is None:
+    if found is None or len(found[0][0]) > at_once:
+        found = None
+        _batches.pop(context, None)  # before the new ones need its memory
         workload = context.calibration
         if workload is None:
             raise TrialError("a target is met on calibration images, and this context has none")

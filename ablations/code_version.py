@@ -19,10 +19,13 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import reducers
 from reducers import available
+
+if TYPE_CHECKING:
+    from ablations.trial import Trial
 
 ROOTS = {
     "evaluation": ("ablations.evaluate",),
@@ -53,22 +56,7 @@ class CodeError(RuntimeError):
     """The source that a key needs cannot be read."""
 
 
-class Described(Protocol):
-    """What of a trial decides which code it uses."""
-
-    @property
-    def stages(self) -> str: ...
-    @property
-    def target(self) -> float | None: ...
-    @property
-    def calibration(self) -> str: ...
-    @property
-    def training(self) -> str: ...
-    @property
-    def measure(self) -> str: ...
-
-
-def code_of(trial: Described) -> str:
+def code_of(trial: Trial) -> str:
     """The code a trial uses as it is now: ``evaluation=3f9c… calibration=0ab1…``, one part for each step it has."""
     return _code(trial.stages, trial.target is not None or bool(trial.calibration), trial.training, bool(trial.measure))
 

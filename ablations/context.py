@@ -23,7 +23,7 @@ from ablations.files import atomic
 from ablations.inputs import DensePredictions, TrialContext, dense_predictions, device_name
 from ablations.probes import Probes
 from ablations.profile import Profile
-from ablations.session import Session, Subject
+from ablations.session import Session, Subject, absolute
 from ablations.store import write_json
 from ablations.trial import RESULT_VERSION, ModelFacts
 from ablations.workloads import LoadedModel, Workload, open_model
@@ -80,8 +80,8 @@ def make_context(
         calibration=subject.calibration,
         probes=_probes(session.store.cache, subject.facts, subject.calibration, device),
         opened_as=session.settings.workload,
-        data=_absolute(session.settings.data),
-        train_data=_absolute(session.settings.train_data),
+        data=absolute(session.settings.data),
+        train_data=absolute(session.settings.train_data),
         cache=session.store.cache,
         profile=profile,
     )
@@ -130,11 +130,6 @@ def _probes(cache: Path, facts: ModelFacts, calibration: Workload, device: torch
     return Probes(cache, identity=identity)
 
 
-def _absolute(path: str | None) -> str | None:
-    """A file or folder by its full path: workers run elsewhere."""
-    return path if path is None or path == RANDOM else str(Path(path).expanduser().absolute())
-
-
 def _short(identity: object) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -154,8 +149,8 @@ def save_context(session: Session, model: str) -> Path:
         "workload": _save_workload(subject.workload, cache),
         "calibration": _save_workload(subject.calibration, cache),
         "opened_as": settings.workload,
-        "data": _absolute(settings.data),
-        "train_data": _absolute(settings.train_data),
+        "data": absolute(settings.data),
+        "train_data": absolute(settings.train_data),
         "cache": str(cache),
         "dense": str(_dense_file(session, subject)),
         "batch": subject.target.batch,
@@ -236,7 +231,7 @@ def _load_model(saved: dict[str, Any], workload: Workload, locate: Locate) -> Lo
 def _save_weights(subject: Subject, cache: Path) -> str | None:
     """The file to load, or "random". A model's own weights are written down as well: a node need not reach the hub."""
     if subject.weights is not None:
-        return _absolute(subject.weights)
+        return absolute(subject.weights)
     path = cache / f"weights-{subject.facts.weights_digest[:16]}.safetensors"
     weights = {name: tensor.cpu().contiguous() for name, tensor in subject.loaded.model.state_dict().items()}
     with suppress(OSError, ModelError):  # of an earlier run

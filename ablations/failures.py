@@ -6,7 +6,16 @@ is recorded at once. What may be the machine's moment is tried once more. Nothin
 
 from __future__ import annotations
 
+import logging
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ATTEMPTS = 2  # times that a failing trial is begun in one process, halved batches aside
 _NO_MEMORY = ("DefaultCPUAllocator", "Unable to allocate")  # torch, numpy: a RuntimeError, a MemoryError of its own
@@ -49,6 +58,21 @@ def again(error: BaseException, *, alone: bool, attempts: int, at_once: int) -> 
     return at_once
 
 
+def halving(work: Callable[[int], T], *, at_once: int, what: str) -> T:
+    """``work(at_once)``, begun again with half as many images at once where the GPU's memory runs out, down to one."""
+    while True:
+        try:
+            return work(at_once)
+        except torch.OutOfMemoryError as error:
+            if at_once == 1:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold tensors, and memory is what is short
+        at_once //= 2
+        log.warning("the GPU's memory ran out: %s with %d images at once", what, at_once)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 def in_words(error: BaseException, *, at_once: int | None) -> str:
     """The reason for the record of a trial that failed in batches of ``at_once`` images (None: while its weights were
     trained): what happened, and where it is not plain, what to do.
@@ -67,4 +91,13 @@ def in_words(error: BaseException, *, at_once: int | None) -> str:
     return f"{whose} memory ran out with {images} at a time; {remedy} fewer --workers ({words})"
 
 
-__all__ = ["ATTEMPTS", "DeviceError", "again", "device_lost", "in_words", "out_of_gpu_memory", "out_of_memory"]
+__all__ = [
+    "ATTEMPTS",
+    "DeviceError",
+    "again",
+    "device_lost",
+    "halving",
+    "in_words",
+    "out_of_gpu_memory",
+    "out_of_memory",
+]

@@ -15,6 +15,12 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+def cache_home() -> Path:
+    """Where this machine keeps what belongs to no folder of results: ``$SIEVIT_CACHE``, or ``~/.cache/sievit``."""
+    chosen = os.environ.get("SIEVIT_CACHE")
+    return Path(chosen).absolute() if chosen else Path.home() / ".cache" / "sievit"
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Write to a temporary file beside ``path`` that takes its name only when whole and on the disk."""

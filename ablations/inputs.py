@@ -6,7 +6,6 @@ Costly to make and never changing a result: opened once by a worker for each mod
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import platform
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
@@ -19,13 +18,12 @@ import torch
 from torch import nn
 
 from ablations.code_version import code_of
+from ablations.failures import halving
 from ablations.metrics import GIGA, finite, patch_masks
 from ablations.profile import Profile
 from ablations.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
 from reducers import Placement, reduce_tokens
-
-log = logging.getLogger(__name__)
 
 _VERSIONED = ("torch", "timm", "numpy")
 
@@ -124,19 +122,14 @@ def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, devic
     Where the GPU's memory runs out, with half as many images at once, down to one.
     """
     use_exact_float32()
-    predictions: list[np.ndarray] = []
-    at_once, done = batch, 0
-    while done < len(workload):
-        stop = min(done + at_once, len(workload))
-        try:
-            predictions.append(finite(model(workload.batch(done, stop).to(device)), done).argmax(1).cpu().numpy())
-        except torch.OutOfMemoryError:
-            if at_once == 1:
-                raise
-            at_once //= 2
-            log.warning("the GPU's memory ran out: the plain model goes on with %d images at once", at_once)
-            continue
-        done = stop
+
+    def predict(at_once: int) -> list[np.ndarray]:
+        return [
+            finite(model(workload.batch(start, stop).to(device)), start).argmax(1).cpu().numpy()
+            for start, stop in spans(len(workload), at_once)
+        ]
+
+    predictions = halving(predict, at_once=batch, what="the plain model is run")
     _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
     prediction = np.concatenate(predictions).astype(np.int64)
     return DensePredictions(prediction, prediction == workload.labels, float(trace.macs[0]) / GIGA)

@@ -13,6 +13,11 @@ _CELL = 44  # characters: longer cells are wrapped, so that a terminal of 120 co
 REDUCER_COLUMNS = ["name", "settings", "count", "weights", "stacks", "site", "what it does", "source"]
 
 
+def in_words(variant: str, x: float | None) -> str:
+    """A trial as a person knows it: its series, and where it stands on it."""
+    return variant if x is None else f"{variant} (x = {x:g})"
+
+
 def trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
     """Variant, x, placement, budget and seed of each trial; ``patches`` is what the model starts with."""
     from ablations.labels import blocks_of, placement_label

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from ablations.jobs import SPEED, Computation
+from ablations.listing import in_words
 from ablations.trial import Trial
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class RunProgress:
 
     def _failed(self, trials: Sequence[Trial], error: str) -> None:
         for trial in trials:
-            self.failures.append((f"{trial.spec}: {trial.variant} (x = {trial.x})", error))
+            self.failures.append((f"{trial.spec}: {in_words(trial.variant, trial.x)}", error))
             log.warning("failed: %s: %s: %s", trial.spec, trial.variant, error)
 
     def _advance(self, trials: int) -> None:

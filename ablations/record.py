@@ -8,18 +8,16 @@ import logging
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ablations.inputs import versions
-from ablations.session import Session, Settings, Subject
+from ablations.session import Session, Settings, Subject, absolute
 from ablations.stale import outdated
 from ablations.store import Store
 from ablations.workloads import Workload
-from ablations.workloads.models import RANDOM
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +101,9 @@ def _settings(settings: Settings) -> dict[str, Any]:
     """What a trial of this run needs to be run again from anywhere: paths in full."""
     names = ("workload", "data", "train_data", "model", "weights", "limit", "batch", "strict")
     about = {name: getattr(settings, name) for name in names}
-    for name in ("data", "train_data"):
-        if about[name] is not None:
-            about[name] = str(Path(about[name]).expanduser().absolute())
-    files = [file if file is None or file == RANDOM else str(Path(file).expanduser().absolute())
-             for _, file in settings.chosen()]  # fmt: skip
-    return {**about, "models": [name for name, _ in settings.chosen()], "weights_files": files}
+    about.update(data=absolute(settings.data), train_data=absolute(settings.train_data))
+    models, files = zip(*settings.chosen(), strict=True)
+    return {**about, "models": list(models), "weights_files": [absolute(file) for file in files]}
 
 
 def _images_account(workload: Workload) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,11 @@ import pyarrow as pa
 import torch
 
 from ablations.code_version import code_of
+from ablations.listing import in_words
 from ablations.record import RUN
 from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.stale import changed_code
+from ablations.state import find_key
 from ablations.store import Store
 from ablations.trial import Trial, TrialError, trial_from
 
@@ -69,19 +71,6 @@ class Reproduction:
     @property
     def same(self) -> bool:
         return not self.differences
-
-
-def find_key(store: Store, key: str, *, folders: Sequence[str] = ("trials",)) -> str:
-    """The one key that begins so, of a trial that has a file in one of the folders."""
-    if not re.fullmatch(r"[0-9a-f]{4,16}", key):
-        raise ReproduceError(f"{key!r} is no key: give its 16 hexadecimal digits, or the first 4 or more")
-    names = {name.partition(".")[0] for folder in folders for name in store.storage.entries(folder)}
-    found = sorted(name for name in names if name.startswith(key))
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise ReproduceError(f"{store.location} has no trial {key}; results.parquet lists every key")
-    raise ReproduceError(f"{len(found)} trials begin with {key} ({', '.join(found[:4])}, …); give more digits")
 
 
 def recorded_trial(store: Store, key: str) -> tuple[Trial, dict[str, Any]]:
@@ -263,8 +252,7 @@ def _threads(device: str | None) -> Iterator[None]:
 def report(found: Reproduction) -> list[str]:
     """What came out, line by line."""
     trial, row = found.trial, found.recorded
-    about = trial.variant if trial.x is None else f"{trial.variant} (x = {trial.x:g})"
-    lines = [f"{trial.key}: {trial.spec}: {about}, {row['placement']}, {trial.model}"]
+    lines = [f"{trial.key}: {trial.spec}: {in_words(trial.variant, trial.x)}, {row['placement']}, {trial.model}"]
     lines += [f"  {note}" for note in found.notes]
     if row["status"] == "failed" or found.now["status"] == "failed":
         lines.append(f"  recorded: {_ending(row)}")
@@ -285,12 +273,3 @@ def _ending(row: Mapping[str, Any]) -> str:
 
 def _plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def log_lines(store: Store, key: str) -> Sequence[str]:
-    """What is known of a trial: its row in short, then its log."""
-    row = store.load(key) or {}
-    named = ("spec", "variant", "x", "status", "error", "placement", "budget", "batch", "seconds", "device", "created")
-    lines = [f"{name:10} {row[name]}" for name in named if row.get(name) is not None]
-    text = store.read_log(key)
-    return [key, *lines, "", *(text.splitlines() if text else ["no log was kept"])]

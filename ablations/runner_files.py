@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ablations.files import atomic, locked
+from ablations.files import atomic, cache_home, locked
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Files:
         about = self._known.get(str(path))
         if about is None or (not self._always and _is_here(path, about)):
             return path
-        folder = fetched_folder()
+        folder = cache_home() / "fetched"
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / f"{about.sha256[:32]}{path.suffix}"
         lock = kept.with_suffix(".lock")
@@ -125,12 +124,6 @@ class Files:
             file.flush()
             if digest.hexdigest() != about.sha256:
                 raise FetchError(f"{path.name} changed while it was fetched; run the same command again")
-
-
-def fetched_folder() -> Path:
-    """Where this node keeps what it fetched: ``$SIEVIT_CACHE/fetched``, or ``~/.cache/sievit/fetched``."""
-    chosen = os.environ.get("SIEVIT_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "sievit") / "fetched"
 
 
 def _is_here(path: Path, about: Listed) -> bool:

@@ -159,6 +159,11 @@ def open_session(settings: Settings) -> Session:
     return Session(settings, store, subjects, files, _trials(files, list(subjects.values())))
 
 
+def absolute(path: str | None) -> str | None:
+    """A file or folder by its full path, for whoever runs elsewhere; None and "random" as they are."""
+    return path if path is None or path == RANDOM else str(Path(path).expanduser().absolute())
+
+
 def open_subject(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:
     """One model with its weights, and the images as it reads them."""
     workload = open_workload(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ablations.lease import BEAT, PATIENCE, holder
-from ablations.listing import table
+from ablations.listing import in_words, table
 from ablations.progress import LIVE, duration
 from ablations.record import RUN, planned_keys
 from ablations.stale import outdated, reasons
@@ -94,18 +95,18 @@ def look(store: Store, signs: Signs | None = None) -> State:
     plan = planned_keys(run)
     if not plan:
         raise ValueError(f"{store.location} holds no run.json; give the OUT of a run, or start one with `run --out`")
-    rows = store.table()
+    rows = store.indexed()
     keys = {key for each in plan.values() for key in each}
     running = (signs or Signs(store)).running()
     live = None if running is False else store.read_json(LIVE)
     return State(
         headline=f"{run.get('model')} ({run.get('weights')} weights) on {run.get('images')} images of "
         f"{run.get('workload')}",
-        specs=store.status(plan),
+        specs=store.status(plan, rows),
         failures=_failures(rows, keys),
         running=running,
         live=live if isinstance(live, dict) else {},
-        pace=pace([entry.modified for entry in store.storage.entries("trials").values()]),
+        pace=pace(rows["row_modified"].to_pylist()),
         old=outdated(rows, keys=keys),
         unplanned=reasons(rows, run, planned=keys),
     )
@@ -180,7 +181,7 @@ def watch(
 ) -> Iterator[list[str]]:
     """The state again and again, until no run is at work any more or ``times`` looks were taken.
 
-    What has been read is not read again: each look costs a few listings and the results that are new.
+    What has been read is not read again: each look costs a listing and the results that are new.
     """
     count = idle = 0
     signs = Signs(store)
@@ -196,7 +197,32 @@ def watch(
 def _failures(rows: pa.Table, keys: set[str]) -> list[tuple[str, str, str]]:
     failed = rows.filter(pc.equal(rows["status"], "failed")).select(["key", "spec", "variant", "x", "error"])
     return [
-        (row["key"], f"{row['spec']}: {row['variant']}" + ("" if row["x"] is None else f" (x = {row['x']:g})"),
-         row["error"] or "no reason")
-        for row in failed.to_pylist() if row["key"] in keys
-    ]  # fmt: skip
+        (row["key"], f"{row['spec']}: {in_words(row['variant'], row['x'])}", row["error"] or "no reason")
+        for row in failed.to_pylist()
+        if row["key"] in keys
+    ]
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+def find_key(store: Store, key: str, *, folders: Sequence[str] = ("trials",)) -> str:
+    """The one key that begins so, of a trial that has a file in one of the folders."""
+    if not re.fullmatch(r"[0-9a-f]{4,16}", key):
+        raise ValueError(f"{key!r} is no key: give its 16 hexadecimal digits, or the first 4 or more")
+    names = {name.partition(".")[0] for folder in folders for name in store.storage.entries(folder)}
+    found = sorted(name for name in names if name.startswith(key))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ValueError(f"{store.location} has no trial {key}; results.parquet lists every key")
+    raise ValueError(f"{len(found)} trials begin with {key} ({', '.join(found[:4])}, …); give more digits")
+
+
+def log_lines(store: Store, key: str) -> Sequence[str]:
+    """What is known of a trial: its row in short, then its log."""
+    row = store.load(key) or {}
+    named = ("spec", "variant", "x", "status", "error", "placement", "budget", "batch", "seconds", "device", "created")
+    lines = [f"{name:10} {row[name]}" for name in named if row.get(name) is not None]
+    text = store.read_log(key)
+    return [key, *lines, "", *(text.splitlines() if text else ["no log was kept"])]

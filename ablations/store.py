@@ -24,7 +24,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ablations.files import atomic, json_bytes, read_json, write_json
+from ablations.files import atomic, cache_home, json_bytes, read_json, write_json
 from ablations.index import KEY, SUFFIX, RowIndex, owned, parquet, read_parquet, read_row, short
 from ablations.lease import leased
 from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA
@@ -70,20 +70,7 @@ class Store:
         """The folder of what is no result (caches, scratch): OUT itself, or for a URI a folder of this machine."""
         if isinstance(self.storage, Disk):
             return self.storage.root
-        base = os.environ.get("SIEVIT_CACHE") or Path.home() / ".cache" / "sievit"
-        return Path(base).absolute() / hashlib.sha256(self.location.encode()).hexdigest()[:16]
-
-    @property
-    def trials(self) -> Path:
-        return self.out / "trials"
-
-    @property
-    def images(self) -> Path:
-        return self.out / "images"
-
-    @property
-    def samples(self) -> Path:
-        return self.out / "samples"
+        return cache_home() / hashlib.sha256(self.location.encode()).hexdigest()[:16]
 
     @property
     def cache(self) -> Path:
@@ -171,7 +158,11 @@ class Store:
 
     def table(self) -> pa.Table:
         """Every row that can be read, by key, with the columns of ``schema.ROW_SCHEMA``."""
-        return self._index.table().select(ROW_SCHEMA.names)
+        return self.indexed().select(ROW_SCHEMA.names)
+
+    def indexed(self) -> pa.Table:
+        """The same with the columns of ``index.INDEX_SCHEMA``: what is known of the files."""
+        return self._index.table()
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """The row of every trial on disk, by key; files that cannot be read are ignored with a warning."""
@@ -221,9 +212,9 @@ class Store:
         self._index.save(alone=True)
         return len(kept)
 
-    def status(self, plan: Mapping[str, Collection[str]]) -> list[Status]:
-        """How far each spec is; ``plan`` maps a spec to the keys of its trials."""
-        table = self._index.table()
+    def status(self, plan: Mapping[str, Collection[str]], rows: pa.Table | None = None) -> list[Status]:
+        """How far each spec is; ``plan`` maps a spec to the keys of its trials, ``rows`` are ``indexed()``."""
+        table = self.indexed() if rows is None else rows
         finished = self._index.finished(table)
         failed = set(table["key"].filter(pc.equal(table["status"], "failed")).to_pylist())
         planned = {key for keys in plan.values() for key in keys}

@@ -15,6 +15,7 @@ class ImagesAccount:
 
     found: int
     used: int
+    calibrating: int  # of these, the images that settings are sought on and that no result counts
     left_out: int  # by a limit
     ignored: int  # files that do not call themselves images
     skipped: tuple[tuple[str, int], ...]  # kind of problem and how many images have it
@@ -25,7 +26,8 @@ class ImagesAccount:
     def summary(self) -> str:
         """One sentence that adds up."""
         skipped = sum(count for _, count in self.skipped)
-        parts = [f"{self.used} are used", f"{skipped} skipped"]
+        calibrate = f" ({self.calibrating} only to calibrate)" if self.calibrating else ""
+        parts = [f"{self.used} are used{calibrate}", f"{skipped} skipped"]
         if self.left_out:
             parts.insert(1, f"{self.left_out} left out by the limit")
         ignored = f"; {self.ignored} further files do not call themselves images" if self.ignored else ""
@@ -47,6 +49,7 @@ def read_account(run: Mapping[str, Any]) -> ImagesAccount | None:
         return ImagesAccount(
             found=int(data["found"]),
             used=int(data["used"]),
+            calibrating=int(run.get("calibration_images") or 0),
             left_out=int(data.get("left_out_by_limit", 0)),
             ignored=int(data.get("ignored_files", 0)),
             skipped=_counts(data.get("skipped")),

@@ -120,7 +120,7 @@ def finetuned(
         device=context.device,
         workers=access.workers,
         report=report,
-        beat=getattr(context, "beat", None),
+        beat=context.beat,
     )
     return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
 

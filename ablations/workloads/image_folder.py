@@ -72,7 +72,7 @@ def open_image_folder(
     positions = spread_subset([entry[0] for entry in entries], [entry[1] for entry in entries], limit)
     chosen = [entries[position] for position in positions]
     decoded = decode(
-        [_source(*entry) for entry in chosen],
+        [image_source(*entry) for entry in chosen],
         preprocess=preprocess,
         cache=cache,
         origin=str(found.root),
@@ -220,7 +220,9 @@ def _nothing_found(root: Path, skipped: list[Entry]) -> str:
     return f"{root} holds no images: it needs one folder for each class, with images ({', '.join(sorted(SUFFIXES))})"
 
 
-def _source(name: str, label: int, path: Path) -> Source:
+def image_source(name: str, label: int, path: Path) -> Source:
+    """An image file of a folder, as ``decode`` takes it."""
+
     def load() -> Loaded:
         image, notes = read_image(path)
         return Loaded(image, label, notes)

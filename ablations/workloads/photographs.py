@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep
 from ablations.workloads.classes import folder_classes
-from ablations.workloads.decode import Loaded, Source, decode, load_image, read_image
-from ablations.workloads.image_folder import find_images, image_id
+from ablations.workloads.decode import decode, load_image
+from ablations.workloads.image_folder import find_images, image_id, image_source
 from ablations.workloads.preprocess import Preprocess, convert
 
 log = logging.getLogger(__name__)
@@ -70,14 +70,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
         self._transform = train_transform(preprocess, augment)
 
     def _held_out(self, entries: list[tuple[str, int, Path]], preprocess: Preprocess, cache: Path) -> Workload:
-        def source(name: str, label: int, path: Path) -> Source:
-            def load() -> Loaded:
-                image, notes = read_image(path)
-                return Loaded(image, label, notes)
-
-            return Source(name, f"{path.stat().st_size}:{label}", load)
-
-        sources = [source(*entry) for entry in sorted(entries)]
+        sources = [image_source(*entry) for entry in sorted(entries)]
         decoded = decode(sources, preprocess=preprocess, cache=cache, origin=f"held out of {self.root}")
         return decoded.workload(
             f"held out of {self.root.name}", preprocess=preprocess, labels=decoded.labels, classes=self.classes,

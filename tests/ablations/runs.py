@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,20 @@ def fingerprints(out: Path, keys: Iterable[str]) -> dict[str, tuple[str, str, in
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (row, images)]
         found[key] = digests[0], digests[1], row.stat().st_mtime_ns
     return found
+
+
+def assert_goes_on(ablate: Callable[..., int], out: Path, spec: Path, *, trials: int) -> None:
+    """The same command after a run that ended in the middle: what was finished is kept, to the last bit and untouched,
+    and the others are computed.
+    """
+    kept = Store(out).finished()
+    assert 2 <= len(kept) < trials and stored(out) == len(kept), "it ended in the middle"
+    before, wrote = fingerprints(out, kept), StringIO()
+    with redirect_stdout(wrote):
+        assert ablate("run", *LONGER, "--specs", spec) == 0
+    assert f"{trials - len(kept)} to compute" in wrote.getvalue()
+    assert fingerprints(out, kept) == before
+    assert pq.read_table(out / "results.parquet").num_rows == trials
 
 
 def assert_same_results(one: Path, other: Path, keys: Iterable[str]) -> None:

@@ -97,8 +97,8 @@ def fill(folder: Path, count: int = COUNT) -> int:
             "tokens": [65.0] * 13, "tokens_std": [0.0] * 13, "coverage": 0.5, "class_kept": 1.0, "seconds": 1.5,
             "device": "cpu (1 thread)", "versions": '{"torch": "2"}', "dense_top1": 0.8, "attempts": 1,
         }  # fmt: skip
-        (store.trials / f"{trial.key}.parquet").write_bytes(parquet(pa.Table.from_pylist([row], ROW_SCHEMA)))
-        (store.images / f"{trial.key}.parquet").write_bytes(images)
+        (store.out / "trials" / f"{trial.key}.parquet").write_bytes(parquet(pa.Table.from_pylist([row], ROW_SCHEMA)))
+        (store.out / "images" / f"{trial.key}.parquet").write_bytes(images)
     write_record(session, command=["python", "-m", "ablations", "run"])
     return len(trials)
 

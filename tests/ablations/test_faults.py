@@ -24,16 +24,17 @@ from tests.ablations.runs import (
     ROOT,
     TINY,
     alive,
+    assert_goes_on,
     assert_same_results,
     environment,
     family_of,
-    fingerprints,
     grid,
     launch,
     run,
     serial,
     stored,
     wait_until,
+    workers_of,
 )
 
 GOOD = """\
@@ -104,7 +105,7 @@ def test_a_trial_that_does_not_fit_on_the_gpu_takes_half_as_many_images_and_says
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
-    tmp_path: Path, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ablate: Callable[..., int]
 ) -> None:
     """Every write fails from some moment on, by a limit that the kernel holds: as on a full disk or a used-up quota."""
     out, spec = tmp_path / "out", grid(tmp_path, 10)
@@ -114,12 +115,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 2, printed
     assert "error: the results cannot be written to" in printed and "Traceback" not in printed
-    kept = Store(out).finished()
-    assert 2 <= len(kept) < 10 and stored(out) == len(kept)
-    before = fingerprints(out, kept)
-    assert ablate("run", *LONGER, "--specs", spec) == 0
-    assert f"{10 - len(kept)} to compute" in capsys.readouterr().out
-    assert fingerprints(out, kept) == before and pq.read_table(out / "results.parquet").num_rows == 10
+    assert_goes_on(ablate, out, spec, trials=10)
 
 
 def kilobytes(path: Path) -> int:
@@ -163,10 +159,8 @@ def test_a_really_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_
 
 
 @pytest.mark.slow
-def test_a_worker_that_cannot_write_its_results_ends_the_run(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_write_its_results_ends_the_run(tmp_path: Path, ablate: Callable[..., int]) -> None:
     """Computing on would lose every further result as well."""
-    from tests.ablations.runs import workers_of
-
     out, spec = tmp_path / "out", grid(tmp_path, 24)
     process = launch("run", "--out", out, *TINY, *LONGER, "--workers", "1", "--specs", spec)
     wait_until(lambda: stored(out) >= 2 and len(workers_of(process)) == 1, process)
@@ -174,12 +168,7 @@ def test_a_worker_that_cannot_write_its_results_ends_the_run(tmp_path: Path) -> 
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 2 and "error: the results cannot be written to" in printed, printed
-    kept = Store(out).finished()
-    assert 2 <= len(kept) < 24
-    before = fingerprints(out, kept)
-    status, printed = run("run", "--serial", "--out", out, *TINY, *LONGER, "--specs", spec)
-    assert status == 0, printed
-    assert fingerprints(out, kept) == before and len(Store(out).finished()) == 24
+    assert_goes_on(ablate, out, spec, trials=24)
 
 
 def test_a_second_driver_is_kept_out_and_the_first_goes_on(
@@ -238,8 +227,4 @@ def test_a_killed_driver_takes_its_workers_with_it_and_loses_nothing(
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     wait_until(lambda: not alive(family))
-    kept = Store(out).finished()
-    assert 2 <= len(kept) < 24
-    before = fingerprints(out, kept)
-    assert ablate("run", *LONGER, "--specs", spec) == 0
-    assert fingerprints(out, kept) == before and len(Store(out).finished()) == 24
+    assert_goes_on(ablate, out, spec, trials=24)

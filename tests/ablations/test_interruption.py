@@ -19,8 +19,8 @@ from tests.ablations.runs import (
     PATIENCE,
     ROOT,
     TINY,
+    assert_goes_on,
     assert_same_results,
-    fingerprints,
     grid,
     launch,
     one_thread,
@@ -37,21 +37,12 @@ def stop_after_two(process: subprocess.Popen[str], out: Path, how: signal.Signal
     return process.communicate(timeout=PATIENCE)[0]
 
 
-def test_a_killed_run_loses_nothing_and_goes_on(
-    tmp_path: Path, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_killed_run_loses_nothing_and_goes_on(tmp_path: Path, ablate: Callable[..., int]) -> None:
     out, spec = tmp_path / "out", grid(tmp_path, 16)
     process = launch("run", "--serial", "--out", out, *TINY, *LONGER, "--specs", spec)
     stop_after_two(process, out, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    kept = Store(out).finished()
-    assert 2 <= len(kept) < 16, "killed in the middle"
-    before = fingerprints(out, kept)
-
-    assert ablate("run", *LONGER, "--specs", spec) == 0
-    assert f"{16 - len(kept)} to compute" in capsys.readouterr().out
-    assert pq.read_table(out / "results.parquet").num_rows == 16
-    assert fingerprints(out, kept) == before
+    assert_goes_on(ablate, out, spec, trials=16)
 
 
 def kill_a_worker(process: subprocess.Popen[str]) -> None:
@@ -63,7 +54,7 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker of its own run through /proc")
 def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
-    tmp_path: Path, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ablate: Callable[..., int]
 ) -> None:
     out, spec = tmp_path / "out", grid(tmp_path, 16)
     process = launch("run", "--out", out, *TINY, *LONGER, "--workers", "1", "--specs", spec)
@@ -73,14 +64,9 @@ def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
     printed = stop_after_two(process, out, signal.SIGINT)
     assert process.returncode == 130, printed
     assert "the same command goes on from there" in printed and "Traceback" not in printed
-    kept = Store(out).finished()
-    assert 2 <= len(kept) < 16
-    assert pq.read_table(out / "results.parquet").num_rows == len(kept), "what there is is compacted"
+    assert pq.read_table(out / "results.parquet").num_rows == stored(out), "what there is is compacted"
     assert not (out / "ray").exists()
-
-    assert ablate("run", *LONGER, "--specs", spec) == 0, "with or without Ray, it is the same run"
-    assert f"{16 - len(kept)} to compute" in capsys.readouterr().out
-    assert pq.read_table(out / "results.parquet").num_rows == 16
+    assert_goes_on(ablate, out, spec, trials=16)  # with or without Ray, it is the same run
 
 
 def test_workers_find_what_a_serial_run_finds_and_a_failing_trial_stops_no_other(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.reproduce import ReproduceError, as_evaluated, find_key, recorded_trial, reproduce
+from ablations.reproduce import ReproduceError, as_evaluated, recorded_trial, reproduce
 from ablations.schema import ROW_SCHEMA
 from ablations.session import Settings, open_session
+from ablations.state import find_key
 from ablations.store import Store
 from tests.ablations.results import finished
 
@@ -40,7 +41,7 @@ def run(ablate: Ablate, tmp_path: Path) -> Store:
 def changed(store: Store, key: str, **columns: object) -> None:
     """Put other values into the row of a trial."""
     row = {**(store.load(key) or {}), **columns}
-    pq.write_table(pa.Table.from_pylist([row], ROW_SCHEMA), store.trials / f"{key}.parquet")
+    pq.write_table(pa.Table.from_pylist([row], ROW_SCHEMA), store.out / "trials" / f"{key}.parquet")
 
 
 def test_every_trial_comes_out_as_recorded(run: Store, ablate: Ablate, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +115,7 @@ def test_a_halved_batch_and_a_timed_trial_are_evaluated_as_they_were(run: Store)
 def test_a_trial_that_cannot_be_repeated_is_refused_with_the_remedy(run: Store, tmp_path: Path) -> None:
     key = sorted(run.finished())[0]
     for wrong, words in (("xyz", "is no key"), ("0" * 16, "has no trial"), ("../../etc", "is no key")):
-        with pytest.raises(ReproduceError, match=words):
+        with pytest.raises(ValueError, match=words):
             find_key(run, wrong)
     trial, _ = recorded_trial(run, key)
     twin = dataclasses.replace(trial, variant="twin")

@@ -140,7 +140,7 @@ def test_a_run_at_work_is_seen_with_what_it_tells(store: Store, trials: list[Tri
         assert "a run is at work; 2 running; 1 tried again; about 1 min 35 s left" in shown(store)
         store.write_json(LIVE, {})
         store.save(finished(trials[1], target.facts))
-        times = sorted(store.trials.iterdir())
+        times = sorted((store.out / "trials").iterdir())
         os.utime(times[0], (1000, 1000))
         os.utime(times[1], (1010, 1010))
         assert "about 20 s left" in shown(store), "two more at one each ten seconds"

@@ -43,7 +43,7 @@ def test_what_is_saved_is_read_back(store: Store, trials: list[Trial], target: T
     store.save(result)
     assert store.finished() == {trials[0].key}
     assert store.load(trials[0].key) == {**result.row, "blocks": [3]}
-    images = pq.read_table(store.images / f"{trials[0].key}.parquet").to_pylist()
+    images = pq.read_table(store.out / "images" / f"{trials[0].key}.parquet").to_pylist()
     assert images[3]["kept"] == [b"\xff"] and images[3]["coverage"] is None and images[3]["tokens"] == [65, 9]
 
 
@@ -62,7 +62,7 @@ def test_a_damaged_result_is_ignored_with_a_warning(
 ) -> None:
     for trial in trials[:2]:
         store.save(finished(trial, target.facts))
-    row, images = (folder / f"{trials[0].key}.parquet" for folder in (store.trials, store.images))
+    row, images = (folder / f"{trials[0].key}.parquet" for folder in ((store.out / "trials"), (store.out / "images")))
     content = row.read_bytes()
     if damage == "short":
         row.write_bytes(content[: len(content) // 2])
@@ -71,11 +71,11 @@ def test_a_damaged_result_is_ignored_with_a_warning(
     elif damage == "text":
         row.write_text("not parquet")
     elif damage == "other key":
-        row.write_bytes((store.trials / f"{trials[1].key}.parquet").read_bytes())
+        row.write_bytes((store.out / "trials" / f"{trials[1].key}.parquet").read_bytes())
     elif damage == "no images":
         images.unlink()
     elif damage == "other images":
-        images.write_bytes((store.images / f"{trials[1].key}.parquet").read_bytes())
+        images.write_bytes((store.out / "images" / f"{trials[1].key}.parquet").read_bytes())
     else:
         images.write_bytes(images.read_bytes()[:100])
     with caplog.at_level(logging.WARNING):
@@ -90,16 +90,16 @@ def test_a_writer_killed_half_way_leaves_nothing_that_counts(store: Store, trial
         "with atomic(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    path = store.trials / f"{key}.parquet"
+    path = store.out / "trials" / f"{key}.parquet"
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=False).returncode == -9
-    left = list(store.trials.iterdir())
+    left = list((store.out / "trials").iterdir())
     assert len(left) == 1 and left[0].name.endswith(".tmp") and store.rows() == {}
     store.create()
     assert left[0].exists(), "it may be another run's, still being written"
     long_ago = time.time() - 7200
     os.utime(left[0], (long_ago, long_ago))
     store.create()
-    assert list(store.trials.iterdir()) == []
+    assert list((store.out / "trials").iterdir()) == []
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_a_changed_file_is_read_again_and_a_removed_one_forgotten(
     store.save(finished(trials[2], target.facts))
     store.compact([])
     store.save(finished(trials[0], target.facts))
-    (store.trials / f"{trials[1].key}.parquet").unlink()
-    (store.images / f"{trials[2].key}.parquet").write_bytes(b"")
+    (store.out / "trials" / f"{trials[1].key}.parquet").unlink()
+    (store.out / "images" / f"{trials[2].key}.parquet").write_bytes(b"")
     for known in (store, Store(store.out)):
         assert known.rows().keys() == {trials[0].key, trials[2].key}
         assert known.finished() == {trials[0].key}
@@ -216,7 +216,7 @@ def test_a_flipped_bit_is_noticed_by_its_checksum(
     store: Store, trials: list[Trial], target: Target, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.save(finished(trials[0], target.facts))
-    flip_a_bit(store.trials / f"{trials[0].key}.parquet")
+    flip_a_bit(store.out / "trials" / f"{trials[0].key}.parquet")
     assert store.finished() == set()
     assert "computed again" in caplog.text
 
@@ -226,7 +226,7 @@ def test_a_flipped_bit_in_the_images_is_noticed_where_they_are_verified_once(
 ) -> None:
     for trial in trials:
         store.save(finished(trial, target.facts))
-    flip_a_bit(store.images / f"{trials[0].key}.parquet")
+    flip_a_bit(store.out / "images" / f"{trials[0].key}.parquet")
     assert len(store.finished()) == 4, "its end is whole, and nobody looked further"
     whole = {trial.key for trial in trials[1:]}
     assert store.finished(verify=True) == whole
@@ -263,7 +263,7 @@ def test_spoilt_images_stay_spoilt_until_they_are_computed_again(
 ) -> None:
     for trial in trials:
         store.save(finished(trial, target.facts))
-    flip_a_bit(store.images / f"{trials[0].key}.parquet")
+    flip_a_bit(store.out / "images" / f"{trials[0].key}.parquet")
     assert len(store.finished(verify=True)) == 3
     assert len(store.finished()) == 3, "a look at its end does not make it whole"
     store.forget_spoilt()
@@ -297,7 +297,7 @@ def test_results_are_open_to_anyones_pandas(store: Store, trials: list[Trial], t
     for trial in trials:
         store.save(finished(trial, target.facts))
     store.compact([trial.key for trial in trials])
-    whole, parts = pd.read_parquet(store.results), pd.read_parquet(store.trials)
+    whole, parts = pd.read_parquet(store.results), pd.read_parquet(store.out / "trials")
     assert list(whole.columns) == list(parts.columns) == ROW_SCHEMA.names and len(whole) == len(parts) == 4
     assert set(whole["key"]) == set(parts["key"])
 
@@ -312,10 +312,10 @@ def test_a_row_says_exactly_which_trial_it_is_of(store: Store, trials: list[Tria
 
 def test_left_overs_are_judged_by_the_clock_of_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose clock is a day ahead must not remove what another is writing."""
-    (store.trials / ".half.parquet.tmp").write_bytes(b"half")
+    (store.out / "trials" / ".half.parquet.tmp").write_bytes(b"half")
     monkeypatch.setattr(time, "time", lambda: 4e9)
     store.create()
-    assert (store.trials / ".half.parquet.tmp").exists()
+    assert (store.out / "trials" / ".half.parquet.tmp").exists()
 
 
 def test_the_log_of_a_trial_is_found_by_its_key(store: Store, trials: list[Trial]) -> None:

@@ -80,7 +80,7 @@ def test_a_result_is_read_back_to_the_last_bit(base: Path, target: Target, data:
     row = store.load(result.key)
     assert row is not None
     assert {name: (value, row[name]) for name, value in result.row.items() if not identical(value, row[name])} == {}
-    images = pq.read_table(store.images / f"{result.key}.parquet").to_pydict()
+    images = pq.read_table(store.out / "images" / f"{result.key}.parquet").to_pydict()
     for name, column in result.images.items():
         assert identical(images[name], list(column)), name
     assert store.finished() == {result.key} == set(store.rows())
@@ -126,7 +126,7 @@ def test_a_result_with_any_byte_wrong_is_read_whole_or_not_at_all(
     trial = trial_of(target)
     store.save(TrialResult({**base_row(trial, target.facts), "status": "ok", "top1": 0.5}, {"image": ["a"] * IMAGES}))
     written = store.load(trial.key)
-    path = store.trials / f"{trial.key}.parquet"
+    path = store.out / "trials" / f"{trial.key}.parquet"
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(0, len(content) - 1))]

@@ -32,8 +32,12 @@ def report(tmp_path: Path, run: dict[str, Any]) -> str:
 
 
 def test_the_report_counts_what_was_found_used_and_skipped_by_kind(tmp_path: Path) -> None:
-    text = report(tmp_path, {"images_account": ACCOUNT, "skipped": [["a/x.jpg", "truncated: image file is truncated"]]})
-    assert "Of 20 images found, 12 are used, 3 left out by the limit and 5 skipped; 7 further files do not" in text
+    skipped = [["a/x.jpg", "truncated: image file is truncated"]]
+    text = report(tmp_path, {"images_account": ACCOUNT, "skipped": skipped, "calibration_images": 2})
+    assert (
+        "Of 20 images found, 12 are used (2 only to calibrate), 3 left out by the limit and 5 skipped; 7 further files do not"
+        in text
+    )
     rows = re.findall(r"<tr><td>([^<]+)</td><td>(\d+)</td><td>(skipped|read and used)</td></tr>", text)
     assert rows == [("truncated", "4", "skipped"), ("a copy", "1", "skipped"), ("CMYK colours", "2", "read and used")]
     assert "No image that can be used in n01440764, n02102040" in text

@@ -40,7 +40,7 @@ def context(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(
         workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, opened_as="embedded",
         facts=SimpleNamespace(name="tiny", weights_digest="w" * 64, classes=10), cache=tmp_path,
-        data=None, train_data=None,
+        data=None, train_data=None, beat=lambda: None,
     )  # fmt: skip
 
 
