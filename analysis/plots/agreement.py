@@ -32,7 +32,8 @@ def across_specs(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     own = rows["spec"].iloc[0]
     rest = merge_seeds(trials[~trials["dense"] & (trials["spec"] != own)])
     away = (rest["gmacs_mean"] - level).abs()
-    rest = rest[away <= NEAR * dense].assign(_away=away).sort_values("_away", kind="stable")
+    # the column first: pandas lets a column that is put into an empty table make rows of nothing
+    rest = rest.assign(_away=away)[away <= NEAR * dense].sort_values("_away", kind="stable")
     rest = rest.drop_duplicates(["spec", "variant", "placement"]).sort_index()
     words = [
         f"{row.spec.replace('_', ' ')}: {row.variant}"
