@@ -274,6 +274,14 @@ def test_agreement_without_the_spec_of_all_methods_takes_every_spec_once(
     assert overlapping_texts(drawn.figure) == []
 
 
+def test_agreement_leaves_out_specs_that_have_nothing_near(answered: pd.DataFrame) -> None:
+    trials = answered[(answered["spec"] != "methods") & (answered["model"] == "digits_vit_small")]
+    rows = shared.overview(trials)
+    others = trials["spec"] != rows["spec"].iloc[0]
+    far = trials.assign(gmacs_mean=trials["gmacs_mean"].where(~others, 100 * DENSE_GMACS))
+    assert list(agreement.across_specs(far, rows)["key"]) == list(rows["key"])
+
+
 def test_a_smaller_input_has_patches_of_its_own(results: Results, answered: pd.DataFrame) -> None:
     rows = shared.overview(answered)
     small = rows.assign(tokens=[[40, 40] if name == "ToMe" else list(row) for name, row in zip(
