@@ -157,15 +157,7 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     if x is None:
         x = decision.features if decision.features is not None else token_map.apply(batch.x)
     size = token_map.total(batch.size)
-    bias = batch.key_bias
-    if bias is not None:  # exp(bias) is a number of tokens, so members add up
-        bias = token_map.total(bias.exp()).log()
-    if decision.proportional:
-        by_size = size.to(torch.promote_types(x.dtype, torch.float32)).log()
-        if token_map.new.uniform is None:  # images of which nothing was merged keep the attention they had
-            changed = (token_map.new.lengths < token_map.old.lengths)[token_map.new.row_image]
-            by_size = torch.where(changed, by_size, torch.zeros_like(by_size) if bias is None else bias)
-        bias = by_size
+    bias, biased = _bias_after(batch, decision, size, x.dtype)
     pos = batch.pos
     if pos is not None:
         source = token_map.source
@@ -173,9 +165,29 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     received = None if batch.received is None else token_map.total(batch.received)
     class_rows = class_rows_after(batch.cls, token_map)
     return replace(
-        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, received=received,
-        alive=_alive_after(batch.alive, token_map),
+        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, biased=biased,
+        received=received, alive=_alive_after(batch.alive, token_map),
     )  # fmt: skip
+
+
+def _bias_after(
+    batch: TokenBatch, decision: Decision, size: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the logits of the tokens that are left, and in which images (``TokenBatch.biased``)."""
+    token_map, bias, biased = decision.map, batch.key_bias, batch.biased
+    new = token_map.new
+    if bias is not None:  # exp(bias) is a number of tokens, so members add up
+        bias = token_map.total(bias.exp()).log()
+        if biased is not None:  # but an image that has none gets none, whatever the others of its batch have
+            bias = bias.masked_fill(~biased[new.row_image], 0)
+    if not decision.proportional:
+        return bias, biased
+    by_size = size.to(torch.promote_types(dtype, torch.float32)).log()
+    if new.uniform is not None:
+        return by_size, None
+    changed = new.lengths < token_map.old.lengths  # images of which nothing was merged keep the attention they had
+    by_size = torch.where(changed[new.row_image], by_size, torch.zeros_like(by_size) if bias is None else bias)
+    return by_size, changed if bias is None else None if biased is None else biased | changed
 
 
 def _alive_after(alive: Tensor | None, token_map: TokenMap) -> Tensor | None:

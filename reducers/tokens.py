@@ -214,6 +214,7 @@ class TokenBatch:
     cls: Tensor  # (B,) packed row of the class token, -1 where there is none
     pos: Tensor | None = None  # (T,) original patch a token still is, else -1; kept while tracing or on demand
     key_bias: Tensor | None = None  # (T,) float32, added to the attention logits of every later block
+    biased: Tensor | None = None  # (B,) bool: images that have such a bias; None: all, if any
     received: Tensor | None = None  # (T,) attention received in the block before, kept where the next block asks for it
     alive: Tensor | None = None  # (T,) float32 in [0, 1], under a training mask alone: what is left of a token as a key
 
