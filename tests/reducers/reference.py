@@ -124,7 +124,8 @@ def attend(block: Any, tokens: list[Token]) -> tuple[list[Vector], list[Seen]]:
     seen = [
         Seen(
             np.array([rows[0][h][j] for h in range(heads)]), np.array(keys[j]), values[j],
-            np.array([rows[j][h][j] for h in range(heads)]), np.array([sum(row[h][j] for row in rows) for h in range(heads)]),
+            np.array([rows[j][h][j] for h in range(heads)]),
+            np.array([sum(row[h][j] for row in rows) for h in range(heads)]),
         )
         for j in range(len(tokens))
     ]  # fmt: skip
@@ -159,7 +160,10 @@ def carry_out(choice: Choice, tokens: list[Token], seen: list[Seen]) -> tuple[li
         bias = math.log(size) if choice.by_size else bias
         lives = None if group.lives_on is None else tokens[group.lives_on]
         new_tokens.append(
-            Token(x, lives is not None and lives.prefix, size, bias, -1 if lives is None else lives.patch, frozenset(carries))
+            Token(
+                x, lives is not None and lives.prefix, size, bias, -1 if lives is None else lives.patch,
+                frozenset(carries),
+            )
         )  # fmt: skip
         new_seen.append(Seen(from_class, key / weights, value / weights))
     return new_tokens, new_seen
@@ -217,7 +221,7 @@ def evit(ratio: str) -> Reducer:
 
 
 def ats(ratio: str, *, lookup: str = "inverse") -> Reducer:
-    """Points (2k - 1) / 2K on the cumulative share, in the tokens' order, of summed attention times the value's norm."""
+    """Points (2k - 1) / 2K on the cumulative share, in token order, of summed attention times the value's norm."""
 
     def choose(tokens: list[Token], seen: list[Seen]) -> Choice:
         patches = patches_of(tokens)
