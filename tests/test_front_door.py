@@ -51,7 +51,7 @@ def test_make_alone_explains_every_target_and_variable() -> None:
 
 
 @needs_make
-def test_every_target_but_help_smoke_and_clean_sets_up_first(tmp_path: Path) -> None:
+def test_every_target_but_help_and_clean_sets_up_first(tmp_path: Path) -> None:
     for target in TARGETS:
         plan = make("--dry-run", target, f"VENV={tmp_path}")
         sets_up = "-m pip install" in plan

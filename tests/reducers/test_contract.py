@@ -7,7 +7,6 @@ import inspect
 
 import pytest
 import torch
-from torch import Tensor
 
 from reducers import (
     ATS,
@@ -122,15 +121,12 @@ def test_an_image_alone_is_the_same_image_in_a_batch_in_float64(reducer, images)
 @torch.no_grad()
 def test_an_image_alone_is_the_same_image_in_a_batch_in_float32(reducer):
     model = reduced(reducer, dtype=torch.float32)
-    many = torch.randn(24, 3, 48, 48)
+    many = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(2))
     together, trace = model.trace(many)
-    same = 0
     for i in range(len(many)):
         alone, own = model.trace(many[i : i + 1])
-        if all(torch.equal(own.kept(b)[0], trace.kept(b)[i]) for b in range(DEPTH)):
-            same += 1
-            torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
-    assert same >= 0.999 * len(many)
+        assert all(torch.equal(own.kept(b)[0], trace.kept(b)[i]) for b in range(DEPTH)), f"image {i}"
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
 
 
 @both
@@ -271,19 +267,28 @@ def test_parameters_belong_to_one_model_and_its_blocks(reducer):
         reduce_tokens(make_vit(embed_dim=48), at(PLACES, mine))
 
 
-@both
-@pytest.mark.parametrize("kind", KINDS)
+# the methods by their names, and of their variants those that ask for another kind of model
+ON_EVERY_KIND = {
+    name: reducer
+    for name, reducer in CASES.items()
+    if name in available() or reducer.needs_class_token != CASES.get(name.split()[0], reducer).needs_class_token
+}
+
+
+@pytest.mark.parametrize("name", ON_EVERY_KIND)
 @torch.no_grad()
-def test_every_kind_of_model_runs_or_is_refused_by_name(reducer, kind, images):
-    needs_class = reducer.needs_class_token
-    if needs_class and kind in WITHOUT_CLASS_TOKEN:
-        with pytest.raises(ValueError, match="needs a class token"):
-            reduced(reducer, kind)
-        return
-    logits, trace = reduced(reducer, kind).trace(images.double())
-    assert logits.shape == (len(images), 7)
-    assert torch.isfinite(logits).all()
-    assert isinstance(trace.macs, Tensor)
+def test_every_kind_of_model_runs_or_is_refused_by_name(name, images):
+    reducer, images = ON_EVERY_KIND[name], images[:2].double()
+    for kind in KINDS:
+        if reducer.needs_class_token and kind in WITHOUT_CLASS_TOKEN:
+            with pytest.raises(ReducerError, match="needs a class token"):
+                reduced(reducer, kind)
+            continue
+        model = reduced(reducer, kind)
+        logits, trace = model.trace(images)
+        assert logits.shape == (len(images), 7), kind
+        assert torch.isfinite(logits).all(), kind
+        torch.testing.assert_close(model.cost(images), trace.macs, msg=lambda text, kind=kind: f"{kind}: {text}")
 
 
 @pytest.mark.parametrize(
@@ -311,17 +316,15 @@ def test_half_precision_runs(name, images):
 @pytest.mark.parametrize("name", available())
 def test_a_registered_method_says_what_it_is(name):
     cls = available()[name]
-    assert cls.name == name
+    assert build(settings(name).spec()).name == name, "the name it is found by is the one it writes"
     assert cls.summary
     assert cls.source
     assert cls.__doc__
 
 
 @torch.no_grad()
-def test_permuting_the_patches_permutes_the_selection():
-    """True of every method that neither uses order nor draws by place (ToMe's sets alternate; ATS's CDF runs in
-    token order).
-    """
+def test_permuting_the_patches_permutes_what_topk_evit_and_the_release_of_ats_keep():
+    """They use neither order nor place; ToMe's sets alternate, and ATS's own CDF runs in token order."""
     model = make_vit().double()
     with torch.no_grad():
         model.pos_embed.zero_()

@@ -76,14 +76,19 @@ def is_giant(model: torch.nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > 50e6
 
 
-def check_equal_or_refused(name: str, probe: torch.nn.Module) -> str:
-    """'equal' or 'refused'; fails where a model would be run wrongly."""
+def is_refused(name: str, probe: torch.nn.Module) -> bool:
+    """Whether the runtime refuses the model, which it must do with a word on what is supported."""
     try:
         check_model(probe)
     except UnsupportedModel as error:
         if "Supported" not in str(error) and "create" not in str(error):
             pytest.fail(f"{name} is refused without saying what is supported: {error}")
-        return "refused"
+        return True
+    return False
+
+
+def check_equal(name: str, probe: torch.nn.Module) -> None:
+    """Fail where the model would be run wrongly."""
     model = shallow(name, probe)
     images = torch.randn(2, 3, *model.patch_embed.img_size)
     with torch.inference_mode():
@@ -92,25 +97,32 @@ def check_equal_or_refused(name: str, probe: torch.nn.Module) -> str:
     scale = max(
         1.0, float(expected.abs().max())
     )  # random weights make some logits large; 1e-5 is relative to them then
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
-    return "equal"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
 
 
-def test_no_reduction_is_plain_timm_on_every_entry_point_of_the_families():
+REFUSED_ENTRY_POINTS = {  # their blocks have another order of work, or attend in another way
+    "vit_base_patch16_18x2_224", "vit_base_patch16_rpn_224", "vit_base_patch16_xp_224",
+    "vit_dlittle_patch16_reg1_gap_256", "vit_dpwee_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256",
+    "vit_huge_patch14_xp_224", "vit_large_patch14_xp_224", "vit_pwee_patch16_reg1_gap_256",
+    "vit_small_patch16_18x2_224",
+}  # fmt: skip
+
+
+def test_no_reduction_is_plain_timm_on_every_entry_point_of_the_families_but_those_refused_by_name():
     probes = distinct(FAMILIES)
-    found = {name: check_equal_or_refused(name, probe) for name, probe in probes.items() if not is_giant(probe)}
-    equal = [name for name, verdict in found.items() if verdict == "equal"]
-    assert len(equal) >= 90, f"only {len(equal)} entry points are supported"
-    assert {"deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"} <= set(equal)
-    assert any("siglip" in name for name in equal)
-    assert any("clip" in name for name in equal)
+    refused = {name for name, probe in probes.items() if is_refused(name, probe)}
+    assert refused == REFUSED_ENTRY_POINTS & probes.keys(), "support has shrunk or grown: say so in the list"
+    for name in probes.keys() - refused:
+        if not is_giant(probes[name]):
+            check_equal(name, probes[name])
 
 
 @pytest.mark.slow
 def test_no_reduction_is_plain_timm_on_the_giants_too():
     giants = {name: probe for name, probe in distinct(FAMILIES).items() if is_giant(probe)}
     assert "vit_giant_patch14_dinov2" in giants
-    assert {check_equal_or_refused(name, probe) for name, probe in giants.items()} == {"equal"}
+    for name in giants.keys() - REFUSED_ENTRY_POINTS:
+        check_equal(name, giants[name])
 
 
 @pytest.mark.slow
