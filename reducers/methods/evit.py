@@ -53,7 +53,8 @@ class EViT(TokenReducer):
     without the prefix; an earlier fused token is a candidate like any other. Where nothing is left out there is no
     fused token. ``fuse=False`` drops the rest.
     ``select``: another selecting reducer chooses (``ATS``), EViT fuses what it left; ``budget`` then caps the choice.
-    The order of kept tokens is theirs in the image, not their rank: no later attention can tell the difference.
+    The order of kept tokens is theirs in the image, not their rank: no later attention can tell the difference, and a
+    method that goes by order (ATS's CDF, ToMe's sets) meets the patches in the image's order, the fused token last.
     """
 
     summary = "keep the most attended patches, fuse the rest into one token"
