@@ -48,6 +48,10 @@ CASES: dict[str, tuple[Placement, dict[int, list[slow.Reducer]]]] = {
         at([0, 2], Stack(EVIT, ATS(Ratio(0.6), lookup="nearest"))),
         {b: [slow.evit("0.7"), slow.ats("0.6", lookup="nearest")] for b in (0, 2)},
     ),
+    "evit and tome in one block": (
+        at([0, 2], Stack(EVIT, ToMe(Drop(6)))),
+        {b: [slow.evit("0.7"), slow.tome(drop=6)] for b in (0, 2)},
+    ),
     "ats and evit": (
         at([0, 2], Stack(THEN_ATS, EVIT)) | at(3, EViT(Ratio(0.5))),
         {0: [slow.ats("0.7"), slow.evit("0.7")], 2: [slow.ats("0.7"), slow.evit("0.7")], 3: [slow.evit("0.5")]},
