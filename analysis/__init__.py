@@ -8,6 +8,7 @@ the project. ``python -m analysis OUT`` does it all; every part is also a functi
     matching    which trials may be set beside each other: seeds, and equal cost
     stats       intervals, paired tests, and what a number of images can tell
     kept        which patches survive, and how far two trials agree about them
+    drawing     matplotlib as it ships, whatever its user set up
     style       colours, markers, labels and titles, the same in every figure
     plots       one figure a file: data frames -> matplotlib Figure
     tables      data frames -> tables in Markdown, CSV and LaTeX
@@ -18,3 +19,7 @@ the project. ``python -m analysis OUT`` does it all; every part is also a functi
     caveats     what to know before believing an experiment's numbers
     report      all of it; ``page``: in one self-contained HTML file
 """
+
+from analysis.drawing import bring_in
+
+bring_in()  # before any module of ours, or seaborn, imports it as the environment says

@@ -63,9 +63,9 @@ def save_figure(drawn: Drawn, folder: Path, name: str) -> tuple[list[Path], str]
     with style.theme():
         _settle(drawn.figure)
         png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-        drawn.figure.savefig(png, dpi=PNG_DPI, metadata={"Title": drawn.title})
+        drawn.figure.savefig(png, dpi=PNG_DPI, backend="agg", metadata={"Title": drawn.title})
         buffer = io.StringIO()
-        drawn.figure.savefig(buffer, format="svg", metadata={"Title": drawn.title, "Date": None})
+        drawn.figure.savefig(buffer, format="svg", backend="svg", metadata={"Title": drawn.title, "Date": None})
         svg.write_text(buffer.getvalue(), encoding="utf-8")
     return [png, svg], buffer.getvalue()
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
-import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -20,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.path import Path
 
+from analysis import drawing
 from analysis.frame import Setting, reducer_names
 
 GMACS = "GMACs (the papers' GFLOPs)"
@@ -84,8 +84,8 @@ class Look:
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """The settings every figure is made and saved under; the caller's own are restored."""
-    settings = {
+    """The settings every figure is made and saved under, none of the user's; these are restored."""
+    own = {
         **sns.axes_style("whitegrid"),
         **sns.plotting_context("paper", font_scale=1.15),
         "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same figure on every machine
@@ -101,7 +101,7 @@ def theme() -> Iterator[None]:
         # would be cut off in the file that is written at another.
         "text.hinting": "no_hinting",
     }
-    with mpl.rc_context(settings):
+    with drawing.settings(own):
         yield
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +22,46 @@ _COLOURS = {
 _MARKERS = {"packed": "o", "padded": "s", "masked": "D", "reference": "^"}
 
 
-def _pyplot() -> Any | None:
+def _matplotlib() -> Any | None:
+    """matplotlib, if there is one: even where a notebook left a backend in MPLBACKEND that this Python lacks."""
+    if "matplotlib" in sys.modules and sys.modules["matplotlib"] is not None:
+        return sys.modules["matplotlib"]
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib as mpl
     except ImportError:
         log.warning("no figure: matplotlib is not installed (pip install matplotlib draws it from the next run on)")
         return None
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with suppress(ValueError):
+            mpl.rcParams["backend"] = backend
+    return mpl
 
-    return plt
+
+@contextmanager
+def _defaults(mpl: Any) -> Iterator[None]:
+    """matplotlib's own settings; before and after, whatever its user has."""
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)  # defaults whose names are about to change
+        mpl.rcParams.update({k: v for k, v in mpl.rcParamsDefault.items() if not k.startswith("backend")})
+        yield
+
+
+def _drawn(draw: Callable[[Any], None], file: Path, size: tuple[float, float]) -> Path | None:
+    """A figure without pyplot, drawn under matplotlib's own settings and written; None without matplotlib."""
+    mpl = _matplotlib()
+    if mpl is None:
+        return None
+    with _defaults(mpl):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(file, dpi=150, backend="agg")
+    return file
 
 
 def _family(variant: str) -> str:
@@ -36,13 +70,12 @@ def _family(variant: str) -> str:
 
 def speed_figure(rows: Rows, title: str, file: Path) -> Path | None:
     """Speed-up against the GMACs ratio, one panel a batch size: on the diagonal, time follows cost."""
-    plt = _pyplot()
     batches = sorted({row["batch"] for row in rows})
-    if plt is None:
-        return None
-    figure, axes = plt.subplots(
-        1, len(batches), figsize=(4.6 * len(batches), 4.4), squeeze=False, sharey=True, layout="constrained"
-    )
+    return _drawn(lambda figure: _speed(figure, rows, batches, title), file, (4.6 * len(batches), 4.4))
+
+
+def _speed(figure: Any, rows: Rows, batches: Sequence[int], title: str) -> None:
+    axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)
     measured = [row for row in rows if row["speedup"] is not None and row["kind"] != "dense"]
     most = 1.1 * max([1.2, *(max(row["gmacs_ratio"], row["speedup_high"]) for row in measured)])
     for ax, batch in zip(axes[0], batches, strict=True):
@@ -61,33 +94,33 @@ def speed_figure(rows: Rows, title: str, file: Path) -> Path | None:
         ax.set(title=f"batch {batch}", xlabel="GMACs ratio (dense / reduced)", xlim=(0.95, most))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("measured speed-up")
-    _legend(axes[0][-1], plt, measured)
+    _legend(axes[0][-1], measured)
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
 
 
-def _legend(ax: Any, plt: Any, rows: Rows) -> None:
+def _legend(ax: Any, rows: Rows) -> None:
+    from matplotlib.lines import Line2D
+
     families = [family for family in _COLOURS if any(_family(row["variant"]) == family for row in rows)]
-    handles = [plt.Line2D([], [], color=_COLOURS[name], marker="o", linestyle="none", label=name) for name in families]
+    handles = [Line2D([], [], color=_COLOURS[name], marker="o", linestyle="none", label=name) for name in families]
     for kind in ("padded", "masked", "reference"):
         if any(row["kind"] == kind for row in rows):
             handles.append(
-                plt.Line2D(
+                Line2D(
                     [], [], color="0.3", marker=_MARKERS[kind], markerfacecolor="white", linestyle="none", label=kind
                 )
             )
-    handles.append(plt.Line2D([], [], color="0.6", label="time follows cost"))
+    handles.append(Line2D([], [], color="0.6", label="time follows cost"))
     ax.legend(handles=handles, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def scaling_figure(points: Rows, title: str, file: Path) -> Path | None:
     """Time, memory and the deciding's share against the number of tokens (above) and against the batch (below)."""
-    plt = _pyplot()
-    if plt is None:
-        return None
-    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
+    return _drawn(lambda figure: _scaling(figure, points, title), file, (12, 7))
+
+
+def _scaling(figure: Any, points: Rows, title: str) -> None:
+    axes = figure.subplots(2, 3)
     columns = (("milliseconds", "ms an image"), ("peak_mib", "peak memory, MiB"), ("deciding", "share of deciding"))
     for line, along, label in ((0, "tokens", "patch tokens"), (1, "batch", "batch")):
         chosen = [point for point in points if point["series"] == along and point["error"] is None]
@@ -110,9 +143,6 @@ def scaling_figure(points: Rows, title: str, file: Path) -> Path | None:
             ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False)
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-    return file
 
 
 def _whole_ticks(ax: Any, values: Sequence[int]) -> None:
