@@ -40,6 +40,7 @@ help: ## this list
 	@echo '  PROFILE=1  tell where the time went'
 	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
 	@echo '  OUT        folder of the results (default: results/WORKLOAD)'
+	@echo '  TO         for report: write it to this folder, where OUT may only be read'
 	@echo '  VENV       the environment to install into (default: .venv; VENV=$$VIRTUAL_ENV uses the active one)'
 	@echo '  RAY_ADDRESS=HOST:PORT runs the trials on an existing Ray cluster'
 	@echo
@@ -98,7 +99,7 @@ weights: $(STAMP) ## train the embedded models again and replace the shipped wei
 	$(PY) -m ablations.workloads.train_embedded --out ablations/workloads/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
-	$(PY) -m analysis '$(OUT)'
+	$(PY) -m analysis '$(OUT)' $(call option,TO,to)
 
 clean: ## remove caches and build files; results and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

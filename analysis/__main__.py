@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis import remote
-from analysis.frame import AnalysisError, read_results
-from analysis.report import write_analysis
+from analysis.frame import AnalysisError, Results, read_results
+from analysis.report import Written, write_analysis
 
 EPILOG = """\
 reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
@@ -19,12 +19,14 @@ reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped),
 writes  OUT/figures/*.png and *.svg    a few figures a spec, and those that belong to all
         OUT/tables/*.md, *.csv, *.tex  our numbers, and published ones beside them, apart
         OUT/report.html                all of it in one file that needs no network
+        all of these in FOLDER instead of OUT with --to FOLDER, where OUT may only be read
 
 No trial is computed, and nothing that a run wrote is changed: call it as often as you like.
 
-exit status: 0 written; 1 written, but no trial had finished; 2 OUT cannot be read
+exit status: 0 written; 1 written, but no trial had finished; 2 OUT cannot be read, or the report not written
 
-example:  python -m analysis results
+examples:  python -m analysis results
+           python -m analysis /mnt/archive/results --to report
 """
 
 
@@ -39,20 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "out", metavar="OUT", help="output folder of a run (make ablations OUT=...), or s3://BUCKET/FOLDER"
     )
+    parser.add_argument("--to", metavar="FOLDER", help="write the report, figures and tables there, nothing to OUT")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if remote.is_uri(options.out):
-            place = remote.open_place(options.out)
-            with remote.local_folder(options.out) as folder:
-                results = read_results(place.fetch(folder))
-                written = write_analysis(results)
-                report = place.send(folder)
-        else:
-            results = read_results(Path(options.out))
-            written = write_analysis(results)
-            report = str(written.report)
+        results, written, report = _analyse(options.out, options.to)
     except (AnalysisError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -65,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no trial finished; the report lists the reasons", file=sys.stderr)
         return 1
     return 0
+
+
+def _analyse(out: str, to: str | None) -> tuple[Results, Written, str]:
+    """What was read, what was written, and where the report is."""
+    if to is not None and remote.is_uri(to):
+        raise AnalysisError(f"--to {to}: name a folder of this machine, from which the report can be copied on")
+    folder = Path(to) if to is not None else None
+    if not remote.is_uri(out):
+        results = read_results(Path(out))
+        written = write_analysis(results, folder)
+        return results, written, str(written.report)
+    place = remote.open_place(out)
+    with remote.local_folder(out) as copy:
+        results = read_results(place.fetch(copy))
+        written = write_analysis(results, folder)
+        return results, written, place.send(copy) if folder is None else str(written.report)
 
 
 if __name__ == "__main__":

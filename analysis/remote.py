@@ -123,8 +123,14 @@ def local_folder(uri: str) -> Iterator[Path]:
     """Where the copy of a place is kept on this machine, for one report at a time."""
     base = os.environ.get("SIEVIT_CACHE") or Path.home() / ".cache" / "sievit"
     folder = Path(base) / "analysis" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise AnalysisError(
+            f"no copy of {uri} can be kept here ({error}); name a folder: SIEVIT_CACHE=FOLDER"
+        ) from error
+    with file:
         with suppress(OSError):  # a disk without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield folder

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pandas as pd
 
 from analysis import beside, caveats, findings, page, plots, published, style, tables
 from analysis.comparison import Finding
-from analysis.frame import Results, Setting
+from analysis.frame import AnalysisError, Results, Setting
 from analysis.outcomes import with_answers
 from analysis.page import read_samples, safe
 from analysis.plots import Drawn, Scene
@@ -41,6 +43,10 @@ QUESTIONS = {
     "evit_stacking": "Does adaptive sampling on top of EViT pay?",
     "methods": "Which method leads at which cost?",
     "budget_transfer": "Does one training serve every budget?",
+}
+REFUSED = {  # why a folder does not take a report, all of which another folder mends
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
 }
 ACROSS = ("model_scaling",)  # specs whose question is between models: one section for all of them
 
@@ -111,11 +117,28 @@ class _Desk:
         return [page.embed(one, prefix, self.folders, self.files) for one in drawn]
 
 
-def write_analysis(results: Results) -> Written:
-    """Write figures/, tables/ and report.html into the folder the results came from."""
-    folders = {name: results.folder / name for name in ("figures", "tables")}
-    for folder in folders.values():
+def write_analysis(results: Results, to: Path | None = None) -> Written:
+    """Write figures/, tables/ and report.html into a folder: by default the one that the results came from.
+    AnalysisError, before anything is drawn where that can be known, if nothing can be written there.
+    """
+    home = results.folder if to is None else to
+    try:
+        return _write(results, home)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise AnalysisError(
+            f"the report cannot be written to {home} ({error}); write it elsewhere: "
+            f"python -m analysis {results.folder} --to FOLDER"
+        ) from error
+
+
+def _write(results: Results, home: Path) -> Written:
+    folders = {name: home / name for name in ("figures", "tables")}
+    for folder in (home, *folders.values()):
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # drawing takes minutes: is it to be had for nothing?
+            pass
     looks = style.assign_looks(results.finished, order=["methods"])
     desk = _Desk(results, looks, folders, {"figures": [], "tables": []})
     everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
@@ -127,7 +150,7 @@ def write_analysis(results: Results) -> Written:
     skipped = tuple(name for name in results.specs if name not in set(results.finished["spec"]))
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
-    out = results.folder / "report.html"
+    out = home / "report.html"
     out.write_text(page.render(results, parts, skipped), encoding="utf-8")
     return Written(out, tuple(desk.files["figures"]), tuple(desk.files["tables"]), skipped)
 
