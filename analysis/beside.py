@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import stats, style
 from analysis.comparison import spoken
 from analysis.frame import reducer_names
-from analysis.matching import against_dense, dense_gmacs, merge_seeds, paired
+from analysis.matching import against_dense, dense_cost, merge_seeds, paired
 from analysis.plots.runtime import timed
 from analysis.tables import percent, with_bounds
 
@@ -164,7 +164,7 @@ def _told(ranked: Sequence[Row]) -> str:
 
 def _nearest(rows: Sequence[Row], trials: pd.DataFrame, share: float, chosen: Callable[[Row], bool]) -> Row | None:
     """The chosen row nearest to a share of the dense cost; None where none is near."""
-    dense = dense_gmacs(trials)
+    dense = dense_cost(trials)
     part = [row for row in rows if chosen(row)]
     row = min(part, key=lambda one: abs(one["gmacs_mean"] / dense - share), default=None)
     return row if row is not None and abs(row["gmacs_mean"] / dense - share) <= NEAREST else None
@@ -181,14 +181,14 @@ def _printed(top1: float, gflops: float | None) -> str:
 def _line(what: str, claim: str, row: Mapping[str, Any] | None, trials: pd.DataFrame) -> tuple[str, str, str, str]:
     if row is None:
         return what, claim, "not measured near this cost", ""
-    share, test = row["gmacs_mean"] / dense_gmacs(trials), against_dense(row)
+    share, test = row["gmacs_mean"] / dense_cost(trials), against_dense(row)
     change = with_bounds(test.difference, test.low, test.high, sign=True) if test else percent(
         row["top1"] - row["dense_top1"], sign=True
     )  # fmt: skip
     seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
     here = (
         f"{change} points at {100 * share:.0f} % ({percent(row['top1'])}; {style.cost(row['gmacs_mean'])} of "
-        f"{style.cost(dense_gmacs(trials))} GMACs{seeds})"
+        f"{style.cost(dense_cost(trials))} GMACs{seeds})"
     )
     return what, claim, here, " ".join(row["keys"])
 

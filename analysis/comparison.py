@@ -4,6 +4,7 @@ differ from one of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,8 +173,9 @@ def say(found: Comparison, dense: float) -> Finding:
     """One comparison as a sentence."""
     lead, costs = found.rows.iloc[0], found.rows["gmacs_mean"]
     ends = dict.fromkeys((style.cost(costs.min()), style.cost(costs.max())))
+    of_dense = "" if math.isnan(dense) else f" ({100 * found.level / dense:.0f} % of dense)"
     text = (
-        f"At {' to '.join(ends)} GMACs ({100 * found.level / dense:.0f} % of dense): {found.names[0]}, "
+        f"At {' to '.join(ends)} GMACs{of_dense}: {found.names[0]}, "
         f"{with_bounds(lead['top1'], lead['top1_low'], lead['top1_high'])} %"
     )
     same = [name for name, _ in found.others("same")]

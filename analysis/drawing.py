@@ -62,8 +62,7 @@ def _set(values: Mapping[str, str | None]) -> None:
 @contextmanager
 def settings(own: Mapping[str, Any]) -> Iterator[None]:
     """matplotlib's defaults and ``own`` over them; before and after, whatever the user has."""
-    import matplotlib as mpl
-
+    mpl: Any = importlib.import_module("matplotlib")
     with mpl.rc_context():
         with warnings.catch_warnings():  # of defaults whose names are about to change
             warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import questions, stats, style
 from analysis.comparison import SAME, Comparison, Finding, comparisons, natural, say, tally
 from analysis.frame import Setting
-from analysis.matching import against_dense, dense_gmacs, merge_seeds
+from analysis.matching import against_dense, dense_cost, merge_seeds
 from analysis.plots.clutter import CLUTTER, correlations, hardness, question
 from analysis.plots.placement import placement_levels
 from analysis.tables import percent
@@ -34,7 +34,7 @@ def answers(spec: str, trials: pd.DataFrame) -> list[Finding]:
     rows = merge_seeds(trials[~trials["dense"]])
     if rows.empty:
         return [Finding("Only the dense model was run: there is nothing to compare.", headline=True)]
-    dense = dense_gmacs(trials)
+    dense = dense_cost(trials)
     special = questions.SPECIAL.get(spec)
     own = special(trials) if special else []
     if spec in questions.WITHOUT_RANKING:

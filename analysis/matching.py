@@ -8,6 +8,7 @@ neighbours or left out, and says so in ``how``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,9 +133,15 @@ def at_cost(trials: pd.DataFrame, level: float, *, by: str) -> pd.DataFrame:
 
 
 def dense_gmacs(trials: pd.DataFrame) -> float:
-    """Cost of the plain model; of the dearest trial where no row says it."""
+    """A yardstick for distances between costs: that of the plain model; of the dearest trial where no row says it."""
+    known = dense_cost(trials)
+    return float(trials["gmacs_mean"].max()) if math.isnan(known) else known
+
+
+def dense_cost(trials: pd.DataFrame) -> float:
+    """Cost of the plain model; nan where no row says it: what is a share of it, or stands at it, is not known then."""
     known = trials["dense_gmacs"].dropna()
-    return float(known.iloc[0]) if len(known) else float(trials["gmacs_mean"].max())
+    return float(known.iloc[0]) if len(known) else math.nan
 
 
 def without_seed(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pandas as pd
 from analysis import stats, style, trained
 from analysis.comparison import SAME, Finding, Versus, spoken
 from analysis.frame import reducer_names
-from analysis.matching import INTERPOLATED, against_dense, dense_gmacs, merge_seeds, on_curve, paired
+from analysis.matching import INTERPOLATED, against_dense, dense_cost, merge_seeds, on_curve, paired
 from analysis.plots import difference as _difference
 from analysis.plots import scaling as _scaling
 from analysis.plots.runtime import timed
@@ -40,15 +41,16 @@ def cheapest_like_dense(rows: pd.DataFrame) -> list[Finding]:
                 break
             best, loss = row, paired
         if best is not None and loss is not None:
-            share = 100 * best["gmacs_mean"] / dense_gmacs(rows)
+            share = 100 * best["gmacs_mean"] / dense_cost(rows)
+            of_dense = "" if math.isnan(share) else f", {share:.0f} % of dense"
             budget = f" ({best['budget']})" if best["budget"] else ""
             change = with_bounds(loss.difference, loss.low, loss.high, sign=True)
             text = (
-                f"{spoken(name)}: down to {style.cost(best['gmacs_mean'])} GMACs, {share:.0f} % of dense{budget}, "
+                f"{spoken(name)}: down to {style.cost(best['gmacs_mean'])} GMACs{of_dense}{budget}, "
                 f"{SAME} from the dense model; difference {change} points"
                 f"{f', so a loss of up to {percent(-loss.low)} is not excluded' if loss.low < 0 else ''}."
             )
-            found.append((share, Finding(text, keys=tuple(best.get("keys", [best["key"]])))))
+            found.append((best["gmacs_mean"], Finding(text, keys=tuple(best.get("keys", [best["key"]])))))
     return [finding for _, finding in sorted(found, key=lambda entry: entry[0])]
 
 
@@ -65,7 +67,7 @@ def k_costs(trials: pd.DataFrame) -> list[Finding]:
             f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in chosen.itertuples()
         ]
         found.append(Finding(f"{spoken(name)}: {'; '.join(parts)}.", keys=tuple(chosen["key"]), headline=True))
-    like_dense = cheapest_like_dense(rows.assign(dense_gmacs=dense_gmacs(trials)))
+    like_dense = cheapest_like_dense(rows.assign(dense_gmacs=dense_cost(trials)))
     return found + [replace(one, headline=True) for one in like_dense]
 
 
@@ -153,11 +155,9 @@ def samplers(trials: pd.DataFrame) -> list[Finding]:
     found = []
     for row in merge_seeds(trials[~trials["dense"] & trials["target_gmacs"].isna()]).to_dict("records"):
         sampler = _ats_variant(row["reducer"])
-        if sampler is None:
+        share, counted = (value / dense_cost(trials) for value in (row["gmacs_mean"], row["reference_gmacs_mean"]))
+        if sampler is None or pd.isna(counted):  # what was executed is not the published order of work
             continue
-        share, counted = (value / dense_gmacs(trials) for value in (row["gmacs_mean"], row["reference_gmacs_mean"]))
-        if pd.isna(counted):
-            counted = share
         apart = {words: abs(counted - printed) for words, printed in PRINTED_SHARES.items()}
         near = min(apart, key=lambda words: apart[words])
         verdict = f"near {near}" if apart[near] <= LIKE_PRINTED else f"near neither {' nor '.join(PRINTED_SHARES)}"
@@ -175,12 +175,12 @@ def stages(trials: pd.DataFrame) -> list[Finding]:
     """What is lost at the saving that the paper claims, 37 %."""
     rows = merge_seeds(trials[~trials["dense"]])
     found = []
-    wanted = (1 - SAVED) * dense_gmacs(trials)
-    for name, part in rows.groupby("variant", sort=False):
+    wanted = (1 - SAVED) * dense_cost(trials)
+    for name, part in rows.groupby("variant", sort=False) if not math.isnan(wanted) else ():
         row = part.loc[(part["gmacs_mean"] - wanted).abs().idxmin()].to_dict()
         loss = against_dense(row)
-        if loss is not None and abs(row["gmacs_mean"] - wanted) <= 0.06 * dense_gmacs(trials):
-            saved = 1 - row["gmacs_mean"] / dense_gmacs(trials)
+        if loss is not None and abs(row["gmacs_mean"] - wanted) <= 0.06 * dense_cost(trials):
+            saved = 1 - row["gmacs_mean"] / dense_cost(trials)
             # The claim in print is ATS's: it says nothing about other reducers.
             ats = reducer_names(row["reducer"]) == ["ats"]
             claim = f" (in print: almost kept at {100 * SAVED:.0f} %, DeiT-S, finetuned)" if ats else ""
@@ -199,8 +199,8 @@ def sizes(trials: pd.DataFrame) -> list[Finding]:
     found = []
     for small, large in itertools.pairwise(names):
         whole = trials[trials["model"] == small]
-        cost, own = dense_gmacs(whole), rows[rows["model"] == large]
-        for name, part in own.groupby("variant", sort=False):
+        cost, own = dense_cost(whole), rows[rows["model"] == large]
+        for name, part in own.groupby("variant", sort=False) if not math.isnan(cost) else ():
             row = on_curve(part, cost) or part.loc[(part["gmacs_mean"] - cost).abs().idxmin()].to_dict()
             test = paired(row, {"answers": whole["dense_answers"].iloc[0] if "dense_answers" in whole else None})
             if test is not None:
@@ -212,7 +212,7 @@ def sizes(trials: pd.DataFrame) -> list[Finding]:
                 )
                 found.append(Finding(text, keys=tuple(row["keys"]), headline=True))
     for name in names:
-        part = rows[rows["model"] == name].assign(dense_gmacs=dense_gmacs(trials[trials["model"] == name]))
+        part = rows[rows["model"] == name].assign(dense_gmacs=dense_cost(trials[trials["model"] == name]))
         for one in cheapest_like_dense(part):
             found.append(replace(one, text=f"{name}, {one.text}"))
     return found

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import stats
-from analysis.matching import against_dense, dense_gmacs, merge_seeds
+from analysis import matching, stats
+from analysis.matching import against_dense, merge_seeds
 
 OUR_NOTE = (
     "GMACs: as executed, reducer included, mean ± standard deviation over images. Reference: the published "
@@ -48,7 +48,7 @@ def measured(trials: pd.DataFrame) -> pd.DataFrame:
     keys.
     """
     rows = merge_seeds(trials[~trials["dense"]])
-    dense_cost = dense_gmacs(trials)
+    dense_cost = matching.dense_cost(trials)
     records = [_dense_record(trials, dense_cost)] if trials["dense_top1"].notna().any() else []
     records += [_record(row, dense_cost) for row in rows.to_dict("records")]
     return pd.DataFrame(records)

@@ -49,7 +49,8 @@ def _difference_figure(name: str, title: str, trials: pd.DataFrame, scene: Scene
 
 
 def _k_figure(name: str, title: str, trials: pd.DataFrame, scene: Scene) -> list[Drawn]:
-    if trials.loc[~trials["dense"], "x"].dropna().nunique() < 2:
+    counts = trials.loc[~trials["dense"], "x"].dropna()
+    if counts.nunique() < 2 or (counts % 1 != 0).any() or (counts < 1).any():  # a share is no K
         return []
     title = f"{title}: accuracy and cost against K"
     figure = _k_effect.k_effect(trials, looks=scene.looks, title=title, subtitle=scene.subtitle)

@@ -11,18 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import stats, style
-from analysis.plots.clutter import known, tokens_kept
+from analysis.plots.clutter import Counted, adapts, counting, known, tokens_kept
 from analysis.style import Look
 
 CAPTION_CLUTTER = (
-    "Left: how many images leave the last block with how many tokens, for methods that let the number "
-    "differ. Right: the mean number against the known amount of clutter in the image, with 95 % bootstrap "
-    "intervals; the legend states Spearman's rank correlation over images with its 95 % interval. Trials "
-    "nearest to {level}."
+    "Left: how many images have how many tokens ({counted}), for methods that let the number differ. Right: the mean "
+    "number against the known amount of clutter in the image, with 95 % bootstrap intervals; the legend states "
+    "Spearman's rank correlation over images with its 95 % interval. Trials nearest to {level}."
 )
 CAPTION = (
-    "How many images leave the last block with how many tokens, for methods that let the number differ "
-    "from image to image. Trials nearest to {level}."
+    "How many images have how many tokens ({counted}), for methods that let the number differ from image to image. "
+    "Trials nearest to {level}."
 )
 LINES = 9  # methods that one pair of panels can still show
 BINS = 30  # of the histogram, about
@@ -30,10 +29,7 @@ BINS = 30  # of the histogram, about
 
 def adaptive(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The trials whose number of tokens differs between images, by their per-image tables."""
-    keep = [
-        key in images and "tokens" in images[key] and len(images[key]) > 1 and np.ptp(tokens_kept(images[key])) > 0
-        for key in trials["key"]
-    ]
+    keep = [key in images and "tokens" in images[key] and adapts(images[key]) for key in trials["key"]]
     return trials[np.array(keep, dtype=bool)]
 
 
@@ -41,9 +37,14 @@ def clutter_known(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> b
     return known([images[key] for key in trials["key"] if key in images], "clutter")
 
 
-def correlation(table: pd.DataFrame) -> stats.Interval:
-    """Spearman's rank correlation of tokens kept with clutter, over images."""
-    return stats.spearman(tokens_kept(table), table["clutter"].to_numpy(dtype=float))
+def counted_in(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> Counted:
+    """What the figure of these trials counts."""
+    return counting(images[key] for key in trials["key"] if key in images and "tokens" in images[key])
+
+
+def correlation(table: pd.DataFrame, counted: Counted) -> stats.Interval:
+    """Spearman's rank correlation of an image's tokens with clutter, over images."""
+    return stats.spearman(tokens_kept(table, counted), table["clutter"].to_numpy(dtype=float))
 
 
 @style.themed
@@ -55,12 +56,15 @@ def adaptivity(
     title: str,
     subtitle: str,
 ) -> Figure:
-    """Distribution of tokens over images and, where clutter is known, tokens against clutter."""
-    rows = adaptive(trials, images)
+    """Distribution of tokens over images and, where clutter is known, tokens against clutter; of the first few methods,
+    counted alike for all ``trials``.
+    """
+    counted = counted_in(trials, images)
+    rows = adaptive(trials, images).head(LINES)
     cluttered = clutter_known(rows, images)
     figure = style.new_figure(height=4.4)
     panels = figure.subplots(1, 2 if cluttered else 1, squeeze=False)[0]
-    counts = [tokens_kept(images[key]) for key in rows["key"]]
+    counts = [tokens_kept(images[key], counted) for key in rows["key"]]
     low, high = min(map(np.min, counts)), max(map(np.max, counts))
     # the same bins for all: a whole number of tokens wide, about thirty of them, centred on whole numbers
     width = max(1, round((high - low) / BINS))
@@ -68,7 +72,7 @@ def adaptivity(
     handles = []
     for row in rows.to_dict("records"):
         table, look, name = images[row["key"]], style.look_of(row["variant"], looks), row["variant"]
-        tokens = tokens_kept(table)
+        tokens = tokens_kept(table, counted)
         sns.histplot(
             x=tokens,
             bins=bins,
@@ -83,12 +87,12 @@ def adaptivity(
         entry = style.handle(name, looks)
         if cluttered:
             _against_clutter(panels[1], table.assign(_tokens=tokens), row["variant"], looks)
-            rho = correlation(table)
+            rho = correlation(table, counted)
             entry.set_label(f"{style.label(name)}: rho = {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
         handles.append(entry)
-    panels[0].set(xlabel="tokens leaving the last block", ylabel="images", ylim=(0, None))
+    panels[0].set(xlabel=counted.label, ylabel="images", ylim=(0, None))
     if cluttered:
-        panels[1].set(xlabel="clutter (pieces around the object)", ylabel="tokens leaving the last block")
+        panels[1].set(xlabel="clutter (pieces around the object)", ylabel=counted.label)
     style.put_title(figure, title, subtitle)
     style.put_legend(figure, handles)
     return style.finish(figure)

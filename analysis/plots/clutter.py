@@ -4,7 +4,8 @@ illustrated. Where clutter is not known (photographs), with how hard the plain m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,47 @@ from analysis import stats, style
 from analysis.style import Look
 
 CAPTION = (
-    "Spearman's rank correlation over images of the tokens an image keeps with {what}, with 95 % intervals (Bonett and "
-    "Wright), for every method that lets the number differ. Right of zero: {more} images keep fewer tokens. Filled: "
-    "the interval excludes zero after Bonferroni's correction; hollow: it does not. {level}.{fixed}"
+    "Spearman's rank correlation over images of {counted} with {what}, with 95 % intervals (Bonett and Wright), for "
+    "every method that lets the number differ. Right of zero: {more} images keep fewer tokens. Filled: the interval "
+    "excludes zero after Bonferroni's correction; hollow: it does not. {level}.{fixed}"
 )
 CLUTTER = "the known amount of clutter in it"
 HARDNESS = "the plain model's loss on it (how hard it is)"
 
 
-def tokens_kept(table: pd.DataFrame) -> np.ndarray:
-    """Tokens leaving the last block, one number an image; over all blocks where the last knows no difference."""
-    counts = np.stack(table["tokens"].to_list()).astype(float)
-    last = counts[:, -1]
-    return last if np.ptp(last) > 0 else counts.sum(axis=1)
+@dataclass(frozen=True)
+class Counted:
+    """How an image's tokens are counted: one way for all the methods of a figure, and what the figure calls it."""
+
+    label: str  # of an axis
+    words: str  # in a sentence
+    of: Callable[[np.ndarray], np.ndarray]  # (images, blocks + 1) -> (images,)
+
+
+LAST = Counted("tokens leaving the last block", "the tokens that leave the last block", lambda counts: counts[:, -1])
+MEAN = Counted(
+    "tokens in a block, mean over all blocks",
+    "the tokens an image has in a block, mean over all blocks",
+    lambda counts: counts[:, :-1].mean(axis=1),
+)
+
+
+def tokens_kept(table: pd.DataFrame, counted: Counted) -> np.ndarray:
+    """One number of tokens an image, prefix included."""
+    return counted.of(np.stack(table["tokens"].to_list()).astype(float))
+
+
+def adapts(table: pd.DataFrame) -> bool:
+    """Whether images differ in their tokens, in any block."""
+    return len(table) > 1 and bool(np.ptp(np.stack(table["tokens"].to_list()), axis=0).any())
+
+
+def counting(tables: Iterable[pd.DataFrame]) -> Counted:
+    """What to count so that every method that adapts is seen to: the last block's tokens, or the mean over all blocks
+    where one of them ends with as many tokens in every image.
+    """
+    adaptive = [table for table in tables if adapts(table)]
+    return LAST if all(np.ptp(tokens_kept(table, LAST)) > 0 for table in adaptive) else MEAN
 
 
 def known(tables: list[pd.DataFrame], column: str) -> bool:
@@ -76,18 +105,20 @@ def correlations(
         what = HARDNESS
     else:
         return pd.DataFrame(), ""
-    adapts = [bool(np.ptp(tokens_kept(table)) > 0) for table in tables]
-    strict = 1 - (1 - stats.LEVEL) / max(1, sum(adapts))
+    counted = counting(tables)
+    differ = [bool(np.ptp(tokens_kept(table, counted)) > 0) for table in tables]
+    strict = 1 - (1 - stats.LEVEL) / max(1, sum(differ))
     found = []
-    for (row, table), varies in zip(have, adapts, strict=True):
+    for (row, table), varies in zip(have, differ, strict=True):
         other = table["clutter"] if what == CLUTTER else table["image"].map(hard)
         use = other.notna().to_numpy()
-        a, b = tokens_kept(table)[use], other.to_numpy(dtype=float)[use]
+        a, b = tokens_kept(table, counted)[use], other.to_numpy(dtype=float)[use]
         rho = stats.spearman(a, b) if varies else stats.Interval(np.nan, np.nan, np.nan)
         wide = stats.spearman(a, b, level=strict) if varies else rho
         clear = bool(wide.low > 0 or wide.high < 0)
         found.append({"variant": row["variant"], "rho": rho.value, "low": rho.low, "high": rho.high, "clear": clear,
-                      "gmacs": row["gmacs_mean"], "images": int(use.sum()), "key": row["key"]})  # fmt: skip
+                      "gmacs": row["gmacs_mean"], "images": int(use.sum()), "counted": counted.words,
+                      "key": row["key"]})  # fmt: skip
     return pd.DataFrame(found), what
 
 
@@ -95,7 +126,7 @@ def caption(found: pd.DataFrame, what: str, level: str) -> str:
     fixed = [name.replace("_", " ") for name in found.loc[found["rho"].isna(), "variant"]]
     text = f" The same number in every image, hence no correlation: {', '.join(fixed)}." if fixed else ""
     more = "plainer" if what == CLUTTER else "easier"
-    return CAPTION.format(what=what, level=level, fixed=text, more=more)
+    return CAPTION.format(what=what, counted=found["counted"].iloc[0], level=level, fixed=text, more=more)
 
 
 @style.themed
@@ -116,7 +147,8 @@ def clutter(found: pd.DataFrame, what: str, *, looks: Mapping[str, Look], title:
     bound = min(1.0, 1.08 * float(np.nanmax(np.abs(rows[["low", "high"]].to_numpy()))))
     axes.set_xlim(min(-0.15, -bound if rows["low"].min() < -0.15 else -0.15), max(0.15, bound))
     words = "clutter" if what == CLUTTER else "the plain model's loss"
-    axes.set_xlabel(f"rank correlation of tokens kept\nwith {words} (Spearman's rho)")
+    tokens = next(one.label for one in (LAST, MEAN) if one.words == found["counted"].iloc[0])
+    axes.set_xlabel(f"rank correlation (Spearman's rho) of\n{tokens}, with {words}")
     style.put_title(figure, title, subtitle)
     common: dict[str, Any] = {"linestyle": "none", "marker": "o", "color": style.GREY, "markersize": 6}
     signs = [(rows["clear"].any(), "interval excludes 0 (Bonferroni)", style.GREY),

@@ -22,11 +22,11 @@ CAPTION = (
 )
 BOTH = (
     " with 95 % bootstrap intervals. Left: against multiply-adds as executed. Right: against the share of all "
-    "patches that are left, where the dashed diagonal is what a blind choice would cover."
+    "tokens that are left, prefix included; there a blind choice of as many would lie just below the dashed diagonal."
 )
 MANY = (
-    ", against the share of all patches that are left; the dashed diagonal is what a blind choice would cover. A panel "
-    "a series, all the others in grey behind it."
+    ", against the share of all tokens that are left, prefix included; a blind choice of as many would lie just below "
+    "the dashed diagonal. A panel a series, all the others in grey behind it."
 )
 
 
@@ -65,7 +65,7 @@ def coverage(
             axes.errorbar(part[x], 100 * part["coverage"], yerr=spread, elinewidth=1, capsize=2, label=name, **line)
     against_left.plot([0, 100], [0, 100], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, gid="chance")
     against_cost.set(xlabel=style.GMACS, ylabel="object's patches that survive (%)", ylim=(0, 104))
-    against_left.set(xlabel="all patches that survive (%)", xlim=(0, 104))
+    against_left.set(xlabel="all tokens that are left (%)", xlim=(0, 104))
     style.put_title(figure, title, subtitle)
     chance = Line2D([], [], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, label="a blind choice")
     series = [style.handle(name, looks) for name in names]
@@ -91,7 +91,7 @@ def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look]
         axes.plot([0, 100], [0, 100], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, gid="chance")
         axes.set(xlim=(0, 104), ylim=(0, 104))
         panels.name_panel(axes, name)
-    panels.share_limits(grid, "all patches that survive (%)", "object's patches that survive (%)", figure)
+    panels.share_limits(grid, "all tokens that are left (%)", "object's patches that survive (%)", figure)
     style.put_title(figure, title, subtitle)
     chance = Line2D([], [], color=style.DENSE_COLOUR, linestyle="--", linewidth=1, label="a blind choice")
     style.put_legend(figure, [panels.behind_handle(), chance])
@@ -105,11 +105,11 @@ def _left(row: Mapping[str, Any]) -> float:
 
 
 def _half_widths(key: str, images: Mapping[str, pd.DataFrame]) -> tuple[float, float]:
-    """Points below and above the mean; 0 where the per-image table is missing."""
+    """Points below and above the mean; nan, hence no bar, where the per-image table is missing."""
     if key not in images or "coverage" not in images[key]:
-        return 0.0, 0.0
+        return np.nan, np.nan
     known = images[key]["coverage"].dropna()
     if known.empty:
-        return 0.0, 0.0
+        return np.nan, np.nan
     interval = stats.bootstrap(known, draws=1000)
     return 100 * (interval.value - interval.low), 100 * (interval.high - interval.value)

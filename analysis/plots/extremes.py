@@ -64,7 +64,8 @@ def extremes(
         line[0].text(-0.12, 0.5, text, transform=line[0].transAxes, ha="right", va="center", fontsize=8.5)
         for axes, block in zip(line[1:], shown, strict=True):
             right = bool(table["correct"].iloc[at]) if block == shown[-1] else None
-            draw_kept(axes, picture, bits[at, min(block, bits.shape[1] - 1)], right=right)
+            if block < bits.shape[1]:
+                draw_kept(axes, picture, bits[at, block], right=right)
     for axes in grid.flat:
         axes.set_axis_off()
     grid[0, 0].set_title("input", fontsize=8.5)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import stats, style
-from analysis.matching import dense_gmacs, merge_seeds, paired
+from analysis.matching import dense_cost, merge_seeds, paired
 from analysis.plots.tradeoff import draw_reference, draw_seeds
 from analysis.style import Look
 
@@ -78,7 +78,7 @@ def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, s
     for (variant, tuned), part in rows.groupby(["variant", "finetuned"], sort=False):
         part = part.sort_values("gmacs_mean", kind="stable")
         look, top1 = own[base(str(variant))], 100 * part["top1"]
-        bars = np.clip(np.nan_to_num([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1]), 0, None)
+        bars = np.clip([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1], 0, None)
         line = look.line() | {"label": str(variant), "linestyle": "-" if tuned else (0, (4, 2))}
         line |= {} if tuned else {"markerfacecolor": "white", "markeredgecolor": look.colour}
         axes[0].errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, **line)
@@ -123,4 +123,4 @@ def _draw_tuned_dense(axes: Axes, trials: pd.DataFrame) -> None:
     """The plain model finetuned by the same recipe, where it was run: the fair upper end."""
     dense = _tuned_dense(trials)
     if len(dense):
-        axes.plot([dense_gmacs(trials)], [100 * float(dense["top1"].mean())], gid="tuned-dense", **TUNED_DENSE)
+        axes.plot([dense_cost(trials)], [100 * float(dense["top1"].mean())], gid="tuned-dense", **TUNED_DENSE)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import dense_gmacs, merge_seeds
+from analysis.matching import dense_cost, merge_seeds
 from analysis.plots.tradeoff import draw_intervals, legend
 from analysis.style import Look
 
@@ -45,7 +45,7 @@ def k_effect(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     dense_top1 = trials["dense_top1"].dropna()
     if len(dense_top1):
         style.draw_dense(accuracy, gmacs=None, value=100 * float(dense_top1.iloc[0]))
-        style.draw_dense(cost, gmacs=None, value=dense_gmacs(trials))
+        style.draw_dense(cost, gmacs=None, value=dense_cost(trials))
     accuracy.set(xlabel="K (sample points or kept patches)", ylabel=style.TOP1)
     cost.set(xlabel="K (sample points or kept patches)", ylabel=style.GMACS)
     style.put_title(figure, title, subtitle)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import INTERPOLATED, MATCH, NEAR, at_cost, cost_levels, dense_gmacs, merge_seeds, targets
+from analysis.matching import INTERPOLATED, MATCH, NEAR, at_cost, cost_levels, dense_cost, merge_seeds, targets
 from analysis.plots.tradeoff import draw_intervals
 from analysis.style import Look
 
@@ -85,10 +85,10 @@ def placement(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     places, edge = _places(rows)
     figure = style.new_figure(height=5.4)
     accuracy, cost = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
-    dense = dense_gmacs(trials)
+    dense = dense_cost(trials)
     parts = [
         (
-            f"about {style.cost(level)} GMACs ({100 * level / dense:.0f} % of dense)",
+            f"about {style.cost(level)} GMACs{'' if np.isnan(dense) else f' ({100 * level / dense:.0f} % of dense)'}",
             at_cost(rows, level, by="placement"),
         )
         for level in levels

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import published, style
-from analysis.matching import against_dense, dense_gmacs, merge_seeds
+from analysis.matching import against_dense, dense_cost, merge_seeds
 from analysis.plots import panels
 from analysis.plots.pareto import front
 
@@ -75,7 +76,7 @@ def _absolute(axes: Axes, rows: pd.DataFrame, trials: pd.DataFrame, ours: pd.Dat
     known = trials["dense_top1"].dropna()
     if len(known):
         axes.plot(
-            [dense_gmacs(trials)], [100 * float(known.iloc[0])], "*", color="#0a5c8f", markersize=13, gid="ours-dense"
+            [dense_cost(trials)], [100 * float(known.iloc[0])], "*", color="#0a5c8f", markersize=13, gid="ours-dense"
         )
     axes.set_xscale("log")
     ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20) if 0.7 * float(ours["gmacs_mean"].min()) <= t <= 30]
@@ -93,15 +94,15 @@ def _relative(axes: Axes, pairs: pd.DataFrame, trials: pd.DataFrame, ours: pd.Da
     axes.plot(
         pairs["saved"], pairs["change"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats"
     )
-    dense = dense_gmacs(trials)
+    dense = dense_cost(trials)
     x, y, low, high = [], [], [], []
     for row in ours.to_dict("records"):
         test = against_dense(row)
         change = test.difference if test else row["top1"] - row["dense_top1"]
         x.append(100 * (1 - row["gmacs_mean"] / dense))
         y.append(100 * change)
-        low.append(max(0.0, 100 * (change - test.low)) if test else 0.0)
-        high.append(max(0.0, 100 * (test.high - change)) if test else 0.0)
+        low.append(max(0.0, 100 * (change - test.low)) if test else np.nan)
+        high.append(max(0.0, 100 * (test.high - change)) if test else np.nan)
     axes.errorbar(x, y, yerr=[low, high], fmt="o-", color="#0a5c8f", markersize=5, linewidth=1, elinewidth=1, capsize=2,
                   label="ours")  # fmt: skip
     axes.axhline(0, color=style.DENSE_COLOUR, linewidth=1)

@@ -53,11 +53,13 @@ def stages(blocks: Sequence[int], limit: int = STAGES) -> list[int]:
 
 
 def find_row(table: pd.DataFrame, sample: Sample) -> int | None:
-    """The sample's row in a per-image table, by its name; by its number where names do not tell."""
+    """The sample's row in a per-image table, by its name, and by its number among several of one name; None where the
+    table does not have it: another image's patches are not shown on it.
+    """
     named = np.flatnonzero(table["image"].to_numpy(dtype=str) == sample.image)
     if len(named) == 1:
         return int(named[0])
-    return sample.row if 0 <= sample.row < len(table) else None
+    return sample.row if sample.row in named else None
 
 
 @style.themed

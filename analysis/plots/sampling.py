@@ -4,13 +4,14 @@ transform, top-K, and what the released code and re-implementations do instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import dense_gmacs
+from analysis.matching import dense_cost
 from analysis.plots.tradeoff import draw_curves, has_seeds, legend
 from analysis.style import Look
 
@@ -39,11 +40,12 @@ def sampling(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     for axes, (words, part) in zip(panels, groups, strict=True):
         names += [name for name in draw_curves(axes, part, looks=looks) if name not in names]
         for (_, share), dashes in zip(PRINTED.items(), (":", "-."), strict=True):
-            axes.axvline(share * dense_gmacs(trials), color="#777777", linestyle=dashes, linewidth=1, gid="printed")
+            axes.axvline(share * dense_cost(trials), color="#777777", linestyle=dashes, linewidth=1, gid="printed")
         if len(groups) > 1:
             axes.set_title(words)
         if words.endswith(OWN):  # the dense model's cost would press them together: its line is enough
-            ends = [*part["gmacs_mean"], *(share * dense_gmacs(trials) for share in PRINTED.values())]
+            ends = [*part["gmacs_mean"], *(share * dense_cost(trials) for share in PRINTED.values())]
+            ends = [end for end in ends if not math.isnan(end)]
             axes.set_xlim(min(ends) - 0.06 * (max(ends) - min(ends)), max(ends) + 0.06 * (max(ends) - min(ends)))
     for axes in panels[1:]:
         axes.set_ylabel("")

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
-from analysis.matching import dense_gmacs, merge_seeds
+from analysis.matching import dense_cost, dense_gmacs, merge_seeds
 from analysis.plots.tradeoff import draw_intervals
 
 CAPTION = (
@@ -43,7 +43,7 @@ def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     for model in names:
         rows = merge_seeds(trials[(trials["model"] == model) & ~trials["dense"]])
         own = trials[trials["model"] == model]
-        dense, top1 = dense_gmacs(own), own["dense_top1"].dropna()
+        dense, top1 = dense_cost(own), own["dense_top1"].dropna()
         for variant, part in rows.groupby("variant", sort=False):
             part = part.sort_values("gmacs_mean", kind="stable")
             name = f"{model} | {variant}"

@@ -102,7 +102,7 @@ def shared_figures(trials: pd.DataFrame, scene: Scene) -> list[Drawn]:
     if any(len(tokens) for tokens in rows["tokens"]):
         title = "Token survival against depth"
         figure = _tokens.tokens_per_block(rows, scene.images, looks=scene.looks, title=title, subtitle=scene.subtitle)
-        drawn.append(Drawn("tokens_per_block", title, _tokens.CAPTION.format(level=level), figure))
+        drawn.append(Drawn("tokens_per_block", title, _tokens.caption(rows, scene.images, level), figure))
     if "adaptivity" not in set(trials["spec"]):  # else its own section has them
         row = staged_trial(trials, scene.images)
         drawn += _staged("adaptivity", "Adaptivity", row, scene) if row is not None else []
@@ -128,9 +128,10 @@ def _adaptive_figures(trials: pd.DataFrame, rows: pd.DataFrame, level: str, scen
     if len(adaptive):
         known = _adaptivity.clutter_known(adaptive, scene.images)
         title = "Adaptivity: tokens kept, image by image" + (", against clutter" if known else "")
-        few = adaptive.head(_adaptivity.LINES)
-        figure = _adaptivity.adaptivity(few, scene.images, looks=scene.looks, title=title, subtitle=scene.subtitle)
-        caption = (_adaptivity.CAPTION_CLUTTER if known else _adaptivity.CAPTION).format(level=level)
+        figure = _adaptivity.adaptivity(rows, scene.images, looks=scene.looks, title=title, subtitle=scene.subtitle)
+        counted = _adaptivity.counted_in(rows, scene.images)
+        caption = _adaptivity.CAPTION_CLUTTER if known else _adaptivity.CAPTION
+        caption = caption.format(counted=counted.words, level=level)
         drawn.append(Drawn("adaptivity_images", title, caption, figure))
         found, what = _clutter.correlations(rows, scene.images, _clutter.hardness(trials, scene.images))
         if len(found) and found["rho"].notna().any():

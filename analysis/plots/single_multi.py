@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.matching import dense_gmacs
+from analysis.matching import dense_cost
 from analysis.plots.tradeoff import draw_curves, legend, share_axis
 from analysis.style import Look
 
@@ -26,7 +26,7 @@ def single_multi(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str,
     figure = style.new_figure()
     axes = figure.subplots()
     names = draw_curves(axes, trials, looks=looks)
-    axes.axvline((1 - SAVED) * dense_gmacs(trials), color="#555555", linestyle=":", linewidth=1.4, gid="published")
+    axes.axvline((1 - SAVED) * dense_cost(trials), color="#555555", linestyle=":", linewidth=1.4, gid="published")
     share_axis(axes, trials)
     style.put_title(figure, title, subtitle)
     line = Line2D([], [], color="#555555", linestyle=":", linewidth=1.4, label="37 % saved (published)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -56,7 +57,9 @@ def gains(trials: pd.DataFrame) -> list[Gain]:
     alone = rows[rows["variant"] == base]
     found = []
     for row in rows[rows["variant"] != base].to_dict("records"):
-        same = alone[alone["x"].isna()] if pd.isna(row["x"]) else alone[(alone["x"] - row["x"]).abs() < 1e-9]
+        # Without a number the words of the budget must be the same: both being without one says nothing.
+        unknown = alone["x"].isna() & (alone["budget"] == row["budget"]) & (alone["budget"] != "")
+        same = alone[unknown] if pd.isna(row["x"]) else alone[(alone["x"] - row["x"]).abs() < 1e-9]
         if len(same):
             other = same.iloc[0]
             x = None if pd.isna(row["x"]) else float(row["x"])
@@ -91,8 +94,8 @@ def stacking(
         part = sorted((gain for gain in found if gain.variant == name), key=lambda gain: gain.saved)
         y = [100 * gain.difference for gain in part]
         pairs = [gain.paired for gain in part]
-        low = [max(0.0, v - 100 * p.low) if p else 0.0 for v, p in zip(y, pairs, strict=True)]
-        high = [max(0.0, 100 * p.high - v) if p else 0.0 for v, p in zip(y, pairs, strict=True)]
+        low = [max(0.0, v - 100 * p.low) if p else np.nan for v, p in zip(y, pairs, strict=True)]
+        high = [max(0.0, 100 * p.high - v) if p else np.nan for v, p in zip(y, pairs, strict=True)]
         change.errorbar(
             [100 * gain.saved for gain in part],
             y,

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
-from analysis.matching import dense_gmacs, merge_seeds
+from analysis.matching import dense_cost, merge_seeds
 from analysis.plots import panels
 from analysis.style import Look
 
@@ -63,7 +63,7 @@ def draw_reference(axes: Axes, trials: pd.DataFrame, *, at_cost: bool = True) ->
     """The dense model's line, and its star where the axis is cost."""
     known = trials["dense_top1"].dropna()
     if len(known):
-        style.draw_dense(axes, gmacs=dense_gmacs(trials) if at_cost else None, value=100 * float(known.iloc[0]))
+        style.draw_dense(axes, gmacs=dense_cost(trials) if at_cost else None, value=100 * float(known.iloc[0]))
 
 
 def draw_intervals(
@@ -73,9 +73,9 @@ def draw_intervals(
     as small hollow circles.
     """
     top1 = 100 * rows["top1"]
-    # A bound that is missing draws as no bar, and rounding can put a bound a hair on the wrong side.
+    # A bound that is missing (nan) draws as no bar, and rounding can put a bound a hair on the wrong side.
     bars = np.stack([top1 - 100 * rows["top1_low"], 100 * rows["top1_high"] - top1])
-    bars = np.clip(np.nan_to_num(bars), 0, None)
+    bars = np.clip(bars, 0, None)
     look = style.look_of(name, looks)
     line = look.line() | ({} if joined else {"linestyle": "none"})
     axes.errorbar(x, top1, yerr=bars, elinewidth=1, capsize=2, label=name, **line)
@@ -107,7 +107,9 @@ def draw_seeds(axes: Axes, x: pd.Series, rows: pd.DataFrame, *, colour: str) -> 
 
 def share_axis(axes: Axes, trials: pd.DataFrame) -> None:
     """A second scale on top: cost as a share of the dense model's."""
-    dense = dense_gmacs(trials)
+    dense = dense_cost(trials)
+    if np.isnan(dense):
+        return
 
     def to_share(gmacs: ArrayLike) -> NDArray[np.float64]:
         return 100 * np.asarray(gmacs, dtype=float) / dense

@@ -114,7 +114,7 @@ def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
             part = part.sort_values("gmacs_mean", kind="stable")
             line = looks[kind].line() if kind in looks else {"color": "#8d8d8d", "marker": "x", "linestyle": ":"}
             top1 = 100 * part["top1"]
-            bars = np.clip(np.nan_to_num([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1]), 0, None)
+            bars = np.clip([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1], 0, None)
             axes.errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, label=str(kind), **line)
             draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
             home = part[part["home"]]
