@@ -13,6 +13,8 @@ from analysis.frame import read_results
 from analysis.report import write_analysis
 from tests.analysis.synthetic import Maker
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 ACCOUNT: dict[str, Any] = {
     "found": 20,
     "used": 12,
@@ -35,8 +37,8 @@ def test_the_report_counts_what_was_found_used_and_skipped_by_kind(tmp_path: Pat
     skipped = [["a/x.jpg", "truncated: image file is truncated"]]
     text = report(tmp_path, {"images_account": ACCOUNT, "skipped": skipped, "calibration_images": 2})
     assert (
-        "Of 20 images found, 12 are used (2 only to calibrate), 3 left out by the limit and 5 skipped; 7 further files do not"
-        in text
+        "Of 20 images found, 12 are used (2 only to calibrate), 3 left out by the limit and 5 skipped; 7 further files "
+        "do not" in text
     )
     rows = re.findall(r"<tr><td>([^<]+)</td><td>(\d+)</td><td>(skipped|read and used)</td></tr>", text)
     assert rows == [("truncated", "4", "skipped"), ("a copy", "1", "skipped"), ("CMYK colours", "2", "read and used")]

@@ -208,7 +208,7 @@ def test_rank_correlation_is_tested_for_every_method(results: Results, answered:
     assert what == clutter.CLUTTER and set(found["variant"]) == {"ATS", "top-K", "EViT", "ToMe", "random"}
     ats = found.set_index("variant").loc["ATS"]
     table = results.images[ats["key"]]
-    rho = stats.spearman(clutter.tokens_kept(table), table["clutter"].to_numpy(dtype=float))
+    rho = stats.spearman(clutter.tokens_kept(table, clutter.LAST), table["clutter"].to_numpy(dtype=float))
     assert (ats["rho"], ats["low"], ats["high"]) == pytest.approx((rho.value, rho.low, rho.high)) and ats["clear"]
     assert found["rho"].isna().sum() == 4 and "top-K" in clutter.caption(found, what, "at one cost")
     axes = clutter.clutter(found, what, looks=looks, **WORDS).axes[0]

@@ -133,6 +133,7 @@ def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
     assert set(shown["trained"]) == {"", "5,000 images in 3 epochs, 61 s"}
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
     maker = Maker(images=60)
     why = "out of reach: this method costs 0.77 to 1 of the dense model here"

@@ -19,7 +19,7 @@ from analysis.frame import Results, tidy
 from analysis.matching import merge_seeds
 from analysis.outcomes import with_answers
 from analysis.page import read_samples
-from analysis.plots import adaptivity, class_token, coverage, k_effect, placement, samples, shared, stacking
+from analysis.plots import Drawn, adaptivity, class_token, coverage, k_effect, placement, samples, shared, stacking
 from analysis.plots import tokens_per_block as tokens
 from analysis.plots.tradeoff import tradeoff
 from tests.analysis.synthetic import DENSE_GMACS, Maker
@@ -179,16 +179,25 @@ def test_tokens_per_block_has_a_line_a_method_and_bands_where_images_differ(resu
     assert axes.get_xticklabels()[-1].get_text() == "out" and axes.get_ylim()[0] == 0
 
 
-def test_tokens_band_falls_back_to_the_standard_deviation(results: Results, looks: Looks) -> None:
-    figure = tokens.tokens_per_block(plots.overview(results.finished), {}, looks=looks, **WORDS)
+def test_where_a_table_is_missing_every_band_is_a_standard_deviation_and_says_so(
+    results: Results, looks: Looks
+) -> None:
+    rows = plots.overview(results.finished)
+    figure = tokens.tokens_per_block(rows, {}, looks=looks, **WORDS)
     assert len(figure.axes[0].collections) == 1
+    assert tokens.SPREAD in legend(figure) and tokens.SPREAD in tokens.caption(rows, {}, "x")
+    ats = rows.set_index("variant").loc["ATS"]
+    heights = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(np.min(np.subtract(ats["tokens"], ats["tokens_std"])))
+    whole = tokens.tokens_per_block(rows, results.images, looks=looks, **WORDS)
+    assert tokens.MIDDLE in legend(whole) and tokens.MIDDLE in tokens.caption(rows, results.images, "x")
 
 
 def test_adaptivity_states_the_rank_correlation(results: Results, looks: Looks) -> None:
     rows = adaptivity.adaptive(plots.overview(results.finished), results.images)
     assert rows["variant"].tolist() == ["ATS"]
     figure = adaptivity.adaptivity(rows, results.images, looks=looks, **WORDS)
-    rho = adaptivity.correlation(results.images[rows["key"].iloc[0]])
+    rho = adaptivity.correlation(results.images[rows["key"].iloc[0]], adaptivity.counted_in(rows, results.images))
     assert rho.low > 0.5  # the synthetic images were made so
     assert f"rho = {rho.value:.2f}" in legend(figure)[0]
     _, (_, y) = next(iter(curves(figure.axes[1]).items()))
@@ -285,14 +294,7 @@ def test_one_series_without_a_dense_row_is_still_a_figure(looks: Looks) -> None:
     assert list(curves(figure.axes[0])) == ["only"] and "dense model" not in legend(figure)
 
 
-def test_no_text_of_any_figure_overlaps_another(results: Results, looks: Looks) -> None:
-    subtitle = f"{WORDS['subtitle']}\nONLY 48 IMAGES: too few to rank methods"
-    pictures = read_samples(results.folder / "samples")
-    scene = plots.Scene(results.images, looks, subtitle, pictures, "digits_vit_small", imagenet=True, count=400)
-    main = results.finished[results.finished["model"] == "digits_vit_small"]
-    drawn = plots.shared_figures(with_answers(main, results.images), scene)
-    for name in results.finished["spec"].unique():
-        drawn += plots.spec_figures(name, "A title", spec(results, name), scene)
+def test_no_text_of_any_figure_overlaps_another(drawn: list[Drawn]) -> None:
     assert len(drawn) == len({one.name for one in drawn}) >= 30
     assert [(one.name, pair) for one in drawn for pair in overlapping_texts(one.figure)] == []
 

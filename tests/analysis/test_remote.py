@@ -15,6 +15,8 @@ from tests.analysis.runs import scores
 from tests.analysis.synthetic import Maker
 from tests.s3 import local_s3
 
+pytestmark = pytest.mark.usefixtures("plain_figures")
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:

@@ -14,11 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import beside, caveats, comparison, findings, plots, published, stats, tables
+from analysis import beside, caveats, comparison, findings, page, plots, published, stats, tables
 from analysis.__main__ import main
 from analysis.frame import Results, Setting, read_results
 from analysis.matching import merge_seeds
 from analysis.outcomes import with_answers
+from analysis.plots import Drawn
 from analysis.report import Written, write_analysis
 from tests.analysis.runs import whole_run
 from tests.analysis.synthetic import DENSE_TOP1, SPECS, Maker
@@ -178,16 +179,16 @@ def test_the_limits_of_the_images_are_said_in_words(results: Results) -> None:
 
 def test_the_page_is_one_file_with_every_figure_and_no_address(results: Results, written: Written) -> None:
     text = written.report.read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.tags.count("img") == len(written.figures) // 2 and all(
-        a.startswith("data:image/svg+xml;base64,") for a in page.addresses
+    found = Page(text)
+    assert found.tags.count("img") == len(written.figures) // 2 and all(
+        a.startswith("data:image/svg+xml;base64,") for a in found.addresses
     )
-    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not {"script", "link", "iframe"} & set(found.tags)
     assert "url(" not in text and "@import" not in text
-    assert set(page.targets) <= set(page.ids) and len(page.ids) == len(set(page.ids))
+    assert set(found.targets) <= set(found.ids) and len(found.ids) == len(set(found.ids))
     assert 'name="viewport"' in text and "@media print" in text
     for key in results.trials["key"]:
-        assert f"k-{key[:8]}" in page.ids and f"<code>{key}</code>" in text
+        assert f"k-{key[:8]}" in found.ids and f"<code>{key}</code>" in text
 
 
 def test_the_page_opens_with_answers_and_lists_what_failed(results: Results, written: Written) -> None:
@@ -198,13 +199,8 @@ def test_the_page_opens_with_answers_and_lists_what_failed(results: Results, wri
     assert "No image was skipped." in text and "python -m ablations run" in text and "2.15" in text
 
 
-def test_figures_are_written_as_png_and_svg(written: Written) -> None:
-    assert len(written.figures) == 68 and all(path.stat().st_size > 1000 for path in written.figures)
-    for path in written.figures:
-        if path.suffix == ".svg":
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
-        else:
-            assert path.read_bytes().startswith(b"\x89PNG")
+def test_every_figure_is_written_under_its_name(written: Written) -> None:
+    assert len(written.figures) == 68 and {path.suffix for path in written.figures} == {".png", ".svg"}
     names = {path.stem for path in written.figures}
     assert {"methods", "k_values_effect", "stage_placement_by_block", "evit_stacking_gain", "methods_pareto"} <= names
     assert {"agreement", "clutter", "coverage", "tokens_per_block", "adaptivity_stages", "adaptivity_extremes"} <= names
@@ -212,19 +208,16 @@ def test_figures_are_written_as_png_and_svg(written: Written) -> None:
             "methods_published", "score_functions_difference"} <= names  # fmt: skip
 
 
-def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
-    maker = Maker(images=60)
-    for name in ("ats", "topk"):
-        for share in (0.4, 0.6):
-            maker.add("methods", name, reducer=[{"name": name}], blocks=[3, 6], keep=share, accuracy=0.8, target=share,
-                      adaptive=name == "ats")  # fmt: skip
-    results = read_results(maker.save(tmp_path))
-    first = write_analysis(results)
-    before = {path: path.read_bytes() for path in (*first.figures, *first.tables, first.report)}
-    again = write_analysis(results)
-    assert {path: path.read_bytes() for path in (*again.figures, *again.tables, again.report)} == before
+@pytest.mark.parametrize("name", ["agreement", "clutter", "class_token_dropped", "samples"])
+def test_figures_are_written_as_png_and_svg(drawn: list[Drawn], tmp_path: Path, name: str) -> None:
+    """A heat map, a forest plot, curves, pictures."""
+    paths, text = page.save_figure(copy.deepcopy(next(one for one in drawn if one.name == name)), tmp_path, name)
+    assert [path.name for path in paths] == [f"{name}.png", f"{name}.svg"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG") and paths[1].read_text(encoding="utf-8") == text
+    assert ElementTree.parse(paths[1]).getroot().tag.endswith("svg") and min(p.stat().st_size for p in paths) > 1000
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     maker = Maker(images=30)
     for keep in (0.3, 0.6):
@@ -248,6 +241,7 @@ def test_everything_from_files_is_escaped(tmp_path: Path) -> None:
     assert all(path.parent.parent == tmp_path for path in written.figures)
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_unknown_specs_and_thin_data_still_get_figure_and_table(tmp_path: Path) -> None:
     maker = Maker(images=30)
     maker.add(
@@ -266,6 +260,7 @@ def test_unknown_specs_and_thin_data_still_get_figure_and_table(tmp_path: Path) 
     assert "Spec broken has no finished trial" in text and "no memory" in text and "ONLY 30 IMAGES" in text
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_only_the_dense_model_is_said_to_be_only_that(tmp_path: Path) -> None:
     maker = Maker(images=30)
     maker.add("methods", "dense", reducer=[], blocks=[], keep=1.0, accuracy=DENSE_TOP1)
@@ -273,6 +268,7 @@ def test_only_the_dense_model_is_said_to_be_only_that(tmp_path: Path) -> None:
     assert "there is nothing to compare" in text
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_two_models_in_one_folder_get_files_of_their_own(tmp_path: Path) -> None:
     maker = Maker(images=30)
     for model in ("small", "tiny"):
@@ -282,8 +278,8 @@ def test_two_models_in_one_folder_get_files_of_their_own(tmp_path: Path) -> None
     written = write_analysis(read_results(maker.save(tmp_path)))
     names = [path.name for path in written.figures]
     assert len(set(names)) == len(names) and any("small" in n for n in names) and any("tiny" in n for n in names)
-    page = Page(written.report.read_text(encoding="utf-8"))
-    assert len(page.ids) == len(set(page.ids))
+    found = Page(written.report.read_text(encoding="utf-8"))
+    assert len(found.ids) == len(set(found.ids))
 
 
 def test_command_line_writes_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +299,7 @@ def test_command_line_refuses_a_missing_or_empty_folder(tmp_path: Path, capsys: 
         assert f"make ablations OUT={folder}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_command_line_reports_a_run_in_which_everything_failed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +402,7 @@ def test_tables_hold_every_test_and_full_keys(results: Results) -> None:
     assert "0.080*" in set(shown["target"]) and "0.080" in set(shown["target"])
 
 
+@pytest.mark.usefixtures("plain_figures")
 def test_the_profile_of_the_run_is_shown_where_there_is_one(tmp_path: Path) -> None:
     maker = Maker(images=30)
     maker.add("my_idea", "only", reducer=[{"name": "new"}], blocks=[2], keep=0.5, accuracy=0.8)
@@ -422,6 +420,7 @@ def small() -> Maker:
     return whole_run(Maker(images=30))
 
 
+@pytest.mark.usefixtures("plain_figures")
 @pytest.mark.parametrize("name", ["sampling_method", "model_scaling", "runtime", "finetuning", "budget_transfer"])
 def test_a_part_of_one_spec_is_a_report(small: Maker, tmp_path: Path, name: str) -> None:
     """A run of one spec that was stopped half way."""
