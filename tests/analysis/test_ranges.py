@@ -125,7 +125,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     (folder / "adaptivity.yaml").write_text(SPEC)
     status = ablate(["run", "--serial", "--out", str(folder / "out"), "--model", "digits_vit_tiny", "--weights",
-                     "random", "--limit", "10", "--batch", "5", "--specs", str(folder / "adaptivity.yaml")])  # fmt: skip
+                     "random", "--limit", "10", "--batch", "5", "--specs",
+                     str(folder / "adaptivity.yaml")])  # fmt: skip
     assert status == 0
     return folder / "out"
 
