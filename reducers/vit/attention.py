@@ -34,6 +34,12 @@ class PackedAttention:
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
 
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by; timm's fused kernel goes by the head's width whatever ``attn.scale`` says."""
+        attn = self.attn
+        return float(attn.head_dim**-0.5 if attn.fused_attn else attn.scale)
+
     def _gradients(self) -> torch.set_grad_enabled:
         """As they were when the block began."""
         return torch.set_grad_enabled(self._differentiable)
@@ -91,11 +97,11 @@ class PackedAttention:
         q, keys = self.queries(rows).to(wide), self.keys.to(wide)  # q: (B, H, d)
         if layout.uniform is not None:
             by_image = keys.view(layout.images, layout.uniform[0], *keys.shape[1:])
-            padded = (by_image * q[:, None]).sum(-1) * self.attn.scale
+            padded = (by_image * q[:, None]).sum(-1) * self.scale
             if self.key_bias is not None:
                 padded = padded + self.key_bias.view(layout.images, -1, 1)
         else:
-            logits = (keys * q[layout.row_image]).sum(-1) * self.attn.scale
+            logits = (keys * q[layout.row_image]).sum(-1) * self.scale
             if self.key_bias is not None:
                 logits = logits + self.key_bias[:, None]
             padded = layout.pad(logits, fill=-torch.inf)
@@ -115,7 +121,7 @@ class PackedAttention:
         layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
         q, k = self.queries().to(wide), self.keys.to(wide)
         with torch.autocast(self.x.device.type, enabled=False):  # else the product would be in half precision
-            logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.attn.scale
+            logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.scale
         if self.key_bias is not None:
             logits = logits + layout.pad(self.key_bias)[:, None, None]
         valid = layout.valid
@@ -134,13 +140,14 @@ class PackedAttention:
         ``of``: whose keys and values are asked, where those are another sequence's.
         """
         attn, asked = self.attn, self if of is None else of
-        dropout = attn.attn_drop.p if attn.training else 0.0
+        drops = attn.training if attn.fused_attn else attn.attn_drop.training
+        dropout = attn.attn_drop.p if drops else 0.0
         if self.alive is not None or self._given is not None:
             out = self._by_map(rows, dropout)
         else:
             out = packed_attention(
                 self.queries(rows), asked.keys, asked.values, queries, asked.layout,
-                scale=attn.scale, key_bias=asked.key_bias, dropout=dropout,
+                scale=self.scale, key_bias=asked.key_bias, dropout=dropout,
             ).flatten(1)  # fmt: skip
         out = attn.norm(out)
         if attn.gate is not None:

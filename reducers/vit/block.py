@@ -97,7 +97,8 @@ class BlockSignals(Signals):
         block = self.block
         added = block.ls1(self.attention_core.rows_out(rows, layout))
         x = self.batch.x if rows is None else self.batch.x.index_select(0, rows)
-        return _residual(x, drop_path(block.drop_path1, added, layout))
+        attn = block.attn
+        return _residual(x, drop_path(block.drop_path1, added, layout), attn.proj, attn.proj_drop, block.ls1)
 
 
 def drop_path(module: nn.Module, x: Tensor, layout: Layout) -> Tensor:
@@ -179,7 +180,8 @@ def run_block(
     batch, entering, queries = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
     if not decide_only:
         added = block.ls2(block.mlp(block.norm2(batch.x)))
-        batch = replace(batch, x=_residual(batch.x, drop_path(block.drop_path2, added, batch.layout)))
+        added = drop_path(block.drop_path2, added, batch.layout)
+        batch = replace(batch, x=_residual(batch.x, added, block.mlp, block.ls2))
     if tracer is not None:
         tracer.cost.block(
             BlockShape.of(block), entering=entering, queries=queries, leaving=batch.layout.lengths,
@@ -252,11 +254,23 @@ def _attend(
     return batch, entering, queries
 
 
-def _residual(x: Tensor, added: Tensor) -> Tensor:
-    """x + added, in the memory of ``added`` where no gradient can ask for it again."""
+def _residual(x: Tensor, added: Tensor, *sources: nn.Module) -> Tensor:
+    """x + added, in the memory of ``added`` where no one can ask for it again: no gradient, and none of ``sources``,
+    whose output it is.
+    """
     if torch.is_grad_enabled() or added.dtype != x.dtype:  # autocast: the sum keeps the wider type
         return x + added
+    if torch.compiler.is_compiling() or any(_may_keep(source) for source in sources):
+        return x + added
     return added.add_(x)
+
+
+def _may_keep(module: nn.Module) -> bool:
+    """Whether a hook on the module, or code of its user's own in it, may hold on to its output."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    known = type(module).__module__.startswith(("torch.nn.modules.", "timm.layers."))
+    return not known or any(_may_keep(part) for part in module._modules.values() if part is not None)
 
 
 def account(blocks: Iterable[nn.Module], batch: TokenBatch, tracer: Tracer) -> None:

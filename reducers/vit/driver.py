@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reducers.base import State, TokenReducer
 from reducers.cost import linear_macs
-from reducers.errors import ReducerError
+from reducers.errors import ReducerError, UnsupportedModel
 from reducers.noise import image_keys
 from reducers.placement import Placement
 from reducers.stack import Stack
@@ -20,6 +21,7 @@ from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 from reducers.vit.adapter import check_model
 from reducers.vit.block import account, run_block, run_plain, runs_as_it_is
+from reducers.vit.fits import check_placement
 from reducers.vit.head import classify, head_macs
 from reducers.vit.host import Host, carriers, embed, entrance, grid_of
 from reducers.vit.shared import Shared
@@ -28,10 +30,13 @@ from reducers.vit.shared import Shared
 def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
     """Drive a plain timm ViT with reducers in it.
 
-    The model is neither copied nor changed: it stays usable, and every variant of it shares its weights.
+    The model is neither copied nor changed: it stays usable, and every variant of it shares its weights. What is done
+    to it afterwards counts at the next call: other weights, parts, modes or settings. There is one mode, the model's:
+    ``eval()`` and ``train()`` of the model and of the reduced one are the same. ``set_grad_checkpointing`` of the model
+    is honoured; see ``ReducedViT``.
 
     Raises:
-        UnsupportedModel: a model whose blocks this runtime does not restate exactly.
+        UnsupportedModel: a model whose blocks this runtime does not restate exactly; also at a call, after a change.
         ReducerError: a block outside the network, or a reducer that needs what the model lacks.
     """
     return ReducedViT(model, placement)
@@ -40,25 +45,48 @@ def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
 class ReducedViT(nn.Module):
     """A timm ViT and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and what
     it cost.
+
+    ``training`` is the base's own, and the reducers follow it at each call. With ``base.set_grad_checkpointing()``
+    every block keeps only its input for the backward pass and runs again there, with the random numbers it had, but
+    for blocks of reducers that do more than decide (``only_decides``). On a device whose kernels add up in any order,
+    a block that runs again may decide near ties otherwise; under ``torch.compile`` the compiler decides what it keeps.
     """
 
     def __init__(self, base: nn.Module, placement: Placement) -> None:
         super().__init__()
+        if isinstance(base, ReducedViT):
+            raise UnsupportedModel(
+                "the model is reduced already; join the placements: reduce_tokens(model.base, first | second)"
+            )
         check_model(base)
         assert isinstance(base, VisionTransformer)
         if not isinstance(placement, Placement):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
-        placement.check(len(base.blocks))
-        _check_class_token(base, placement)
         self.base = base
-        self.placement = placement
-        attach(base, placement)
-        self.reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
-        self.training = base.training  # not self.train(): the base keeps the modes its user gave its parts
+        self.reducers = nn.ModuleDict()
+        check_placement(base, placement)
+        self.reducers.update({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
         self.reducers.train(base.training)
         self._embed_macs: dict[tuple[int, ...], int] = {}
+
+    @property
+    def placement(self) -> Placement:
+        """Where the reducers act, read off ``reducers``, which alone owns them: so copies use their own."""
+        return Placement({int(block): reducer for block, reducer in self.reducers.items()})  # type: ignore[misc]
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The base's mode; the base keeps the modes its user gave its parts."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        return base is None or base.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")  # none yet while the module is made
+        if base is not None:
+            base.training = mode
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> logits (B, classes)."""
@@ -85,9 +113,8 @@ class ReducedViT(nn.Module):
     @property
     def first_block(self) -> int:
         """The first block that does not compute what the plain model computes there; the depth if there is none."""
-        return min(self._acting, default=len(self.base.blocks))
+        return min(self._acting(), default=len(self.base.blocks))
 
-    @property
     def _acting(self) -> set[int]:
         """Blocks with a reducer in them, or before one that asks for what happened there."""
         placed = self.placement.blocks
@@ -105,14 +132,15 @@ class ReducedViT(nn.Module):
     def _run(
         self, images: Tensor, tracer: Tracer | None, shared: Shared | None = None, *, cost_only: bool = False
     ) -> Any:
-        base, acting = self.base, self._acting
+        base, acting = self.base, self._acting()
+        self._check()
         if any(member.prepare is not None or member.plan is not None for member in self.members()):
             shared = None  # they look at the images in their own way first
         index, batch, state = self._begin(images, tracer, shared)
         depth = end = len(base.blocks)
         first = min(acting, default=depth)
         if cost_only:  # the last reducer only decides, and nothing runs after it
-            end = max(self.placement.blocks, default=-1) + 1
+            end = max((int(block) for block in self.reducers), default=-1) + 1
         while index < end:
             if shared is not None and index == first:
                 shared.put(index, batch)
@@ -185,16 +213,35 @@ class ReducedViT(nn.Module):
             account(base.blocks[:start], batch, tracer)
         return start, batch
 
+    def _check(self) -> None:
+        """At each call: what was checked when the model was wrapped may have been changed since."""
+        check_model(self.base)
+        check_placement(self.base, self.placement)
+        if self.reducers.training != self.base.training:
+            self.reducers.train(self.base.training)
+
+    def _at(self, block: int) -> TokenReducer | None:
+        reducer = self.reducers._modules.get(str(block))
+        assert reducer is None or isinstance(reducer, TokenReducer)
+        return reducer
+
     def _block(self, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
         """One block with what was placed in it."""
-        block, reducer = self.base.blocks[state.block], self.placement.blocks.get(state.block)
+        reducer = self._at(state.block)
+        runs_again = self.base.grad_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if runs_again and (reducer is None or reducer.only_decides):
+            return checkpointed(self._run_block, batch, state)
+        return self._run_block(batch, state, decide_only=decide_only)
+
+    def _run_block(self, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
+        block, reducer = self.base.blocks[state.block], self._at(state.block)
         assert isinstance(block, Block)  # check_model saw to it
         if reducer is not None and reducer.block is not None:
             batch = reducer.block(block, batch, state)
             if state.tracer is not None:
                 state.tracer.after_block(batch)
             return batch
-        recorded = _asks_previous(self.placement.blocks.get(state.block + 1))
+        recorded = _asks_previous(self._at(state.block + 1))
         return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
 
     def _embedding_macs(self, front: VisionTransformer, images: Tensor) -> int:
@@ -204,15 +251,20 @@ class ReducedViT(nn.Module):
         return self._embed_macs[shape]
 
 
-def attach(base: VisionTransformer, placement: Placement) -> None:
-    """Let every reducer that has parameters make them for this model; those that have them already keep them."""
-    host = Host(base)
-    joined: dict[int, tuple[TokenReducer, list[int]]] = {}
-    for block, reducer in sorted(placement.blocks.items()):
-        for member in reducer.members if isinstance(reducer, Stack) else [reducer]:
-            joined.setdefault(id(member), (member, []))[1].append(block)
-    for member, blocks in joined.values():
-        member.join(host, tuple(blocks))
+def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBatch, state: State) -> TokenBatch:
+    """``run`` one block and keep only its input for the backward pass, which runs it again and finds the same.
+
+    The second time nothing is traced or noted: losses read the notes of the first, which reach the same graph.
+    """
+    noted = {owner: list(found) for owner, found in state.notes.items()}
+    states = [state]
+
+    def again(x: Tensor) -> TokenBatch:
+        unseen = replace(state, tracer=None, notes={owner: list(found) for owner, found in noted.items()})
+        return run(replace(batch, x=x), states.pop() if states else unseen)
+
+    found: TokenBatch = checkpoint(again, batch.x, use_reentrant=False)
+    return found
 
 
 def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
@@ -232,28 +284,3 @@ def check_exportable(fast: ReducedViT) -> None:
             f"{', '.join(adaptive)} keeps a different number of tokens in each image, and an exported graph has fixed "
             "sizes; export a method of fixed count (topk, evit, tome, …), or run this one in PyTorch"
         )
-
-
-def _check_class_token(base: VisionTransformer, placement: Placement) -> None:
-    """Refuse reducers that ask a class token the model has not, or that another reducer may have dropped by then."""
-    dropper: tuple[int, TokenReducer] | None = None
-    for block, reducer in sorted(placement.blocks.items()):
-        for member in reducer.members if isinstance(reducer, Stack) else [reducer]:
-            if member.needs_class_token and not base.has_class_token:
-                raise ReducerError(
-                    f"{member.name} needs a class token and this model has none (global_pool={base.global_pool!r}); "
-                    "use a score that needs none: score='attention_received', 'value_norm' or 'random', or ToMe"
-                )
-            if member.needs_class_token and dropper is not None:
-                raise ReducerError(
-                    f"{member.name} at block {block} needs the class token, which {dropper[1].name} at block "
-                    f"{dropper[0]} may have dropped; keep it there ({dropper[1].keeps_class_token_by}) or use "
-                    "score='attention_received' here"
-                )
-            if member.may_drop_class_token:
-                if not base.has_class_token:
-                    raise ReducerError(
-                        f"{member.name} is asked to drop the class token, and this model has none "
-                        f"(global_pool={base.global_pool!r}); use {member.keeps_class_token_by}"
-                    )
-                dropper = (block, member)
