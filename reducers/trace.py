@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,14 @@ class Tracer:
         kept[layout.row_image[own], batch.pos[own]] = True
         self._kept.append(kept)
         self._class_kept.append(batch.cls >= 0)
+
+    def twin(self) -> Tracer:
+        """One that stands where this one does and goes on by itself, as for a block that will run again."""
+        twin = copy.copy(self)
+        twin.cost = copy.copy(self.cost)
+        twin._tokens, twin._owner = list(self._tokens), list(self._owner)
+        twin._kept, twin._class_kept = list(self._kept), list(self._class_kept)
+        return twin
 
     def finish(self) -> Trace:
         cost = self.cost

@@ -24,6 +24,11 @@ _OTHER_FORMATS = (  # (first bytes, what the file is instead)
     (b"<", "a web page, as a failed download leaves it"),
 )
 
+# modules that hold another one, by the names they give it: torch.compile, FSDP, checkpoint_wrapper; DataParallel, DDP
+_INNER = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_OUTER = "module"
+_OF_AVERAGES = "n_averaged"  # AveragedModel counts in it
+
 
 class ModelError(ValueError):
     """The model or its weights cannot be used as asked; the message names the cause and the remedy."""
@@ -34,7 +39,8 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            names = bare_names(file.keys())
+            return {bare: tuple(file.get_slice(name).get_shape()) for name, bare in names.items()}
     except (SafetensorError, OSError) as error:
         raise _no_safetensors(path, str(error)) from error
 
@@ -44,9 +50,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return {bare: file.get_tensor(name) for name, bare in bare_names(file.keys()).items()}
     except (SafetensorError, OSError) as error:
         raise _no_safetensors(path, str(error)) from error
+
+
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name, and what the bare model calls it where the weights were saved from a wrapper around it or around its
+    parts: torch.compile, DataParallel, DistributedDataParallel, FSDP, AveragedModel.
+    """
+    listed = list(names)
+    bare = {name: ".".join(part for part in name.split(".") if part not in _INNER) for name in listed}
+    rest = {name: known for name, known in bare.items() if known != _OF_AVERAGES}
+    while rest and all(known.startswith(f"{_OUTER}.") for known in rest.values()):
+        bare = rest = {name: known.removeprefix(f"{_OUTER}.") for name, known in rest.items()}
+    # two tensors of one name: no wrapper's doing, so it is left to be refused as it stands
+    return bare if len(set(bare.values())) == len(bare) else dict(zip(listed, listed, strict=True))
 
 
 def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, name: str, source: str) -> None:

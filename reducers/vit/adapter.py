@@ -34,7 +34,9 @@ def check_model(model: nn.Module) -> None:
     assert isinstance(model, VisionTransformer)
     blocks = model._modules["blocks"]
     if type(blocks) is not nn.Sequential:
-        raise UnsupportedModel(f"the model holds its blocks in a {type(blocks).__name__}, not a Sequential. {_SUPPORTED}.")
+        raise UnsupportedModel(
+            f"the model holds its blocks in a {type(blocks).__name__}, not a Sequential. {_SUPPORTED}."
+        )
     _check_whole(model, "the model")
     _check_whole(blocks, "the model's blocks")
     replaced = [step for step in _STEPS if step in model.__dict__]

@@ -254,14 +254,19 @@ class ReducedViT(nn.Module):
 def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBatch, state: State) -> TokenBatch:
     """``run`` one block and keep only its input for the backward pass, which runs it again and finds the same.
 
-    The second time nothing is traced or noted: losses read the notes of the first, which reach the same graph.
+    What is traced or noted the second time is nobody's: losses read the notes of the first, which reach the same graph.
     """
     noted = {owner: list(found) for owner, found in state.notes.items()}
+    tracer = None if state.tracer is None else state.tracer.twin()
     states = [state]
 
     def again(x: Tensor) -> TokenBatch:
-        unseen = replace(state, tracer=None, notes={owner: list(found) for owner, found in noted.items()})
-        return run(replace(batch, x=x), states.pop() if states else unseen)
+        known = states.pop() if states else replace(
+            state,
+            notes={owner: list(found) for owner, found in noted.items()},
+            tracer=None if tracer is None else tracer.twin(),
+        )  # fmt: skip
+        return run(replace(batch, x=x), known)
 
     found: TokenBatch = checkpoint(again, batch.x, use_reentrant=False)
     return found
