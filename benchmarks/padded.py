@@ -83,7 +83,7 @@ class PaddedViT(nn.Module):
         if base.global_pool != "token" or gated or hasattr(base, "head_dist"):
             raise ReducerError("the padded run is for models with a class token, one head and no attention gate")
         self.base: Any = base
-        self.placement = placement
+        self.placement = placement.resolve(len(base.blocks))
         self.compact = compact
 
     def forward(self, images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from reducers.checks import checked_flag
+from reducers.checks import checked_flag, whole_number
 from reducers.errors import ReducerError
 
 Rounding = Literal["floor", "ceil", "nearest"]
@@ -141,8 +141,10 @@ class Count(Budget):
     value: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < 1:
+        value = whole_number(self.value)
+        if value is None or value < 1:
             raise ReducerError(f"Count({self.value!r}) must be a whole number of patch tokens, at least 1")
+        object.__setattr__(self, "value", value)
 
     def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
         return self.value
@@ -158,8 +160,10 @@ class Drop(Budget):
     value: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, int) or self.value < 0:
+        value = whole_number(self.value)
+        if value is None or value < 0:
             raise ReducerError(f"Drop({self.value!r}) must be a whole number of tokens to remove, 0 or more")
+        object.__setattr__(self, "value", value)
 
     def _wanted(self, current: N, initial: int, prefix: N, rounding: Rounding) -> N | int:
         return current - self.value

@@ -4,44 +4,109 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from reducers.base import TokenReducer
+from reducers.checks import whole_number
 from reducers.errors import ReducerError
+from reducers.lazy import cached_property
 from reducers.registry import build
 from reducers.stack import Stack
 
+_FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all" or "every 2 from 1"'
+_LATER = re.compile(r"\s*every\s+(\d+)(?:\s+from\s+(\d+))?\s*")
+
 
 @dataclass(frozen=True)
-class Placement:
-    """Block index -> reducer. Blocks count from 0."""
+class Onwards:
+    """Every ``step``-th block from ``start`` to the last one of a network that is not known yet."""
 
-    blocks: Mapping[int, TokenReducer] = field(default_factory=dict)
+    step: int
+    start: int = 0
+
+    def within(self, depth: int) -> tuple[int, ...]:
+        """The blocks of a network of ``depth``."""
+        if not self.start < depth:
+            raise _outside(self.start, depth)
+        return tuple(range(self.start, depth, self.step))
+
+    def __str__(self) -> str:
+        """As a spec has it."""
+        if self == Onwards(1):
+            return "all"
+        return f"every {self.step}{f' from {self.start}' if self.start else ''}"
+
+
+Where = tuple[int, ...] | Onwards
+
+
+@dataclass(frozen=True, init=False)
+class Placement:
+    """Block index -> reducer. Blocks count from 0.
+
+    Where some reach to the last block of a network that is still to come (``every`` without ``depth=``), ``blocks``
+    cannot be told before ``resolve``; ``reduce_tokens`` does that.
+    """
+
+    parts: tuple[tuple[Where, TokenReducer], ...]  # as placed, first to last
+
+    def __init__(
+        self, blocks: Mapping[int, TokenReducer] | None = None, *, parts: Iterable[tuple[Where, TokenReducer]] = ()
+    ) -> None:
+        placed = [((block,), reducer) for block, reducer in (blocks or {}).items()]
+        object.__setattr__(self, "parts", (*placed, *parts))
+        if self.is_resolved:
+            _ = self.blocks  # what cannot be stacked is refused where it is written
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the blocks are known."""
+        return not any(isinstance(where, Onwards) for where, _ in self.parts)
+
+    @cached_property
+    def blocks(self) -> Mapping[int, TokenReducer]:
+        """Which reducer acts at which block."""
+        joined: dict[int, TokenReducer] = {}
+        for where, reducer in self.parts:
+            if isinstance(where, Onwards):
+                raise ReducerError(
+                    f"which blocks {str(where)!r} means depends on the network: give every() or placement_from() its "
+                    "depth=…, or ask the placement of a reduced model, fast.placement.blocks"
+                )
+            for block in where:
+                joined[block] = Stack(joined[block], reducer) if block in joined else reducer
+        return joined
 
     def __or__(self, other: Placement) -> Placement:
         """Both placements; where they share a block, this one's reducer acts first and the other's on what it
         leaves.
         """
-        joined = dict(self.blocks)
-        for block, reducer in other.blocks.items():
-            joined[block] = Stack(joined[block], reducer) if block in joined else reducer
-        return Placement(joined)
+        return Placement(parts=self.parts + other.parts)
 
-    def check(self, depth: int) -> None:
-        """Refuse blocks outside a network of ``depth`` blocks."""
-        for block in self.blocks:
+    def resolve(self, depth: int) -> Placement:
+        """The same in a network of ``depth`` blocks, all of them known; blocks outside it are refused."""
+        placement = self
+        if not self.is_resolved:
+            known = ((w.within(depth) if isinstance(w, Onwards) else w, reducer) for w, reducer in self.parts)
+            placement = Placement(parts=known)
+        for block in placement.blocks:
             if not 0 <= block < depth:
-                raise ReducerError(
-                    f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}"
-                )
+                raise _outside(block, depth)
+        return placement
 
     def spec(self) -> list[dict[str, Any]]:
-        """The placement as plain data: blocks that share a reducer are written together."""
+        """The placement as plain data: blocks that share a reducer are written together, unless one part of it waits
+        for the network's depth; then each part is written as it was placed.
+        """
+        if not self.is_resolved:
+            return [
+                {"at": str(where) if isinstance(where, Onwards) else list(where), "stack": _stack_of(reducer)}
+                for where, reducer in self.parts
+            ]
         stages: list[dict[str, Any]] = []
         for block in sorted(self.blocks):
-            reducer = self.blocks[block].spec()
-            stack = reducer["stack"] if reducer["name"] == "stack" else [reducer]
+            stack = _stack_of(self.blocks[block])
             same = [stage for stage in stages if stage["stack"] == stack]
             if same:
                 same[0]["at"].append(block)
@@ -50,54 +115,93 @@ class Placement:
         return stages
 
 
+def _stack_of(reducer: TokenReducer) -> list[dict[str, Any]]:
+    data = reducer.spec()
+    stack: list[dict[str, Any]] = data["stack"] if data["name"] == "stack" else [data]
+    return stack
+
+
+def _outside(block: int, depth: int) -> ReducerError:
+    return ReducerError(f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
+
+
 def at(blocks: int | Iterable[int], reducer: TokenReducer) -> Placement:
     """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks."""
-    if not isinstance(reducer, TokenReducer):
-        raise ReducerError(f"at() places a reducer such as ATS(Count(108)); got {reducer!r}")
-    if isinstance(blocks, str) or not isinstance(blocks, (int, Iterable)):  # type: ignore[unreachable]
+    _check_reducer(reducer, "at")
+    single = whole_number(blocks)
+    if single is None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
         raise ReducerError(f"at() takes block indices such as 3, [3, 6, 9] or range(3, 12); got {blocks!r}")
-    listed = [blocks] if isinstance(blocks, int) else list(blocks)
-    if any(isinstance(block, bool) or not isinstance(block, int) for block in listed):
-        raise ReducerError(f"block indices are whole numbers; got {listed!r}")
-    if len(set(listed)) != len(listed):
-        raise ReducerError(f"block named twice in {listed}; to act twice in one block, use Stack(first, second)")
-    return Placement(dict.fromkeys(listed, reducer))
+    given = [blocks] if single is not None else list(blocks)  # type: ignore[arg-type]  # no number, so iterable
+    listed = [whole_number(block) for block in given]
+    known = tuple(block for block in listed if block is not None)
+    if len(known) < len(listed):
+        raise ReducerError(f"block indices are whole numbers; got {given!r}")
+    if len(set(known)) != len(known):
+        raise ReducerError(f"block named twice in {list(known)}; to act twice in one block, use Stack(first, second)")
+    return Placement(parts=[(known, reducer)])
 
 
-def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int = 12) -> Placement:
-    """The reducer in every ``step``-th block from ``start`` on; ``every(1, ToMe(Drop(13)))`` is ToMe's own
-    placement.
+def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int | None = None) -> Placement:
+    """The reducer in every ``step``-th block from ``start`` to the last one; ``every(1, ToMe(Drop(13)))`` is ToMe's
+    own placement. The network's depth is the model's, once there is one, or ``depth``.
     """
-    if step < 1:
-        raise ReducerError(f"every({step}) must be a step of at least 1 block")
-    return at(range(start, depth, step), reducer)
+    _check_reducer(reducer, "every")
+    steps, first = whole_number(step), whole_number(start)
+    if steps is None or steps < 1:
+        raise ReducerError(f"every({step!r}) must be a step of at least 1 block")
+    if first is None or first < 0:
+        raise ReducerError(f"every(start={start!r}) must be a block's index, 0 or more")
+    placement = Placement(parts=[(Onwards(steps, first), reducer)])
+    return placement if depth is None else placement.resolve(depth)
+
+
+def _check_reducer(reducer: object, function: str) -> None:
+    if not isinstance(reducer, TokenReducer):
+        raise ReducerError(f"{function}() places a reducer such as ATS(Count(108)); got {reducer!r}")
 
 
 def parse_blocks(where: Any, depth: int) -> list[int]:
-    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9" or "all"."""
-    if where == "all":
-        return list(range(depth))
+    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9", "all" or "every 2 from 1"."""
+    read = _read_blocks(where)
+    return list(read.within(depth) if isinstance(read, Onwards) else read)
+
+
+def _read_blocks(where: Any) -> Where:
+    """As ``parse_blocks``, for a network that is not known yet."""
     if isinstance(where, str):
-        blocks: list[int] = []
-        for part in where.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-            if not match:
-                raise ReducerError(f'blocks are written 3, [3, 6, 9], "3-11" or "all"; got {where!r}')
-            first, last = int(match[1]), int(match[2] or match[1])
-            if last < first:
-                raise ReducerError(f"blocks {where!r} run backwards; write the smaller one first")
-            blocks.extend(range(first, last + 1))
-        return blocks
-    if isinstance(where, int) and not isinstance(where, bool):
-        return [where]
-    if isinstance(where, (list, tuple)) and all(isinstance(b, int) and not isinstance(b, bool) for b in where):
-        return list(where)
-    raise ReducerError(f'blocks are written 3, [3, 6, 9], "3-11" or "all"; got {where!r}')
+        if where == "all":
+            return Onwards(1)
+        later = _LATER.fullmatch(where)
+        if later and int(later[1]):
+            return Onwards(int(later[1]), int(later[2] or 0))
+        return _ranges(where)
+    single = whole_number(where)
+    if single is not None:
+        return (single,)
+    listed = [whole_number(block) for block in where] if isinstance(where, (list, tuple)) else [None]
+    known = tuple(block for block in listed if block is not None)
+    if len(known) < len(listed):
+        raise ReducerError(f"{_FORMS}; got {where!r}")
+    return known
 
 
-def placement_from(stages: list[dict[str, Any]], depth: int = 12) -> Placement:
+def _ranges(where: str) -> tuple[int, ...]:
+    """``"3-5, 9"``"""
+    blocks: list[int] = []
+    for part in where.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match:
+            raise ReducerError(f"{_FORMS}; got {where!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ReducerError(f"blocks {where!r} run backwards; write the smaller one first")
+        blocks.extend(range(first, last + 1))
+    return tuple(blocks)
+
+
+def placement_from(stages: list[dict[str, Any]], depth: int | None = None) -> Placement:
     """A placement from plain data, e.g. ``[{"at": [3, 6, 9], "stack": [{"name": "evit", "budget": {"ratio":
-    0.7}}]}]``.
+    0.7}}]}]``. What ``"all"`` blocks are is decided by ``depth``, or by the model where none is given.
     """
     placement = Placement()
     for stage in stages:
@@ -112,6 +216,7 @@ def placement_from(stages: list[dict[str, Any]], depth: int = 12) -> Placement:
         reducer = parts[0] if len(parts) == 1 else Stack(*parts)
         if stage["at"] == []:
             raise ReducerError(f"stage {stage!r} names no block; leave the stage out instead")
-        placement = placement | at(parse_blocks(stage["at"], depth), reducer)
-    placement.check(depth)
-    return placement
+        where = _read_blocks(stage["at"])
+        placed = at(where, reducer) if isinstance(where, tuple) else Placement(parts=[(where, reducer)])
+        placement = placement | placed
+    return placement if depth is None else placement.resolve(depth)

@@ -277,7 +277,7 @@ def test_the_variants_fit_a_network_of_any_depth(depth: int) -> None:
     assert {subject.kind for subject in listed} == {"packed", "padded", "masked", "reference"}
     assert len({subject.name for subject in listed}) == len(listed)
     for subject in listed:
-        subject.place(3).check(depth)
+        subject.place(3).resolve(depth)
     assert {subject.kind for subject in subjects(model, None, contrast=False)} == {"packed"}
 
 

@@ -64,6 +64,7 @@ class ReducedViT(nn.Module):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
+        placement = placement.resolve(len(base.blocks))
         self.base = base
         self.reducers = nn.ModuleDict()
         check_placement(base, placement)

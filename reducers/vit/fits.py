@@ -13,7 +13,7 @@ from reducers.vit.host import Host
 
 def check_placement(base: VisionTransformer, placement: Placement) -> None:
     """Refuse what the model cannot do; reducers that have parameters make them, the first time."""
-    placement.check(len(base.blocks))
+    placement.resolve(len(base.blocks))
     _check_class_token(base, placement)
     attach(base, placement)
 

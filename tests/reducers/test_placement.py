@@ -35,7 +35,7 @@ def test_placements_join_and_stack_where_they_meet():
 
 
 def test_every_places_by_step():
-    assert sorted(every(3, Identity(), start=3).blocks) == [3, 6, 9]
+    assert sorted(every(3, Identity(), start=3, depth=12).blocks) == [3, 6, 9]
     with pytest.raises(ReducerError):
         every(0, Identity())
 
@@ -51,10 +51,17 @@ def test_placements_survive_being_written_as_data():
 
 @pytest.mark.parametrize(
     ("where", "blocks"),
-    [(3, [3]), ("3-5", [3, 4, 5]), ("1, 4-5", [1, 4, 5]), ("all", list(range(12))), ([3, 6], [3, 6])],
+    [
+        (3, [3]),
+        ("3-5", [3, 4, 5]),
+        ("1, 4-5", [1, 4, 5]),
+        ("all", list(range(12))),
+        ("every 4 from 3", [3, 7, 11]),
+        ([3, 6], [3, 6]),
+    ],
 )
 def test_blocks_are_written_in_several_ways(where, blocks):
-    assert sorted(placement_from([{"at": where, "reducer": {"name": "identity"}}]).blocks) == blocks
+    assert sorted(placement_from([{"at": where, "reducer": {"name": "identity"}}], depth=12).blocks) == blocks
 
 
 IDENTITY = {"name": "identity"}
@@ -78,7 +85,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_placements_name_the_cause(message):
     with pytest.raises(ReducerError, match=message.replace("(", r"\(")):
-        placement_from(BAD[message])
+        placement_from(BAD[message], depth=12)
 
 
 def test_a_reducer_that_needs_the_class_token_after_it_may_be_gone_is_refused():
