@@ -58,7 +58,9 @@ class _Strict(BaseModel):
 
 
 class Stage(_Strict):
-    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``) and what: reducers applied one after the other."""
+    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``) and what: reducers applied one after the
+    other.
+    """
 
     at: int | str | list[int | str]
     stack: list[dict[str, Any]] = Field(min_length=1, max_length=8)

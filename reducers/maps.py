@@ -107,7 +107,7 @@ class Merge(TokenMap):
         return self.group.where(self.group >= 0, self.new.rows)
 
     def _add_up(self, values: Tensor) -> Tensor:
-        out = values.new_zeros(self.new.rows + (not self.drops_none), *values.shape[1:])
+        out = values.new_zeros(self.new.rows + int(not self.drops_none), *values.shape[1:])
         return out.index_add_(0, self._slot, values)[: self.new.rows]
 
     def apply(self, x: Tensor) -> Tensor:

@@ -38,7 +38,10 @@ def image_keys(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B,) int64, a hash of each image's pixels."""
     flat = images.detach().flatten(1)
     step = max(1, flat.shape[1] // _SAMPLED_PIXELS)
-    bits = flat[:, ::step].float().contiguous().view(torch.int32).long()
+    pixels = flat[:, ::step].float().contiguous()
+    # the graphs of torch.jit.trace hold no view as another type, those of the exporters no copy
+    bits = torch.view_copy(pixels, dtype=torch.int32) if torch.jit.is_tracing() else pixels.view(torch.int32)
+    bits = bits.long()
     place = torch.arange(bits.shape[1], device=bits.device)
     hashed = _mix((bits + 1) * _mix((place + 1) * _GOLDEN))
     # one sum modulo 2^64, by halves: not every runtime that runs an exported model adds large integers exactly

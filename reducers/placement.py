@@ -128,10 +128,13 @@ def _outside(block: int, depth: int) -> ReducerError:
 def at(blocks: int | Iterable[int], reducer: TokenReducer) -> Placement:
     """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks."""
     _check_reducer(reducer, "at")
-    single = whole_number(blocks)
-    if single is None and (isinstance(blocks, str) or not isinstance(blocks, Iterable)):
+    given: list[object]
+    if whole_number(blocks) is not None:
+        given = [blocks]
+    elif isinstance(blocks, Iterable) and not isinstance(blocks, str):  # type: ignore[unreachable]
+        given = list(blocks)
+    else:
         raise ReducerError(f"at() takes block indices such as 3, [3, 6, 9] or range(3, 12); got {blocks!r}")
-    given = [blocks] if single is not None else list(blocks)  # type: ignore[arg-type]  # no number, so iterable
     listed = [whole_number(block) for block in given]
     known = tuple(block for block in listed if block is not None)
     if len(known) < len(listed):

@@ -15,6 +15,11 @@ from torch import Tensor
 from reducers.lazy import cached_property
 
 
+def _known(extent: int | Tensor) -> int:
+    """An extent as a number: ``torch.jit.trace`` makes tensors of them, and counts are constants of its graph."""
+    return int(extent) if isinstance(extent, Tensor) else extent
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where each image's tokens lie in a packed tensor of ``rows`` rows; prefix tokens come first in each image.
@@ -189,6 +194,7 @@ class Layout:
 
     def spread(self, padded: Tensor, *, prefix: float | bool) -> Tensor:
         """Patch values (B, N) -> packed (T,), with one value for all prefix rows."""
+        prefix = prefix + 0  # no graph of TorchScript holds True as a number
         if self.uniform is not None:
             lead = padded.new_full((1, 1), prefix).expand(self.images, self.uniform[1])
             return torch.cat([lead, padded], dim=1).flatten()
@@ -221,7 +227,7 @@ class TokenBatch:
     @classmethod
     def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:
         """(B, N, D) features as a timm ViT hands them to its blocks."""
-        images, tokens, _ = x.shape
+        images, tokens = (_known(extent) for extent in x.shape[:2])
         layout = Layout.alike(images, tokens, prefix, x.device)
         class_rows = layout.starts if has_class_token else torch.full_like(layout.starts, -1)
         pos = None

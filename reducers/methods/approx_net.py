@@ -103,12 +103,7 @@ class ApproxNet(nn.Module):
         (B, H, P, T): no other is asked for when importance is traced back.
         """
         x = self.patch_embed(images)
-        if x.shape[2:] != self.grid:
-            raise ReducerError(
-                f"ApproxNet was made for {self.grid[0]} x {self.grid[1]} patches and the images have "
-                f"{x.shape[2]} x {x.shape[3]}: use images of the size the model was made for, and no method that "
-                "resizes them"
-            )
+        self.check_grid((x.shape[2], x.shape[3]))
         x = torch.cat([self.prefix_tokens.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         x = embedding = x + self.positions
         scores: list[Tensor] = []
@@ -122,6 +117,14 @@ class ApproxNet(nn.Module):
             assert isinstance(last, ApproxBlock)
             return Guess([*scores, last.first_rows(x, self.prefix)])
         return Guess(scores, embedding, hidden, self.head(self.norm(x)[:, 0]))
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuse images of other rows and columns of patches than the model's own."""
+        if grid != self.grid:
+            raise ReducerError(
+                f"ApproxNet was made for {self.grid[0]} x {self.grid[1]} patches and the images have "
+                f"{grid[0]} x {grid[1]}: use images of the size the model was made for, and no method that resizes them"
+            )
 
     def macs(self) -> int:
         """Multiply-adds for one image of a pass that is not the whole."""

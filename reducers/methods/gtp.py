@@ -50,7 +50,7 @@ def cosine_graph(x: Tensor, valid: Tensor, *, neighbours: int) -> Tensor:
     own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
     pair = valid[:, :, None] & valid[:, None] & ~own
     nearest = alike.masked_fill(~pair, -torch.inf).topk(min(neighbours, x.shape[1]), dim=2).indices
-    joined = torch.zeros_like(pair).scatter(2, nearest, True) & pair
+    joined = torch.zeros_like(pair).scatter(2, nearest, 1) & pair
     joined = joined | joined.transpose(1, 2)
     degree = joined.sum(2).clamp(min=1).to(alike.dtype)
     return joined / (degree[:, :, None] * degree[:, None]).sqrt()

@@ -89,7 +89,7 @@ def reward(kept: Tensor, right: Tensor, *, penalty: float) -> Tensor:
 def at_least_one(chosen: Tensor, score: Tensor, valid: Tensor) -> Tensor:
     """Where no patch is chosen, the one of highest score; ties go to the lower index. All (B, N)"""
     chosen = chosen & valid
-    best = torch.zeros_like(chosen).scatter_(1, score.masked_fill(~valid, -1).argmax(1, keepdim=True), True)
+    best = torch.zeros_like(chosen).scatter_(1, score.masked_fill(~valid, -1).argmax(1, keepdim=True), 1)
     return chosen | (best & valid & ~chosen.any(1, keepdim=True))
 
 

@@ -32,13 +32,13 @@ def far_apart(distance: Tensor, valid: Tensor, count: Tensor, most: int) -> Tens
     """
     inner = distance.masked_fill(distance.isinf(), 0)
     first = inner.sum(2).masked_fill(~valid, torch.inf).argmin(dim=1, keepdim=True)
-    chosen = torch.zeros_like(valid).scatter(1, first, True)
+    chosen = torch.zeros_like(valid).scatter(1, first, 1)
     gap = inner.gather(1, first[..., None].expand(-1, -1, distance.shape[2])).squeeze(1)
     for taken in range(1, most):
         gap = gap.masked_fill(chosen | ~valid, -torch.inf)
         after = gap.argmax(dim=1, keepdim=True)
         grows = (count > taken)[:, None]
-        chosen = chosen | (torch.zeros_like(chosen).scatter(1, after, True) & grows)
+        chosen = chosen | (torch.zeros_like(chosen).scatter(1, after, 1) & grows)
         gap = torch.minimum(gap, inner.gather(1, after[..., None].expand(-1, -1, distance.shape[2])).squeeze(1))
     return chosen & valid
 

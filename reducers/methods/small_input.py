@@ -35,7 +35,8 @@ class SmallInput(TokenReducer):
     """Show the model a smaller image: fewer patches of the same size, with interpolated positions.
 
     ``budget``: patches of the smaller image; the nearest grid of nearly the same shape is taken (196, 182, 169, 156,
-    144, … of 14 x 14), and ``Ratio`` rounds to the nearest. Bicubic, antialiased. It acts on the whole network
+    144, … of 14 x 14), and ``Ratio`` rounds to the nearest. Of a model with ``dynamic_img_size`` it counts the patches
+    of the images that come, whatever their size. Bicubic, antialiased. It acts on the whole network
     wherever it is placed; place it once, at block 0. Provenance is told in the patches of the original image: a patch
     is carried by the one that covers its centre.
     """
@@ -49,14 +50,17 @@ class SmallInput(TokenReducer):
 
     def prepare(self, images: Tensor, host: Any) -> Tensor:
         """The images (B, C, H, W) at the size of the smaller grid."""
-        height, width = host.grid
+        (height, width), (down, across) = host.whole_patches(images)
         patches = height * width
         count = self.budget.count(patches, initial=patches, prefix=host.prefix, rounding="nearest")
         rows, columns = smaller_grid((height, width), count)
         if (rows, columns) == (height, width):
             return images
-        size = images.shape[-2] // height * rows, images.shape[-1] // width * columns
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
+        below, right = height * down - images.shape[-2], width * across - images.shape[-1]
+        if below > 0 or right > 0:  # what the model would pad is part of the image it would see
+            wide = F.pad(wide, (0, max(right, 0), 0, max(below, 0)))
+        size = rows * down, columns * across
         return F.interpolate(wide, size=size, mode="bicubic", antialias=True).to(images.dtype)
 
     def decide(self, signals: Signals, state: State) -> Decision | None:

@@ -155,6 +155,7 @@ class STTABT(TokenReducer):
 
     def plan(self, images: Tensor, host: Any) -> Plan:
         """The masks of all blocks from the first on, before any of them runs."""
+        self.approx.check_grid(host.grid_of(images))  # before it cuts off what the model would pad
         distilling = self.training and self._distilling
         soft = self.training and not distilling and self.budget is None
         with torch.set_grad_enabled(torch.is_grad_enabled() and (distilling or soft)):

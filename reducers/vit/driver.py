@@ -91,9 +91,14 @@ class ReducedViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) -> logits (B, classes)."""
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             check_exportable(self)
         return self._run(images, None)
+
+    def unchecked(self, images: Tensor) -> Tensor:
+        """``forward``, for a tracer that only wants to see the operations of these images."""
+        logits: Tensor = self._run(images, None)
+        return logits
 
     def trace(self, images: Tensor, shared: Shared | None = None) -> tuple[Tensor, Trace]:
         """As ``forward``, and a trace of every image's tokens and cost.
@@ -167,16 +172,15 @@ class ReducedViT(nn.Module):
         if shared is not None:
             shared.claim(base, images)
         keys = self._image_keys(images, shared)
-        host, asked = Host(base), images.shape
+        host, asked, grid = Host(base), images.shape, grid_of(base, images)
         for prepare in _steps(members, "prepare"):
             images = prepare(images, host)
         plans = {id(member): member.plan(images, host) for member in members if member.plan is not None}
-        index, batch = self._enter(images, shared, tracer, resized=images.shape != asked)
+        index, batch = self._enter(images, shared, tracer, resized=grid if images.shape != asked else None)
         assert batch.layout.uniform is not None
         if tracer is not None and host.spent is not None:
             tracer.cost.spend(host.spent)
         initial = batch.layout.uniform[0] - base.num_prefix_tokens
-        grid = grid_of(base) if images.shape != asked else grid_of(base, images)
         return index, batch, State(
             0, len(base.blocks), initial, grid, keys, self.training, plans, tracer=tracer, notes={}
         )  # fmt: skip
@@ -187,11 +191,13 @@ class ReducedViT(nn.Module):
         return image_keys(images) if shared is None else shared.image_keys(images)
 
     def _enter(
-        self, images: Tensor, shared: Shared | None, tracer: Tracer | None, *, resized: bool
+        self, images: Tensor, shared: Shared | None, tracer: Tracer | None, *, resized: tuple[int, int] | None
     ) -> tuple[int, TokenBatch]:
-        """The first block to run and the tokens that enter it."""
+        """The first block to run and the tokens that enter it; ``resized``: the grid of the images as they came, where
+        they now have another.
+        """
         base, carrier = self.base, None
-        front = entrance(base, resized=resized)
+        front = entrance(base, resized=resized is not None)
         known = None if shared is None else shared.latest(self.first_block)
         if known is None:
             embedded = embed(front, images)
@@ -204,8 +210,10 @@ class ReducedViT(nn.Module):
                 ),
             )
         start, batch = known
-        if resized and batch.pos is not None:  # provenance is told in the patches of the image as it was given
-            carrier, original = carriers(grid_of(base), grid_of(base, images), images.device)
+        if (
+            resized is not None and batch.pos is not None
+        ):  # provenance is told in the patches of the image as it was given
+            carrier, original = carriers(resized, grid_of(base, images), images.device)
             place = original[batch.pos.clamp(min=0)]
             batch = replace(batch, pos=place.where(batch.pos >= 0, batch.pos))
         if tracer is not None:
@@ -287,6 +295,6 @@ def check_exportable(fast: ReducedViT) -> None:
     adaptive = sorted({member.name for member in fast.members() if member.adaptive})
     if adaptive:
         raise ReducerError(
-            f"{', '.join(adaptive)} keeps a different number of tokens in each image, and an exported graph has fixed "
-            "sizes; export a method of fixed count (topk, evit, tome, …), or run this one in PyTorch"
+            f"{', '.join(adaptive)} keeps a different number of tokens in each image, and a graph that is exported or "
+            "traced has fixed sizes; export a method of fixed count (topk, evit, tome, …), or run this one in PyTorch"
         )

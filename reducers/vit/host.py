@@ -35,6 +35,26 @@ def grid_of(base: VisionTransformer, images: Tensor | None = None) -> Grid:
     return int(rows), int(columns)
 
 
+def whole_patches(base: VisionTransformer, images: Tensor) -> tuple[Grid, Grid]:
+    """Rows and columns of patches of images that are to be resized, and the pixels of a patch; images that the model
+    does not take are refused.
+    """
+    height, width = int(images.shape[-2]), int(images.shape[-1])
+    embed = base.patch_embed
+    down, across = embed.feat_ratio(as_scalar=False)
+    if not base.dynamic_img_size and (height, width) != tuple(embed.img_size):
+        raise ReducerError(
+            f"the images have {height} x {width} px and the model was made for {embed.img_size[0]} x "
+            f"{embed.img_size[1]}; resize them, or create the model with dynamic_img_size=True"
+        )
+    if base.dynamic_img_size and not embed.dynamic_img_pad and (height % down or width % across):
+        raise ReducerError(
+            f"images of {height} x {width} px are no whole patches of {down} x {across}; resize them, or create the "
+            "model with dynamic_img_pad=True"
+        )
+    return grid_of(base, images), (int(down), int(across))
+
+
 def entrance(base: VisionTransformer, *, resized: bool) -> VisionTransformer:
     """The model to embed images with: itself, or for resized ones a twin that shares every weight and interpolates
     positions.
@@ -102,6 +122,14 @@ class Host:
     def grid(self) -> Grid:
         """Rows and columns of patches that the model was made for."""
         return grid_of(self.base)
+
+    def grid_of(self, images: Tensor) -> Grid:
+        """Rows and columns of patches of these images, which may have another size."""
+        return grid_of(self.base, images)
+
+    def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
+        """Rows and columns of patches of images that are to be resized, and the pixels of a patch."""
+        return whole_patches(self.base, images)
 
     @property
     def width(self) -> int:

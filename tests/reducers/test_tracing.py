@@ -1,0 +1,81 @@
+"""Reduced models under ``torch.jit.trace`` and under fvcore, which traces in the same way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reducers import ATS, Count, Drop, Identity, Ratio, ReducerError, ToMe, TopK, at, build, every, reduce_tokens
+from reducers.cost_fvcore import fvcore_macs
+
+from .conftest import make_vit
+from .test_contract import CASES, fresh
+
+FIXED = [name for name, reducer in CASES.items() if not reducer.adaptive]
+QUICK = ("bat", "evit", "gtp cosine", "kmedoids", "random", "small_input", "stack topk tome evit", "tome", "topk")
+TRACED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FIXED]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("name", TRACED)
+@torch.no_grad()
+def test_a_traced_graph_gives_what_eager_gives_on_other_images_too(name):
+    model = reduce_tokens(make_vit(), at([1, 3], fresh(CASES[name])))
+    seen, unseen = torch.randn(2, 2, 3, 48, 48)
+    graph = torch.jit.trace(model, seen, check_trace=False)
+    for images in (seen, unseen):
+        torch.testing.assert_close(graph(images), model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "budget", [Ratio(0.6), Ratio(0.5, of="initial"), Ratio(0.6, count_prefix=True), Drop(7), Count(9)]
+)
+@torch.no_grad()
+def test_every_kind_of_budget_can_be_traced_and_counted(budget):
+    model = reduce_tokens(make_vit(), at([1, 3], TopK(budget)))
+    seen, unseen = torch.randn(2, 1, 3, 48, 48)
+    graph = torch.jit.trace(model, seen, check_trace=False)
+    torch.testing.assert_close(graph(unseen), model(unseen), rtol=0, atol=1e-5)
+    assert fvcore_macs(model, seen) == pytest.approx(float(model.cost(seen)), rel=0.01)
+
+
+@torch.no_grad()
+def test_a_traced_graph_refuses_a_batch_of_another_size():
+    graph = torch.jit.trace(reduce_tokens(make_vit(), at(1, TopK(Ratio(0.6)))), torch.randn(2, 3, 48, 48))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        graph(torch.randn(3, 3, 48, 48))
+
+
+@pytest.mark.parametrize("name", [name for name, reducer in CASES.items() if reducer.adaptive])
+@torch.no_grad()
+def test_adaptive_methods_refuse_to_be_traced_by_name(name):
+    model = reduce_tokens(make_vit(), at([1, 3], fresh(CASES[name])))
+    adaptive = [member.name for member in model.members() if member.adaptive]
+    with pytest.raises(ReducerError, match=f"{adaptive[0]}.*keeps a different number of tokens"):
+        torch.jit.trace(model, torch.randn(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize("reducer", [ATS(Count(9)), build({"name": "avit"})], ids=["ats", "avit"])
+def test_fvcore_still_counts_one_image_of_an_adaptive_method(reducer):
+    model, image = reduce_tokens(make_vit(), at([1, 2, 3], fresh(reducer))), torch.randn(1, 3, 48, 48)
+    assert fvcore_macs(model, image) == pytest.approx(float(model.cost(image)), rel=0.01)
+
+
+def test_a_count_that_fails_leaves_no_hook_behind():
+    class Broken(Identity):
+        name = "broken"
+
+        def decide(self, signals, state):
+            raise ArithmeticError("in the middle of a block")
+
+    base, image = make_vit(), torch.randn(1, 3, 48, 48)
+    own = base.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ArithmeticError):
+        fvcore_macs(reduce_tokens(base, at(1, Broken())), image)
+    left = [list(module._forward_hooks) + list(module._forward_pre_hooks) for module in base.modules()]
+    assert sum(left, []) == [own.id], "the user's own stays"
+    assert fvcore_macs(reduce_tokens(base, every(1, ToMe(Drop(5)))), image) > 0
