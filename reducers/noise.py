@@ -39,8 +39,9 @@ def image_keys(images: Tensor) -> Tensor:
     flat = images.detach().flatten(1)
     step = max(1, flat.shape[1] // _SAMPLED_PIXELS)
     pixels = flat[:, ::step].float().contiguous()
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]  # torch documents it
     # the graphs of torch.jit.trace hold no view as another type, those of the exporters no copy
-    bits = torch.view_copy(pixels, dtype=torch.int32) if torch.jit.is_tracing() else pixels.view(torch.int32)
+    bits = torch.view_copy(pixels, dtype=torch.int32) if tracing else pixels.view(torch.int32)
     bits = bits.long()
     place = torch.arange(bits.shape[1], device=bits.device)
     hashed = _mix((bits + 1) * _mix((place + 1) * _GOLDEN))

@@ -88,7 +88,7 @@ def _random(signals: Signals, state: State, heads: Heads, seed: int) -> Tensor:
 
 def _spend_norms(signals: Signals) -> None:
     if signals.counting:
-        signals.spend(signals.layout.lengths * signals.values()[0].numel())
+        signals.spend(signals.layout.lengths * signals.values().shape[1:].numel())
 
 
 SCORES: dict[str, Score] = {

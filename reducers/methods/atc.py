@@ -137,5 +137,5 @@ class ATC(TokenReducer):
             signals.spend(reduces * patches**2 * metric.shape[2])
             if self.linkage == "average":  # a weighted sum of two rows at each step
                 signals.spend(2 * steps * patches)
-            signals.spend(reduces * patches * signals.values()[0].numel())  # means
+            signals.spend(reduces * patches * signals.values().shape[1:].numel())  # means
         return Decision(merge, proportional=self.proportional)

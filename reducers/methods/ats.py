@@ -216,7 +216,7 @@ class ATS(TokenReducer):
             draws = noise.uniform(
                 state.image_keys[:, None], pairs, seed=self.seed, stream=noise.stream(state.block, state.draw, kind=1)
             )
-            return sample_gumbel(shares, valid, points, draws.view(shares.shape[0], most, -1))
+            return sample_gumbel(shares, valid, points, draws.view(shares.shape[0], most, shares.shape[1]))
         cdf = cumulative(scores, valid)
         if self.variant == "unsorted":
             grid, used = even_points(points, self._most_points(layout, state), cdf.dtype)

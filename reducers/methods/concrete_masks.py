@@ -25,6 +25,8 @@ def evened(scores: Tensor) -> Tensor:
     """Scores made about uniform in (0, 1): standardised over the keys, then the normal distribution's CDF, then the
     mean over heads. (B, H, Q, T) -> (B, Q, T)
     """
+    if not len(scores):  # of no image there is no variance
+        return scores.mean(dim=1)
     spread, mean = torch.var_mean(scores, dim=-1, correction=0, keepdim=True)
     return torch.special.ndtr((scores - mean) / (spread + 1e-12).sqrt()).mean(1)
 

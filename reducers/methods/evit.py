@@ -104,7 +104,7 @@ class EViT(TokenReducer):
         merged = fuse_the_rest(layout, chosen, weights, count=count if isinstance(count, int) else None)
         if signals.counting:
             left_out = layout.lengths - (layout.prefix + count)
-            signals.spend(left_out * signals.values()[0].numel())
+            signals.spend(left_out * signals.values().shape[1:].numel())
         signals.output()  # fused features are those after the attention residual: every row is needed
         return Decision(merged)
 

@@ -87,7 +87,7 @@ def pooled_features(pooled: Mix, x: Tensor, tokens: Tensor) -> Tensor:
     """The features behind ``pooled_map``, where the new tokens (B, M, D) are no plain mix of the old ones x (T, D)."""
     old, new, tokens = pooled.old, pooled.new, tokens.to(x.dtype)
     if old.uniform is not None:
-        lead = x.view(old.images, old.uniform[0], -1)[:, : old.uniform[1]]
+        lead = x.view(old.images, old.uniform[0], x.shape[1])[:, : old.uniform[1]]
         return torch.cat([lead, tokens], dim=1).flatten(0, 1)
     stays = new.is_prefix | (old.patches <= tokens.shape[1])[new.row_image]
     place = (new.row_index - new.prefix[new.row_image]).clamp(min=0)

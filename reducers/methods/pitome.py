@@ -121,5 +121,5 @@ class PiToMe(ToMe):
             patches = layout.patches.double() * (pairs_each > 0)
             halves = (patches / 2).ceil() * (patches / 2).floor()
             signals.spend((patches**2 + halves) * metric.shape[2])
-            signals.spend(patches * signals.values()[0].numel())
+            signals.spend(patches * signals.values().shape[1:].numel())
         return Decision(merge, proportional=self.proportional)

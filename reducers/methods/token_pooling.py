@@ -32,7 +32,7 @@ def centroids(x: Tensor, weight: Tensor, label: Tensor, clusters: int) -> Tensor
     group = (label + images * clusters).flatten()
     sums = x.new_zeros(x.shape[0] * clusters, x.shape[2]).index_add_(0, group, (x * weight[..., None]).flatten(0, 1))
     total = x.new_zeros(x.shape[0] * clusters).index_add_(0, group, weight.flatten())
-    return (sums / total.clamp(min=torch.finfo(x.dtype).tiny)[:, None]).view(x.shape[0], clusters, -1)
+    return (sums / total.clamp(min=torch.finfo(x.dtype).tiny)[:, None]).view(x.shape[0], clusters, x.shape[2])
 
 
 def fill_empty(label: Tensor, own: Tensor, valid: Tensor, used: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class ToMe(TokenReducer):
         if signals.counting:
             tokens = layout.lengths.double() * (torch.as_tensor(count, device=metric.device) > 0)
             signals.spend((tokens / 2).ceil() * (tokens / 2).floor() * metric.shape[1])
-            signals.spend(tokens * signals.values()[0].numel())
+            signals.spend(tokens * signals.values().shape[1:].numel())
         return Decision(merge, proportional=self.proportional)
 
     def _pairs(self, layout: Layout, state: State) -> Tensor | int:

@@ -99,7 +99,7 @@ class PackedAttention:
             by_image = keys.view(layout.images, layout.uniform[0], *keys.shape[1:])
             padded = (by_image * q[:, None]).sum(-1) * self.scale
             if self.key_bias is not None:
-                padded = padded + self.key_bias.view(layout.images, -1, 1)
+                padded = padded + self.key_bias.view(layout.images, layout.uniform[0], 1)
         else:
             logits = (keys * q[layout.row_image]).sum(-1) * self.scale
             if self.key_bias is not None:

@@ -75,6 +75,8 @@ def entrance(base: VisionTransformer, *, resized: bool) -> VisionTransformer:
 
 def embed(base: VisionTransformer, images: Tensor) -> Tensor:
     """Images -> the tokens that enter block 0, (B, N, D)."""
+    if base.dynamic_img_size and images.shape[0] == 0:  # timm cannot tell how many positions to interpolate for
+        return embed(base, images.new_zeros(1, *images.shape[1:]))[:0]
     return base.norm_pre(base.patch_drop(base._pos_embed(base.patch_embed(images))))
 
 

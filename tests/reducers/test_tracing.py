@@ -12,7 +12,7 @@ from .conftest import make_vit
 from .test_contract import CASES, fresh
 
 FIXED = [name for name, reducer in CASES.items() if not reducer.adaptive]
-QUICK = ("bat", "evit", "gtp cosine", "kmedoids", "random", "small_input", "stack topk tome evit", "tome", "topk")
+QUICK = ("evit", "gtp cosine", "random", "stack topk tome evit")
 TRACED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FIXED]
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", TRACED)
 @torch.no_grad()
 def test_a_traced_graph_gives_what_eager_gives_on_other_images_too(name):
-    model = reduce_tokens(make_vit(), at([1, 3], fresh(CASES[name])))
+    model = reduce_tokens(make_vit(depth=2), at([0, 1] if name in QUICK else 1, fresh(CASES[name])))
     seen, unseen = torch.randn(2, 2, 3, 48, 48)
     graph = torch.jit.trace(model, seen, check_trace=False)
     for images in (seen, unseen):
@@ -36,7 +36,7 @@ def test_a_traced_graph_gives_what_eager_gives_on_other_images_too(name):
 )
 @torch.no_grad()
 def test_every_kind_of_budget_can_be_traced_and_counted(budget):
-    model = reduce_tokens(make_vit(), at([1, 3], TopK(budget)))
+    model = reduce_tokens(make_vit(depth=2), at([0, 1], TopK(budget)))
     seen, unseen = torch.randn(2, 1, 3, 48, 48)
     graph = torch.jit.trace(model, seen, check_trace=False)
     torch.testing.assert_close(graph(unseen), model(unseen), rtol=0, atol=1e-5)
@@ -45,7 +45,7 @@ def test_every_kind_of_budget_can_be_traced_and_counted(budget):
 
 @torch.no_grad()
 def test_a_traced_graph_refuses_a_batch_of_another_size():
-    graph = torch.jit.trace(reduce_tokens(make_vit(), at(1, TopK(Ratio(0.6)))), torch.randn(2, 3, 48, 48))
+    graph = torch.jit.trace(reduce_tokens(make_vit(depth=1), at(0, TopK(Ratio(0.6)))), torch.randn(2, 3, 48, 48))
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         graph(torch.randn(3, 3, 48, 48))
 
@@ -77,5 +77,5 @@ def test_a_count_that_fails_leaves_no_hook_behind():
     with pytest.raises(ArithmeticError):
         fvcore_macs(reduce_tokens(base, at(1, Broken())), image)
     left = [list(module._forward_hooks) + list(module._forward_pre_hooks) for module in base.modules()]
-    assert sum(left, []) == [own.id], "the user's own stays"
+    assert [hook for each in left for hook in each] == [own.id], "the user's own stays"
     assert fvcore_macs(reduce_tokens(base, every(1, ToMe(Drop(5)))), image) > 0

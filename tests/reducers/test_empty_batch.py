@@ -1,0 +1,29 @@
+"""A batch without images: forward, trace and cost give what they give, of none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reducers import ReducerError, at, reduce_tokens
+
+from .conftest import make_vit
+from .test_contract import CASES, fresh
+
+
+@pytest.mark.parametrize("kind", ["class", "map"])
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_no_image_gives_no_logits_no_trace_and_no_cost(name, kind):
+    try:
+        model = reduce_tokens(make_vit(kind), at([1, 3], fresh(CASES[name])))
+    except ReducerError:
+        assert kind == "map", "only a class token may be lacking"
+        return
+    images = torch.zeros(0, 3, 48, 48)
+    assert model(images).shape == (0, 7)
+    logits, trace = model.trace(images)
+    assert logits.shape == (0, 7)
+    assert trace.tokens.shape == (0, 5)
+    assert trace.owner(3).shape == trace.kept(3).shape == (0, 36)
+    assert model.cost(images).shape == trace.macs.shape == trace.reducer_macs.shape == (0,)
