@@ -118,6 +118,8 @@ def _run(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         strict=arguments.strict,
         download=arguments.download,
+        labels=arguments.labels or None,
+        links=not arguments.no_links,
     )
     with profile.measure("opening"):
         session = open_session(settings)
@@ -189,7 +191,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
     found = reproduce(
         Store(arguments.out), arguments.key, data=arguments.data or None, train_data=arguments.train_data or None,
-        weights=arguments.weights or None, scratch=arguments.scratch,
+        weights=arguments.weights or None, labels=arguments.labels or None, scratch=arguments.scratch,
     )  # fmt: skip
     print("\n".join(report(found)))
     return OK if found.same else FAILED
@@ -199,7 +201,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from ablations import train
     from ablations.finetune.recipe import parse_settings
     from ablations.inputs import use_exact_float32
-    from ablations.workloads import default_models
+    from ablations.workloads import Reading, default_models
 
     known = train.trainable()
     if not arguments.methods:
@@ -219,6 +221,7 @@ def _train(arguments: argparse.Namespace) -> int:
     context = train.open_context(
         arguments.workload, cache=arguments.out / "cache", model=model, data=arguments.data or None,
         train_data=arguments.train_data or None, weights=arguments.weights or None, limit=arguments.limit,
+        reading=Reading(arguments.labels or None, not arguments.no_links),
     )  # fmt: skip
     print(train.headline(context))
     compared = []

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ablations.chance import warn_at_chance
 from ablations.code_version import runtime_code
 from ablations.files import atomic
 from ablations.inputs import DensePredictions, TrialContext, dense_predictions, device_name
@@ -26,7 +27,7 @@ from ablations.profile import Profile
 from ablations.session import Session, Subject, absolute
 from ablations.store import write_json
 from ablations.trial import RESULT_VERSION, ModelFacts
-from ablations.workloads import LoadedModel, Workload, open_model
+from ablations.workloads import LoadedModel, Reading, Workload, open_model
 from ablations.workloads.checkpoint import ModelError, read_weights
 from ablations.workloads.models import RANDOM
 
@@ -71,6 +72,7 @@ def make_context(
     with profile.measure("dense"):
         dense = _dense(session, subject, device)
     log.info("%s, not reduced: top-1 %.1f %% at %.3f GMACs", subject.facts.name, 100 * dense.top1, dense.gmacs)
+    warn_at_chance(subject.facts.name, subject.facts.weights, dense, subject.workload)
     return TrialContext(
         subject.workload,
         subject.loaded.model,
@@ -82,20 +84,26 @@ def make_context(
         opened_as=session.settings.workload,
         data=absolute(session.settings.data),
         train_data=absolute(session.settings.train_data),
+        reading=session.settings.reading,
         cache=session.store.cache,
         profile=profile,
     )
 
 
 def _dense(session: Session, subject: Subject, device: torch.device) -> DensePredictions:
-    path = _dense_file(session, subject)
-    found = read_dense(path)
-    if found is not None and len(found.prediction) == len(subject.workload):
+    found = known_dense(session, subject)
+    if found is not None:
         return found
     log.info("running the plain %s on %d images", subject.facts.name, len(subject.workload))
     dense = dense_predictions(subject.loaded.model, subject.workload, batch=subject.target.batch, device=device)
-    keep_dense(path, dense)
+    keep_dense(_dense_file(session, subject), dense)
     return dense
+
+
+def known_dense(session: Session, subject: Subject) -> DensePredictions | None:
+    """What the plain model says of the images, as far as this run or an earlier one has asked it."""
+    found = read_dense(_dense_file(session, subject))
+    return found if found is not None and len(found.prediction) == len(subject.workload) else None
 
 
 def _dense_file(session: Session, subject: Subject) -> Path:
@@ -151,6 +159,7 @@ def save_context(session: Session, model: str) -> Path:
         "opened_as": settings.workload,
         "data": absolute(settings.data),
         "train_data": absolute(settings.train_data),
+        "reading": dataclasses.asdict(settings.reading),
         "cache": str(cache),
         "dense": str(_dense_file(session, subject)),
         "batch": subject.target.batch,
@@ -216,6 +225,7 @@ def load_context(
         opened_as=saved["opened_as"],
         data=saved["data"],
         train_data=saved["train_data"],
+        reading=Reading(**saved["reading"]),
         cache=cache,
         profile=profile or Profile(),
     )

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ablations.chance import warn_at_chance
 from ablations.cluster_address import address
-from ablations.context import Contexts, choose_device, make_context, save_context
+from ablations.context import Contexts, choose_device, known_dense, make_context, save_context
 from ablations.jobs import Computation, schedule
 from ablations.profile import Profile
 from ablations.progress import RunProgress, duration
-from ablations.record import keys_in_plan
+from ablations.record import keys_in_plan, note_plain_models
 from ablations.serial import run_serial, run_timed, timed_trials
 from ablations.session import Session
 from ablations.trial import Trial
@@ -92,6 +93,7 @@ def _compute(
     if serial or not address():  # on a cluster, a worker finds the plain predictions
         for model in models:
             contexts[model]  # they come first
+        note_plain_models(session)
     if serial:
         run_serial(schedule(left, workers=1), contexts=contexts, store=session.store, progress=progress)
     elif left or timed:
@@ -108,8 +110,18 @@ def _compute(
             profile=profile,
             workers=workers,
             time_limit=time_limit,
+            asked=lambda: _say_plain(session),
         )
     run_timed(timed, contexts=contexts, store=session.store, progress=progress)
+
+
+def _say_plain(session: Session) -> None:
+    """What a cluster's workers found the plain models to say."""
+    for subject in session.subjects.values():
+        dense = known_dense(session, subject)
+        if dense is not None and address():  # else it was said here
+            warn_at_chance(subject.facts.name, subject.facts.weights, dense, subject.workload)
+    note_plain_models(session)
 
 
 def _not_evaluated(session: Session, work: Sequence[Computation], timed: Sequence[Trial]) -> list[Computation]:

@@ -23,6 +23,7 @@ from ablations.metrics import GIGA, finite, patch_masks
 from ablations.profile import Profile
 from ablations.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
+from ablations.workloads.reading import AS_USUAL, Reading
 from reducers import Placement, reduce_tokens
 
 _VERSIONED = ("torch", "timm", "numpy")
@@ -59,6 +60,7 @@ class TrialContext:
     opened_as: str = "embedded"  # the workload as it was asked for, …
     data: str | None = None  # … its folder, …
     train_data: str | None = None  # … and that of its training images, where it is another: finetuning starts there
+    reading: Reading = AS_USUAL  # how folders are read, those of the training images as well
     cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
     profile: Profile = field(default_factory=Profile)
     beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``watch``

@@ -197,6 +197,7 @@ def _looking(subparsers: Any, commands: Mapping[str, Command]) -> None:
     again.add_argument("--out", type=_place, default=Path("results"), metavar="OUT", help="where it is on record")
     again.add_argument("--data", metavar="DIR", help="where the images are by now (as the run had them)")
     again.add_argument("--train-data", metavar="DIR", help="where the training images are by now")
+    again.add_argument("--labels", metavar="FILE", help="where the file of labels is by now")
     again.add_argument("--weights", metavar="FILE", help="where the model's weights are by now")
     again.add_argument("--scratch", type=Path, metavar="DIR", help="a folder to work in and to keep (a temporary one)")
     again.set_defaults(command=commands["reproduce"])
@@ -216,6 +217,12 @@ def _data_options(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="FILE",
         help="a .safetensors file, or 'random' (default: the model's own); one for each of several models",
     )  # fmt: skip
+    parser.add_argument(
+        "--labels", metavar="LABELS",
+        help="for --data: a file of labels (val.txt, LOC_val_solution.csv), 'order' (sorted folders are the head's "
+        "classes) or 'index' (folders are named by index); default: WordNet ids, else found out",
+    )  # fmt: skip
+    parser.add_argument("--no-links", action="store_true", help="do not follow links to folders or out of the folder")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
 
 

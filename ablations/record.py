@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ablations.chance import chance_of
+from ablations.context import known_dense
 from ablations.inputs import versions
 from ablations.session import Session, Settings, Subject, absolute
 from ablations.stale import outdated
@@ -62,7 +64,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "command": shlex.join(command),
             **session.identity,
             "calibration_images": len(session.main.calibration),
-            "models": [_about_model(subject) for subject in session.subjects.values()],
+            "models": _about_models(session),
             "data": settings.data,
             "weights_file": session.main.weights,
             "params_m": facts.params_m,
@@ -103,6 +105,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
     about = {name: getattr(settings, name) for name in names}
     about.update(data=absolute(settings.data), train_data=absolute(settings.train_data))
     models, files = zip(*settings.chosen(), strict=True)
+    about.update(labels=settings.reading.labels, links=settings.links)
     return {**about, "models": list(models), "weights_files": [absolute(file) for file in files]}
 
 
@@ -111,9 +114,21 @@ def _images_account(workload: Workload) -> dict[str, Any] | None:
     return None if workload.account is None else workload.account.as_data(workload.skipped)
 
 
-def _about_model(subject: Subject) -> dict[str, Any]:
+def note_plain_models(session: Session) -> None:
+    """Add to ``OUT/run.json`` what the plain models say of the images, once they were asked."""
+    run = session.store.read_json(RUN)
+    if isinstance(run, dict):
+        session.store.write_json(RUN, {**run, "models": _about_models(session)})
+
+
+def _about_models(session: Session) -> list[dict[str, Any]]:
+    return [_about_model(session, subject) for subject in session.subjects.values()]
+
+
+def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
     """A model of the run, for whoever reads its rows."""
     facts = subject.facts
+    dense = known_dense(session, subject)
     return {
         "model": facts.name,
         "weights": facts.weights,
@@ -125,6 +140,7 @@ def _about_model(subject: Subject) -> dict[str, Any]:
         "width": facts.width,
         "grid": list(facts.grid),
         "data_digest": subject.target.data_digest,
+        "plain": None if dense is None else chance_of(dense, subject.workload).as_data(),
     }
 
 

@@ -96,10 +96,12 @@ def reproduce(
     data: str | None = None,
     train_data: str | None = None,
     weights: str | None = None,
+    labels: str | None = None,
     scratch: Path | None = None,
 ) -> Reproduction:
-    """Run a trial again and compare. ``data``, ``train_data`` and ``weights`` say where things are by now; without
-    them, they are where the run had them. ``scratch`` is a folder to work in that may hold caches (a new one).
+    """Run a trial again and compare. ``data``, ``train_data``, ``weights`` and ``labels`` say where things are by
+    now; without them, they are where the run had them. ``scratch`` is a folder to work in that may hold caches (a new
+    one).
 
     Raises:
         ReproduceError: there is no such trial, or the images or weights are no longer those it was planned with.
@@ -113,7 +115,9 @@ def reproduce(
         )
     again, notes = as_evaluated(trial, recorded)
     with _folder(scratch) as folder, _threads(None if trial.measure else recorded.get("device")):
-        row, images = _run(again, run["settings"], folder, data=data, train_data=train_data, weights=weights)
+        row, images = _run(
+            again, run["settings"], folder, data=data, train_data=train_data, weights=weights, labels=labels
+        )
     before = _before(store, key=trial.key, recorded=recorded)
     differences = [*_row_differences(recorded, row), *_image_differences(before, images)]
     notes += _surroundings(recorded, row)
@@ -137,7 +141,7 @@ def as_evaluated(trial: Trial, recorded: Mapping[str, Any]) -> tuple[Trial, list
 
 def _run(
     trial: Trial, settings: Mapping[str, Any], folder: Path, *, data: str | None, train_data: str | None,
-    weights: str | None,
+    weights: str | None, labels: str | None,
 ) -> tuple[dict[str, Any], pa.Table | None]:  # fmt: skip
     """Evaluate the trial in a store of its own: its row and its images, None if it failed."""
     from ablations.context import choose_device, make_context
@@ -155,6 +159,8 @@ def _run(
         limit=settings.get("limit"),
         batch=settings.get("batch"),
         strict=bool(settings.get("strict")),
+        labels=labels or settings.get("labels"),
+        links=bool(settings.get("links", True)),
     )
     own = Store(folder).create()
     subject = open_subject(trial.model, opened.weights, opened, own)

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,14 @@ def run_on_ray(
     workers: int | None = None,
     timed: Sequence[Trial] = (),
     time_limit: float | None = LIMIT,
+    asked: Callable[[], None] | None = None,
 ) -> list[Place]:
     """Carry out all computations, on as many workers as there are cores, or as share the GPUs; where each job ran.
 
     ``RAY_ADDRESS`` names a cluster; on one, the ``timed`` trials are then timed, each on a whole GPU or node (else the
     caller times them, when Ray has left the machine). ``contexts`` and ``facts`` are by model. A worker that shows no
-    progress for ``time_limit`` seconds is ended (None: never), and its trials are tried again.
+    progress for ``time_limit`` seconds is ended (None: never), and its trials are tried again. ``asked`` is called when
+    the plain models' predictions are known, before any trial.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C and on SIGTERM; what is finished by then stays.
@@ -96,6 +98,8 @@ def run_on_ray(
             progress.at_once = cluster.at_once
         run = _Run(cluster, facts=facts, store=store, shown=shown, limit=time_limit)
         run.describe(contexts)
+        if asked is not None:
+            asked()
         jobs = schedule(work, workers=cluster.at_once)
         log.debug("%d computations in %d jobs for %d workers", len(work), len(jobs), cluster.at_once)
         run.carry_out(jobs)

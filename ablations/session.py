@@ -16,7 +16,15 @@ from ablations.plan import Target
 from ablations.spec import SpecFile, find_specs
 from ablations.store import Store
 from ablations.trial import RESULT_VERSION, ModelFacts, Trial
-from ablations.workloads import LoadedModel, Workload, default_models, open_model, open_workload, split_calibration
+from ablations.workloads import (
+    LoadedModel,
+    Reading,
+    Workload,
+    default_models,
+    open_model,
+    open_workload,
+    split_calibration,
+)
 from ablations.workloads.models import RANDOM
 from reducers import Placement, reduce_tokens
 
@@ -42,6 +50,8 @@ class Settings:
     batch: int | None = None
     strict: bool = False
     download: bool = False
+    labels: str | None = None  # see ``workloads.reading``
+    links: bool = True
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch"):
@@ -68,6 +78,12 @@ class Settings:
                 "in the same order, or 'random'"
             )
         return list(zip(names, files, strict=True))
+
+    @property
+    def reading(self) -> Reading:
+        """How folders are read; a file by its full path, for whoever reads them elsewhere."""
+        chosen = Reading(self.labels, self.links)
+        return chosen if chosen.file is None else Reading(absolute(self.labels), self.links)
 
     @property
     def model_name(self) -> str:
@@ -175,6 +191,7 @@ def open_subject(name: str, weights: str | None, settings: Settings, store: Stor
         cache=store.cache,
         weights=weights,
         download=settings.download,
+        reading=settings.reading,
     )
     if workload.skipped:
         log.warning(

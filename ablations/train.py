@@ -18,6 +18,7 @@ import torch
 
 from ablations.arms import TRAINED, example_stages, written_arms
 from ablations.auto import Stages, free_kinds
+from ablations.chance import warn_at_chance
 from ablations.evaluate import run_trial
 from ablations.files import atomic
 from ablations.finetune import finetuned, parse_recipe
@@ -25,7 +26,7 @@ from ablations.inputs import TrialContext, dense_predictions, model_facts
 from ablations.metrics import paired_difference
 from ablations.plain import did_you_mean
 from ablations.trial import Trial, TrialResult, canonical_json
-from ablations.workloads import open_model, open_workload, split_calibration
+from ablations.workloads import Reading, open_model, open_workload, split_calibration
 from reducers import available, build
 from reducers.placement import parse_blocks
 
@@ -159,11 +160,14 @@ def open_context(
     train_data: str | None = None,
     weights: str | None = None,
     limit: int | None = None,
+    reading: Reading | None = None,
 ) -> TrialContext:
     """Images, model and the plain model's predictions."""
     cache.mkdir(parents=True, exist_ok=True)
+    reading = reading or Reading()
     images = open_workload(
-        workload, data=data, model=model, limit=limit, strict=False, cache=cache, weights=weights
+        workload, data=data, model=model, limit=limit, strict=False, cache=cache, weights=weights,
+        reading=reading,
     )  # fmt: skip
     calibration, evaluated = split_calibration(images)
     loaded = open_model(model, weights=weights, workload_name=workload, classes=images.classes)
@@ -173,9 +177,10 @@ def open_context(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded.model.to(device)
     dense = dense_predictions(loaded.model, evaluated, batch=_batch(evaluated.pixels), device=device)
+    warn_at_chance(model, loaded.weights, dense, evaluated)
     return TrialContext(
         evaluated, loaded.model, facts, dense, device, calibration=calibration, opened_as=workload, data=data,
-        train_data=train_data, cache=cache,
+        train_data=train_data, reading=reading, cache=cache,
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ class ImagesAccount:
     skipped: tuple[tuple[str, int], ...]  # kind of problem and how many images have it
     noted: tuple[tuple[str, int], ...]  # what is unusual about images that are used all the same
     empty_classes: tuple[str, ...]
+    links: int = 0  # of those found, images that are links or lie behind one
+    label_file: str = ""  # where folders do not say the classes
+    lines: tuple[tuple[str, int], ...] = ()  # kind of problem and how many lines of that file have it
 
     @property
     def summary(self) -> str:
@@ -31,7 +34,15 @@ class ImagesAccount:
         if self.left_out:
             parts.insert(1, f"{self.left_out} left out by the limit")
         ignored = f"; {self.ignored} further files do not call themselves images" if self.ignored else ""
-        return f"Of {self.found} images found, {', '.join(parts[:-1])} and {parts[-1]}{ignored}."
+        links = f"; {self.links} of those found are links or lie behind links" if self.links else ""
+        return f"Of {self.found} images found, {', '.join(parts[:-1])} and {parts[-1]}{ignored}{links}{self._labels}."
+
+    @property
+    def _labels(self) -> str:
+        if not self.label_file:
+            return ""
+        problems = ", ".join(f"{count} × {kind}" for kind, count in self.lines)
+        return f"; their labels are those of {self.label_file}" + (f" ({problems})" if problems else "")
 
     @property
     def empty(self) -> str:
@@ -54,6 +65,9 @@ def read_account(run: Mapping[str, Any]) -> ImagesAccount | None:
             ignored=int(data.get("ignored_files", 0)),
             skipped=_counts(data.get("skipped")),
             noted=_counts(data.get("noted")),
+            links=int(data.get("links", 0)),
+            label_file=str(data.get("label_file") or ""),
+            lines=_counts(data.get("label_lines")),
             empty_classes=tuple(map(str, data.get("empty_classes") or ())),
         )
     except (KeyError, TypeError, ValueError):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
 from analysis import published
@@ -12,9 +15,9 @@ PUBLISHED_DENSE = {"DeiT-Ti": 72.2, "DeiT-S": 79.8, "DeiT-B": 81.8}  # top-1 on 
 EASIER = 2.0  # points above print from which the images are said to be easier
 
 
-def caveats(spec: str, setting: Setting, trials: pd.DataFrame) -> list[str]:
-    """Sentences on calibration, data, model and training."""
-    said = []
+def caveats(spec: str, setting: Setting, trials: pd.DataFrame, run: Mapping[str, Any] | None = None) -> list[str]:
+    """Sentences on calibration, data, model and training; ``run`` is the run's record."""
+    said = _chance(setting, run or {})
     said += _calibration(trials)
     said += _data(setting, trials)
     if trials["model"].nunique() == 1 and published.REFERENCES.get(spec) and setting.model != "deit_small_patch16_224":
@@ -32,6 +35,22 @@ def caveats(spec: str, setting: Setting, trials: pd.DataFrame) -> list[str]:
             "they take part in no paired test."
         )
     return said
+
+
+def _chance(setting: Setting, run: Mapping[str, Any]) -> list[str]:
+    """What the record says of the dense model, where it knows nothing of these images."""
+    models = run.get("models")
+    for about in models if isinstance(models, list) else []:
+        plain = about.get("plain") if isinstance(about, Mapping) else None
+        if not isinstance(plain, Mapping) or plain.get("at_chance") is not True:
+            continue
+        if (about.get("weights_digest"), about.get("data_digest")) == (setting.weights_digest, setting.data_digest):
+            return [
+                f"The dense model itself is at chance level here ({100 * float(plain['top1']):.2f} % right, "
+                f"{100 * float(plain['chance']):.2f} % by chance): its weights are random, or the labels are not in "
+                "the order of its head. No accuracy on this page says anything about a method."
+            ]
+    return []
 
 
 def _calibration(trials: pd.DataFrame) -> list[str]:

@@ -245,7 +245,7 @@ def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene
         sided if len(sided) else None,
         tables.display_published(printed) if len(printed) else None,
         note,
-        caveats.caveats(spec, setting, rows),
+        caveats.caveats(spec, setting, rows, desk.results.run),
         int((desk.results.failed["spec"] == spec).sum()),
     )
 

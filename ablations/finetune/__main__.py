@@ -19,7 +19,7 @@ from ablations.files import atomic
 from ablations.finetune.cache import Finetuned, identity, train_or_load
 from ablations.finetune.recipe import Recipe, RecipeError, parse_recipe, parse_settings
 from ablations.labels import with_nested
-from ablations.workloads import LoadedModel, Workload, default_models, open_model, open_workload
+from ablations.workloads import LoadedModel, Reading, Workload, default_models, open_model, open_workload
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement, reduce_tokens
 
@@ -68,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> None:
     (out / "cache").mkdir(parents=True, exist_ok=True)
     evaluated = open_workload(
         workload, data=arguments.data, model=name, limit=arguments.limit, strict=False, cache=out / "cache",
-        weights=arguments.weights,
+        weights=arguments.weights, reading=_reading(arguments),
     )  # fmt: skip
     loaded = open_model(name, weights=arguments.weights, workload_name=workload, classes=evaluated.classes)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,6 +98,7 @@ def _train(
         classes=evaluated.classes,
         data=arguments.data,
         train_data=arguments.train_data,
+        reading=_reading(arguments),
     )
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=evaluated)
     log.info("%d training images, %d evaluated", len(images), len(evaluated))
@@ -111,6 +112,10 @@ def _train(
         workers=_workers(arguments),
         every=arguments.checkpoint_every,
     )
+
+
+def _reading(arguments: argparse.Namespace) -> Reading:
+    return Reading(arguments.labels, not arguments.no_links)
 
 
 def _workers(arguments: argparse.Namespace) -> int:
@@ -207,6 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workload", choices=("embedded", "imagefolder"), default="embedded")
     parser.add_argument("--data", help="image folder with train and val, for imagefolder")
     parser.add_argument("--train-data", help="folder of the images to train on, where it is not DATA/train")
+    parser.add_argument("--labels", help="a file of labels of DATA's images, or order, or index: as of `run --help`")
+    parser.add_argument("--no-links", action="store_true", help="do not follow links to folders or out of the folder")
     parser.add_argument("--model", help="a timm name (default: the workload's)")
     parser.add_argument("--weights", help="a .safetensors file, or random (default: the model's own)")
     parser.add_argument("--at", help="blocks at which tokens are reduced: 3, 3-11, all or 3,6,9")

@@ -107,6 +107,7 @@ def finetuned(
         classes=context.facts.classes,
         data=context.data,
         train_data=context.train_data,
+        reading=context.reading,
     )
     recipe = settled(parse_recipe(training, workload=context.workload.name), context)
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=context.workload)

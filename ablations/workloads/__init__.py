@@ -24,10 +24,12 @@ from ablations.workloads.models import (
 )
 from ablations.workloads.named import FAMILIES, open_named
 from ablations.workloads.preprocess import Preprocess, Resize
+from ablations.workloads.reading import Reading
 
 __all__ = [
     "LoadedModel",
     "ModelError",
+    "Reading",
     "Workload",
     "WorkloadError",
     "available_workloads",
@@ -44,7 +46,7 @@ def available_workloads() -> dict[str, str]:
     """Every kind of workload name, with one line that says what it is."""
     return {
         "embedded": "cluttered digits, made by the suite; nothing to download",
-        "imagefolder": "DATA=FOLDER with one folder a class: ImageNet's layout (any subset) or any other",
+        "imagefolder": "DATA=FOLDER with one folder a class, as ImageNet has (any subset) or any other, or LABELS=FILE",
         "timm:SPEC": "a data set of timm.data.create_dataset, kept in DATA",
         "torchvision:NAME": "a class of torchvision.datasets, kept in DATA; NAME@SPLIT chooses the split",
         "hub:NAME": "a Hugging Face data set, with the package `datasets`; NAME@SPLIT chooses the split",
@@ -62,25 +64,30 @@ def open_workload(
     weights: str | None = None,
     resize: Resize = "auto",
     download: bool = False,
+    reading: Reading | None = None,
 ) -> Workload:
     """Open images for a model, decoded and cropped to its input, with labels in its head's class numbering.
 
     ``limit`` takes a fixed subset spread over the classes; ``strict`` refuses images that cannot be used instead of
     skipping and reporting them; ``cache`` is the folder that keeps the decoded images (None: memory only).
     ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are.
-    ``resize`` is explained in ``preprocess``; ``download`` lets torchvision and timm fetch a data set.
+    ``resize`` is explained in ``preprocess``; ``download`` lets torchvision and timm fetch a data set; ``reading`` says
+    where labels come from and whether links are followed.
     """
+    reading = reading or Reading()
     check_limit(limit)
     check_model(model)
     if name == "embedded":
-        return _embedded(model, data=data, limit=limit)
+        return _embedded(model, data=data, limit=limit, reading=reading)
     family = name.partition(":")[0]
     if name != "imagefolder" and (":" not in name or family not in FAMILIES):
         raise WorkloadError(_unknown(name))
     head = head_classes(model, weights=weights)
     preprocess = Preprocess.from_config(input_config(model), resize=resize)
     if name == "imagefolder":
-        return open_image_folder(data, head=head, preprocess=preprocess, limit=limit, strict=strict, cache=cache)
+        return open_image_folder(
+            data, head=head, preprocess=preprocess, limit=limit, strict=strict, cache=cache, reading=reading
+        )
     return open_named(
         name,
         data=data,
@@ -90,6 +97,7 @@ def open_workload(
         strict=strict,
         cache=cache,
         download=download,
+        reading=reading,
     )
 
 
@@ -104,7 +112,11 @@ def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
     return base.split_calibration(workload)
 
 
-def _embedded(model: str, *, data: str | None, limit: int | None) -> Workload:
+def _embedded(model: str, *, data: str | None, limit: int | None, reading: Reading) -> Workload:
+    if reading != Reading():
+        raise WorkloadError(
+            "the embedded workload makes its own images and labels: leave LABELS and LINKS (--labels, --no-links) out"
+        )
     if data:
         raise WorkloadError(
             f"the embedded workload makes its own images: leave DATA={data} out, or use WORKLOAD=imagefolder"

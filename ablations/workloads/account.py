@@ -24,6 +24,9 @@ class Account:
     notes: tuple[Entry, ...] = ()  # (file, note) of images that are unusual and read all the same
     empty_classes: tuple[str, ...] = ()  # class folders without an image that can be used
     ignored: int = 0  # files that do not call themselves images
+    links: int = 0  # of the images found, those that are links or lie behind one
+    label_file: str = ""  # the file that labels them, where folders do not
+    lines: tuple[Entry, ...] = ()  # (file:line, what is wrong with it) of lines that are not used
 
     def as_data(self, skipped: Sequence[Entry]) -> dict[str, Any]:
         """As ``run.json`` keeps it; ``skipped``: (file, reason) of what was found and cannot be used."""
@@ -37,6 +40,10 @@ class Account:
             "noted_files": [list(entry) for entry in self.notes[:_LISTED]],
             "empty_classes": list(self.empty_classes),
             "ignored_files": self.ignored,
+            "links": self.links,
+            "label_file": self.label_file,
+            "label_lines": counted(self.lines),
+            "label_lines_listed": [list(entry) for entry in self.lines[:_LISTED]],
         }
 
 

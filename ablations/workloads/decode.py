@@ -24,12 +24,13 @@ from PIL import Image
 from ablations.files import atomic
 from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
+from ablations.workloads.formats import formats
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import UNREADABLE, kind_of, notes_on_frames, notes_on_pixels, reason_of, refuse_size
 
 log = logging.getLogger(__name__)
 
-_VERSION = 2  # part of every key: raise it whenever the same sources would give other pixels
+_VERSION = 3  # part of every key: raise it whenever the same sources would give other pixels
 _AHEAD = 64  # images decoded at once, so that memory stays small
 
 
@@ -152,9 +153,10 @@ def cache_key(sources: Sequence[Source], *, preprocess: Preprocess, origin: str)
 def read_image(file: Path | BinaryIO, *, name: str = "") -> tuple[Image.Image, tuple[str, ...]]:
     """Decode the first frame of an image file completely, or raise: the image, and what is unusual about it.
 
-    What would fill the memory is refused before it is decoded. ``name`` is the file's, where that is known otherwise.
+    What would fill the memory is refused before it is decoded, and what is no picture is not opened: see ``formats``.
+    ``name`` is the file's, where that is known otherwise.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=formats()) as image:
         refuse_size(image)
         notes = notes_on_pixels(image, name or (file.name if isinstance(file, Path) else ""))
         decoded = image.copy()  # loads, and outlives the file

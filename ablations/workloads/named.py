@@ -27,6 +27,7 @@ from ablations.workloads.classes import class_indices
 from ablations.workloads.decode import Loaded, Source, decode, read_image
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import Unusable
+from ablations.workloads.reading import Reading
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,15 @@ def open_named(
     strict: bool,
     cache: Path | None,
     download: bool = False,
+    reading: Reading | None = None,
 ) -> Workload:
     """Open a data set by name; ``data`` is the folder it is kept in, ``download=True`` lets torchvision fetch it."""
     family, _, rest = name.partition(":")
     spec, _, split = rest.partition("@")
     if not spec:
         raise WorkloadError(f"the workload {name!r} names no data set: write {family}:NAME or {family}:NAME@SPLIT")
+    reading = reading or Reading()
+    _check_reading(reading, name)
     dataset = _create(name, family=family, spec=spec, split=split, data=data, download=download)
     count = _length(dataset, name)
     ids = [_item_id(dataset, position) for position in range(count)]
@@ -61,7 +65,7 @@ def open_named(
     # one thread: data sets are not promised to be thread-safe (FakeData sets the global seed)
     decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
     skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)
-    mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name)
+    mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name, rule=reading.rule)
     account = Account(
         found=count,
         used=len(decoded.ids),
@@ -72,6 +76,18 @@ def open_named(
     return decoded.workload(
         name, preprocess=preprocess, labels=mapped, classes=classes, skipped=skipped, account=account
     )
+
+
+def _check_reading(reading: Reading, name: str) -> None:
+    if reading.file is not None:
+        raise WorkloadError(
+            f"{name} has labels of its own: leave LABELS={reading.labels} out, or use it with WORKLOAD=imagefolder"
+        )
+    if not reading.links:
+        raise WorkloadError(
+            f"{name} is read by timm or torchvision, which follow links: leave LINKS=no (--no-links) out, or use "
+            "WORKLOAD=imagefolder"
+        )
 
 
 def _create(name: str, *, family: str, spec: str, split: str, data: str | None, download: bool) -> Any:
@@ -230,19 +246,29 @@ def _class_names(dataset: Any) -> list[str] | None:
     return sorted(indices, key=indices.__getitem__) if indices else None
 
 
+def _numbers_folders(dataset: Any) -> bool:
+    """Whether the numbering is no publisher's but the order in which somebody's folders happen to sort."""
+    own = type(getattr(dataset, "reader", dataset)).__name__
+    return own in ("ReaderImageFolder", "ReaderImageInTar", "ReaderImageTar", "ImageFolder", "DatasetFolder")
+
+
 def _empty_classes(dataset: Any, labels: np.ndarray) -> tuple[str, ...]:
     """The classes that the data set names and has no image of that can be used."""
     present = set(labels.tolist())
     return tuple(name for index, name in enumerate(_class_names(dataset) or ()) if index not in present)
 
 
-def _map_labels(dataset: Any, labels: np.ndarray, *, head: int | None, name: str) -> tuple[np.ndarray, int]:
+def _map_labels(
+    dataset: Any, labels: np.ndarray, *, head: int | None, name: str, rule: str | None
+) -> tuple[np.ndarray, int]:
     if labels.min() < 0:
         missing = int((labels < 0).sum())
         raise WorkloadError(f"{name} has {missing} images without a label: choose a split that has labels (NAME@SPLIT)")
     names = _class_names(dataset)
     if names:
-        indices, classes = class_indices(names, head=head, where=name)
+        indices, classes = class_indices(
+            names, head=head, where=name, rule=rule, published=not _numbers_folders(dataset)
+        )
         if labels.max() >= len(indices):
             raise WorkloadError(f"{name} has label {labels.max()}, but names only {len(indices)} classes")
         return indices[labels], classes

@@ -21,8 +21,10 @@ from torch.utils.data import Dataset
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep
 from ablations.workloads.classes import folder_classes
 from ablations.workloads.decode import decode, load_image
-from ablations.workloads.image_folder import find_images, image_id, image_source
+from ablations.workloads.found import FoundImages, find_all_images, find_images, image_id
+from ablations.workloads.image_folder import image_source
 from ablations.workloads.preprocess import Preprocess, convert
+from ablations.workloads.reading import Reading
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ Place = tuple[int, int]  # (epoch, image)
 class Photographs(Dataset[tuple[Tensor, int]]):
     """((C, H, W) float32, label) by (epoch, image): DeiT's augmentation (strong), crops and flips (light), or none.
 
-    ``held_out`` are images of the same folder that are never trained on.
+    ``held_out`` are images of the same folder that are never trained on, and no image below ``apart_from`` may be.
     """
 
     name = "imagefolder"
@@ -51,17 +53,25 @@ class Photographs(Dataset[tuple[Tensor, int]]):
         holdout: int,
         seed: int,
         evaluated: Workload | None = None,
+        apart_from: Path | None = None,
+        reading: Reading | None = None,
     ) -> None:
-        found = find_images(root)
+        reading = reading or Reading()
+        found = find_images(root, links=reading.links)
         refuse_or_keep(found.skipped, strict=False, name=str(root))  # says what is not trained on
-        label_of, self.classes, _ = folder_classes(list(found.files), found.empty, head=head, where=str(root))
+        label_of, self.classes, _ = folder_classes(
+            list(found.files), found.empty, head=head, where=str(root), rule=reading.rule
+        )
         _check_agreement(label_of, evaluated, root)
+        if apart_from is not None:
+            _check_apart(found, find_all_images(apart_from, links=reading.links))
         files = found.files.items()
         entries = sorted((image_id(path, root), label_of[cls], path) for cls, paths in files for path in paths)
         by_hash = sorted(entries, key=lambda entry: sample_seed("holdout", entry[0]))
         held = min(holdout, len(entries) // 10)  # a small folder has little to spare
         self.root = root
         self.entries = sorted(by_hash[held:])
+        self._targets = found.targets
         self.held_out = self._held_out(by_hash[:held], preprocess, cache) if held else None
         sizes = [[name, label, path.stat().st_size] for name, label, path in self.entries]
         self.digest = hashlib.sha256(json.dumps([sizes, preprocess.describe()]).encode()).hexdigest()
@@ -70,7 +80,7 @@ class Photographs(Dataset[tuple[Tensor, int]]):
         self._transform = train_transform(preprocess, augment)
 
     def _held_out(self, entries: list[tuple[str, int, Path]], preprocess: Preprocess, cache: Path) -> Workload:
-        sources = [image_source(*entry) for entry in sorted(entries)]
+        sources = [image_source(*entry, target=self._targets.get(entry[2])) for entry in sorted(entries)]
         decoded = decode(sources, preprocess=preprocess, cache=cache, origin=f"held out of {self.root}")
         return decoded.workload(
             f"held out of {self.root.name}", preprocess=preprocess, labels=decoded.labels, classes=self.classes,
@@ -105,6 +115,19 @@ def _check_agreement(label_of: dict[str, int], evaluated: Workload | None, root:
                 f"the class {folder!r} is number {label} among the evaluated images and {label_of[folder]} below "
                 f"{root}: both need the same class folders"
             )
+
+
+def _check_apart(found: FoundImages, evaluated: FoundImages) -> None:
+    """Links must not lead to the evaluated images: those are never trained on."""
+    if not found.targets and not evaluated.targets:
+        return  # the folders are apart
+    theirs = {evaluated.real(path) for paths in evaluated.files.values() for path in paths}
+    shared = [path for paths in found.files.values() for path in paths if found.real(path) in theirs]
+    if shared:
+        raise WorkloadError(
+            f"{len(shared)} training images are, behind links, images to evaluate (the first: {shared[0]}): take these "
+            "links out; evaluated images are never trained on"
+        )
 
 
 def train_transform(preprocess: Preprocess, augment: Augment) -> Callable[[Image.Image], Tensor]:

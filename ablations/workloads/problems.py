@@ -23,9 +23,18 @@ SPECIAL = "not a plain file"
 OUTSIDE_LINK = "a link that leaves the folder"
 BROKEN_LINK = "a broken link"
 FOLDER_LINK = "a link to a folder"
+CIRCLE = "a link in a circle"
+FOLDER_TWICE = "a folder that is there twice"
 UNREADABLE_FOLDER = "the folder cannot be read"
 COPY = "a copy"
 CONTRADICTION = "the same file in two classes"
+NO_LABEL = "no label"
+TWO_LABELS = "two labels"
+
+BROKEN_LINE = "a line without a name and a label"
+NO_IMAGE = "a line without its image"
+ESCAPE = "a line that leads out of the folder"
+REPEATED = "a line that is there twice"
 
 MISLABELLED = "another format than the name says"
 CMYK = "CMYK colours"
@@ -34,7 +43,7 @@ DEEP = "16 bits a channel"
 TRANSPARENT = "transparent"
 FRAMES = "several frames"
 
-_SAME_FORMAT = {"JPEG": ("MPO",), "BMP": ("DIB",)}  # what else files of this name rightly hold
+_SAME_FORMAT = {"JPEG": ("MPO",), "BMP": ("DIB",), "MPO": ("JPEG",)}  # what else files of this name rightly hold
 _LONGEST = 300  # characters of a decoder's own words
 
 

@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 from ablations.files import atomic, locked
 from ablations.workloads import digits, embedded
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
-from ablations.workloads.image_folder import class_root
 from ablations.workloads.models import input_config
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
 from ablations.workloads.preprocess import Preprocess, Resize
+from ablations.workloads.reading import AS_USUAL, Reading
+from ablations.workloads.splits import class_root
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class TrainingAccess:
     classes: int | None = None  # of the model's head
     data: str | None = None
     train_data: str | None = None
+    reading: Reading = AS_USUAL
     resize: Resize = "auto"
     scenes: int = SCENES
     workers: int = 0  # processes that load images beside the one that trains
@@ -54,7 +56,7 @@ class TrainingAccess:
             if self.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")
             return Scenes(self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed)
-        root = training_root(self.data, self.train_data, workload=self.workload)
+        root = training_root(self.data, self.train_data, workload=self.workload, reading=self.reading)
         return Photographs(
             root,
             head=self.classes,
@@ -64,29 +66,33 @@ class TrainingAccess:
             holdout=holdout,
             seed=seed,
             evaluated=evaluated,
+            apart_from=class_root(self.data, self.reading) if self.workload == "imagefolder" else None,
+            reading=self.reading,
         )
 
 
-def training_root(data: str | None, train_data: str | None, *, workload: str) -> Path:
+def training_root(data: str | None, train_data: str | None, *, workload: str, reading: Reading | None = None) -> Path:
     """The folder that holds the training images' class folders; refuses the one that is evaluated."""
     if train_data is None and workload != "imagefolder":
         raise WorkloadError(f"the training images of {workload} are not known: name their folder with --train-data")
-    evaluated = class_root(data) if workload == "imagefolder" else None
+    evaluated = class_root(data, reading) if workload == "imagefolder" else None
     if train_data is not None:
-        root = Path(train_data).expanduser().resolve()
+        root = Path(train_data).expanduser().absolute()
         if not root.is_dir():
             raise WorkloadError(f"--train-data {train_data} is no folder: give the folder that holds the class folders")
     else:
         assert evaluated is not None
-        beside = [evaluated.parent / name for name in _FOLDERS]
-        found = [folder for folder in beside if folder.is_dir() and folder != evaluated]
+        # where DATA is a link, what lies beside it, else what lies beside the folder that it leads to
+        beside = [place / name for place in (evaluated.parent, evaluated.resolve().parent) for name in _FOLDERS]
+        found = [folder for folder in beside if folder.is_dir() and folder.resolve() != evaluated.resolve()]
         if not found:
             raise WorkloadError(
                 f"no training images beside {evaluated}: put them into {beside[0]}, or name their folder with "
                 "--train-data; evaluated images are never trained on"
             )
         root = found[0]
-    if evaluated is not None and (root.is_relative_to(evaluated) or evaluated.is_relative_to(root)):
+    ends = root.resolve(), (evaluated or root).resolve()
+    if evaluated is not None and (ends[0].is_relative_to(ends[1]) or ends[1].is_relative_to(ends[0])):
         raise WorkloadError(f"the training images {root} overlap with the evaluated ones {evaluated}; keep them apart")
     return root
 

@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def options(folder: Path, spec_path: Path) -> list[str | Path]:
     spec_path.write_text(spec_path.read_text().replace("[48, 96]", "[48]").replace("at: 3", "at: 1"))
-    return ["--specs", spec_path, "--workload", "imagefolder", "--data", folder, "--model", "test_vit"]
+    return ["--specs", spec_path, "--workload", "imagefolder", "--data", folder, "--model", "test_vit", "--no-links"]
 
 
 def test_a_run_over_bad_data_ends_well_and_says_what_it_left_out(
@@ -74,7 +74,8 @@ def test_a_run_over_bad_data_ends_well_and_says_what_it_left_out(
     assert [row["status"] for row in rows] == ["ok", "ok"] and {row["images"] for row in rows} == {run["images"]}
     assert draw([str(out), "--quiet"]) == 0
     report = (out / "report.html").read_text(encoding="utf-8")
-    assert "Of 16 images found, 9 are used and 7 skipped." in report
+    used = f"9 are used ({run['calibration_images']} only to calibrate)"
+    assert f"Of 16 images found, {used} and 7 skipped." in report
     assert "<td>the same file in two classes</td><td>2</td><td>skipped</td>" in report
     assert "<td>CMYK colours</td><td>1</td><td>read and used</td>" in report
     assert f"No image that can be used in {WNIDS[2]}" in report

@@ -15,6 +15,7 @@ from PIL import Image
 from ablations.workloads.base import Workload, WorkloadError
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.reading import Reading
 from tests.workloads.conftest import WNID_INDICES, WNIDS, MakeTree, noise
 
 
@@ -204,7 +205,7 @@ def break_images(root: Path) -> dict[str, str]:
 def test_broken_images_are_skipped_counted_and_given_a_reason(make_tree: MakeTree, open_folder, caplog) -> None:
     root = make_tree()
     expected = break_images(root)
-    images = open_folder(root)
+    images = open_folder(root, reading=Reading(links=False))
     assert len(images) == 9
     reasons = dict(images.skipped)
     assert set(reasons) == set(expected)
@@ -224,7 +225,7 @@ def test_broken_images_are_refused_under_strict(make_tree: MakeTree, open_folder
 def test_the_skipped_are_reported_from_the_cache_too(make_tree: MakeTree, open_folder, tmp_path: Path) -> None:
     root = make_tree()
     break_images(root)
-    first, second = (open_folder(root, cache=tmp_path / "cache") for _ in range(2))
+    first, second = (open_folder(root, cache=tmp_path / "cache", reading=Reading(links=False)) for _ in range(2))
     assert first.skipped == second.skipped and len(first.skipped) == 9
 
 
