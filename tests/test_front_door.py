@@ -63,11 +63,15 @@ def test_options_are_passed_on_only_when_they_are_set(tmp_path: Path) -> None:
     venv = f"VENV={tmp_path}"
     plain = make("--dry-run", "ablations", venv)
     assert "-m ablations run --out 'results/embedded'" in plain
-    assert not re.search(r"--(workload|data|model|weights|specs|limit|batch|workers)", plain)
+    assert not re.search(r"--(workload|data|model|weights|specs|limit|batch|workers|labels|no-links)", plain)
     chosen = make("--dry-run", "ablations", venv, "WORKLOAD=torchvision:DTD", "DATA=my images", "LIMIT=5", "SPECS=a b")
     assert "--out 'results/torchvision-DTD'" in chosen
     for option in ("--workload 'torchvision:DTD'", "--data 'my images'", "--limit '5'", "--specs 'a b'"):
         assert option in chosen
+    for target in ("ablations", "train"):
+        folder = make("--dry-run", target, venv, "LABELS=my val.txt", "LINKS=no")
+        assert "--labels 'my val.txt'" in folder and "--no-links" in folder
+    assert "--no-links" not in make("--dry-run", "ablations", venv, "LINKS=yes")
 
 
 @needs_make

@@ -51,7 +51,7 @@ def read_labels(file: Path, ids: Sequence[str], *, folder: str, head: int | None
     is another, and every label is wrong.
     """
     problems: list[Entry] = []
-    lines = [line for line in _lines(file, problems) if line is not None]
+    lines = list(_lines(file, problems))
     if not lines:
         raise WorkloadError(
             f"{file} holds no line that can be read as labels: each needs an image's name and its class, an index or a "
@@ -98,8 +98,8 @@ def _say(file: Path, problems: Sequence[Entry]) -> None:
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
-def _lines(file: Path, problems: list[Entry]) -> Iterator[_Line | None]:
-    """Each line that names an image and a label; None in place of those that do not, which become problems."""
+def _lines(file: Path, problems: list[Entry]) -> Iterator[_Line]:
+    """Each line that names an image and a label; those that do not become problems."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
             rows = csv.reader(text) if file.suffix.lower() == ".csv" else (line.rsplit(None, 1) for line in text)

@@ -21,6 +21,7 @@ from ablations.finetune import cache as trainings
 from ablations.finetune import finetuned, trained_model
 from ablations.finetune.loop import FinetuneError
 from ablations.workloads import embedded, open_model
+from ablations.workloads.reading import AS_USUAL
 from reducers import ATS, Count, at, placement_from, reduce_tokens
 from tests.finetune import taught
 from tests.finetune.conftest import ATS as STAGE
@@ -40,7 +41,7 @@ def context(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(
         workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, opened_as="embedded",
         facts=SimpleNamespace(name="tiny", weights_digest="w" * 64, classes=10), cache=tmp_path,
-        data=None, train_data=None, beat=lambda: None,
+        data=None, train_data=None, reading=AS_USUAL, beat=lambda: None,
     )  # fmt: skip
 
 
