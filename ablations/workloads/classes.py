@@ -102,7 +102,7 @@ def class_indices(
             return np.arange(len(names), dtype=np.int64), len(names)
         if _complete(names, head):
             return np.array([int(name) for name in names], dtype=np.int64), head
-    raise WorkloadError(f"{where}{_refusal(names, known, head=head, rule=rule)}{_called_like_splits(names)}")
+    raise WorkloadError(f"{where}{_refusal(names, known, head=head, rule=rule)}{_called_like_splits(names, where)}")
 
 
 def _by_index(names: Sequence[str], *, head: int | None, where: str) -> tuple[np.ndarray, int]:
@@ -157,12 +157,15 @@ def _refusal(names: Sequence[str], known: dict[str, int] | None, *, head: int | 
     )
 
 
-def _called_like_splits(names: Sequence[str]) -> str:
-    if not {name.lower() for name in names} <= _SPLITS:
+def _called_like_splits(names: Sequence[str], where: str) -> str:
+    alike = sorted(name for name in names if name.lower() in _SPLITS)
+    if not alike:
         return ""
+    if len(alike) < len(names):
+        return f". Or is one of {_listed(alike)} what to evaluate? Then name it, as in DATA={where}/{alike[-1]}"
     return (
-        f". Or are {_listed(sorted(names))} splits? Their images lie in no class folders: put them into some, or give "
-        "the labels of those to evaluate with LABELS=FILE"
+        f". Or are {_listed(alike)} splits? Their images lie in no class folders: put them into some, or give the labels "
+        "of those to evaluate with LABELS=FILE"
     )
 
 

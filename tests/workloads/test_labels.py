@@ -266,6 +266,7 @@ def folder_of(kind: str, path: Path) -> None:
         ({"train": "classes", "val": "link"}, False, r"val/ is a link, .* run without --no-links"),
         ({"val": "images"}, True, r"val/ holds images directly: .*LABELS=FILE"),
         ({"train": "images", "val": "images"}, True, r"Or are 'train', 'val' splits\? .*LABELS=FILE"),
+        ({"out": "images", "val": "images"}, True, r"Or is one of 'val' what to evaluate\? .*DATA=.*/val$"),
         ({"one": "images"}, True, r"head of 1 class$"),
     ],
 )
