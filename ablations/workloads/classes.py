@@ -164,8 +164,8 @@ def _called_like_splits(names: Sequence[str], where: str) -> str:
     if len(alike) < len(names):
         return f". Or is one of {_listed(alike)} what to evaluate? Then name it, as in DATA={where}/{alike[-1]}"
     return (
-        f". Or are {_listed(alike)} splits? Their images lie in no class folders: put them into some, or give the labels "
-        "of those to evaluate with LABELS=FILE"
+        f". Or are {_listed(alike)} splits? Their images lie in no class folders: put them into some, or give the "
+        "labels of those to evaluate with LABELS=FILE"
     )
 
 
