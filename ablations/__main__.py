@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import time
@@ -17,6 +16,8 @@ from ablations.cluster_address import check_address
 from ablations.listing import REDUCER_COLUMNS, reducer_rows, table, trial_rows
 from ablations.options import make_parser
 from ablations.profile import Profile, profile_rows, profile_words, summary
+from ablations.ray_folder import check_ray_folder
+from ablations.streams import silence, standard_streams
 
 if TYPE_CHECKING:
     from ablations.execution import Ended
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     arguments = make_parser(commands).parse_args(words)
     arguments.words = words
+    with standard_streams(lasting=arguments.command in (_run, _train, _reproduce)):
+        return _carry_out(arguments)
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
@@ -44,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status: int = arguments.command(arguments)
+        sys.stdout.flush()  # here, and not as the interpreter ends: the reader of a pipe may have gone
         return status
     except KeyboardInterrupt:
         print("\ninterrupted; nothing that is finished is lost, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, e.g. `list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return OK
     except (ValueError, OSError) as error:
         if arguments.verbose:
@@ -106,6 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--time-limit {arguments.time_limit:g}: give seconds, or 0 for none")
     if not (arguments.serial or arguments.dry_run):
         check_address()
+        check_ray_folder()
     settings = Settings(
         out=arguments.out,
         workload=arguments.workload,

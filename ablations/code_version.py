@@ -39,7 +39,7 @@ DESCRIBING = frozenset(
     f"ablations.{name}"
     for name in (
         "trial", "labels", "profile", "files", "progress", "probes", "store", "storage", "index", "record", "jobs",
-        "trial_log", "code_version",
+        "trial_log", "code_version", "system", "pace",
     )
 )  # fmt: skip
 """Modules that name, keep and show what others compute: no number comes from them, so no digest enters them. What they

@@ -50,11 +50,12 @@ def execute(
         StoreError: results can no longer be written.
     """
     timed = timed_trials(work)
-    progress = RunProgress(work, timed=timed, store=session.store)
+    left = _not_evaluated(session, work, timed)
+    progress = RunProgress(left, timed=timed, store=session.store)
     interrupted = False
     try:
         with progress:
-            _compute(session, work, timed, profile, progress, serial=serial, workers=workers, time_limit=time_limit)
+            _compute(session, left, timed, profile, progress, serial=serial, workers=workers, time_limit=time_limit)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the summary short
         interrupted = True
@@ -78,7 +79,7 @@ def compact(session: Session) -> int:
 
 def _compute(
     session: Session,
-    work: Sequence[Computation],
+    left: Sequence[Computation],
     timed: Sequence[Trial],
     profile: Profile,
     progress: RunProgress,
@@ -88,8 +89,7 @@ def _compute(
     time_limit: float | None,
 ) -> None:
     contexts = Contexts(lambda model: make_context(session, choose_device(), model=model, profile=profile))
-    left = _not_evaluated(session, work, timed)
-    models = list(dict.fromkeys(computation.trial.model for computation in work))
+    models = list(dict.fromkeys(trial.model for trial in (*(one.trial for one in left), *timed)))
     if serial or not address():  # on a cluster, a worker finds the plain predictions
         for model in models:
             contexts[model]  # they come first

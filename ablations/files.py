@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -12,13 +11,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ablations.system import lock
+
 log = logging.getLogger(__name__)
 
 
 def cache_home() -> Path:
     """Where this machine keeps what belongs to no folder of results: ``$SIEVIT_CACHE``, or ``~/.cache/sievit``."""
     chosen = os.environ.get("SIEVIT_CACHE")
-    return Path(chosen).absolute() if chosen else Path.home() / ".cache" / "sievit"
+    return user_path(chosen).absolute() if chosen else Path.home() / ".cache" / "sievit"
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person gives it: ``~`` is the home folder, also where no shell has seen to it (``--data=~/images``,
+    ``make DATA='~/images'``, a settings object).
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # the home of a user who does not exist: a folder of that name, which is most likely missing
+        return Path(text)
 
 
 @contextmanager
@@ -29,7 +40,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes files private; results are for reading
         temporary.replace(path)
@@ -75,10 +86,10 @@ def locked(path: Path, *, what: str) -> Iterator[None]:
     with path.open("a") as file:
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except BlockingIOError:
                 log.info("waiting: another process is busy with %s", what)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # some network disks know no locks: two processes there only do work twice
+                lock(file, wait=True)
+        except OSError as error:  # some disks and systems know no locks: two processes there only do work twice
             log.debug("%s cannot be locked (%s)", path, error)
         yield

@@ -33,6 +33,7 @@ class Computation:
     cost: float  # rough multiply-adds per image
     prefix: float  # the part of it that the plain model computes alike; 0 if it shares nothing
     training_cost: float = 0.0  # of the weights it is evaluated with; paid once by all that share them
+    dense: float = 0.0  # what the plain model costs, which a timing runs as often; 0 where that is not known
 
     @property
     def total(self) -> float:
@@ -153,7 +154,7 @@ def _computation(trial: Trial, answers: tuple[Trial, ...], facts: ModelFacts) ->
     prefix = min(cost, dense * (blocks[0] if blocks else facts.depth) / facts.depth) if shares else 0.0
     if trial.target is not None:
         cost += _CALIBRATION * dense
-    return Computation(trial, answers, cost, prefix, _training_cost(trial, dense))
+    return Computation(trial, answers, cost, prefix, _training_cost(trial, dense), dense)
 
 
 def _training_cost(trial: Trial, dense: float) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ablations.files import user_path
+
 Command = Callable[[argparse.Namespace], int]
 
 _EPILOG = """\
@@ -152,7 +154,7 @@ def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         "train", help="train a method and compare it with random drop", formatter_class=raw, epilog=_TRAIN_HELP
     )
     training.add_argument("methods", nargs="*", metavar="METHOD", help="registered names, or all (none: list them)")
-    training.add_argument("--out", type=Path, default=Path("results/embedded"), help="folder (results/embedded)")
+    training.add_argument("--out", type=user_path, default=Path("results/embedded"), help="folder (results/embedded)")
     _model_options(training)
     _data_options(training)
     training.add_argument("--at", metavar="BLOCKS", help="place the method here: 3, 3-11, all or 3,6,9 (as the spec)")
@@ -199,7 +201,9 @@ def _looking(subparsers: Any, commands: Mapping[str, Command]) -> None:
     again.add_argument("--train-data", metavar="DIR", help="where the training images are by now")
     again.add_argument("--labels", metavar="FILE", help="where the file of labels is by now")
     again.add_argument("--weights", metavar="FILE", help="where the model's weights are by now")
-    again.add_argument("--scratch", type=Path, metavar="DIR", help="a folder to work in and to keep (a temporary one)")
+    again.add_argument(
+        "--scratch", type=user_path, metavar="DIR", help="a folder to work in and to keep (a temporary one)"
+    )
     again.set_defaults(command=commands["reproduce"])
 
 

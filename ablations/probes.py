@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from ablations.system import lock
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,8 @@ class Probes(MutableMapping[Any, float]):
         self._known[text] = cost
         try:
             with self.path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file
+                with suppress(OSError):  # a disk or a system without locks: lines may mix, and mixed ones are skipped
+                    lock(file, wait=True)
                 end = file.seek(0, os.SEEK_END)
                 if end:
                     file.seek(end - 1)

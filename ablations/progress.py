@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
-from ablations.jobs import SPEED, Computation
+from ablations.jobs import Computation
 from ablations.listing import in_words
+from ablations.pace import Pace, to_be_timed
 from ablations.trial import Trial
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ LIVE = "progress.json"
 """The file in OUT by which a run tells other terminals how far it is."""
 
 _EVERY = 15.0  # seconds between lines where there is no terminal
-_TIMING = 8.0  # seconds that timing a trial takes, until it is known
 _SHOWN = (2.0, 15.0)  # seconds between two states of the file: on a disk, in an object store
 
 
@@ -65,10 +65,7 @@ class RunProgress:
         self.retried = 0  # computations that were handed out again
         self._running: set[str] = set()  # keys of trials
         self._store, self._written = store, 0.0
-        self._cost_left = sum(computation.cost for computation in work)
-        self._cost_done = self._seconds_done = 0.0
-        self._timings_left = len({trial.key for trial in timed})
-        self._timing_seconds = _TIMING
+        self._pace = Pace(work, timed)
         self._started = self._said = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -103,12 +100,7 @@ class RunProgress:
 
     def seconds_left(self) -> float | None:
         """An estimate, or None before anything is done. The start of workers is no computation and does not count."""
-        timings = self._timings_left * self._timing_seconds
-        if self._cost_left <= 0:
-            return timings
-        if self._cost_done <= 0:
-            return None
-        return self._seconds_done / self._cost_done * self._cost_left / self.at_once + timings
+        return self._pace.seconds_left(at_once=self.at_once)
 
     def began(self, trials: Sequence[Trial]) -> None:
         """Trials are being computed now."""
@@ -124,23 +116,17 @@ class RunProgress:
     def done(self, computation: Computation, *, seconds: float = 0.0, error: str | None = None) -> None:
         """A computation ended after ``seconds`` of work, well or with a reason why not."""
         self._running -= {trial.key for trial in computation.answers}
-        self._cost_left = max(0.0, self._cost_left - computation.cost)
-        if seconds > 0:
-            self._cost_done += computation.cost
-            self._seconds_done += seconds
-        waiting = [trial for trial in computation.answers if trial.measure == SPEED]
+        self._pace.evaluated(computation, seconds=seconds, failed=error is not None)
         if error is not None:
             self._failed(computation.answers, error)
-            self._timings_left -= len(waiting)
-            waiting = []
-        self._advance(len(computation.answers) - len(waiting))
+            self._advance(len(computation.answers))
+        else:
+            self._advance(len(computation.answers) - len(to_be_timed(computation)))
 
     def timed(self, trial: Trial, *, seconds: float = 0.0, error: str | None = None) -> None:
         """A trial has been timed, the last it needed."""
         self._running.discard(trial.key)
-        self._timings_left = max(0, self._timings_left - 1)
-        if seconds > 0:
-            self._timing_seconds = seconds
+        self._pace.timed(trial, seconds=seconds if error is None else 0.0)
         if error is not None:
             self._failed([trial], error)
         self._advance(1)

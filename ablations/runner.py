@@ -49,6 +49,7 @@ from ablations.inputs import versions
 from ablations.jobs import Computation, Job, schedule, timings
 from ablations.profile import Profile
 from ablations.progress import RunProgress
+from ablations.ray_folder import ray_folder
 from ablations.runner_cluster import Cluster, ask_nodes, start
 from ablations.runner_events import Events, Lost, Shown
 from ablations.runner_files import listed, open_library
@@ -92,24 +93,25 @@ def run_on_ray(
     if not work and not (address() and timed):
         return []
     shown = Shown(progress, profile or Profile())
-    try:
-        with shown.profile.measure("ray_start"):
-            cluster = start(workers)
-            progress.at_once = cluster.at_once
-        run = _Run(cluster, facts=facts, store=store, shown=shown, limit=time_limit)
-        run.describe(contexts)
-        if asked is not None:
-            asked()
-        jobs = schedule(work, workers=cluster.at_once)
-        log.debug("%d computations in %d jobs for %d workers", len(work), len(jobs), cluster.at_once)
-        run.carry_out(jobs)
-        if cluster.joined:
-            run.carry_out(timings(trial for trial in timed if waits_to_be_timed(trial, store)))
-        return run.places
-    finally:
-        with shown.profile.measure("ray_start"):
-            ray.shutdown()
-            _forget_watches(store.cache)
+    with ray_folder() as folder:
+        try:
+            with shown.profile.measure("ray_start"):
+                cluster = start(workers, folder=folder)
+                progress.at_once = cluster.at_once
+            run = _Run(cluster, facts=facts, store=store, shown=shown, limit=time_limit)
+            run.describe(contexts)
+            if asked is not None:
+                asked()
+            jobs = schedule(work, workers=cluster.at_once)
+            log.debug("%d computations in %d jobs for %d workers", len(work), len(jobs), cluster.at_once)
+            run.carry_out(jobs)
+            if cluster.joined:
+                run.carry_out(timings(trial for trial in timed if waits_to_be_timed(trial, store)))
+            return run.places
+        finally:
+            with shown.profile.measure("ray_start"):
+                ray.shutdown()
+                _forget_watches(store.cache)
 
 
 class _Run:
@@ -198,7 +200,7 @@ class _Run:
             limit=self._limit,
             joined=self._cluster.joined,
         )
-        with _scratch() as folder, _token(self._store, about):
+        with _scratch(self._cluster.folder) as folder, _token(self._store, about):
             try:
                 tune.Tuner(
                     tune.with_resources(
@@ -254,9 +256,9 @@ class _Run:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
+def _scratch(below: Path | None) -> Iterator[Path]:
     """A folder for what Tune must write down somewhere; nothing of it is ever read again."""
-    folder = Path(tempfile.mkdtemp(prefix="sievit-"))
+    folder = Path(tempfile.mkdtemp(prefix="sievit-", dir=below))
     try:
         yield folder
     finally:

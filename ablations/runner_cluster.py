@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ablations.cluster_address import address, check_address
+from ablations.system import cores
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Cluster:
     share: Mapping[str, float]  # what an ordinary job takes: a core, and a part of a GPU where there are any
     whole: Mapping[str, float]  # what a job takes that wants its device to itself
     timed: Mapping[str, float]  # what a timing takes: a GPU, or all cores of a node
+    folder: Path | None = None  # where Ray keeps its own files, if that is the run's own
 
     def taken_by(self, *, whole: bool, timed: bool) -> tune.PlacementGroupFactory:
         """The resources of a job as Tune asks for them."""
@@ -56,8 +58,10 @@ class Cluster:
         return tune.PlacementGroupFactory([dict(wanted)])
 
 
-def start(workers: int | None) -> Cluster:
+def start(workers: int | None, *, folder: Path | None = None) -> Cluster:
     """Join the cluster of ``RAY_ADDRESS``, or start a private one on this machine's loopback address.
+
+    ``folder`` is what ``ray_folder`` found for a private one.
 
     Raises:
         ConnectionError: there is no cluster at that address, or none that could compute.
@@ -75,7 +79,7 @@ def start(workers: int | None) -> Cluster:
     else:
         ray.init(
             "local",  # never one that happens to run on this machine
-            num_cpus=max(1, workers or len(os.sched_getaffinity(0))),
+            num_cpus=max(1, workers or cores()),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE,
             _node_ip_address="127.0.0.1",
@@ -84,7 +88,7 @@ def start(workers: int | None) -> Cluster:
     signal.signal(signal.SIGTERM, before)  # Ray's own handler would end the process before the results are compacted
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    return plan(_nodes_that_compute(joined), workers=workers, joined=joined is not None)
+    return replace(plan(_nodes_that_compute(joined), workers=workers, joined=joined is not None), folder=folder)
 
 
 def _check_health(joined: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,12 +132,12 @@ def check_node(run: Mapping[str, Any], store: Store) -> None:
     other = [f"{name} {here[name]}, not {there[name]}" for name in _COMPARED if here[name] != there[name]]
     if other:
         raise NodeError(
-            f"the node {os.uname().nodename} has {'; '.join(other)}: install the versions of the driver there, or let "
+            f"the node {platform.node()} has {'; '.join(other)}: install the versions of the driver there, or let "
             "SIEVIT_SHIP=environment do it"
         )
     if not store.remote and not _appears(Path(run["token"])):
         raise NodeError(
-            f"the node {os.uname().nodename} does not see {store.location}: OUT must be on a disk that all nodes "
+            f"the node {platform.node()} does not see {store.location}: OUT must be on a disk that all nodes "
             "share, at the same path, or a URI such as s3://bucket/folder"
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations import plan
+from ablations.files import user_path
 from ablations.inputs import model_facts
 from ablations.jobs import Computation, computations
 from ablations.plan import Target
@@ -177,7 +178,7 @@ def open_session(settings: Settings) -> Session:
 
 def absolute(path: str | None) -> str | None:
     """A file or folder by its full path, for whoever runs elsewhere; None and "random" as they are."""
-    return path if path is None or path == RANDOM else str(Path(path).expanduser().absolute())
+    return path if path is None or path == RANDOM else str(user_path(path).absolute())
 
 
 def open_subject(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:

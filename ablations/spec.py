@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from ablations.files import user_path
 from ablations.plain import Place, SpecError, check_plain, did_you_mean, kind_of, line_of, parse_yaml, place_text
 
 SPECS = Path(__file__).parent / "specs"
@@ -184,7 +185,7 @@ def find_specs(
         if name in shipped:
             chosen.append(shipped[name])
         elif name.endswith((".yaml", ".yml")) or "/" in name:
-            chosen.append(Path(name))
+            chosen.append(user_path(name))
         else:
             raise SpecError(
                 f"no spec {name!r}{did_you_mean(name, shipped)}; there are {', '.join(shipped)}, "

@@ -6,7 +6,6 @@ round times both on the same images, and the speed-up is the median of the round
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ablations.inputs import TrialContext, device_name, use_exact_float32
+from ablations.system import cores
 from ablations.trial import Trial
 from ablations.workloads.base import Workload
 from reducers import reduce_tokens
@@ -73,7 +73,7 @@ def in_turn(
         for batch in images[:2]:
             seconds(model, batch, device=device)
     times: tuple[list[float], list[float]] = ([], [])
-    repeats = max(1, round(SHORTEST / max(seconds(reduced, images[0], device=device), 1e-6)))
+    repeats = _repeats(seconds(reduced, images[0], device=device))
     started = time.perf_counter()
     for number in range(ROUNDS[1]):
         if number >= ROUNDS[0] and time.perf_counter() - started > ENOUGH:
@@ -82,6 +82,19 @@ def in_turn(
         for place in (0, 1) if number % 2 else (1, 0):
             times[place].append(seconds(both[place], batch, device=device, repeats=repeats))
     return times
+
+
+def expected_seconds(*, reduced: float, dense: float) -> float:
+    """How long ``in_turn`` takes with models that take so many seconds a batch."""
+    repeats = _repeats(reduced)
+    one = repeats * (reduced + dense)
+    rounds = min(ROUNDS[1], max(ROUNDS[0], int(ENOUGH / max(one, 1e-9)) + 1))
+    return 2 * (reduced + dense) + reduced + rounds * one
+
+
+def _repeats(reduced: float) -> int:
+    """Passes that are timed as one."""
+    return max(1, round(SHORTEST / max(reduced, 1e-6)))
 
 
 def seconds(model: Callable[[Tensor], Any], images: Tensor, *, device: torch.device, repeats: int = 1) -> float:
@@ -107,7 +120,7 @@ def spread_batches(workload: Workload, batch: int, *, count: int = BATCHES) -> l
 def all_cores() -> Iterator[None]:
     """As many threads as this process may use cores; then as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     try:
         yield
     finally:

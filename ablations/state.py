@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from ablations.record import RUN, planned_keys
 from ablations.stale import outdated, reasons
 from ablations.storage import Disk
 from ablations.store import Status, Store
+from ablations.system import lock
 
 _RECENT = 64  # results from whose times the pace is told
 _FAILURES = 10  # shown
@@ -116,7 +116,7 @@ def _is_locked(store: Store) -> bool:
     if isinstance(store.storage, Disk):
         try:
             with (store.out / ".lock").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(file, shared=True)
         except BlockingIOError:
             return True
         except OSError:  # no lock file, or a disk without locks

@@ -19,11 +19,11 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ablations.files import atomic
+from ablations.files import atomic, user_path
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")  # what is written there is not visible before it is whole
 _LEFT_OVER = 3600.0  # seconds after which nobody writes to a temporary file any more
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no quota
 
 
 class StoreError(OSError):
@@ -210,7 +210,7 @@ def open_storage(out: Path | str) -> Storage:
     if is_uri(out):
         return Remote(str(out))
     text = str(out)
-    return Disk(Path(urlsplit(text).path if text.startswith("file://") else text).expanduser().absolute())
+    return Disk(user_path(urlsplit(text).path if text.startswith("file://") else text).absolute())
 
 
 def reason(error: OSError) -> str:

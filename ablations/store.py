@@ -8,7 +8,6 @@ knows (``storage``).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from ablations.index import KEY, SUFFIX, RowIndex, owned, parquet, read_parquet,
 from ablations.lease import leased
 from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.storage import Disk, StoreError, open_storage, refused
+from ablations.system import lock
 from ablations.trial import Trial, TrialResult
 from ablations.trial_log import add_line, read_log, trial_log
 
@@ -280,9 +280,9 @@ def _lock(file: IO[str]) -> None:
     """Lock a file for this process alone. Whoever looks at a run holds the lock for a moment: that is waited for."""
     for _ in range(20):
         with suppress(BlockingIOError):
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock(file)
         time.sleep(0.025)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock(file)
 
 
 def _name(key: str) -> str:

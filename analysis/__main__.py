@@ -11,6 +11,7 @@ from pathlib import Path
 from analysis import remote
 from analysis.frame import AnalysisError, Results, read_results
 from analysis.report import Written, write_analysis
+from analysis.streams import say
 
 EPILOG = """\
 reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
@@ -48,15 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         results, written, report = _analyse(options.out, options.to)
     except (AnalysisError, PermissionError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 2
     if not options.quiet:
-        print(
+        say(
             f"{len(results.finished)} finished trials, {len(results.failed)} failed: "
-            f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {report}"
+            f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {report}",
+            sys.stdout,
         )
     if results.finished.empty:
-        print("error: no trial finished; the report lists the reasons", file=sys.stderr)
+        say("error: no trial finished; the report lists the reasons", sys.stderr)
         return 1
     return 0
 
@@ -65,9 +67,9 @@ def _analyse(out: str, to: str | None) -> tuple[Results, Written, str]:
     """What was read, what was written, and where the report is."""
     if to is not None and remote.is_uri(to):
         raise AnalysisError(f"--to {to}: name a folder of this machine, from which the report can be copied on")
-    folder = Path(to) if to is not None else None
+    folder = Path(to).expanduser() if to is not None else None
     if not remote.is_uri(out):
-        results = read_results(Path(out))
+        results = read_results(Path(out).expanduser())
         written = write_analysis(results, folder)
         return results, written, str(written.report)
     place = remote.open_place(out)

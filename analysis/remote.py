@@ -5,8 +5,8 @@ Only files that are new or changed travel, so drawing again after a few more tri
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import importlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -21,6 +22,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from analysis.frame import AnalysisError
+
+try:
+    _fcntl: Any = importlib.import_module("fcntl")
+except ImportError:  # Windows: two reports of one place at the same moment copy its files twice
+    _fcntl = None
 
 _WHOLE = ("results.parquet", "run.json", "profile.json")
 _FOLDERS = ("samples", "images", "trials")
@@ -122,7 +128,7 @@ def open_place(uri: str) -> Place:
 def local_folder(uri: str) -> Iterator[Path]:
     """Where the copy of a place is kept on this machine, for one report at a time."""
     base = os.environ.get("SIEVIT_CACHE") or Path.home() / ".cache" / "sievit"
-    folder = Path(base) / "analysis" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    folder = Path(base).expanduser() / "analysis" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -131,8 +137,9 @@ def local_folder(uri: str) -> Iterator[Path]:
             f"no copy of {uri} can be kept here ({error}); name a folder: SIEVIT_CACHE=FOLDER"
         ) from error
     with file:
-        with suppress(OSError):  # a disk without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if _fcntl is not None:
+            with suppress(OSError):  # a disk without locks
+                _fcntl.flock(file, _fcntl.LOCK_EX)
         yield folder
 
 

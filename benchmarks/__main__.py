@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ablations.files import user_path
+from ablations.streams import standard_streams
 from benchmarks import allocator
 
 RESULTS = Path("benchmarks/results")
@@ -27,15 +29,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=raw)
     commands = top.add_subparsers(dest="command")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--weights", type=Path, help="safetensors file for the models of its width; the others, or "
-                        "all without it, get random weights and replayed counts")  # fmt: skip
-    common.add_argument("--data", type=Path, help="folder of real images (any depth); without it they are random")
+    common.add_argument("--weights", type=user_path, help="safetensors file for the models of its width; the others, "
+                        "or all without it, get random weights and replayed counts")  # fmt: skip
+    common.add_argument("--data", type=user_path, help="folder of real images (any depth); without it they are random")
     common.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     common.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     common.add_argument("--allocator", choices=sorted(allocator.ALLOCATORS), default=allocator.USUAL,
                         help="on a CPU with glibc: steady keeps memory between calls, system leaves the C library as "
                         "it is (default: %(default)s)")  # fmt: skip
-    common.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
+    common.add_argument("--out", type=user_path, default=RESULTS, help="folder of the results (default: %(default)s)")
 
     add = commands.add_parser
     speed = add("speed", parents=[common], help="every reducer beside the dense model")
@@ -93,12 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.command == "speed":
-        processes = args.processes or (1 if device.type == "cuda" else 3)
-        if processes > 1:
-            pooled.run(given, args.out, rounds=args.rounds, processes=processes, say=print)
-            return 0
-    return commands.run(args, device)
+    with standard_streams(lasting=True):
+        if args.command == "speed":
+            processes = args.processes or (1 if device.type == "cuda" else 3)
+            if processes > 1:
+                pooled.run(given, args.out, rounds=args.rounds, processes=processes, say=print)
+                return 0
+        return commands.run(args, device)
 
 
 if __name__ == "__main__":

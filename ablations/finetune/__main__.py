@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ablations.files import atomic
+from ablations.files import atomic, user_path
 from ablations.finetune.cache import Finetuned, identity, train_or_load
 from ablations.finetune.recipe import Recipe, RecipeError, parse_recipe, parse_settings
 from ablations.labels import with_nested
+from ablations.streams import standard_streams
+from ablations.system import cores
 from ablations.workloads import LoadedModel, Reading, Workload, default_models, open_model, open_workload
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement, reduce_tokens
@@ -49,6 +50,11 @@ and val, or --train-data names the images to train on. exit status: 0 all is wel
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. User errors are one message on standard error."""
     arguments = _parser().parse_args(argv)
+    with standard_streams(lasting=True):
+        return _carry_out(arguments)
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         _run(arguments)
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     workload, name = arguments.workload, arguments.model or default_models(arguments.workload)[0]
     recipe = parse_recipe({**parse_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
-    out = Path(arguments.out)
+    out = user_path(arguments.out)
     (out / "cache").mkdir(parents=True, exist_ok=True)
     evaluated = open_workload(
         workload, data=arguments.data, model=name, limit=arguments.limit, strict=False, cache=out / "cache",
@@ -123,7 +129,7 @@ def _workers(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None:
         workers: int = arguments.workers
         return workers
-    return 0 if arguments.workload == "embedded" else max(1, min(16, len(os.sched_getaffinity(0)) - 1))
+    return 0 if arguments.workload == "embedded" else max(1, min(16, cores() - 1))
 
 
 @torch.inference_mode()

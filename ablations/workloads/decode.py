@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import PIL
 from PIL import Image
 
 from ablations.files import atomic
+from ablations.system import cores
 from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.formats import formats
@@ -126,7 +126,7 @@ def decode(
             log.debug("%s: %d decoded images from %s", origin, len(found.ids), cache)
             return found
     log.info("%s: decoding %d images", origin, len(sources))
-    workers = workers or min(8, os.cpu_count() or 1)
+    workers = workers or min(8, cores())
     rows = _rows(sources, preprocess, workers, unwanted() if unwanted is not None else {})
     if cache is None:
         return _collect(rows, origin)

@@ -16,6 +16,7 @@ from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
+from ablations.files import user_path
 from ablations.workloads import embedded
 from ablations.workloads.checkpoint import ModelError, load_into, read_shapes, read_weights, state_digest
 
@@ -95,7 +96,7 @@ def head_classes(name: str, *, weights: str | None) -> int | None:
     if weights == RANDOM:
         return None
     if weights is not None:
-        rows = _file_head(name, Path(weights))
+        rows = _file_head(name, user_path(weights))
         if rows is not None:
             return rows
     config = _config(name)
@@ -135,7 +136,7 @@ def open_model(
     if weights == RANDOM:
         model, kind = _random(name, classes=head or classes, seed=seed), "random"
     elif weights is not None:
-        model, kind = _from_file(name, Path(weights), classes=head), "file"
+        model, kind = _from_file(name, user_path(weights), classes=head), "file"
     elif name in embedded.KNOWN:
         model, kind = _from_file(name, _shipped(name), classes=head), "embedded"
     else:

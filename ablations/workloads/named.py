@@ -21,6 +21,7 @@ import timm.data
 import torchvision
 from PIL import Image
 
+from ablations.files import user_path
 from ablations.workloads.account import Account
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
 from ablations.workloads.classes import class_indices
@@ -55,13 +56,14 @@ def open_named(
         raise WorkloadError(f"the workload {name!r} names no data set: write {family}:NAME or {family}:NAME@SPLIT")
     reading = reading or Reading()
     _check_reading(reading, name)
+    data = str(user_path(data)) if data else data
     dataset = _create(name, family=family, spec=spec, split=split, data=data, download=download)
     count = _length(dataset, name)
     ids = [_item_id(dataset, position) for position in range(count)]
     labels = _known_labels(dataset) or [0] * count
     chosen = spread_subset(ids, labels, limit)
     sources = [_source(dataset, position, ids[position]) for position in chosen]
-    origin = f"{name} {Path(data).expanduser().resolve() if data else ''} {count} torchvision {torchvision.__version__}"
+    origin = f"{name} {user_path(data).resolve() if data else ''} {count} torchvision {torchvision.__version__}"
     # one thread: data sets are not promised to be thread-safe (FakeData sets the global seed)
     decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
     skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)

@@ -10,6 +10,9 @@ INDEX = "index"  # the folders are named by their index in the head
 _RULES = (ORDER, INDEX)
 
 
+from ablations.files import user_path
+
+
 @dataclass(frozen=True)
 class Reading:
     """``labels``: None to find out, "order", "index", or a file with a label for each image. Plain values: workers are
@@ -27,7 +30,7 @@ class Reading:
     @property
     def file(self) -> Path | None:
         """The file of labels that was named, if any."""
-        return None if self.labels is None or self.labels in _RULES else Path(self.labels).expanduser()
+        return None if self.labels is None or self.labels in _RULES else user_path(self.labels)
 
 
 AS_USUAL = Reading()

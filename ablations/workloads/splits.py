@@ -9,6 +9,7 @@ from errno import ELOOP
 from pathlib import Path
 from typing import Literal
 
+from ablations.files import user_path
 from ablations.workloads.base import WorkloadError
 from ablations.workloads.formats import suffixes
 from ablations.workloads.found import UNSORTED, folders_in, holds_images
@@ -53,7 +54,7 @@ def class_root(data: str | None, reading: Reading | None = None) -> Path:
 def _existing(data: str | None) -> Path:
     if not data:
         raise WorkloadError("the workload imagefolder needs DATA=FOLDER, a folder with one folder for each class")
-    root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100  not resolved: what lies beside a link counts
+    root = Path(os.path.abspath(user_path(data)))  # noqa: PTH100  not resolved: what lies beside a link counts
     remedy = "give the folder that holds the class folders"
     try:
         root.stat()

@@ -25,6 +25,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ablations.files import user_path
 from ablations.workloads import digits
 from ablations.workloads.embedded import MODELS, PATCH, create_digits_model, embedded_workload, normalise, save_weights
 from ablations.workloads.model_card import read_records, token_choice, write_card
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--card-only", action="store_true", help="train nothing; measure the weights in --out and write their card"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the training curve")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the weights and the training curve")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablations.files import atomic, locked
+from ablations.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.models import input_config
@@ -77,7 +77,7 @@ def training_root(data: str | None, train_data: str | None, *, workload: str, re
         raise WorkloadError(f"the training images of {workload} are not known: name their folder with --train-data")
     evaluated = class_root(data, reading) if workload == "imagefolder" else None
     if train_data is not None:
-        root = Path(train_data).expanduser().absolute()
+        root = user_path(train_data).absolute()
         if not root.is_dir():
             raise WorkloadError(f"--train-data {train_data} is no folder: give the folder that holds the class folders")
     else:
