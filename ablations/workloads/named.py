@@ -9,6 +9,7 @@ verified.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 import logging
 import operator
@@ -64,8 +65,13 @@ def open_named(
     chosen = spread_subset(ids, labels, limit)
     sources = [_source(dataset, position, ids[position]) for position in chosen]
     origin = f"{name} {user_path(data).resolve() if data else ''} {count} torchvision {torchvision.__version__}"
+    behind = _behind(dataset, data, cache)
+    origin = f"{origin} {behind}" if behind else origin
     # one thread: data sets are not promised to be thread-safe (FakeData sets the global seed)
-    decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
+    try:
+        decoded = decode(sources, preprocess=preprocess, cache=cache, origin=origin, workers=1)
+    finally:
+        _close(dataset)
     skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)
     mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name, rule=reading.rule)
     account = Account(
@@ -184,9 +190,10 @@ def _length(dataset: Any, name: str) -> int:
 def _item_id(dataset: Any, position: int) -> str:
     """The file's name where the data set tells it, else the position."""
     if hasattr(dataset, "reader"):
+        inside = _archives(dataset, position)
         filename = dataset.filename(position)
         if filename:
-            return str(filename)
+            return "/".join([*inside, str(filename)])
     return f"{position:06d}"
 
 
@@ -194,7 +201,10 @@ def _known_labels(dataset: Any) -> list[int] | None:
     """Labels that are known without decoding, for spreading a subset over the classes."""
     reader = getattr(dataset, "reader", None)
     samples = getattr(reader, "samples", None)
-    targets = [label for _, label in samples] if samples else getattr(dataset, "targets", None)
+    if isinstance(samples, list):
+        targets: Any = [label for _, label in samples]
+    else:  # timm's reader of archives keeps two arrays
+        targets = getattr(reader if reader is not None else dataset, "targets", None)
     try:
         labels = [int(label) for label in (() if targets is None else targets)]
     except (TypeError, ValueError):  # no classes; loading says so
@@ -228,6 +238,43 @@ def _stamp(dataset: Any, position: int) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}:{label}"
 
 
+def _archives(dataset: Any, position: int) -> list[str]:
+    """The archives of a folder that an image lies in, from the outer to the inner: their files may have one name."""
+    samples = getattr(dataset.reader, "samples", None)
+    if not isinstance(samples, np.ndarray) or samples.ndim != 2 or samples.shape[1] != 3:
+        return []
+    _, outer, inner = samples[position]
+    return [str(name) for name in (outer, getattr(inner, "name", None)) if name]
+
+
+def _close(dataset: Any) -> None:
+    """Close the archives that timm's reader keeps open; read again, it opens them again."""
+    states = getattr(getattr(dataset, "reader", None), "tar_state", None)
+    waiting = list(states.values()) if isinstance(states, dict) else [states] if states is not None else []
+    while waiting:
+        state = waiting.pop()
+        waiting += state.children.values()
+        if state.tf is not None:
+            state.tf.close()
+            state.reset()
+
+
+def _behind(dataset: Any, data: str | None, cache: Path | None) -> str:
+    """What changes when DATA does, for data sets whose images are no files: archives, tables, pickled arrays."""
+    if data is None or _stamp(dataset, 0).count(":") == 2:
+        return ""
+    root = Path(data)
+    within = [] if cache is None else [cache.resolve()]
+    files = [root] if root.is_file() else [path for path in sorted(root.rglob("*")) if path.is_file()]
+    digest = hashlib.sha256()
+    for path in files:
+        if not any(path.resolve().is_relative_to(own) for own in within):
+            status = path.stat()
+            about = f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(about.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def _label(target: Any) -> int:
     try:
         return operator.index(target)
@@ -244,7 +291,7 @@ def _class_names(dataset: Any) -> list[str] | None:
         names = getattr(reader, attribute, None)
         if names is not None and all(isinstance(name, str) for name in names):
             return list(names)
-    indices = getattr(reader, "class_to_idx", None)
+    indices = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     return sorted(indices, key=indices.__getitem__) if indices else None
 
 

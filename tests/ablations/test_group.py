@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 
 from ablations.context import make_context
 from ablations.evaluate import TrialContext, run_group, run_trial
+from ablations.inputs import check_inputs
 from ablations.plan import expand
 from ablations.session import Session, Settings, open_session
 from ablations.spec import parse_spec
-from ablations.trial import Trial
+from ablations.trial import Trial, TrialError
 from reducers import TokenReducer
 from reducers import registry as known_reducers
+from reducers.vit import ReducedViT
 from tests.ablations.runs import SPEC
 
 STAGES = {
@@ -144,6 +147,20 @@ def test_a_trial_fails_alone(
         assert_same(result.row, run_trial(trial, context).row, trial.variant)
 
 
+@pytest.mark.parametrize(
+    ("changed", "what"), [("data_digest", "data"), ("weights_digest", "weights"), ("code", "code")]
+)
+def test_a_trial_planned_with_another_input_is_refused_by_its_name(
+    changed: str, what: str, session: Session, context: TrialContext
+) -> None:
+    good = dataclasses.replace(trial_of(session, "ATS", STAGES["ATS"]))
+    check_inputs(good, context)
+    assert good.code, "a trial names the code it was planned with"
+    other = "evaluation=000000000000" if changed == "code" else "0" * 64
+    with pytest.raises(TrialError, match=f"the {what} changed after the trial was planned"):
+        check_inputs(dataclasses.replace(good, **{changed: other}), context)
+
+
 def test_a_trial_planned_for_other_inputs_fails_alone(session: Session, context: TrialContext) -> None:
     good = trial_of(session, "ATS", STAGES["ATS"])
     first, second = run_group([dataclasses.replace(good, data_digest="0" * 64), good], context)
@@ -179,6 +196,31 @@ def test_seconds_are_a_trials_own_and_its_share_of_the_rest(session: Session, co
     spent = context.profile.take()
     assert set(spent) >= {"images", "prefix", "evaluation", "bookkeeping"}
     assert sum(result.row["seconds"] for result in results) == pytest.approx(sum(spent.values()), rel=0.5)
+
+
+def test_seconds_of_a_shared_prefix_are_divided_among_those_that_share_it(
+    session: Session, context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the shared blocks move: three trials share the first three blocks, two of them the rest."""
+    now = [0.0]
+    compute = ReducedViT.cost
+
+    def slow(self: ReducedViT, images: torch.Tensor, *, shared: Any = None) -> Any:
+        now[0] += 60.0
+        return compute(self, images, shared=shared)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(ReducedViT, "cost", slow)
+    trials = [trial_of(session, name, STAGES[name]) for name in ("ATS", "a stack", "EViT with ATS in it")]
+    first = {"ATS": 3, "a stack": 6, "EViT with ATS in it": 4}
+    found = {
+        trial.variant: result.row["seconds"] for trial, result in zip(trials, run_group(trials, context), strict=True)
+    }
+    batches = 3
+    by_block = {block: 60.0 * batches / sum(at >= block for at in first.values()) for block in (3, 4, 6)}
+    for variant, at in first.items():
+        assert found[variant] == pytest.approx(sum(each for block, each in by_block.items() if block <= at)), variant
+    assert sum(found.values()) == pytest.approx(now[0])
 
 
 def test_trials_of_two_models_do_not_go_together(session: Session, context: TrialContext) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import importlib.util
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torchvision
 from PIL import Image
 
@@ -54,6 +57,69 @@ def test_a_folder_opened_by_name_gives_the_labels_of_its_wordnet_ids(
     plain = open_image_folder(str(root), head=1000, preprocess=preprocess, limit=None, strict=True, cache=None)
     np.testing.assert_array_equal(named.pixels, plain.pixels)
     np.testing.assert_array_equal(named.labels, plain.labels)
+
+
+def packed(tree: Path, archive: Path, *, below: str = "") -> Path:
+    """A tar of the tree's files."""
+    with tarfile.open(archive, "w") as tar:
+        for path in sorted(tree.rglob("*.png")):
+            tar.add(path, arcname=below + path.relative_to(tree).as_posix())
+    return archive
+
+
+def test_an_archive_gives_what_its_folder_gives_and_what_timms_own_reader_gives(
+    open_set, make_tree: MakeTree, preprocess: Preprocess, tmp_path: Path
+) -> None:
+    tree = make_tree()
+    archive = packed(tree, tmp_path / "images.tar")
+    inside, outside = (open_set("timm:folder", data, head=1000) for data in (archive, tree))
+    assert inside.ids == outside.ids and sorted(set(inside.labels.tolist())) == list(WNID_INDICES)
+    np.testing.assert_array_equal(inside.labels, outside.labels)
+    np.testing.assert_array_equal(inside.pixels, outside.pixels)
+    theirs = timm.data.create_dataset("", root=str(archive), split="validation")
+    assert [theirs.filename(position) for position in range(len(theirs))] == list(inside.ids)
+    for position in range(len(theirs)):
+        image, target = theirs[position]
+        np.testing.assert_array_equal(inside.pixels[position], preprocess(image))
+        assert inside.labels[position] == sorted(WNID_INDICES)[target], "WordNet ids in their order"
+    theirs.reader.tar_state.tf.close()
+    assert len(open_set("timm:folder", archive, head=1000, limit=2)) == 2
+
+
+def test_archives_in_an_archive_keep_images_of_one_name_apart(open_set, make_tree: MakeTree, tmp_path: Path) -> None:
+    tree = make_tree(("a", "b"), count=2)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for name in ("a", "b"):
+            tar.add(packed(tree / name, tmp_path / f"{name}.tar"), arcname=f"{name}.tar")
+    images = open_set("timm:folder", tmp_path / "all.tar", head=2)
+    assert sorted(images.ids) == [f"{name}.tar/image_0{number}.png" for name in "ab" for number in range(2)]
+    assert [one.partition(".")[0] for one in images.ids] == ["ab"[label] for label in images.labels]
+
+
+def test_an_archive_that_changes_in_place_is_decoded_again(open_set, make_tree: MakeTree, tmp_path: Path) -> None:
+    tree = make_tree(("a", "b"), count=1)
+    archive, cache = packed(tree, tmp_path / "images.tar"), tmp_path / "cache"
+    first, again = (open_set("timm:folder", archive, head=2, cache=cache) for _ in range(2))
+    assert first.digest == again.digest and len(list(cache.glob("*.npy"))) == 1, "what stays is not decoded again"
+    Image.new("RGB", (40, 40), "red").save(tree / "a" / "image_00.png")
+    packed(tree, archive)
+    second = open_set("timm:folder", archive, head=2, cache=cache)
+    assert second.ids == first.ids and second.digest != first.digest and (second.pixels[0] == (255, 0, 0)).all()
+
+
+def test_a_pickled_data_set_that_changes_in_place_is_decoded_again(open_set, tmp_path: Path) -> None:
+    def write(value: int) -> None:  # what torchvision would have unpacked of USPS, without its checksum
+        with bz2.open(tmp_path / "usps.t.bz2", "wt") as file:
+            for label in (1, 2):
+                file.write(f"{label} " + " ".join(f"{place}:{value}" for place in range(1, 257)) + "\n")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torchvision.datasets.usps, "check_integrity", lambda *_: True, raising=False)
+        write(1)
+        first = open_set("torchvision:USPS", tmp_path, cache=tmp_path / "cache")
+        write(-1)
+        second = open_set("torchvision:USPS", tmp_path, cache=tmp_path / "cache")
+    assert first.ids == second.ids and first.digest != second.digest
 
 
 def test_timms_validation_folder_is_taken(open_set, make_tree: MakeTree) -> None:
