@@ -10,6 +10,9 @@ STAMP := $(VENV)/.sievit-installed
 OUT ?= results/$(subst /,-,$(subst :,-,$(or $(WORKLOAD),embedded)))
 TESTS ?= tests
 SMOKE_SPECS ?= k_values class_token
+FLOOR_TESTS ?= tests/reducers/test_contract.py tests/ablations/test_store.py tests/ablations/test_spec.py \
+	tests/workloads/test_named.py tests/workloads/test_image_folder.py tests/analysis/test_frame.py \
+	tests/analysis/test_stats.py
 # as many tests at once as there are cores (each takes about a gigabyte, so at most four), each on one
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
@@ -21,7 +24,7 @@ RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call o
 	$(call option,TRAIN_DATA,train-data) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablations smoke test test-slow lint train docs bench bench-scaling bench-gpu weights report clean
+.PHONY: help ablations smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu weights report clean
 
 help: ## this list
 	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
@@ -72,6 +75,15 @@ test: $(STAMP) ## all tests but the slow ones (TESTS=tests/reducers for a part)
 
 test-slow: $(STAMP) ## the slow tests
 	$(PYTEST) -m slow $(TESTS)
+
+test-floors: ## a part of the tests with the oldest versions allowed (FLOORS="torch==2.13.0" replaces some)
+	python=$$(command -v $(or $(PYTHON),python3.11)) || { echo 'error: the floors have wheels for Python 3.11; name one: make test-floors PYTHON=…' >&2; exit 1; }; \
+	"$$python" -m venv .venv-floors && "$$python" tests/floors.py $(FLOORS) > .venv-floors/floors.txt && \
+	.venv-floors/bin/python -m pip install --quiet -r .venv-floors/floors.txt && \
+	.venv-floors/bin/python -m pip install --quiet --no-deps --editable . && \
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -q -m 'not slow' $(FLOOR_TESTS) && \
+	.venv-floors/bin/python -m ablations run --specs k_values class_token --limit 256 --out results/floors && \
+	.venv-floors/bin/python -m analysis results/floors
 
 lint: $(STAMP) ## style, format and types
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Other systems and other circumstances: no ``fcntl``, no affinity, closed streams, ``~``, and folders too long for Ray."""
+"""Other systems: no ``fcntl``, no affinity; and streams that are closed, ``~``, and folders too long for Ray."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ sys.exit(status)
 """
 POSIX = {
     "os": {
-        "sched_getaffinity", "uname", "getuid", "geteuid", "getgid", "fork", "statvfs", "getloadavg", "sysconf", "mkfifo",
-        "killpg", "setsid", "getpgid", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "nice", "chown", "setuid", "openpty",
+        "sched_getaffinity", "uname", "getuid", "geteuid", "getgid", "fork", "statvfs", "getloadavg", "sysconf",
+        "mkfifo", "killpg", "setsid", "getpgid", "O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "nice", "chown", "setuid", "openpty",
     },
     "signal": {"SIGKILL", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGPIPE", "SIGALRM", "alarm", "setitimer", "pthread_kill"},
     "errno": {"EDQUOT"},
