@@ -1,74 +1,103 @@
 """Which code a trial's numbers depend on, as a digest that stands in its key.
 
-A trial uses a part of the project: the runtime, the methods it places and what these import, the evaluation, and where
-it has them the calibration, the training and the timing. Each of these is found by following imports from its root, and
-digested as a syntax tree without comments, docstrings, layout, annotations of arguments and wording of errors and logs:
-a better sentence leaves results valid, another constant does not. A change in one method leaves those of all others
-valid.
+A trial uses a part of the project: the evaluation, the methods it places, and where it has them the calibration, the
+training and the timing. Each part is what is reached from its roots, definition by definition: a definition is a
+statement at the top of a module, and it uses what it names, wherever that is defined. What the reached definitions say
+is put into one text each, and the digest is over the set of these texts. No text holds the name of a module, a comment,
+a docstring, an annotation, a message, a log line or an import, so that rewording, moving, renaming and splitting files
+leave results valid, and another constant, rule, default or decorator does not. A name is digested as what it stands
+for: ``F.linear`` and ``linear`` are one, and importing ``ceil`` in place of ``floor`` under the same name is a change.
 
-Standard library and the registry only: the sources are read as text, nothing is imported for it.
+An annotation is not digested, yet the classes it names are followed: objects that were made elsewhere come in as
+arguments. What runs when a module is imported belongs to every definition of that module.
+
+Prose is a string, or an f-string, of at least two words of two or more letters with a space between them; all prose is
+one to a digest. What is looked up or compared never counts as prose: keys, subscripts, comparisons, patterns, equations
+of einsum and its kind, and what methods of strings are given.
+
+What it cannot see: names made while running (``getattr`` with a computed name; a dotted name of a module as a string is
+seen), what a module does for others by being imported, a star import, prose that decides (a message compared through a
+variable), versions of other packages (they stand in the row), and what a user's own method imports from outside its
+file. A method of an object belongs to its class, and a class is one definition.
+
+Standard library only: the sources are read as text, nothing is imported for it.
 """
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import inspect
+import importlib.util
 import json
-import textwrap
-from collections.abc import Iterable, Iterator
+import sys
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import reducers
-from reducers import available
+from ablations.code_sources import CodeError, Sources
 
 if TYPE_CHECKING:
     from ablations.trial import Trial
 
-ROOTS = {
-    "evaluation": ("ablations.evaluate",),
-    "calibration": ("ablations.calibrate",),
-    "training": ("ablations.finetune",),
-    "timing": ("ablations.speed",),
+# --- what a move of files changes: these tables, and nothing below them -----------------------------------------------
+
+ROOTS: dict[str, tuple[str, ...]] = {
+    "evaluation": ("ablations.evaluate:run_group", "ablations.evaluate:run_trial"),
+    "calibration": ("ablations.calibrate:solve",),
+    "training": ("ablations.finetune.cache:finetuned", "ablations.finetune.cache:train_or_load"),
+    "timing": ("ablations.speed:measure_speed",),
 }
 """The parts of ``code`` and where each begins. One part never reaches into another's roots."""
 
-DESCRIBING = frozenset(
-    f"ablations.{name}"
-    for name in (
-        "trial", "labels", "profile", "files", "progress", "probes", "store", "storage", "index", "record", "jobs",
-        "trial_log", "code_version", "system", "pace",
-    )
-)  # fmt: skip
-"""Modules that name, keep and show what others compute: no number comes from them, so no digest enters them. What they
-write into a row is versioned by ``trial.RESULT_VERSION``.
+BESIDES: dict[str, tuple[str, ...]] = {
+    "evaluation": (
+        "ablations.trial_random:random_seed",
+        "reducers.placement:placement_from",  # which a trial asks for its reducers
+        "ablations.inputs:dense_predictions",
+        "ablations.inputs:model_facts",
+        "ablations.workloads.models:open_model",
+        "ablations.workloads.base:Workload",
+    ),
+    "timing": ("reducers.placement:placement_from",),
+}
+"""What makes numbers of a part and is called by others, or as an attribute. A module's name stands for all it defines,
+and for all that is defined below it.
 """
 
-# each package by itself: what is shipped to a cluster's nodes is unpacked into a folder a package
-_PACKAGES = {"ablations": Path(__file__).resolve().parent, "reducers": Path(reducers.__file__).resolve().parent}
-_METHODS = "reducers.methods"  # the package imports every method; a trial depends on those that it places
-_DIGITS = 12
+UNDIGESTED = {"embedded": ("ablations.workloads.embedded:embedded_workload",)}
+"""By workload: what is drawn beside the pixels and labels that the data digest covers (masks, clutter)."""
 
+CLOSED = frozenset(
+    {
+        "ablations.trial", "ablations.code_version", "ablations.code_sources", "ablations.code_text",
+        "ablations.files", "ablations.system", "ablations.probes", "ablations.profile",
+        "ablations.failures:in_words", "ablations.inputs:versions", "ablations.inputs:device_name",
+        "ablations.workloads.account", "ablations.workloads.problems",
+    }
+)  # fmt: skip
+"""Modules, what is below them, and definitions that name, keep and show what others compute: no digest enters them.
+What they write into a row is versioned by ``trial.RESULT_VERSION``.
+"""
 
-class CodeError(RuntimeError):
-    """The source that a key needs cannot be read."""
+PACKAGES = ("ablations", "reducers")
+METHODS = "reducers.methods"  # here ``@register("name")`` is looked for
+REGISTRY = "reducers.registry"  # which knows a user's own methods
+
+# --- the digest of a trial --------------------------------------------------------------------------------------------
 
 
 def code_of(trial: Trial) -> str:
     """The code a trial uses as it is now: ``evaluation=3f9c… calibration=0ab1…``, one part for each step it has."""
-    return _code(trial.stages, trial.target is not None or bool(trial.calibration), trial.training, bool(trial.measure))
+    calibrated = trial.target is not None or bool(trial.calibration)
+    return _code(trial.stages, calibrated, trial.training, bool(trial.measure), trial.workload)
 
 
 def runtime_code() -> str:
     """The code that evaluates a model without reduction: every trial depends on it."""
-    return _part("evaluation", frozenset())
+    return _part("evaluation", frozenset(), ())
 
 
 def training_code(stages: str) -> str:
     """The code that trains with these stages (JSON)."""
-    return _part("training", _names(stages))
+    return _part("training", _names(stages), ())
 
 
 def changed_parts(old: str, new: str) -> list[str]:
@@ -77,27 +106,33 @@ def changed_parts(old: str, new: str) -> list[str]:
     return [part for part in ROOTS if one.get(part) != other.get(part)]
 
 
+def read_again() -> None:
+    """Forget the sources: they are read once a process."""
+    for cached in (_sources, _part, _code):
+        cached.cache_clear()
+
+
 @lru_cache(maxsize=65536)
-def _code(stages: str, calibrated: bool, training: str, timed: bool) -> str:
-    names = _names(stages)
-    parts = {"evaluation": _part("evaluation", names)}
+def _code(stages: str, calibrated: bool, training: str, timed: bool, workload: str) -> str:
+    parts = {"evaluation": _part("evaluation", _names(stages), UNDIGESTED.get(workload, ()))}
     if calibrated:
-        parts["calibration"] = _part("calibration", frozenset())
+        parts["calibration"] = _part("calibration", frozenset(), ())
     if training:
-        parts["training"] = _part("training", _names(training))
+        parts["training"] = _part("training", _names(training), ())
     if timed:
-        parts["timing"] = _part("timing", frozenset())
+        parts["timing"] = _part("timing", frozenset(), ())
     return " ".join(f"{name}={digest}" for name, digest in parts.items())
 
 
 def _names(stages: str) -> frozenset[str]:
     """Registered methods anywhere in stages or a recipe: those inside stacks and selections as well."""
-    methods, found = available(), set()
+    methods, found = _sources().methods().keys() | _registered().keys(), set()
 
     def walk(value: Any) -> None:
         if isinstance(value, dict):
-            if value.get("name") in methods:
-                found.add(value["name"])
+            name = value.get("name")
+            if isinstance(name, str) and name in methods:
+                found.add(name)
             for inner in value.values():
                 walk(inner)
         elif isinstance(value, list):
@@ -108,140 +143,27 @@ def _names(stages: str) -> frozenset[str]:
     return frozenset(found)
 
 
-@cache
-def _part(part: str, methods: frozenset[str]) -> str:
-    stop = {root for other, roots in ROOTS.items() if other != part for root in roots}
-    roots, own = list(ROOTS[part]), []
-    for cls in (available()[name] for name in sorted(methods)):
-        if cls.__module__.split(".")[0] in _PACKAGES and _file(cls.__module__) is not None:
-            roots.append(cls.__module__)
-        else:  # a method of the user's, registered from somewhere else
-            own.append(f"{cls.__qualname__} {_digest(_class_source(cls))}")
-    modules = [f"{name} {_module_digest(name)}" for name in sorted(closure(roots, stop=stop))]
-    return _digest("\n".join([*modules, *own]))
-
-
-def closure(roots: Iterable[str], *, stop: Iterable[str] = ()) -> set[str]:
-    """Modules of the project that these import, themselves included, wherever the import stands."""
-    closed = {*stop, *DESCRIBING, _METHODS}
-    found: set[str] = set()
-    waiting = list(roots)
-    while waiting:
-        name = waiting.pop()
-        if name not in found and name not in closed:
-            found.add(name)
-            waiting += _imports(name)
-    return found
+def _registered() -> dict[str, type]:
+    """What the registry of this process holds, if there is one: nothing is imported for it."""
+    registry = sys.modules.get(REGISTRY)
+    return {} if registry is None else registry.available()
 
 
 @cache
-def _imports(name: str) -> tuple[str, ...]:
-    """Modules of the project that a module imports, those for type checkers left out."""
-    found: dict[str, None] = {}
-    for node in _walk(_tree(name)):
-        if isinstance(node, ast.Import):
-            named = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            inner = [f"{node.module}.{alias.name}" for alias in node.names]
-            modules = [each for each in inner if _is_ours(each)]
-            named = modules if len(modules) == len(inner) else [node.module, *modules]
-        else:
-            continue
-        found.update(dict.fromkeys(each for each in named if _is_ours(each)))
-    return tuple(found)
-
-
-def _is_ours(name: str) -> bool:
-    return name.split(".")[0] in _PACKAGES and _file(name) is not None
+def _part(part: str, methods: frozenset[str], beside: tuple[str, ...]) -> str:
+    return _sources().digest([*ROOTS[part], *BESIDES.get(part, ()), *beside], methods, _registered())
 
 
 @cache
-def _file(name: str) -> Path | None:
-    """The source of a module of the project, found without importing it."""
-    package, *inner = name.split(".")
-    path = _PACKAGES[package].joinpath(*inner)
-    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+def _sources() -> Sources:
+    doors = (root for roots in ROOTS.values() for root in roots)
+    return Sources(_folders(), doors=doors, closed=CLOSED, methods=METHODS)
 
 
-@cache
-def _tree(name: str) -> ast.Module:
-    file = _file(name)
-    if file is None:
-        raise CodeError(
-            f"the source of {name} is not below {_PACKAGES[name.split('.')[0]]}, and keys of trials need it; install "
-            "from source"
-        )
-    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+def _folders() -> dict[str, Path]:
+    """Each package by itself: what is shipped to a cluster's nodes is unpacked into a folder a package."""
+    found = {name: importlib.util.find_spec(name) for name in PACKAGES}
+    return {name: Path(spec.origin).parent for name, spec in found.items() if spec is not None and spec.origin}
 
 
-def _class_source(cls: type) -> str:
-    try:
-        return canonical(ast.parse(textwrap.dedent(inspect.getsource(cls))))
-    except (OSError, TypeError, SyntaxError):  # made on the fly: its name is all there is
-        return f"{cls.__module__}.{cls.__qualname__}"
-
-
-@cache
-def _module_digest(name: str) -> str:
-    return _digest(canonical(_tree(name)))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-
-
-# --- syntax trees -----------------------------------------------------------------------------------------------------
-
-
-def canonical(tree: ast.AST) -> str:
-    """One text for all sources that compute the same line by line; alike in every supported version of Python."""
-    return "".join(_canonical(tree))
-
-
-def _canonical(value: object) -> Iterator[str]:
-    if isinstance(value, list):
-        for item in value:
-            if not _says_only(item):
-                yield from _canonical(item)
-    elif isinstance(value, ast.Raise):
-        raised = value.exc.func if isinstance(value.exc, ast.Call) else value.exc
-        yield f"Raise({'' if raised is None else ast.unparse(raised)})"
-    elif isinstance(value, ast.AST):
-        skipped = _SKIPPED.get(type(value), ())
-        yield f"{type(value).__name__}("
-        for name, inner in ast.iter_fields(value):
-            if inner is None or inner == [] or name in ("ctx", "kind", "type_comment") or name in skipped:
-                continue
-            yield f"{name}="
-            yield from _canonical(inner)
-            yield ","
-        yield ")"
-    else:
-        yield f"{type(value).__name__}:{value!r};"
-
-
-_SKIPPED: dict[type, tuple[str, ...]] = {
-    ast.arg: ("annotation",),
-    ast.FunctionDef: ("returns",),
-    ast.AsyncFunctionDef: ("returns",),
-}
-
-
-def _says_only(node: object) -> bool:
-    """Statements without effect on a number: docstrings, logging, imports for type checkers."""
-    if isinstance(node, ast.If):
-        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-    if not isinstance(node, ast.Expr):
-        return False
-    if isinstance(node.value, ast.Constant):
-        return True
-    called = node.value.func if isinstance(node.value, ast.Call) else None
-    return isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "log"
-
-
-def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """``ast.walk`` past what only says something."""
-    for child in ast.iter_child_nodes(node):
-        if not _says_only(child):
-            yield child
-            yield from _walk(child)
+__all__ = ["CodeError", "changed_parts", "code_of", "read_again", "runtime_code", "training_code"]

@@ -18,6 +18,7 @@ from typing import Any
 
 from ablations.auto import Stages
 from ablations.labels import blocks_of, budget_number, labels_of, placement_label
+from ablations.trial_random import random_seed
 from reducers import Placement, placement_from
 
 RESULT_VERSION = 1
@@ -104,12 +105,8 @@ class Trial:
 
     @cached_property
     def random_seed(self) -> int:
-        """Seeds every source of randomness that the stages do not seed themselves: 63 bits of a digest of what is
-        computed, whatever it is called, how it is batched, and by which version of the code.
-        """
-        kept = ("stages", "model", "weights_digest", "workload", "data_digest", "images", "seed", "training")
-        text = canonical_json({name: getattr(self, name) for name in kept})
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        """What every draw begins with that the stages do not seed themselves: see ``trial_random``."""
+        return random_seed(self)
 
     def evaluated(self, batch: int) -> Trial:
         """The trial whose evaluation a timed one shares with others: not timed, in batches of the run's size."""
