@@ -111,7 +111,7 @@ docs: $(STAMP) ## make docs/methods again from the docstrings
 	$(PY) -m ablations docs
 
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
-	$(PY) -m ablations.workloads.train_embedded --out ablations/workloads/weights
+	$(PY) -m ablations.workloads.train_embedded --out ablations/models/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
 	$(PY) -m analysis '$(OUT)' $(call option,TO,to)

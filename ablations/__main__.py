@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from ablations.cluster_address import check_address
-from ablations.listing import REDUCER_COLUMNS, reducer_rows, table, trial_rows
-from ablations.options import make_parser
-from ablations.profile import Profile, profile_rows, profile_words, summary
-from ablations.ray_folder import check_ray_folder
+from ablations.cli.options import make_parser
+from ablations.measure.profile import Profile, profile_rows, profile_words, summary
+from ablations.run.ray.address import check_address
+from ablations.run.ray.folder import check_ray_folder
 from ablations.streams import silence, standard_streams
+from ablations.words import REDUCER_COLUMNS, reducer_rows, table, trial_rows
 
 if TYPE_CHECKING:
-    from ablations.execution import Ended
-    from ablations.session import Session
+    from ablations.run.execution import Ended
+    from ablations.run.session import Session
 
 log = logging.getLogger("ablations")
 
@@ -78,7 +78,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(table(REDUCER_COLUMNS, rows))
         print(f"{len(rows)} methods; a page on each: docs/methods")
         return OK
-    from ablations.session import Settings, preview
+    from ablations.run.session import Settings, preview
 
     plan = preview(Settings())
     rows = [[file.spec.name, str(len(plan.trials[file.spec.name])), file.spec.title] for file in plan.specs]
@@ -87,7 +87,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from ablations.session import Settings, preview
+    from ablations.run.session import Settings, preview
 
     settings = Settings(workload=arguments.workload, model=arguments.model or None, specs=tuple(arguments.specs))
     plan = preview(settings)
@@ -103,9 +103,9 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     profile, started = Profile(), time.perf_counter()
     with profile.measure("imports"):
-        from ablations.progress import LIVE
-        from ablations.record import write_record, write_samples
-        from ablations.session import Settings, open_session
+        from ablations.run.progress import LIVE
+        from ablations.run.record import write_record, write_samples
+        from ablations.run.session import Settings, open_session
 
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one trial must run at a time")
@@ -146,7 +146,7 @@ def _run(arguments: argparse.Namespace) -> int:
         ended = None
         if work:
             with profile.measure("imports"):
-                from ablations.execution import execute
+                from ablations.run.execution import execute
             ended = execute(session, work, profile, serial=arguments.serial, workers=arguments.workers,
                             time_limit=arguments.time_limit or None)  # fmt: skip
             _profile(
@@ -169,8 +169,8 @@ def _profile(
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from ablations.state import lines, look, watch
-    from ablations.store import Store
+    from ablations.store.status import lines, look, watch
+    from ablations.store.store import Store
 
     store = Store(arguments.out)
     if arguments.watch is None:
@@ -185,8 +185,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _log(arguments: argparse.Namespace) -> int:
-    from ablations.state import find_key, log_lines
-    from ablations.store import Store
+    from ablations.store.status import find_key, log_lines
+    from ablations.store.store import Store
 
     store = Store(arguments.out)
     print("\n".join(log_lines(store, find_key(store, arguments.key, folders=("trials", "logs")))))
@@ -194,8 +194,8 @@ def _log(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from ablations.reproduce import report, reproduce
-    from ablations.store import Store
+    from ablations.run.reproduce import report, reproduce
+    from ablations.store.store import Store
 
     found = reproduce(
         Store(arguments.out), arguments.key, data=arguments.data or None, train_data=arguments.train_data or None,
@@ -206,9 +206,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from ablations import train
-    from ablations.finetune.recipe import parse_settings
-    from ablations.inputs import use_exact_float32
+    from ablations.measure.context import use_exact_float32
+    from ablations.run import train
+    from ablations.trial.recipe import parse_settings
     from ablations.workloads import Reading, default_models
 
     known = train.trainable()
@@ -242,7 +242,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _docs(arguments: argparse.Namespace) -> int:
-    from ablations import docs
+    from ablations.catalogue import docs
 
     if arguments.check:
         old = docs.stale()
@@ -254,7 +254,7 @@ def _docs(arguments: argparse.Namespace) -> int:
 
 
 def _collect(session: Session) -> int:
-    from ablations.execution import compact
+    from ablations.run.execution import compact
 
     return compact(session)
 

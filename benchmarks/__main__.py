@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ablations.files import user_path
+from ablations.records.files import user_path
 from ablations.streams import standard_streams
 from benchmarks import allocator
 

@@ -242,7 +242,7 @@ def test_learned_queries_mix_the_tokens_that_enter_the_block(written: ModuleType
 def test_losses_read_what_the_pass_noted_and_gradients_reach_the_parameters(
     written: ModuleType, images: Tensor
 ) -> None:
-    from ablations.finetune.objective import TrainingViT
+    from ablations.measure.finetune.objective import TrainingViT
 
     mine = written.Asking(written.Count(5), weight=0.25)
     driven = TrainingViT(model(), at([1, LAST], mine)).train()

@@ -148,5 +148,5 @@ def test_reducers_run_with_torch_and_timm_alone() -> None:
 
 def test_a_trial_runs_without_ray_pydantic_pyarrow_and_pandas() -> None:
     others = {"ray", "pydantic", "pyarrow", "pandas", "fvcore", "seaborn", "matplotlib", "rich"}
-    done = run_without(others, "import ablations.trial, ablations.evaluate, ablations.workloads")
+    done = run_without(others, "import ablations.trial.trial, ablations.measure.evaluate, ablations.workloads")
     assert done.returncode == 0, done.stderr

@@ -144,12 +144,12 @@ ablations train dynamicvit --workload imagefolder --data D --train-data T --weig
 ablations docs --help
 ablations docs
 ablations docs --check
-ablations.finetune --help
-ablations.finetune --out out/ats --at 3-11 --reducer '{"name": "ats", "budget": {"count": 20}}'
-ablations.finetune --out out/dense --set epochs=3 seed=1
-ablations.finetune --workload imagefolder --data D --weights W --stages '[]' --limit 5 --no-evaluation --out OUT
+ablations.measure.finetune --help
+ablations.measure.finetune --out out/ats --at 3-11 --reducer '{"name": "ats", "budget": {"count": 20}}'
+ablations.measure.finetune --out out/dense --set epochs=3 seed=1
+ablations.measure.finetune --workload imagefolder --data D --weights W --stages '[]' --limit 5 --no-evaluation --out OUT
 ablations.workloads.train_embedded --help
-ablations.workloads.train_embedded --out ablations/workloads/weights
+ablations.workloads.train_embedded --out ablations/models/weights
 analysis --help
 analysis OUT
 analysis --quiet OUT

@@ -9,11 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from ablations.workloads import base, embedded
-from ablations.workloads.base import Workload, WorkloadError, check_limit
-from ablations.workloads.checkpoint import ModelError
-from ablations.workloads.image_folder import open_image_folder
-from ablations.workloads.models import (
+from ablations.models.loading import (
     LoadedModel,
     check_model,
     default_models,
@@ -22,6 +18,10 @@ from ablations.workloads.models import (
     input_config,
     open_model,
 )
+from ablations.models.weight_files import ModelError
+from ablations.workloads import base, embedded
+from ablations.workloads.base import Workload, WorkloadError, check_limit
+from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import FAMILIES, open_named
 from ablations.workloads.preprocess import Preprocess, Resize
 from ablations.workloads.reading import Reading

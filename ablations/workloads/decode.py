@@ -20,7 +20,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from ablations.files import atomic
+from ablations.records.files import atomic
 from ablations.system import cores
 from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest

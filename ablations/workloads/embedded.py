@@ -27,7 +27,7 @@ FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
 }
 KNOWN = {**MODELS, **FROM_SCRATCH}
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "models" / "weights"
 _MEAN, _STD = 0.13, 0.27
 
 

@@ -22,7 +22,7 @@ import timm.data
 import torchvision
 from PIL import Image
 
-from ablations.files import user_path
+from ablations.records.files import user_path
 from ablations.workloads.account import Account
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
 from ablations.workloads.classes import class_indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ablations.files import user_path
+from ablations.records.files import user_path
 
 ORDER = "order"  # the sorted folders are the head's classes, in its order
 INDEX = "index"  # the folders are named by their index in the head

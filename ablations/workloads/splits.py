@@ -9,7 +9,7 @@ from errno import ELOOP
 from pathlib import Path
 from typing import Literal
 
-from ablations.files import user_path
+from ablations.records.files import user_path
 from ablations.workloads.base import WorkloadError
 from ablations.workloads.formats import suffixes
 from ablations.workloads.found import UNSORTED, folders_in, holds_images

@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablations.files import user_path
+from ablations.records.files import user_path
 from ablations.workloads import digits
 from ablations.workloads.embedded import MODELS, PATCH, create_digits_model, embedded_workload, normalise, save_weights
 from ablations.workloads.model_card import read_records, token_choice, write_card

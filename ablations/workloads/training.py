@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablations.files import atomic, locked, user_path
+from ablations.models.loading import input_config
+from ablations.records.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
-from ablations.workloads.models import input_config
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
 from ablations.workloads.preprocess import Preprocess, Resize
 from ablations.workloads.reading import AS_USUAL, Reading

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ablations import code_version
-from ablations.code_sources import Sources, taken_apart
-from ablations.trial import Trial
+from ablations.trial import code as code_version
+from ablations.trial.code_sources import Sources, taken_apart
+from ablations.trial.trial import Trial
 
 FIXED = Trial("s", "v", None, '[{"at":[3],"stack":[{"name":"ats"}]}]', "m", "file", "0", "w", "1", 10, 5, 0)
 RECIPE = '{"epochs":1,"stages":[{"at":[3],"stack":[{"name":"dynamicvit"}]}]}'

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ablations.__main__ import main
-from ablations.evaluate import model_facts
-from ablations.plan import Target
-from ablations.trial import ModelFacts
+from ablations.measure.evaluate import model_facts
+from ablations.spec.expand import Target
+from ablations.trial.trial import ModelFacts
 from ablations.workloads import open_model
 from tests.ablations.runs import SPEC, TINY, end_launched
 

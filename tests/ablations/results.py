@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ablations.trial import ModelFacts, Trial, TrialResult, base_row
+from ablations.trial.trial import ModelFacts, Trial, TrialResult, base_row
 
 
 def finished(trial: Trial, facts: ModelFacts, /, **columns: Any) -> TrialResult:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from ablations.store import Store
+from ablations.store.store import Store
 
 ROOT = Path(__file__).parents[2]
 TINY = ("--model", "digits_vit_tiny", "--weights", "random", "--limit", "10", "--batch", "4")

@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from ablations.index import parquet
-from ablations.schema import IMAGE_SCHEMA, ROW_SCHEMA
-from ablations.session import Session, Settings, open_session
-from ablations.store import Store
-from ablations.trial import base_row
+from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.run.session import Session, Settings, open_session
+from ablations.store.index import parquet
+from ablations.store.store import Store
+from ablations.trial.trial import base_row
 
 COUNT = 20_000
 SPECS = 5
@@ -75,7 +75,7 @@ def fill(folder: Path, count: int = COUNT) -> int:
 
     Files are written without waiting for the disk: it is reading that is measured here.
     """
-    from ablations.record import write_record
+    from ablations.run.record import write_record
 
     write_specs(folder / "specs", count)
     session = opened(folder)
@@ -107,7 +107,7 @@ def fill(folder: Path, count: int = COUNT) -> int:
 
 
 def validate(folder: Path) -> str:
-    from ablations.session import preview
+    from ablations.run.session import preview
 
     specs = tuple(sorted(str(path) for path in (folder / "specs").glob("*.yaml")))
     plan = preview(Settings(model="digits_vit_tiny", specs=specs))
@@ -121,20 +121,20 @@ def resume(folder: Path) -> str:
 
 
 def compact(folder: Path) -> str:
-    from ablations.execution import compact as collect
+    from ablations.run.execution import compact as collect
 
     return f"{collect(opened(folder))} rows"
 
 
 def status(folder: Path) -> str:
-    from ablations.state import lines, look
+    from ablations.store.status import lines, look
 
     return lines(look(Store(folder / "out")))[1]
 
 
 def look_again(folder: Path) -> str:
     """What one more look of ``status --watch`` costs: the first is not counted."""
-    from ablations.state import look
+    from ablations.store.status import look
 
     store = Store(folder / "out")
     look(store)

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.auto import drop_schedule, free_kinds, ladder, settle
-from ablations.calibrate import calibration_batches, mean_cost, search, solve
-from ablations.inputs import DensePredictions, TrialContext, dense_predictions, model_facts
-from ablations.plan import Target, expand
-from ablations.spec import parse_spec
-from ablations.trial import Solution, Trial, TrialError
+from ablations.measure.calibrate import calibration_batches, mean_cost, search, solve
+from ablations.measure.context import DensePredictions, TrialContext, dense_predictions, model_facts
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.trial.free_settings import drop_schedule, free_kinds, ladder, settle
+from ablations.trial.trial import Solution, Trial, TrialError
 from ablations.workloads import open_model
 from ablations.workloads.base import Workload, data_digest
 from ablations.workloads.embedded import calibration_scenes, embedded_workload

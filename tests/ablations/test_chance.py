@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ablations.chance import chance_of
-from ablations.inputs import DensePredictions
+from ablations.measure.chance import chance_of
+from ablations.measure.context import DensePredictions
 from ablations.workloads import Workload
 from analysis.caveats import caveats
 from analysis.frame import read_results

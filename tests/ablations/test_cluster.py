@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from ablations.runner_cluster import dependencies, runtime_environment
-from ablations.runner_worker import NodeError, check_node
-from ablations.store import Store
+from ablations.run.ray.cluster import dependencies, runtime_environment
+from ablations.run.ray.worker import NodeError, check_node
+from ablations.store.store import Store
 from tests.ablations.cluster import LocalCluster
 from tests.ablations.runs import (
     LONGER,
@@ -40,11 +40,11 @@ from tests.s3 import local_s3
 DRIVER = """
 import json, sys
 from pathlib import Path
-from ablations.context import save_context
-from ablations.progress import RunProgress
-from ablations.runner import run_on_ray
-from ablations.serial import timed_trials
-from ablations.session import Settings, open_session
+from ablations.run.contexts import save_context
+from ablations.run.progress import RunProgress
+from ablations.run.ray.driver import run_on_ray
+from ablations.run.serial import timed_trials
+from ablations.run.session import Settings, open_session
 
 out, spec, limit = sys.argv[1:]
 session = open_session(
@@ -228,8 +228,8 @@ def test_what_listens_and_is_no_cluster_is_refused(tmp_path: Path) -> None:
 def test_a_node_that_does_not_see_the_results_or_has_other_versions_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ablations import runner_worker
-    from ablations.inputs import versions
+    from ablations.measure.context import versions
+    from ablations.run.ray import worker as runner_worker
 
     monkeypatch.setattr(runner_worker, "_PATIENCE", 0.0)
     monkeypatch.setattr(runner_worker.time, "sleep", lambda seconds: None)

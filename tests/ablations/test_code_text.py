@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ablations.code_sources import Sources
-from ablations.code_text import Place, canonical, is_prose
+from ablations.trial.code_sources import Sources
+from ablations.trial.code_text import Place, canonical, is_prose
 
 
 def text(source: str) -> str:

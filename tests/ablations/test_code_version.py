@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from ablations import code_version
-from ablations.code_sources import Sources
-from ablations.code_text import Place
-from ablations.code_version import CodeError, changed_parts, code_of, read_again, runtime_code, training_code
-from ablations.plan import Target, expand
-from ablations.spec import parse_spec
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.trial import code as code_version
+from ablations.trial.code import CodeError, changed_parts, code_of, read_again, runtime_code, training_code
+from ablations.trial.code_sources import Sources
+from ablations.trial.code_text import Place
 from reducers import available
 from reducers import registry as known_reducers
 from tests.ablations.code_edits import (
@@ -36,6 +36,11 @@ from tests.ablations.code_edits import (
     with_tree,
 )  # fmt: skip
 from tests.ablations.runs import ROOT, SPEC
+
+EVALUATE = "ablations/measure/evaluate.py"
+FAILURES = "ablations/measure/failures.py"
+CALIBRATE = "ablations/measure/calibrate.py"
+PROGRESS = "ablations/run/progress.py"
 
 EVERY = frozenset({*available(), ""})
 
@@ -103,26 +108,26 @@ def test_the_tables_name_what_there_is() -> None:
 # --- words and places -------------------------------------------------------------------------------------------------
 
 REWORDED = [
-    ("ablations/evaluate.py", "No Ray and no global state", "Neither Ray nor global state"),
-    ("ablations/evaluate.py", '"""One trial on its way through the batches."""', '"""A trial."""'),
-    ("ablations/evaluate.py", "# images in a batch; fewer", "# images at once; fewer"),
-    ("ablations/evaluate.py", 'log.info("trial %s failed", self.trial.key, exc_info=error)', 'log.warning("oh no")'),
-    ("ablations/evaluate.py", "trials that are evaluated together have one model", "they need one model"),
-    ("ablations/evaluate.py", "the GPU takes no more work from this process ({run.error})", "no more work, {trials}"),
-    ("ablations/evaluate.py", "_random_state(device: torch.device) -> tuple[Tensor, ...]", "_random_state(device)"),
-    ("ablations/evaluate.py", '"DensePredictions", "Report", ', '"DensePredictions", '),
-    ("ablations/inputs.py", 'what="the plain model is run"', 'what="it is run"'),
-    ("ablations/failures.py", "ran out while its weights were trained; give", "was short while it was trained: give"),
-    ("ablations/failures.py", 'log.warning("the GPU\'s memory ran out: %s', 'log.warning("the memory ran out: %s'),
-    ("ablations/calibrate.py", "the nearest attainable cost, at {setting}, is", "none nearer than {setting}, which is"),
-    ("ablations/calibrate.py", "a target is met on calibration images, and", "targets need images, and"),
-    ("ablations/trial.py", "class TrialError(ValueError):", "class TrialError(ValueError):\n    pass\n"),
+    (EVALUATE, "No Ray and no global state", "Neither Ray nor global state"),
+    (EVALUATE, '"""One trial on its way through the batches."""', '"""A trial."""'),
+    (EVALUATE, "# images in a batch; fewer", "# images at once; fewer"),
+    (EVALUATE, 'log.info("trial %s failed", self.trial.key, exc_info=error)', 'log.warning("oh no")'),
+    (EVALUATE, "trials that are evaluated together have one model", "they need one model"),
+    (EVALUATE, "the GPU takes no more work from this process ({run.error})", "no more work, {trials}"),
+    (EVALUATE, "_random_state(device: torch.device) -> tuple[Tensor, ...]", "_random_state(device)"),
+    (EVALUATE, '"DensePredictions", "Report", ', '"DensePredictions", '),
+    ("ablations/measure/context.py", 'what="the plain model is run"', 'what="it is run"'),
+    (FAILURES, "ran out while its weights were trained; give", "was short while it was trained: give"),
+    (FAILURES, 'log.warning("the GPU\'s memory ran out: %s', 'log.warning("the memory ran out: %s'),
+    (CALIBRATE, "the nearest attainable cost, at {setting}, is", "none nearer than {setting}, which is"),
+    (CALIBRATE, "a target is met on calibration images, and", "targets need images, and"),
+    ("ablations/trial/trial.py", "class TrialError(ValueError):", "class TrialError(ValueError):\n    pass\n"),
     ("ablations/workloads/problems.py", 'TRUNCATED = "truncated"', 'TRUNCATED = "cut short"'),
     ("ablations/workloads/account.py", "_LISTED = 1000", "_LISTED = 10"),
     ("ablations/workloads/base.py", "workload {self.name} holds no image", "no image in {self.name}"),
     ("ablations/workloads/base.py", "outside 0..{self.classes - 1}, the ", "outside the range, that is the "),
-    ("ablations/progress.py", "from __future__ import annotations", "from __future__ import annotations\n\nSLIP = 1"),
-    ("ablations/finetune/cache.py", 'what=f"the training {digest}"', 'what=f"what is trained as {digest}"'),
+    (PROGRESS, "from __future__ import annotations", "from __future__ import annotations\n\nSLIP = 1"),
+    ("ablations/measure/finetune/cache.py", 'what=f"the training {digest}"', 'what=f"what is trained as {digest}"'),
     ("reducers/scores.py", '"class attention x value norm (ATS)"', '"what ATS takes"'),
     ("reducers/methods/ats.py", "Inverse-transform sampling over", "Sampling over"),
     ("reducers/methods/topk.py", 'summary = "keep the K patch tokens', 'summary = "leave the K patch tokens'),
@@ -147,7 +152,7 @@ def test_a_file_that_is_moved_and_renamed_changes_no_key(project: Path) -> None:
     moves = {
         "reducers.noise": "reducers.kit.draws",
         "reducers.methods.clusters": "reducers.kit.clustering",
-        "ablations.metrics": "ablations.measure.counts",
+        "ablations.measure.metrics": "ablations.measure.counts",
         "ablations.workloads.digits": "ablations.measure.scenes",
     }
     for old, new in moves.items():
@@ -204,16 +209,16 @@ NUMBERS: list[tuple[str, str, str, set[str] | frozenset[str]]] = [
      {"ats", "bat", "diffrate", "etps", "evit", "random", "topk"}),
     ("reducers/vit/attention.py", "_EPS = 1e-6", "_EPS = 1e-5", EVERY),
     ("reducers/noise.py", "2 ** (64 - bits) - 1", "2 ** (64 - bits) - 2", EVERY),
-    ("ablations/trial_random.py", ">> 1", ">> 2", EVERY),
-    ("ablations/trial_random.py", '"images", "seed"', '"seed"', EVERY),
-    ("ablations/trial_random.py", "sha256", "sha1", EVERY),
-    ("ablations/metrics.py", "1.959963984540054", "1.96", EVERY),
-    ("ablations/metrics.py", "argmax(1)", "argmin(1)", EVERY),
-    ("ablations/metrics.py", "mean - half, mean + half", "mean - half, mean", set()),
+    ("ablations/trial/random.py", ">> 1", ">> 2", EVERY),
+    ("ablations/trial/random.py", '"images", "seed"', '"seed"', EVERY),
+    ("ablations/trial/random.py", "sha256", "sha1", EVERY),
+    ("ablations/measure/metrics.py", "1.959963984540054", "1.96", EVERY),
+    ("ablations/measure/metrics.py", "argmax(1)", "argmin(1)", EVERY),
+    ("ablations/measure/metrics.py", "mean - half, mean + half", "mean - half, mean", set()),
     ("ablations/workloads/base.py", ".float() / 255", ".float() / 256", EVERY),
     ("ablations/workloads/base.py", "min(count, total // 4)", "min(count, total // 5)", set()),
     ("ablations/workloads/preprocess.py", 'resize: Resize = "auto"', 'resize: Resize = "never"', set()),
-    ("ablations/workloads/checkpoint.py", "hashlib.sha256()", "hashlib.sha1()", EVERY),
+    ("ablations/models/weight_files.py", "hashlib.sha256()", "hashlib.sha1()", EVERY),
 ]  # fmt: skip
 
 
@@ -241,14 +246,14 @@ def test_masks_of_embedded_scenes_are_in_no_digest_of_data_and_so_in_the_code_of
 @pytest.mark.parametrize(
     ("file", "old", "new", "parts"),
     [
-        ("ablations/calibrate.py", "_CLOSE = 0.002", "_CLOSE = 0.001", ["calibration"]),
-        ("ablations/auto.py", "1.05", "1.06", ["calibration"]),
-        ("ablations/finetune/recipe.py", "epochs: int = 30", "epochs: int = 31", ["training"]),
-        ("ablations/finetune/schedule.py", "_WARMUP_FROM = ", "_WARMUP_FROM = 2 * ", ["training"]),
-        ("ablations/labels.py", '"members", ()', '"members", []', ["training"]),
+        (CALIBRATE, "_CLOSE = 0.002", "_CLOSE = 0.001", ["calibration"]),
+        ("ablations/trial/free_settings.py", "1.05", "1.06", ["calibration"]),
+        ("ablations/trial/recipe.py", "epochs: int = 30", "epochs: int = 31", ["training"]),
+        ("ablations/measure/finetune/schedule.py", "_WARMUP_FROM = ", "_WARMUP_FROM = 2 * ", ["training"]),
+        ("ablations/trial/labels.py", '"members", ()', '"members", []', ["training"]),
         ("ablations/workloads/photographs.py", '"color_jitter": 0.3', '"color_jitter": 0.4', ["training"]),
         ("reducers/methods/dynamicvit.py", "    trained_as = ", "    slip: int = 3\n    trained_as = ", ["training"]),
-        ("ablations/speed.py", "SHORTEST = 0.1", "SHORTEST = 0.2", ["timing"]),
+        ("ablations/measure/speed.py", "SHORTEST = 0.1", "SHORTEST = 0.2", ["timing"]),
         (
             "reducers/vit/attention.py",
             "_EPS = 1e-6",
@@ -256,7 +261,7 @@ def test_masks_of_embedded_scenes_are_in_no_digest_of_data_and_so_in_the_code_of
             ["evaluation", "calibration", "training", "timing"],
         ),
         ("reducers/export.py", "OPSET = ", "OPSET = 1 + ", []),
-        ("ablations/store.py", "from __future__ import annotations", "SLIP = 3", []),
+        ("ablations/store/store.py", "from __future__ import annotations", "SLIP = 3", []),
     ],
 )
 def test_each_number_belongs_to_the_steps_that_use_it(file: str, old: str, new: str, parts: list[str]) -> None:
@@ -269,15 +274,15 @@ UNUSED = {
     "reducers/placement.py": "every: for who places by hand; a trial's stages name their blocks",
     "reducers/registry.py": "available: for who lists the methods",
     "reducers/checks.py": "_named: words",
-    "ablations/evaluate.py": "try_trial: run_group for one trial, for reproduce",
-    "ablations/metrics.py": "paired_difference: for make train, which keeps no row",
-    "ablations/inputs.py": "versions device_name _brief: words that stand in the row",
-    "ablations/failures.py": "in_words: words",
-    "ablations/auto.py": "stand_in free _number: for plans and labels",
-    "ablations/finetune/cache.py": "trained_model: the model alone of what finetuned gives",
-    "ablations/finetune/checkpoint.py": "_differences _flat _short: words",
-    "ablations/finetune/recipe.py": "parse_settings: for the command line",
-    "ablations/finetune/__main__.py": "*: the command line",
+    EVALUATE: "try_trial: run_group for one trial, for reproduce",
+    "ablations/measure/metrics.py": "paired_difference: for make train, which keeps no row",
+    "ablations/measure/context.py": "versions device_name _brief: words that stand in the row",
+    FAILURES: "in_words: words",
+    "ablations/trial/free_settings.py": "stand_in free _number: for plans and labels",
+    "ablations/measure/finetune/cache.py": "trained_model: the model alone of what finetuned gives",
+    "ablations/measure/finetune/checkpoint.py": "_differences _flat _short: words",
+    "ablations/trial/recipe.py": "parse_settings: for the command line",
+    "ablations/measure/finetune/__main__.py": "*: the command line",
     "ablations/workloads/base.py": "check_limit spread_subset subset split_calibration: before the digest is taken",
 }
 """Functions in the rooms that make numbers which no trial uses, and why."""
@@ -339,7 +344,7 @@ def test_nothing_is_imported_to_tell_the_code() -> None:
     """Neither torch nor the reducers: a machine that only looks at results needs none of them."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'numpy'), None)); "
-        "from ablations.code_version import _code; print(_code(*sys.argv[1:2], True, '', True, 'w')); "
+        "from ablations.trial.code import _code; print(_code(*sys.argv[1:2], True, '', True, 'w')); "
         "assert 'reducers' not in sys.modules"
     )
     trial = dataclasses.replace(FIXED, target=0.5, measure="speed")
@@ -392,10 +397,10 @@ def test_packages_in_folders_of_their_own_have_the_same_code(
 
 def test_missing_sources_are_named(tmp_path: Path) -> None:
     nothing = Sources({"ablations": tmp_path}, doors=(), closed=(), methods="reducers.methods")
-    with reading(nothing), pytest.raises(CodeError, match=r"source of ablations.evaluate .* install from source"):
+    with reading(nothing), pytest.raises(CodeError, match=r"source of .*evaluate .* install from source"):
         runtime_code()
 
 
 def test_a_root_that_is_not_there_is_named() -> None:
-    with pytest.raises(CodeError, match="ablations.evaluate defines no gone"):
-        sources_now().places("ablations.evaluate:gone")
+    with pytest.raises(CodeError, match="ablations.measure.evaluate defines no gone"):
+        sources_now().places("ablations.measure.evaluate:gone")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ablations.__main__ import main
-from ablations.record import sample_rows
+from ablations.run.record import sample_rows
 from ablations.workloads import open_workload
 from reducers import TokenReducer
 from reducers import registry as known_reducers

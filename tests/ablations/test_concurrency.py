@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.store import Store
+from ablations.store.store import Store
 from tests.ablations.runs import PATIENCE, assert_same_results, run
 
 QUESTIONS = ("methods", "score_functions", "evit_stacking")  # calibrated, adaptive, random, stacked

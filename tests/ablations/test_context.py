@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.context import context_files, load_context, make_context, save_context
-from ablations.session import Session, Settings, open_session
+from ablations.run.contexts import context_files, load_context, make_context, save_context
+from ablations.run.session import Session, Settings, open_session
 
 CPU = torch.device("cpu")
 NAME = "digits_vit_tiny"

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from ablations import docs
-from ablations.catalogue import classes_of, placement_code, properties, reducer_code
-from ablations.docstrings import functions, markdown, statements
+from ablations.catalogue import docs
+from ablations.catalogue.docstrings import functions, markdown, statements
+from ablations.catalogue.methods import classes_of, placement_code, properties, reducer_code
 from reducers import ATS, Count, Drop, EViT, Ratio, Stack, ToMe, TopK, at, available, placement_from
 from reducers import methods as all_methods
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from ablations.context import make_context
-from ablations.evaluate import TrialContext, run_trial, try_trial
-from ablations.metrics import patch_masks, wilson
-from ablations.plan import expand
-from ablations.session import Session, Settings, open_session
-from ablations.spec import parse_spec
-from ablations.store import ROW_SCHEMA
-from ablations.trial import Trial, TrialError
+from ablations.measure.evaluate import TrialContext, run_trial, try_trial
+from ablations.measure.metrics import patch_masks, wilson
+from ablations.run.contexts import make_context
+from ablations.run.session import Session, Settings, open_session
+from ablations.spec.expand import expand
+from ablations.spec.model import parse_spec
+from ablations.store.store import ROW_SCHEMA
+from ablations.trial.trial import Trial, TrialError
 from reducers import placement_from, reduce_tokens
 from tests.ablations.runs import ROOT, SPEC
 
@@ -142,9 +142,9 @@ def test_a_patch_belongs_to_the_object_if_any_pixel_does() -> None:
 
 def test_a_trial_needs_neither_ray_nor_pydantic_nor_pyarrow() -> None:
     code = (
-        "import sys, ablations.trial, ablations.evaluate\n"
+        "import sys, ablations.trial.trial, ablations.measure.evaluate\n"
         "print(sorted({'ray', 'pydantic', 'pyarrow', 'pandas'} & set(sys.modules)))\n"
-        "import ablations.__main__, ablations.serial, ablations.session\n"
+        "import ablations.__main__, ablations.run.serial, ablations.run.session\n"
         "print('ray' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from ablations.failures import ATTEMPTS, again, device_lost, in_words, out_of_gpu_memory, out_of_memory
-from ablations.jobs import Computation, Job, computations, schedule, timings
-from ablations.plan import Target, expand
-from ablations.runner_cluster import plan
-from ablations.spec import parse_spec
-from ablations.trial import Trial, TrialError, canonical_json
-from ablations.tries import NODES, TRIES, Tries
-from ablations.watch import Watch, place_of_stall
+from ablations.measure.failures import ATTEMPTS, again, device_lost, in_words, out_of_gpu_memory, out_of_memory
+from ablations.run.jobs import Computation, Job, computations, schedule, timings
+from ablations.run.ray.cluster import plan
+from ablations.run.ray.tries import NODES, TRIES, Tries
+from ablations.run.ray.watchdog import Watch, place_of_stall
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.trial.trial import Trial, TrialError, canonical_json
 from tests.ablations.runs import PATIENCE, ROOT, SPEC
 
 GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -124,7 +124,7 @@ def test_trials_of_one_training_stay_together_once(work: list[Computation]) -> N
 HANGS = """
 import sys, time
 from pathlib import Path
-from ablations.watch import Watch
+from ablations.run.ray.watchdog import Watch
 
 def stuck():
     {stuck}
@@ -178,7 +178,7 @@ def test_the_place_of_a_stall_is_in_this_projects_code(tmp_path: Path) -> None:
         "Thread 0x0001 (most recent call first):\n"
         '  File "/site-packages/torch/nn/modules/linear.py", line 125 in forward\n'
         '  File "/code/reducers/vit/attention.py", line 88 in attend\n'
-        '  File "/code/ablations/evaluate.py", line 200 in batch\n'
+        '  File "/code/ablations/measure/evaluate.py", line 200 in batch\n'
     )
     assert place_of_stall(path) == "attention.py:88 in attend"
     path.write_text("")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.context import make_context
-from ablations.evaluate import TrialContext, run_group, run_trial
-from ablations.inputs import check_inputs
-from ablations.plan import expand
-from ablations.session import Session, Settings, open_session
-from ablations.spec import parse_spec
-from ablations.trial import Trial, TrialError
+from ablations.measure.context import check_inputs
+from ablations.measure.evaluate import TrialContext, run_group, run_trial
+from ablations.run.contexts import make_context
+from ablations.run.session import Session, Settings, open_session
+from ablations.spec.expand import expand
+from ablations.spec.model import parse_spec
+from ablations.trial.trial import Trial, TrialError
 from reducers import TokenReducer
 from reducers import registry as known_reducers
 from reducers.vit import ReducedViT

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.store import Store
+from ablations.store.store import Store
 from tests.ablations.runs import (
     LONGER,
     PATIENCE,
@@ -76,13 +76,13 @@ def test_workers_find_what_a_serial_run_finds_and_a_failing_trial_stops_no_other
     code = """
 import dataclasses, sys, torch
 from pathlib import Path
-from ablations.context import Contexts, make_context, save_context
-from ablations.jobs import Job, schedule
-from ablations.progress import RunProgress
-from ablations.runner import run_on_ray
-from ablations.serial import run_serial
-from ablations.session import Settings, open_session
-from ablations.store import Store
+from ablations.run.contexts import Contexts, make_context, save_context
+from ablations.run.jobs import Job, schedule
+from ablations.run.progress import RunProgress
+from ablations.run.ray.driver import run_on_ray
+from ablations.run.serial import run_serial
+from ablations.run.session import Settings, open_session
+from ablations.store.store import Store
 
 out, spec = sys.argv[1:]
 session = open_session(

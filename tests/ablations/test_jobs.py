@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from ablations.jobs import LARGEST, Computation, Job, computations, expected_end, schedule
-from ablations.plan import Target, expand
-from ablations.spec import find_specs, parse_spec
-from ablations.trial import ModelFacts, Trial, canonical_json
+from ablations.run.jobs import LARGEST, Computation, Job, computations, expected_end, schedule
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import find_specs, parse_spec
+from ablations.trial.trial import ModelFacts, Trial, canonical_json
 from tests.ablations.runs import SPEC
 
 AT = "{name: s, title: S, arms: [{variant: v, vary: {b: %s}, x: b, stages: [{at: [$b], stack: [%s]}]}]}"

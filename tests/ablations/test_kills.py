@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.store import Store
+from ablations.store.store import Store
 from tests.ablations.runs import (
     LONGER,
     TINY,

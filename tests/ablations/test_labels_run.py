@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ablations.context import load_context, make_context, save_context
-from ablations.session import Settings, open_session
+from ablations.run.contexts import load_context, make_context, save_context
+from ablations.run.session import Settings, open_session
 from ablations.workloads import Reading, WorkloadError
 from analysis.account import read_account
 

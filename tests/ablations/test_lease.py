@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ablations.lease import NAME, PATIENCE, holder, leased
-from ablations.storage import Disk, StoreError
+from ablations.records.storage import Disk, StoreError
+from ablations.store.lease import NAME, PATIENCE, holder, leased
 from tests.ablations.runs import ROOT, one_thread
 
 _BEAT = 0.2  # seconds
@@ -37,7 +37,7 @@ def test_a_living_run_keeps_others_out_and_leaves_nothing(place: Disk) -> None:
 def test_a_dead_run_is_replaced_whatever_the_clocks_say(place: Disk) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from ablations.lease import leased; from ablations.storage import Disk\n"
+        "from ablations.store.lease import leased; from ablations.records.storage import Disk\n"
         f"with leased(Disk(Path(sys.argv[1])), beat={_BEAT}):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )

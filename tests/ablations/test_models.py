@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.session import Settings, preview
+from ablations.run.session import Settings, preview
 
 BOTH = ("--model", "digits_vit_tiny digits_vit_small")
 

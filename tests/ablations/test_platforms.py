@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ablations import ray_folder as folders
 from ablations import system
-from ablations.files import cache_home
-from ablations.plain import SpecError
-from ablations.ray_folder import LONGEST, ray_folder
-from ablations.session import absolute
-from ablations.spec import find_specs
+from ablations.models.weight_files import ModelError
+from ablations.records.files import cache_home
+from ablations.run.ray import folder as folders
+from ablations.run.ray.folder import LONGEST, ray_folder
+from ablations.run.session import absolute
+from ablations.spec.model import find_specs
+from ablations.spec.plain_yaml import SpecError
 from ablations.workloads import open_model
-from ablations.workloads.checkpoint import ModelError
 from tests.ablations.runs import ROOT, SPEC, TINY, environment
 
 ELSEWHERE = """
@@ -32,7 +32,7 @@ del errno.EDQUOT
 from ablations.__main__ import main
 assert main(["validate", sys.argv[-1], "--model", "digits_vit_tiny"]) == 0
 status = main(sys.argv[1:])
-import analysis.__main__, benchmarks.machine, ablations.finetune.__main__
+import analysis.__main__, benchmarks.machine, ablations.measure.finetune.__main__
 sys.exit(status)
 """
 POSIX = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.probes import Probes
+from ablations.measure.probes import Probes
 from tests.ablations.runs import ROOT
 
 
@@ -42,7 +42,7 @@ def test_a_line_that_a_kill_cut_short_is_skipped(tmp_path: Path) -> None:
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ablations.probes import Probes\n"
+        "import sys; from pathlib import Path; from ablations.measure.probes import Probes\n"
         "probes = Probes(Path(sys.argv[1]), identity='a')\n"
         "for number in range(200): probes[sys.argv[2], number] = float(number)"
     )

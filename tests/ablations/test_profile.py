@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.profile import Profile, profile_rows, profile_words, summary
+from ablations.measure.profile import Profile, profile_rows, profile_words, summary
 
 
 def test_parts_add_up_to_the_run() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from ablations import speed
-from ablations.jobs import Computation, computations
-from ablations.pace import TIMING
-from ablations.plan import Target, expand
-from ablations.progress import RunProgress
-from ablations.spec import parse_spec
-from ablations.trial import Trial
+from ablations.measure import speed
+from ablations.run.jobs import Computation, computations
+from ablations.run.pace import TIMING
+from ablations.run.progress import RunProgress
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.trial.trial import Trial
 
 PLAIN = "{name: s, title: S, arms: [{variant: v, vary: {K: [9, 19, 29, 39]}, x: K, stages: [{at: 3, stack: [%s]}]}]}"
 TIMED = (

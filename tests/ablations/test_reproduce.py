@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.reproduce import ReproduceError, as_evaluated, recorded_trial, reproduce
-from ablations.schema import ROW_SCHEMA
-from ablations.session import Settings, open_session
-from ablations.state import find_key
-from ablations.store import Store
+from ablations.records.columns import ROW_SCHEMA
+from ablations.run.reproduce import ReproduceError, as_evaluated, recorded_trial, reproduce
+from ablations.run.session import Settings, open_session
+from ablations.store.status import find_key
+from ablations.store.store import Store
 from tests.ablations.results import finished
 
 Ablate = Callable[..., int]
@@ -82,7 +82,7 @@ def test_other_versions_devices_and_code_are_mentioned_and_do_not_count(
     assert row is not None
     versions = {**json.loads(row["versions"]), "timm": "0.0.1"}
     changed(run, key, versions=json.dumps(versions), device="some GPU", seconds=1e6)
-    monkeypatch.setattr("ablations.reproduce.changed_code", lambda trial: "evaluation")
+    monkeypatch.setattr("ablations.run.reproduce.changed_code", lambda trial: "evaluation")
     found = reproduce(run, key)
     assert found.same
     assert any("timm 0.0.1, here " in note for note in found.notes)

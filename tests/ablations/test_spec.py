@@ -14,8 +14,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ablations.plan import Target, expand
-from ablations.spec import MAX_BYTES, SpecError, find_specs, load_spec, parse_spec
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import MAX_BYTES, SpecError, find_specs, load_spec, parse_spec
 from reducers import available, reduce_tokens
 from tests.ablations.runs import SPEC
 

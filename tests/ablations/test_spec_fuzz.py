@@ -15,11 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.plan import Target, expand
-from ablations.session import Settings as RunSettings
-from ablations.session import preview
-from ablations.spec import MAX_BYTES, SPECS, SpecError, find_specs, load_spec, parse_spec
-from ablations.trial import Trial
+from ablations.run.session import Settings as RunSettings
+from ablations.run.session import preview
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import MAX_BYTES, SPECS, SpecError, find_specs, load_spec, parse_spec
+from ablations.trial.trial import Trial
 
 SHIPPED = sorted(SPECS.glob("*.yaml"))
 PATIENCE = 300  # seconds after which a spec counts as one that never ends; the largest shipped one takes under one

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ablations import serial, speed
-from ablations.store import Store
+from ablations.measure import speed
+from ablations.run import serial
+from ablations.store.store import Store
 from ablations.workloads import open_workload
 
 TIMED = """\

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from ablations import code_version, state
-from ablations.plan import Target, expand
-from ablations.progress import LIVE
-from ablations.spec import parse_spec
-from ablations.state import Signs, lines, look, pace, watch
-from ablations.store import Store, read_json, write_json
-from ablations.trial import Trial, failed
+from ablations.run.progress import LIVE
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.store import status as state
+from ablations.store.status import Signs, lines, look, pace, watch
+from ablations.store.store import Store, read_json, write_json
+from ablations.trial import code as code_version
+from ablations.trial.trial import Trial, failed
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC, TINY, launch, one_thread, wait_until
 
@@ -99,7 +100,7 @@ def test_results_of_other_code_are_announced_before_they_are_computed_again(
 ) -> None:
     store.save(finished(trials[0], target.facts))
     assert look(store).old == {}
-    monkeypatch.setattr("ablations.stale.code_of", lambda trial: "evaluation=new")
+    monkeypatch.setattr("ablations.trial.staleness.code_of", lambda trial: "evaluation=new")
     assert look(store).old == {trials[0].key: "evaluation"}
     assert "1 results were computed by other code than there is now (evaluation)" in shown(store)
 

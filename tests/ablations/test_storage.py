@@ -13,13 +13,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ablations import storage as storages
 from ablations.__main__ import main
-from ablations.plan import Target, expand
-from ablations.spec import parse_spec
-from ablations.storage import Disk, Remote, Storage, StoreError, is_uri, open_storage
-from ablations.store import Store
-from ablations.trial import Trial, failed
+from ablations.records import storage as storages
+from ablations.records.storage import Disk, Remote, Storage, StoreError, is_uri, open_storage
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.store.store import Store
+from ablations.trial.trial import Trial, failed
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC, TINY, one_thread
 from tests.s3 import local_s3
@@ -155,8 +155,8 @@ def test_a_run_into_s3_is_resumed_watched_and_drawn(
 def test_two_runs_into_one_place_in_s3_keep_out_of_each_others_way(
     remote: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ablations.store as stores
-    from ablations.lease import leased
+    import ablations.store.store as stores
+    from ablations.store.lease import leased
 
     monkeypatch.setattr(stores, "leased", lambda place: leased(place, beat=0.2))
     with remote.lock(), pytest.raises(StoreError, match="another run"), Store(remote.location).lock():
@@ -167,7 +167,7 @@ def test_two_runs_into_one_place_in_s3_keep_out_of_each_others_way(
 
 def test_a_writer_killed_half_way_leaves_no_object(remote: Store, trials: list[Trial]) -> None:
     code = (
-        "import os, signal, sys; from ablations.storage import open_storage\n"
+        "import os, signal, sys; from ablations.records.storage import open_storage\n"
         "place = open_storage(sys.argv[1])\n"
         "stream = place.filesystem.open_output_stream(place._path('trials/half.parquet'))\n"
         "stream.write(b'x' * (6 << 20)); os.kill(os.getpid(), signal.SIGKILL)"

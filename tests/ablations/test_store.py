@@ -17,13 +17,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from ablations import index, trial_log
-from ablations.index import RowIndex
-from ablations.plan import Target, expand
-from ablations.spec import parse_spec
-from ablations.storage import Disk
-from ablations.store import ROW_SCHEMA, Store, StoreError, atomic, read_json, write_json
-from ablations.trial import Trial, TrialError, TrialResult, failed, trial_from
+from ablations.records.storage import Disk
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import parse_spec
+from ablations.store import index, trial_log
+from ablations.store.index import RowIndex
+from ablations.store.store import ROW_SCHEMA, Store, StoreError, atomic, read_json, write_json
+from ablations.trial.trial import Trial, TrialError, TrialResult, failed, trial_from
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC
 
@@ -86,7 +86,7 @@ def test_a_damaged_result_is_ignored_with_a_warning(
 def test_a_writer_killed_half_way_leaves_nothing_that_counts(store: Store, trials: list[Trial]) -> None:
     key = trials[0].key
     code = (
-        "import os, signal, sys; from pathlib import Path; from ablations.store import atomic\n"
+        "import os, signal, sys; from pathlib import Path; from ablations.store.store import atomic\n"
         "with atomic(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -337,7 +337,7 @@ def test_the_log_of_a_trial_is_found_by_its_key(store: Store, trials: list[Trial
 def test_a_worker_that_is_killed_leaves_what_it_said(store: Store, trials: list[Trial]) -> None:
     key = trials[0].key
     code = (
-        "import logging, os, signal, sys; from ablations.store import Store; store = Store(sys.argv[1])\n"
+        "import logging, os, signal, sys; from ablations.store.store import Store; store = Store(sys.argv[1])\n"
         f"with store.log(['{key}']):\n"
         "    logging.getLogger('ablations.x').warning('about to end'); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.plan import Target
-from ablations.store import Store
-from ablations.trial import Trial, TrialResult, base_row, failed
+from ablations.spec.expand import Target
+from ablations.store.store import Store
+from ablations.trial.trial import Trial, TrialResult, base_row, failed
 
 IMAGES = 5
 reals = st.floats(allow_nan=False) | st.sampled_from([5e-324, -0.0, 0.1 + 0.2, 1 - 2**-53])

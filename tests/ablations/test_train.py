@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ablations import evaluate, train
-from ablations.arms import TRAINED, example_stages, written_arms
-from ablations.auto import free_kinds, ladder, settle
-from ablations.metrics import paired_difference
-from ablations.plan import Target, expand
-from ablations.spec import SpecError, find_specs, parse_spec
-from ablations.trial import TrialResult
+from ablations.measure import evaluate
+from ablations.measure.metrics import paired_difference
+from ablations.run import train
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import SpecError, find_specs, parse_spec
+from ablations.spec.written import TRAINED, example_stages, written_arms
+from ablations.trial.free_settings import free_kinds, ladder, settle
+from ablations.trial.trial import TrialResult
 from ablations.workloads import open_model
 from reducers import available, build, placement_from, reduce_tokens
 from tests.ablations.runs import ROOT
@@ -208,7 +209,7 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
         seen.extend(own.scores["3"].weight.detach().clone() for own in fast.members() if own.name == taught.NAME)
         return fast
 
-    monkeypatch.setattr("ablations.calibrate.reduce_tokens", watched)
+    monkeypatch.setattr("ablations.measure.calibrate.reduce_tokens", watched)
     monkeypatch.setattr(evaluate, "reduce_tokens", watched)
     stages = [{"at": [3], "stack": [{"name": taught.NAME, "budget": {"count": "auto"}}]}]
     training = {"epochs": 1, "images": 8, "batch": 4, "holdout": 0, "stages": [taught.stage([3])]}
@@ -219,7 +220,8 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
 
 def test_the_command_needs_neither_ray_nor_pydantic_nor_pyarrow() -> None:
     block = "import sys\nfor name in ('ray', 'pydantic', 'pyarrow', 'pandas', 'rich'):\n    sys.modules[name] = None\n"
-    words = "from ablations.__main__ import main\nassert main(['train']) == 0\nimport ablations.train, ablations.docs\n"
+    words = "from ablations.__main__ import main\nassert main(['train']) == 0\n"
+    words += "import ablations.run.train, ablations.catalogue.docs\n"
     done = subprocess.run([sys.executable, "-c", block + words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "dynamicvit" in done.stdout, done.stderr
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from ablations.finetune.loop import Finetuning
-from ablations.finetune.recipe import Recipe, parse_recipe
+from ablations.measure.finetune.loop import Finetuning
+from ablations.trial.recipe import Recipe, parse_recipe
 from ablations.workloads.training import Scenes
 
 CPU = torch.device("cpu")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from ablations.auto import free_kinds
-from ablations.evaluate import run_trial
-from ablations.finetune.aim import settled
-from ablations.finetune.recipe import parse_recipe
-from ablations.inputs import TrialContext, dense_predictions, model_facts
-from ablations.plan import Target, expand
-from ablations.spec import SpecError, parse_spec
-from ablations.trial import Trial
+from ablations.measure.context import TrialContext, dense_predictions, model_facts
+from ablations.measure.evaluate import run_trial
+from ablations.measure.finetune.aim import settled
+from ablations.spec.expand import Target, expand
+from ablations.spec.model import SpecError, parse_spec
+from ablations.trial.free_settings import free_kinds
+from ablations.trial.recipe import parse_recipe
+from ablations.trial.trial import Trial
 from ablations.workloads import open_model
 from ablations.workloads.embedded import calibration_scenes, embedded_workload
 from reducers import placement_from, reduce_tokens

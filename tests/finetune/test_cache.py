@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ablations.finetune import __main__ as command
-from ablations.finetune import cache as trainings
-from ablations.finetune import finetuned, trained_model
-from ablations.finetune.loop import FinetuneError
+from ablations.measure.finetune import __main__ as command
+from ablations.measure.finetune import cache as trainings
+from ablations.measure.finetune import finetuned, trained_model
+from ablations.measure.finetune.loop import FinetuneError
 from ablations.workloads import embedded, open_model
 from ablations.workloads.reading import AS_USUAL
 from reducers import ATS, Count, at, placement_from, reduce_tokens

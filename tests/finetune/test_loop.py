@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import reducers.registry as registry
-from ablations.finetune.loop import FinetuneError
-from ablations.finetune.objective import Outputs, TeacherOutputs, softened_divergence
-from ablations.finetune.schedule import KeepSchedule, make_optimizer, make_scheduler, warm_share, warmed
+from ablations.measure.finetune.loop import FinetuneError
+from ablations.measure.finetune.objective import Outputs, TeacherOutputs, softened_divergence
+from ablations.measure.finetune.schedule import KeepSchedule, make_optimizer, make_scheduler, warm_share, warmed
 from reducers import Count, Decision, Drop, Ratio, State, TokenReducer, build, reduce_tokens
 from tests.finetune.conftest import ATS, plain_model, recipe_of, scenes, tiny_model, training
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablations.finetune.loop import FinetuneError, Finetuning
-from ablations.finetune.recipe import RecipeError, parse_recipe
+from ablations.measure.finetune.loop import FinetuneError, Finetuning
+from ablations.trial.recipe import RecipeError, parse_recipe
 from reducers import TokenReducer, registry
 from tests.finetune.conftest import ATS, plain_model, recipe_of, training
 from tests.finetune.taught import NAME, Taught, registered, stage

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ablations.finetune.data import epoch_order, images_per_epoch
-from ablations.finetune.recipe import Distillation, Recipe, RecipeError, parse_recipe
+from ablations.measure.finetune.data import epoch_order, images_per_epoch
+from ablations.trial.recipe import Distillation, Recipe, RecipeError, parse_recipe
 from tests.finetune.conftest import recipe_of
 
 STAGE = {"at": [3], "stack": [{"name": "ats", "budget": {"count": 20}}]}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.finetune import checkpoint
-from ablations.finetune.checkpoint import CheckpointError, OtherTraining
-from ablations.finetune.loop import Finetuning
-from ablations.finetune.state import own_randomness, random_state, set_random_state
+from ablations.measure.finetune import checkpoint
+from ablations.measure.finetune.checkpoint import CheckpointError, OtherTraining
+from ablations.measure.finetune.loop import Finetuning
+from ablations.measure.finetune.training_state import own_randomness, random_state, set_random_state
 from tests.finetune.conftest import CPU, RESTARTED, recipe_of, training
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ _VICTIM = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from ablations.finetune import checkpoint
+from ablations.measure.finetune import checkpoint
 from tests.finetune.conftest import RESTARTED, recipe_of, training
 torch.set_num_threads(1)
 whole, written = checkpoint.save_file, []

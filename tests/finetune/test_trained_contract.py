@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ablations.finetune.objective import Objective, TrainingViT, needs_teacher
-from ablations.finetune.recipe import Recipe, parse_recipe
-from ablations.finetune.schedule import make_optimizer
+from ablations.measure.finetune.objective import Objective, TrainingViT, needs_teacher
+from ablations.measure.finetune.schedule import make_optimizer
+from ablations.trial.recipe import Recipe, parse_recipe
 from reducers import ATS, Placement, Ratio, ReducerError, Stack, TokenReducer, at, available, reduce_tokens
 from reducers.methods import HVTPool
 from tests.finetune.conftest import recipe_of

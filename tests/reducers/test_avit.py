@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ablations.finetune.objective import Objective, TrainingViT
+from ablations.measure.finetune.objective import Objective, TrainingViT
 from reducers import ATS, Drop, Ratio, ReducerError, Stack, ToMe, TopK, at, build, reduce_tokens
 from reducers.methods import AViT
 from reducers.methods.avit import depth_prior, prior_penalty, published_constants

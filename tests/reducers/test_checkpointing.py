@@ -73,7 +73,7 @@ def test_gradients_and_draws_are_those_without_it(name, images):
 
 
 def test_losses_read_the_notes_of_the_first_run(images):
-    from ablations.finetune.objective import TeacherOutputs, TrainingViT
+    from ablations.measure.finetune.objective import TeacherOutputs, TrainingViT
 
     def losses(*, checkpointing: bool) -> list[Tensor]:
         model = make_vit().train()

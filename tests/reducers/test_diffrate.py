@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ablations.finetune.objective import TrainingViT
+from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Merge, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
 from reducers.methods import DiffRate
 from reducers.methods.diffrate import candidates, expected_count, kept_probability, learned_counts

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from ablations.finetune.objective import Objective, TeacherOutputs, TrainingViT
+from ablations.measure.finetune.objective import Objective, TeacherOutputs, TrainingViT
 from reducers import ATS, Count, Drop, Ratio, ReducerError, TopK, at, build, reduce_tokens
 from reducers.methods import DTPS, DynamicViT, keep_predictor
 from reducers.methods.dynamicvit import token_distance

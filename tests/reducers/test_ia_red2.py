@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ablations.finetune.objective import TrainingViT
+from ablations.measure.finetune.objective import TrainingViT
 from reducers import Decision, ReducerError, at, reduce_tokens
 from reducers.maps import Mask
 from reducers.methods import IARED2

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ablations.finetune.recipe import parse_recipe
-from ablations.finetune.schedule import make_optimizer
+from ablations.measure.finetune.schedule import make_optimizer
+from ablations.trial.recipe import parse_recipe
 from reducers import ATS, Count, Mix, Ratio, ReducerError, ToMe, TopK, at, reduce_tokens
 from reducers.budget import Drop
 from reducers.methods import DPCKNN, PatchMerger, Sinkhorn, SiT, TokenLearner

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ablations.finetune.objective import TrainingViT
+from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
 from reducers.methods import STTABT, SmallInput
 from reducers.methods.approx_net import ApproxNet, Guess, watch

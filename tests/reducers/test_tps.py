@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ablations.finetune.objective import TrainingViT
+from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, at, build, reduce_tokens
 from reducers.maps import Keep, Merge, keep_rows
 from reducers.methods import DTPS, ETPS, keep_predictor

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ablations.models.loading import check_model, head_classes, input_config
 from ablations.workloads import ModelError, embedded, open_model
-from ablations.workloads.models import check_model, head_classes, input_config
 from reducers import at, reduce_tokens
 from reducers.methods import HVTPool
 

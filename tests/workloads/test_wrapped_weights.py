@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ablations.models.loading import head_classes, open_model, state_digest
+from ablations.models.weight_files import ModelError, read_shapes
 from ablations.workloads import embedded
-from ablations.workloads.checkpoint import ModelError, read_shapes
-from ablations.workloads.models import head_classes, open_model, state_digest
 
 NAME = "digits_vit_tiny"
 

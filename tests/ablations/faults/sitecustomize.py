@@ -15,7 +15,7 @@ class _RegisterFaulty:
     """Imports the failing reducer just before anything of the experiments is; finds no module itself."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "ablations.inputs":
+        if name == "ablations.measure.context":
             sys.meta_path.remove(self)  # type: ignore[arg-type]
             import faulty  # noqa: F401
 

@@ -1,0 +1,1 @@
+"""What methods there are, for people: tables and pages."""

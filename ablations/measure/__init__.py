@@ -1,0 +1,1 @@
+"""All that makes numbers: contexts, evaluation, calibration, speed, metrics, finetuning."""

@@ -1,0 +1,180 @@
+"""Calibration to equal cost: the setting at which a method costs what a trial's target asks for.
+
+A target is a share of the dense model's multiply-adds. One setting is free (``auto``): K, a keep rate, or the tokens
+dropped at a block; its ladder of values rises in cost, and the rung whose mean cost over the calibration images is
+nearest is sought by bisection. Only costs are looked at, never labels, and never an image that is evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ablations.measure.context import TrialContext, spans, use_exact_float32
+from ablations.measure.failures import halving
+from ablations.trial.free_settings import free_kinds, ladder, setting_label, settle
+from ablations.trial.trial import Solution, Trial, TrialError, canonical_stages
+from reducers import Placement, placement_from, reduce_tokens
+from reducers.vit import ReducedViT, Shared
+
+if TYPE_CHECKING:
+    from ablations.measure.finetune import Finetuned
+
+REACHED = 0.01  # a target counts as reached within this share of it
+_CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
+_BATCH = 32  # images at once; the calibration images stay in memory
+_GIGA = 1e9
+
+Batches = list[tuple[Tensor, Shared]]
+_batches: weakref.WeakKeyDictionary[TrialContext, Batches] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a search ended: the rung, its cost, and on the way there."""
+
+    rung: int
+    cost: float
+    probes: int
+    inside: bool  # the goal lies between the cheapest and the dearest rung
+    ends: tuple[float, float]  # their costs
+
+
+def solve(trial: Trial, context: TrialContext, *, tuned: Finetuned | None = None) -> Solution:
+    """The trial's stages with the free setting written in; ``tuned`` holds the trained weights of its reducers.
+
+    The same trial and images give the same solution, whatever has been tried before: ``context.probes`` only spares
+    work. A target that cannot be reached gives the nearest attainable cost and says so.
+    """
+    stages = trial.stage_list()
+    kinds = free_kinds(stages)
+    if trial.target is None or len(kinds) != 1:
+        raise TrialError(f"{trial.variant}: calibration needs a target and one kind of budget that is auto")
+    (kind,) = kinds
+    patches, depth = context.facts.patches, context.facts.depth
+    rungs = ladder(stages, kind, patches)
+    goal = trial.target * context.dense.gmacs
+
+    def placed(rung: int) -> Placement:
+        placement = placement_from(settle(stages, kind, rungs[rung], patches), depth=depth)
+        return placement if tuned is None else tuned.load_reducers(placement)
+
+    def cost(rung: int) -> float:
+        context.beat()
+        key = (trial.family, str(rungs[rung]))
+        if key not in context.probes:
+            context.probes[key] = mean_cost(placed(rung), context, seed=trial.seed)
+        return float(context.probes[key])
+
+    found = search(cost, len(rungs), goal)
+    setting, error = setting_label(kind, rungs[found.rung]), found.cost / goal - 1
+    reached = abs(error) <= REACHED
+    return Solution(
+        stages=canonical_stages(placed(found.rung)),
+        setting=setting,
+        target_gmacs=goal,
+        calibration_gmacs=found.cost,
+        probes=found.probes,
+        reached=reached,
+        note="" if reached else _note(found, setting, error, dense=context.dense.gmacs),
+    )
+
+
+def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:
+    """The rung 0 … ``rungs`` - 1 whose cost is nearest to ``goal``; costs should rise from rung to rung.
+
+    Bisection that first looks where a straight line through the ends of the bracket meets the goal, and halves where
+    that did not. It stops early at a cost within 0.2 % of the goal; of two rungs equally near, the cheaper is taken.
+    What is looked at depends on the costs alone.
+    """
+    low, high = 0, rungs - 1
+    known = {rung: cost(rung) for rung in (low, high)}
+    ends = known[low], known[high]
+    inside = known[low] <= goal <= known[high]
+    halve = False
+    while inside and high - low > 1 and min(abs(c - goal) for c in known.values()) > _CLOSE * goal:
+        span = known[high] - known[low]
+        share = 0.5 if halve or span <= 0 else (goal - known[low]) / span
+        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        known[middle] = cost(middle)
+        before = high - low
+        low, high = (middle, high) if known[middle] <= goal else (low, middle)
+        halve = 2 * (high - low) > before
+    best = min(known, key=lambda rung: (abs(known[rung] - goal), rung))
+    return Found(best, known[best], len(known), inside, ends)
+
+
+def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> float:
+    """Mean GMACs per calibration image; one image is enough for a method that treats all alike.
+
+    Where the GPU's memory runs out, with half as many images at once from then on: what an image costs does not depend
+    on those beside it.
+    """
+    use_exact_float32()
+    fast = reduce_tokens(context.model, placement).to(context.device).eval()
+    if not any(member.adaptive for member in fast.members()):
+        return _cost(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
+    return halving(
+        lambda at_once: _cost(fast, calibration_batches(context, at_once=at_once), seed=seed),
+        at_once=len(calibration_batches(context)[0][0]),
+        what="settings are sought",
+    )
+
+
+@torch.inference_mode()
+def _cost(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *, seed: int) -> float:
+    torch.manual_seed(seed)
+    with _quiet():
+        costs = torch.cat([fast.cost(images, shared=shared).cpu() for images, shared in batches])
+    return float(costs.mean()) / _GIGA
+
+
+def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> Batches:
+    """The calibration images, at most ``at_once`` in a batch, and for each batch what the plain model computes of its
+    first blocks. They stay, and so does their size where it had to be made smaller.
+    """
+    found = _batches.get(context)
+    if found is None or len(found[0][0]) > at_once:
+        found = None
+        _batches.pop(context, None)  # before the new ones need its memory
+        workload = context.calibration
+        if workload is None:
+            raise TrialError("a target is met on calibration images, and this context has none")
+        found = [
+            (workload.batch(start, stop).to(context.device), Shared()) for start, stop in spans(len(workload), at_once)
+        ]
+        _batches[context] = found
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings from the reducers: the ends of a ladder ask for what a method must cut short, on purpose."""
+    logger = logging.getLogger("reducers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _note(found: Found, setting: str, error: float, *, dense: float) -> str:
+    """Why the target is not met, for people."""
+    if found.inside:
+        return f"the nearest attainable cost, at {setting}, is {error:+.1%} from the target: the steps are coarse"
+    least, most = sorted(found.ends)
+    return (
+        f"out of reach: this method costs {least / dense:.3g} to {most / dense:.3g} of the dense model here; "
+        f"evaluated at the nearest ({setting}, {error:+.1%})"
+    )
+
+
+__all__ = ["REACHED", "Found", "Solution", "calibration_batches", "mean_cost", "search", "solve"]

@@ -1,0 +1,160 @@
+"""What trials are evaluated with: images, a model, and what the plain model says of the images.
+
+Costly to make and never changing a result: opened once by a worker for each model, shared by all of its trials.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ablations.measure.failures import halving
+from ablations.measure.metrics import GIGA, finite, patch_masks
+from ablations.measure.profile import Profile
+from ablations.trial.code import code_of
+from ablations.trial.trial import ModelFacts, Trial, TrialError
+from ablations.workloads.base import Workload
+from ablations.workloads.reading import AS_USUAL, Reading
+from reducers import Placement, reduce_tokens
+
+_VERSIONED = ("torch", "timm", "numpy")
+
+
+def _unwatched() -> None:
+    """What nobody watches over need not say that it lives."""
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """What the plain timm model says of every image, and what it costs."""
+
+    prediction: np.ndarray  # (n,) int64
+    correct: np.ndarray  # (n,) bool
+    gmacs: float  # billions of multiply-adds per image
+
+    @property
+    def top1(self) -> float:
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class TrialContext:
+    """Caches that never change a result: made once for each model, shared by all trials of a worker."""
+
+    workload: Workload  # the evaluated images
+    model: nn.Module  # a plain timm model, in eval mode and on ``device``
+    facts: ModelFacts
+    dense: DensePredictions  # of the evaluated images
+    device: torch.device
+    calibration: Workload | None = None  # the images that settings are sought on; none of them is evaluated
+    probes: MutableMapping[Any, float] = field(default_factory=dict)  # (family, setting) -> mean GMACs there
+    opened_as: str = "embedded"  # the workload as it was asked for, …
+    data: str | None = None  # … its folder, …
+    train_data: str | None = None  # … and that of its training images, where it is another: finetuning starts there
+    reading: Reading = AS_USUAL  # how folders are read, those of the training images as well
+    cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
+    profile: Profile = field(default_factory=Profile)
+    beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``watch``
+
+    @cached_property
+    def object_patches(self) -> np.ndarray | None:
+        """(n, N0) bool: patches that hold at least one pixel of the object, or None where no mask is known."""
+        return None if self.workload.masks is None else patch_masks(self.workload.masks, self.facts.grid)
+
+
+def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, params_m: float) -> ModelFacts:
+    """Read what a plan needs off a timm vision transformer."""
+    patch_embed: Any = model.patch_embed
+    rows, columns = (int(side) for side in patch_embed.grid_size)
+    blocks: Any = model.blocks
+    return ModelFacts(
+        name=name,
+        weights=weights,
+        weights_digest=digest,
+        params_m=params_m,
+        depth=len(blocks),
+        patches=int(patch_embed.num_patches),
+        grid=(rows, columns),
+        width=int(getattr(model, "embed_dim", 0)),
+        classes=int(getattr(model, "num_classes", 0)),
+        class_token=getattr(model, "cls_token", None) is not None,
+    )
+
+
+def spans(images: int, batch: int) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of each batch."""
+    return ((start, min(start + batch, images)) for start in range(0, images, batch))
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number may depend on."""
+    known = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        known[package] = importlib.metadata.version(package)
+    return known
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, threads included, e.g. ``cpu (1 thread)``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def use_exact_float32() -> None:
+    """Full float32 on a GPU as well: its shortcut to 19 bits (TF32) would change which tokens are chosen."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@torch.inference_mode()
+def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> DensePredictions:
+    """Run the plain timm model over all images. Its cost is counted by the same rules as a reduced model's.
+
+    Where the GPU's memory runs out, with half as many images at once, down to one.
+    """
+    use_exact_float32()
+
+    def predict(at_once: int) -> list[np.ndarray]:
+        return [
+            finite(model(workload.batch(start, stop).to(device)), start).argmax(1).cpu().numpy()
+            for start, stop in spans(len(workload), at_once)
+        ]
+
+    predictions = halving(predict, at_once=batch, what="the plain model is run")
+    _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
+    prediction = np.concatenate(predictions).astype(np.int64)
+    return DensePredictions(prediction, prediction == workload.labels, float(trace.macs[0]) / GIGA)
+
+
+def check_inputs(trial: Trial, context: TrialContext) -> None:
+    """The context must hold what the trial was planned with: a key names its inputs."""
+    inputs = [
+        ("data", trial.data_digest, context.workload.digest),
+        ("weights", trial.weights_digest, context.facts.weights_digest),
+        ("code", trial.code, code_of(trial) if trial.code else ""),
+    ]
+    if trial.target is not None or trial.calibration:
+        if context.calibration is None:
+            raise TrialError("a trial with a target needs calibration images, and its context has none")
+        inputs.append(("calibration images", trial.calibration, context.calibration.digest))
+    for name, planned, present in inputs:
+        if planned != present:
+            raise TrialError(
+                f"the {name} changed after the trial was planned ({_brief(present)} instead of "
+                f"{_brief(planned)}); run `python -m ablations run` again to plan with what is there now"
+            )
+
+
+def _brief(digest: str) -> str:
+    return digest if "=" in digest else f"digest {digest[:12]}"

@@ -1,0 +1,1 @@
+"""What is loaded: models by name, and their weights."""

@@ -1,0 +1,1 @@
+"""A run on Ray: the only room that imports it."""

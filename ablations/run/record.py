@@ -1,0 +1,179 @@
+"""What a run leaves beside its results: the record of what was run, and a few images to draw on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import logging
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ablations.measure.chance import chance_of
+from ablations.measure.context import versions
+from ablations.run.contexts import known_dense
+from ablations.run.session import Session, Settings, Subject, absolute
+from ablations.store.store import Store
+from ablations.trial.staleness import outdated
+from ablations.workloads import Workload
+
+log = logging.getLogger(__name__)
+
+RUN = "run.json"
+SAMPLES = 8
+_SAMPLE_LEVELS = (2, 4, 2)  # the plainest, those between, the busiest
+
+
+def keys_in_plan(store: Store) -> dict[str, list[str]]:
+    """Spec -> keys: of the last run, and of specs run earlier with the same model on the same images."""
+    return planned_keys(store.read_json(RUN))
+
+
+def planned_keys(run: Any) -> dict[str, list[str]]:
+    """Spec -> keys of its trials, as ``run.json`` records them; {} where it does not."""
+    specs = run.get("specs") if isinstance(run, dict) else None
+    if not isinstance(specs, dict):
+        return {}
+    return {
+        str(name): [str(key) for key in about.get("trials", [])]
+        for name, about in specs.items()
+        if isinstance(about, dict) and isinstance(about.get("trials", []), list)
+    }
+
+
+def write_record(session: Session, *, command: Sequence[str]) -> None:
+    """``OUT/run.json``: what was run on what, and the plan. Specs of earlier runs stay if their rows still compare."""
+    specs = _earlier_specs(session)
+    for file in session.specs:
+        spec = file.spec
+        specs[spec.name] = {
+            **{name: getattr(spec, name) for name in ("title", "question", "caption", "published")},
+            "trials": [trial.key for trial in session.trials[spec.name]],
+        }
+    settings, facts = session.settings, session.facts
+    session.store.write_json(
+        RUN,
+        {
+            "project": "Sievit",
+            "version": _own_version(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(command),
+            **session.identity,
+            "calibration_images": len(session.main.calibration),
+            "models": _about_models(session),
+            "data": settings.data,
+            "weights_file": session.main.weights,
+            "params_m": facts.params_m,
+            "depth": facts.depth,
+            "patches": facts.patches,
+            "grid": list(facts.grid),
+            "classes": facts.classes,
+            "strict": settings.strict,
+            "settings": _settings(settings),
+            "skipped": [list(entry) for entry in session.workload.skipped],
+            "images_account": _images_account(session.workload),
+            "versions": versions(),
+            "specs": specs,
+        },
+    )
+
+
+def _earlier_specs(session: Session) -> dict[str, Any]:
+    """Specs of earlier runs whose rows still compare: of the same models and images, computed by the same code."""
+    earlier = session.store.read_json(RUN)
+    plan = planned_keys(earlier)
+    if not plan or any(earlier.get(name) != value for name, value in session.identity.items()):
+        return {}
+    others = {key for name, keys in plan.items() if name not in session.trials for key in keys}
+    old = outdated(session.store.table(), keys=others) if others else {}
+    kept = {}
+    for name, keys in plan.items():  # what is run again keeps its place
+        if changed := sorted({old[key] for key in keys if key in old}):
+            log.info("%s was run by another version of the code (%s) and is left out", name, "; ".join(changed))
+        else:
+            kept[name] = earlier["specs"][name]
+    return kept
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    """What a trial of this run needs to be run again from anywhere: paths in full."""
+    names = ("workload", "data", "train_data", "model", "weights", "limit", "batch", "strict")
+    about = {name: getattr(settings, name) for name in names}
+    about.update(data=absolute(settings.data), train_data=absolute(settings.train_data))
+    models, files = zip(*settings.chosen(), strict=True)
+    about.update(labels=settings.reading.labels, links=settings.links)
+    return {**about, "models": list(models), "weights_files": [absolute(file) for file in files]}
+
+
+def _images_account(workload: Workload) -> dict[str, Any] | None:
+    """What became of every image that was found; None where none had to be looked for."""
+    return None if workload.account is None else workload.account.as_data(workload.skipped)
+
+
+def note_plain_models(session: Session) -> None:
+    """Add to ``OUT/run.json`` what the plain models say of the images, once they were asked."""
+    run = session.store.read_json(RUN)
+    if isinstance(run, dict):
+        session.store.write_json(RUN, {**run, "models": _about_models(session)})
+
+
+def _about_models(session: Session) -> list[dict[str, Any]]:
+    return [_about_model(session, subject) for subject in session.subjects.values()]
+
+
+def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
+    """A model of the run, for whoever reads its rows."""
+    facts = subject.facts
+    dense = known_dense(session, subject)
+    return {
+        "model": facts.name,
+        "weights": facts.weights,
+        "weights_digest": facts.weights_digest,
+        "weights_file": subject.weights,
+        "params_m": facts.params_m,
+        "depth": facts.depth,
+        "patches": facts.patches,
+        "width": facts.width,
+        "grid": list(facts.grid),
+        "data_digest": subject.target.data_digest,
+        "plain": None if dense is None else chance_of(dense, subject.workload).as_data(),
+    }
+
+
+def write_samples(session: Session) -> None:
+    """``OUT/samples``: a few images for the pictures, and which rows they are."""
+    workload = session.workload
+    entries = []
+    for number, row in enumerate(sample_rows(workload)):
+        name = f"{number + 1:04d}.png"
+        picture = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
+        session.store.write(f"samples/{name}", picture.getvalue())
+        entries.append({"image": workload.ids[row], "file": name, "label": int(workload.labels[row]), "row": row})
+    session.store.write_json("samples/index.json", {"grid": list(session.facts.grid), "images": entries})
+
+
+def sample_rows(workload: Workload, count: int = SAMPLES) -> list[int]:
+    """Images to draw: from plain to busy where the clutter is known, else evenly spaced."""
+    total = len(workload)
+    if total <= count:
+        return list(range(total))
+    if workload.clutter is None:
+        return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    order = np.argsort(workload.clutter, kind="stable")
+    plain, between, busy = _SAMPLE_LEVELS
+    inner = range(plain, total - busy)
+    middle = [inner[(2 * i + 1) * len(inner) // (2 * between)] for i in range(between)]
+    places = [*range(plain), *middle, *range(total - busy, total)]
+    return [int(order[place]) for place in places]
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("sievit")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

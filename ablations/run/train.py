@@ -1,0 +1,288 @@
+"""One method trained, evaluated and put beside random drop at the same cost: ``python -m ablations train``.
+
+Random drop is what every method must beat. It is brought to the cost the method turned out to have, and evaluated off
+the shelf as well as after a training of its own on as many images. Needs torch and timm alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ablations.measure.chance import warn_at_chance
+from ablations.measure.context import TrialContext, dense_predictions, model_facts
+from ablations.measure.evaluate import run_trial
+from ablations.measure.finetune import finetuned, parse_recipe
+from ablations.measure.metrics import paired_difference
+from ablations.records.files import atomic
+from ablations.spec.plain_yaml import did_you_mean
+from ablations.spec.written import TRAINED, example_stages, written_arms
+from ablations.trial.free_settings import Stages, free_kinds
+from ablations.trial.trial import Trial, TrialResult, canonical_json
+from ablations.workloads import Reading, open_model, open_workload, split_calibration
+from reducers import available, build
+from reducers.placement import parse_blocks
+
+COLUMNS = ["method", "trained", "GMACs", "top-1 %", "random, same cost", "random, trained as long", "verdict"]
+
+_LENGTH = ("epochs", "images", "batch", "accumulate", "augment", "amp", "seed", "holdout")  # what "as long" means
+_OF_REDUCERS = ("stages", "target", "reducer_lr_scale", "freeze")  # which say nothing to random drop
+_BASELINES = {"random", "topk"}
+_BATCH = {True: 32, False: 120}  # evaluated at once: of large images, of small ones
+
+
+class TrainError(ValueError):
+    """A training that cannot be asked for; the message names the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One training: a method as an arm of the spec has it, or as it is asked for on the command line."""
+
+    method: str
+    variant: str
+    stages: Stages  # to evaluate; a budget may be ``auto``
+    training: dict[str, Any]
+    target: float | None  # share of the dense model's multiply-adds, where a budget is ``auto``
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a training came to, and random drop at its cost."""
+
+    asked: Asked
+    method: TrialResult
+    off_the_shelf: TrialResult
+    trained_as_long: TrialResult
+
+    @property
+    def lead(self) -> tuple[float, float, float]:
+        """Accuracy over that of random drop trained as long, on the same images, with its 95 % interval."""
+        return paired_difference(self.method.images["correct"], self.trained_as_long.images["correct"])
+
+    @property
+    def verdict(self) -> str:
+        """In words, points of accuracy."""
+        gap, low, high = (100 * value for value in self.lead)
+        size = f"{gap:+.1f} points [{low:+.1f}, {high:+.1f}]"
+        text = "cannot be told apart from random drop"
+        if low > 0:
+            text = "beats random drop"
+        elif high < 0:
+            text = "fails: random drop is better"
+        if not self.off_the_shelf.row["target_reached"]:
+            return f"{text}: {size}; random drop {self.off_the_shelf.row['target_note']}"
+        return f"{text}: {size}"
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def asked_for(
+    method: str,
+    *,
+    depth: int,
+    where: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+) -> list[Asked]:
+    """The trainings of a method: its arms in the spec of trained methods, with ``recipe`` over their settings.
+
+    ``where`` and ``settings`` ask for a placement of one's own instead; the rest is then the method's default.
+    """
+    methods = available()
+    if method not in methods:
+        raise TrainError(f"unknown method {method!r}{did_you_mean(method, methods)}; there are {', '.join(methods)}")
+    over = dict(recipe or {})
+    arms = [arm for arm in written_arms(TRAINED) if method in arm.trains() & arm.names()]
+    if where is None and settings is None and arms:
+        return [
+            Asked(method, arm.variant, _spelled(arm.stages, depth), _training(arm.training, over, depth), arm.target)
+            for arm in arms
+        ]
+    (stage, *_) = example_stages(method)
+    reducer = {"name": method, **settings} if settings is not None else stage["stack"][0]
+    build(reducer)  # a slip is found before anything is opened
+    blocks = parse_blocks(where or stage["at"], depth)
+    stages = [{"at": blocks, "stack": [reducer]}]
+    return [Asked(method, method, stages, {**over, "stages": stages}, None)]
+
+
+def trainable() -> list[str]:
+    """The methods that the spec of trained methods trains, those it compares them with left out."""
+    return sorted({name for arm in written_arms(TRAINED) for name in arm.trains()} - _BASELINES)
+
+
+def depth_of(model: str) -> int:
+    """How many blocks a model has, before its weights and any image are opened."""
+    blocks: Any = open_model(model, weights="random", workload_name="").model.blocks
+    return len(blocks)
+
+
+def parse_method_settings(text: str) -> dict[str, Any]:
+    """A method's settings as JSON."""
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise TrainError(f'--settings is JSON, such as \'{{"budget": {{"ratio": 0.5}}}}\'; {error}') from error
+    if not isinstance(settings, dict) or "name" in settings:
+        raise TrainError(
+            f'--settings is a mapping without a name, such as \'{{"budget": {{"ratio": 0.5}}}}\'; got {text}'
+        )
+    return settings
+
+
+def _training(written: Mapping[str, Any] | None, over: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    training = {**(written or {}), **over}
+    return {**training, "stages": _spelled(training["stages"], depth)}
+
+
+def _spelled(stages: Stages, depth: int) -> Stages:
+    return [{"at": parse_blocks(stage["at"], depth), "stack": stage["stack"]} for stage in stages]
+
+
+# --- doing it ---------------------------------------------------------------------------------------------------------
+
+
+def open_context(
+    workload: str,
+    *,
+    cache: Path,
+    model: str,
+    data: str | None = None,
+    train_data: str | None = None,
+    weights: str | None = None,
+    limit: int | None = None,
+    reading: Reading | None = None,
+) -> TrialContext:
+    """Images, model and the plain model's predictions."""
+    cache.mkdir(parents=True, exist_ok=True)
+    reading = reading or Reading()
+    images = open_workload(
+        workload, data=data, model=model, limit=limit, strict=False, cache=cache, weights=weights,
+        reading=reading,
+    )  # fmt: skip
+    calibration, evaluated = split_calibration(images)
+    loaded = open_model(model, weights=weights, workload_name=workload, classes=images.classes)
+    facts = model_facts(
+        loaded.model, name=model, weights=loaded.weights, digest=loaded.digest, params_m=loaded.params_m
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded.model.to(device)
+    dense = dense_predictions(loaded.model, evaluated, batch=_batch(evaluated.pixels), device=device)
+    warn_at_chance(model, loaded.weights, dense, evaluated)
+    return TrialContext(
+        evaluated, loaded.model, facts, dense, device, calibration=calibration, opened_as=workload, data=data,
+        train_data=train_data, reading=reading, cache=cache,
+    )  # fmt: skip
+
+
+def train(asked: Asked, context: TrialContext) -> Compared:
+    """Train and evaluate the method, then random drop at its cost. A training that is finished is not repeated."""
+    workload = context.workload.name
+    recipe = parse_recipe(asked.training, workload=workload)
+    target = asked.target if free_kinds(asked.stages) else None
+    method = run_trial(_trial(asked.variant, asked.stages, context, recipe.spec(), target=target), context)
+    share = min(1.0, method.row["gmacs_mean"] / method.row["dense_gmacs"])
+    random = [{"at": three_blocks(context.facts.depth), "stack": [{"name": "random", "budget": {"ratio": "auto"}}]}]
+    off_the_shelf = run_trial(_trial("random", random, context, None, target=share), context)
+    solved: Stages = json.loads(off_the_shelf.row["reducer"])
+    settings = {name: value for name, value in asked.training.items() if name not in _OF_REDUCERS}
+    settings |= {name: getattr(recipe, name) for name in _LENGTH}
+    control = parse_recipe({**settings, "stages": solved}, workload=workload)
+    trained_as_long = run_trial(_trial("random, trained as long", solved, context, control.spec()), context)
+    return Compared(asked, method, off_the_shelf, trained_as_long)
+
+
+def three_blocks(depth: int) -> list[int]:
+    """The usual stages: 3, 6 and 9 of 12 blocks."""
+    return [depth * part // 4 for part in (1, 2, 3)]
+
+
+def _trial(
+    variant: str,
+    stages: Stages,
+    context: TrialContext,
+    training: Mapping[str, Any] | None,
+    *,
+    target: float | None = None,
+) -> Trial:
+    facts, calibration = context.facts, context.calibration
+    assert calibration is not None  # open_context saw to it
+    return Trial(
+        spec="train", variant=variant, x=None, stages=canonical_json(stages), model=facts.name, weights=facts.weights,
+        weights_digest=facts.weights_digest, workload=context.workload.name, data_digest=context.workload.digest,
+        images=len(context.workload), batch=_batch(context.workload.pixels), seed=0, target=target,
+        training="" if training is None else canonical_json(training),
+        calibration="" if target is None else calibration.digest,
+    )  # fmt: skip
+
+
+def _batch(pixels: np.ndarray) -> int:
+    return _BATCH[pixels.shape[1] >= 128]
+
+
+# --- saying it --------------------------------------------------------------------------------------------------------
+
+
+def line(compared: Compared) -> list[str]:
+    """A row of the table: ``COLUMNS`` says of what."""
+    row = compared.method.row
+    teacher = ", with a teacher" if row["teacher"] else ""
+    trained = f"{row['epochs']} epochs, {row['train_images']} images, {row['train_seconds']:.0f} s{teacher}"
+    cost = f"{row['gmacs_mean']:.3g} ({100 * row['gmacs_mean'] / row['dense_gmacs']:.0f} % of dense)"
+    others = [_accuracy(result.row) for result in (compared.off_the_shelf, compared.trained_as_long)]
+    return [compared.asked.variant, trained, cost, _accuracy(row), *others, compared.verdict]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['top1']:.1f} [{100 * row['top1_low']:.1f}, {100 * row['top1_high']:.1f}]"
+
+
+def save(compared: Compared, context: TrialContext, out: Path) -> Path:
+    """The trained weights and ``train.json`` in a folder of this training below OUT; that folder."""
+    place = out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
+    finetuned(compared.method.row["training"], context).save(place)
+    results = {
+        "method": compared.method,
+        "random, off the shelf": compared.off_the_shelf,
+        "random, trained as long": compared.trained_as_long,
+    }
+    kept = ("reducer", "training", "gmacs_mean", "dense_gmacs", "top1", "top1_low", "top1_high", "train_images",
+            "train_seconds", "tokens", "device", "versions", "created")  # fmt: skip
+    content = {
+        "variant": compared.asked.variant,
+        "model": context.facts.name,
+        "images": len(context.workload),
+        "dense_top1": context.dense.top1,
+        "verdict": compared.verdict,
+        "results": {name: {column: result.row[column] for column in kept} for name, result in results.items()},
+    }
+    with atomic(place / "train.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+def headline(context: TrialContext) -> str:
+    """What the table is about."""
+    facts, dense = context.facts, context.dense
+    return (
+        f"{facts.name} ({facts.weights} weights) on {len(context.workload)} images of {context.workload.name}; not "
+        f"reduced and not trained further: top-1 {100 * dense.top1:.1f} % at {dense.gmacs:.3g} GMACs"
+    )
+
+
+def closing(all_compared: Sequence[Compared]) -> str:
+    """How many methods beat random drop."""
+    ahead = sum(compared.lead[1] > 0 for compared in all_compared)
+    return (
+        f"{ahead} of {len(all_compared)} beat random drop trained as long at the same cost; brackets are 95 % "
+        "intervals over the images, of differences on the same images"
+    )

@@ -1,0 +1,218 @@
+"""What a spec's arm must fulfil before anything runs: its variables, its reducers, its target, its training."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ablations.spec.model import AblationSpec, Arm, SpecFile
+from ablations.spec.plain_yaml import Place, did_you_mean, substitute, variables
+from ablations.trial.free_settings import Stages, filled, free, free_kinds, stand_in, write
+from ablations.trial.labels import with_nested
+from ablations.trial.trial import ModelFacts, canonical_json
+from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
+from reducers.placement import parse_blocks
+
+LISTS = ("target", "batch")  # keys of an arm that vary like those of `vary`
+_BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_FORMS = "budget: {count: auto}, {ratio: auto} or {drop: auto}"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The stages of one trial, checked by building them."""
+
+    stages: Stages  # as written, names filled in
+    placement: Placement  # what is free stands at some value
+    canonical: str  # canonical JSON; what is free is "auto"
+    kind: str | None  # "count" | "ratio" | "drop": what is free
+    place: Place  # where the stages are written
+
+
+# --- variables --------------------------------------------------------------------------------------------------------
+
+
+def check_variables(file: SpecFile, arm: Arm, place: Place) -> None:
+    """Every ``$name`` must have a value, and every varied value must make a difference."""
+    used = variables([[stage.model_dump() for stage in arm.stages or ()], arm.training or {}])
+    varied = {*arm.vary, *_names_of_cases(file, arm, place)}
+    known = {*varied, *arm.set, *(name for name in LISTS if getattr(arm, name)), "seed"}
+    for name in sorted({*used, *variables(arm.variant)} - known):
+        raise file.error(place, f"${name} has no value{did_you_mean(name, known)}; give it in vary, cases or set")
+    for name in sorted({"seed", *LISTS} & {*varied, *arm.set}):
+        form = "seeds: [0, 1, 2]" if name == "seed" else f"{name}: [...]"
+        raise file.error(place, f"{name!r} is given by `{form}`, not by vary, cases or set")
+    for name in sorted(varied - used):
+        raise file.error(place, f"{name!r} varies but no stage uses ${name}: its trials would all be the same")
+    if len(arm.seeds) > 1 and "seed" not in used:
+        raise file.error(place, "several seeds, but no stage uses $seed: the trials would all be the same")
+    if arm.batch and arm.measure is None:
+        raise file.error((*place, "batch"), "the batch changes no result but speed; add `measure: speed`, or leave it")
+    if isinstance(arm.x, str) and arm.x != "budget" and arm.x not in known:
+        raise file.error((*place, "x"), f"{arm.x!r} is none of {', '.join(sorted({'budget', *known}))}, nor a number")
+
+
+def _names_of_cases(file: SpecFile, arm: Arm, place: Place) -> set[str]:
+    """What the cases give, the same names in each and none that is given elsewhere."""
+    names = set(arm.cases[0]) if arm.cases else set()
+    for number, case in enumerate(arm.cases):
+        if set(case) != names:
+            raise file.error((*place, "cases", number), f"every case names the same values ({', '.join(arm.cases[0])})")
+    for name in sorted((set(arm.vary) & names) | ({*arm.vary, *names} & set(arm.set))):
+        raise file.error(place, f"{name!r} is given twice (vary, cases, set); keep one of them")
+    return names
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def place_reducers(file: SpecFile, arm: Arm, place: Place, values: Mapping[str, Any], facts: ModelFacts) -> Placed:
+    """Build every reducer of the arm and put it where the arm says, with errors that name the spot."""
+    written = [{"at": stage.at, "stack": stage.stack} for stage in arm.stages or ()]
+    return _placed(file, _stages_place(file.spec, place), written, values, facts)
+
+
+def check_target(file: SpecFile, place: Place, placed: Placed, *, target: float | None) -> None:
+    """A target needs one kind of free setting, and a free setting a target."""
+    if target is None and placed.kind is not None:
+        raise file.error(
+            placed.place,
+            f"the budget {{{placed.kind}: auto}} is sought so that it meets a cost, and none is named; "
+            "add `target: [0.5]` (half of the dense model's multiply-adds), or write a number",
+        )
+    if target is not None and placed.kind is None:
+        raise file.error(
+            (*place, "target"),
+            f"a target needs a budget that may give way: write {_FORMS}, or `target: null` in an arm that has none",
+        )
+
+
+def training_of(
+    file: SpecFile, arm: Arm, place: Place, values: Mapping[str, Any], facts: ModelFacts, *, workload: str
+) -> str:
+    """The whole recipe of the arm's training as canonical JSON; "" where the weights stay as they are."""
+    if arm.training is None:
+        return ""
+    from ablations.trial.recipe import parse_recipe
+
+    own = isinstance(place[1], int) and file.spec.arms[place[1]].training is not None
+    spot: Place = (*(place if own else ("base",)), "training")
+    given = substitute(arm.training, values)
+    stages, sought = given.get("stages"), False
+    if stages:
+        if not isinstance(stages, list) or not all(isinstance(s, dict) and {"at", "stack"} == set(s) for s in stages):
+            raise file.error((*spot, "stages"), "a stage of the training is written {at: [3, 6, 9], stack: [...]}")
+        placed = _placed(file, (*spot, "stages"), stages, {}, facts)
+        given, sought = {**given, "stages": json.loads(placed.canonical)}, placed.kind is not None
+    if given.get("target") is not None and not sought:
+        raise file.error((*spot, "target"), f"no budget of this training is free to meet a cost; write {_FORMS}")
+    try:
+        return canonical_json(parse_recipe(given, workload=workload).spec())
+    except _BUILD_ERRORS as error:
+        raise file.error(spot, str(error)) from error
+
+
+def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: str, depth: int) -> None:
+    """A method that works only after training needs one that has it at the same block."""
+    learned = set()
+    if training:
+        trained_with = placement_from(filled(json.loads(training)["stages"]), depth=depth)
+        learned = {(block, reducer.name) for block, reducer in _trained(trained_with)}
+    for block, reducer in _trained(placed.placement):
+        if (block, reducer.name) not in learned:
+            lacks = f"the training has none at block {block}" if training else "this arm has no training"
+            raise file.error(
+                placed.place,
+                f"{reducer.name} works only after training, and {lacks}; add `training: {{stages: …}}` that places it "
+                f"there, as specs/trained_methods.yaml does, or use `python -m ablations train {reducer.name}`",
+            )
+
+
+def _trained(placement: Placement) -> Iterator[tuple[int, TokenReducer]]:
+    """Every reducer that must be trained, selectors and members of stacks included, with its block."""
+    for block, reducer in placement.blocks.items():
+        for member in with_nested(reducer):
+            if member.trained:
+                yield block, member
+
+
+def _placed(
+    file: SpecFile, place: Place, written: list[dict[str, Any]], values: Mapping[str, Any], facts: ModelFacts
+) -> Placed:
+    stages: Stages = []
+    for number, stage in enumerate(written):
+        try:
+            blocks = _blocks(substitute(stage["at"], values), facts.depth)
+        except ReducerError as error:
+            raise file.error((*place, number, "at"), f"{error} (model {facts.name})") from error
+        stack = substitute(stage["stack"], values)
+        if not isinstance(stack, list) or not stack:
+            raise file.error((*place, number, "stack"), f"a stack is a list of reducers; got {stack!r:.80}")
+        stages.append({"at": blocks, "stack": stack})
+    kinds = sorted(free_kinds(stages))
+    if len(kinds) > 1:
+        raise file.error(
+            place, f"several kinds of budget are auto ({', '.join(kinds)}): one cost decides one kind; use the same"
+        )
+    kind = kinds[0] if kinds else None
+    stood = stand_in(kind, stages, facts.patches) if kind else 0
+    built: Stages = write(stages, kind, stood) if kind else stages
+    for number, stage in enumerate(built):
+        for index, reducer in enumerate(stage["stack"]):
+            _check_reducer(file, (*place, number, "stack", index), reducer)
+    try:
+        placement = placement_from(built, depth=facts.depth)
+    except _BUILD_ERRORS as error:
+        raise file.error(place, _reason(error)) from error
+    spec = placement.spec()
+    return Placed(stages, placement, canonical_json(free(spec, kind, stood) if kind else spec), kind, place)
+
+
+def _stages_place(spec: AblationSpec, place: Place) -> Place:
+    """Where the stages are written: in the arm, or in ``base`` where the arm gives none."""
+    own = isinstance(place[1], int) and spec.arms[place[1]].stages is not None
+    return (*(place if own else ("base",)), "stages")
+
+
+def _blocks(where: Any, depth: int) -> list[int]:
+    """Block indices of a stage, each inside the network and named once."""
+    if isinstance(where, str):
+        if any(len(digits) > 4 for digits in re.findall(r"\d+", where)):  # before a range is written out
+            raise ReducerError(f"{where!r} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
+    elif isinstance(where, list):  # ["$first", 6] has been substituted; ["3-5", 9] is two ways at once
+        where = [int(b) if isinstance(b, str) and re.fullmatch("[0-9]{1,4}", b) else b for b in where]
+    blocks = parse_blocks(where, depth)
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise ReducerError(f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
+    if len(set(blocks)) != len(blocks):
+        raise ReducerError(f"a block is named twice in {where!r}; name it once, or stack the reducers")
+    if not blocks:
+        raise ReducerError("no block is named; leave the stage out, or use the reducer 'identity'")
+    return sorted(blocks)
+
+
+def _check_reducer(file: SpecFile, place: Place, reducer: Any) -> None:
+    """Really build it; unknown names and settings get a suggestion first."""
+    if not isinstance(reducer, Mapping) or "name" not in reducer:
+        raise file.error(place, f"a reducer is written {{name: ats, budget: {{count: 108}}}}; got {reducer!r:.80}")
+    methods = available()
+    name = reducer["name"]
+    if not isinstance(name, str) or name not in methods:
+        raise file.error(
+            (*place, "name"), f"unknown reducer {name!r}{did_you_mean(name, methods)}; there are {', '.join(methods)}"
+        )
+    try:
+        build(dict(reducer))
+    except _BUILD_ERRORS as error:
+        raise file.error(place, _reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """A reducer's own message; anything else is a value of a kind that no reducer takes."""
+    if isinstance(error, ReducerError):
+        return str(error)
+    return f"a value of the wrong kind ({type(error).__name__}: {error}); see `python -m ablations list --reducers`"

@@ -1,0 +1,137 @@
+"""From specs to trials: substitute, span all combinations, and build every reducer once before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ablations.spec.checks import (
+    LISTS,
+    Placed,
+    check_target,
+    check_trained,
+    check_variables,
+    place_reducers,
+    training_of,
+)
+from ablations.spec.model import Arm, SpecFile
+from ablations.spec.plain_yaml import Place, SpecError, substitute
+from ablations.trial.code import code_of
+from ablations.trial.free_settings import free_kinds
+from ablations.trial.labels import budget_number
+from ablations.trial.trial import ModelFacts, Trial
+from reducers import Placement
+
+MAX_TRIALS = 5000  # of one spec: a slip in `vary` must not fill a disk
+
+Check = Callable[[Placement], object]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What all trials of a run have in common: the model, and the images they are evaluated and calibrated on."""
+
+    facts: ModelFacts
+    workload: str
+    data_digest: str
+    images: int
+    batch: int
+    calibration: str = ""  # digest of the images on which cost targets are met
+
+
+def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> list[Trial]:
+    """The trials of a spec, in its own order and without repetition.
+
+    ``check`` is asked about every placement, e.g. whether the model at hand can carry it out; what it raises is
+    reported with the arm it came from.
+    """
+    trials: dict[str, Trial] = {}
+    for index, arm in enumerate(file.spec.merged()):
+        place: Place = ("arms", index)
+        check_variables(file, arm, place)
+        for values in _combinations(file, arm, place):
+            trial = _trial(file, arm, place, values, target, check)
+            trials.setdefault(trial.key, trial)
+            if len(trials) > MAX_TRIALS:
+                raise file.error(place, f"more than {MAX_TRIALS} trials in one spec; vary fewer values")
+    return list(trials.values())
+
+
+def _combinations(file: SpecFile, arm: Arm, place: Place) -> Iterable[dict[str, Any]]:
+    cases = arm.cases or [{}]
+    lists = {**arm.vary, **{name: given for name in LISTS if (given := getattr(arm, name))}}
+    count = math.prod(len(values) for values in lists.values()) * len(arm.seeds) * len(cases)
+    if count > MAX_TRIALS:
+        raise file.error((*place, "vary"), f"{count} combinations, at most {MAX_TRIALS} make sense; vary fewer values")
+    for case in cases:
+        for chosen in itertools.product(*lists.values()):
+            for seed in arm.seeds:
+                yield {**arm.set, **case, **dict(zip(lists, chosen, strict=True)), "seed": seed}
+
+
+def _trial(
+    file: SpecFile, arm: Arm, place: Place, values: dict[str, Any], target: Target, check: Check | None
+) -> Trial:
+    facts = target.facts
+    placed = place_reducers(file, arm, place, values, facts)
+    check_target(file, place, placed, target=values.get("target"))
+    if check is not None:
+        try:
+            check(placed.placement)
+        except ValueError as error:
+            raise file.error(place, f"{error}") from error
+    variant = str(substitute(arm.variant, values))
+    if "\n" in variant or not 0 < len(variant) <= 120:
+        raise file.error(place, f"the variant {variant!r:.60} is no label; use one line of at most 120 characters")
+    training = training_of(file, arm, place, values, facts, workload=target.workload)
+    check_trained(file, place, placed, training=training, depth=facts.depth)
+    share = values.get("target")
+    trial = Trial(
+        spec=file.spec.name,
+        variant=variant,
+        x=_x(file, arm, place, values, placed, facts),
+        stages=placed.canonical,
+        model=facts.name,
+        weights=facts.weights,
+        weights_digest=facts.weights_digest,
+        workload=target.workload,
+        data_digest=target.data_digest,
+        images=target.images,
+        batch=values.get("batch", target.batch),
+        seed=values["seed"],
+        target=None if share is None else float(share),
+        training=training,
+        measure=arm.measure or "",
+        calibration=target.calibration if share is not None or _seeks(training) else "",
+    )
+    return dataclasses.replace(trial, code=code_of(trial))
+
+
+def _seeks(training: str) -> bool:
+    """Whether the budget of a training is sought, on the calibration images too."""
+    return bool(training) and bool(free_kinds(json.loads(training)["stages"]))
+
+
+def _x(
+    file: SpecFile, arm: Arm, place: Place, values: Mapping[str, Any], placed: Placed, facts: ModelFacts
+) -> float | None:
+    """The number the figure's axis shows: a varied value, a constant, or what the first budget comes to."""
+    if arm.x is None:
+        return None
+    if arm.x == "budget":
+        if placed.kind is not None:
+            raise file.error((*place, "x"), "x: budget has no number where the budget is auto; write x: target")
+        budgets = [r["budget"] for s in placed.stages for r in s["stack"] if isinstance(r.get("budget"), Mapping)]
+        return budget_number(budgets[0], facts.patches) if budgets else None
+    value = values[arm.x] if isinstance(arm.x, str) else arm.x
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise file.error((*place, "x"), f"x = {arm.x!r} takes the value {value!r}, which is no number")
+    return float(value)
+
+
+__all__ = ["SpecError", "Target", "expand"]

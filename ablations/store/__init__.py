@@ -1,0 +1,1 @@
+"""Where results are kept, looked up and watched."""
