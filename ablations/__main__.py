@@ -17,7 +17,7 @@ from ablations.measure.profile import Profile, profile_rows, profile_words, summ
 from ablations.run.ray.address import check_address
 from ablations.run.ray.folder import check_ray_folder
 from ablations.streams import silence, standard_streams
-from ablations.words import REDUCER_COLUMNS, reducer_rows, table, trial_rows
+from ablations.words import table
 
 if TYPE_CHECKING:
     from ablations.run.execution import Ended
@@ -74,6 +74,8 @@ def _interrupt(number: int, frame: object) -> None:
 
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.reducers:
+        from ablations.catalogue.methods import REDUCER_COLUMNS, reducer_rows
+
         rows = reducer_rows()
         print(table(REDUCER_COLUMNS, rows))
         print(f"{len(rows)} methods; a page on each: docs/methods")
@@ -87,6 +89,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
+    from ablations.cli.listing import trial_rows
     from ablations.run.session import Settings, preview
 
     settings = Settings(workload=arguments.workload, model=arguments.model or None, specs=tuple(arguments.specs))
@@ -103,7 +106,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     profile, started = Profile(), time.perf_counter()
     with profile.measure("imports"):
-        from ablations.run.progress import LIVE
+        from ablations.records.names import LIVE
         from ablations.run.record import write_record, write_samples
         from ablations.run.session import Settings, open_session
 

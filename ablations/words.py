@@ -1,16 +1,12 @@
-"""Tables for the terminal: the trials of a plan, the reducers and their settings."""
+"""Words and tables for people, alike wherever something is said."""
 
 from __future__ import annotations
 
+import difflib
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ablations.trial.trial import Trial
+from collections.abc import Iterable
 
 _CELL = 44  # characters: longer cells are wrapped, so that a terminal of 120 columns holds a row
-REDUCER_COLUMNS = ["name", "settings", "count", "weights", "stacks", "site", "what it does", "source"]
 
 
 def in_words(variant: str, x: float | None) -> str:
@@ -18,44 +14,21 @@ def in_words(variant: str, x: float | None) -> str:
     return variant if x is None else f"{variant} (x = {x:g})"
 
 
-def trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
-    """Variant, x, placement, budget and seed of each trial; ``patches`` is what the model starts with."""
-    from ablations.trial.labels import blocks_of, placement_label
-
-    return [
-        [
-            trial.variant,
-            "" if trial.x is None else f"{trial.x:g}",
-            placement_label(blocks_of(trial.stage_list())),
-            _budget(trial, patches),
-            str(trial.seed),
-        ]
-        for trial in trials
-    ]
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _budget(trial: Trial, patches: int) -> str:
-    """``K = 48``, ``0.50 of dense: K = auto``, and what else is done with the trial."""
-    from ablations.trial.labels import labels_of, target_label
-
-    budget = labels_of(trial.stage_list(), patches)["budget"] or ""
-    parts = [budget if trial.target is None else f"{target_label(trial.target)}: {budget}"]
-    if trial.training:
-        parts.append("finetuned")
-    if trial.measure:
-        parts.append(f"{trial.measure} at batch {trial.batch}")
-    return ", ".join(part for part in parts if part)
-
-
-def reducer_rows() -> list[list[str]]:
-    """Every registered reducer: name, settings, properties, summary and source; ``REDUCER_COLUMNS`` names them."""
-    from ablations.catalogue.methods import properties
-
-    return [
-        [about.name, about.settings, about.count, about.weights, "yes" if about.stacks else "no", about.site,
-         about.summary, about.source]
-        for about in properties()
-    ]  # fmt: skip
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """``; did you mean 'budget'?`` or nothing."""
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def table(header: list[str], rows: list[list[str]], *, indent: str = "") -> str:

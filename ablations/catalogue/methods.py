@@ -127,3 +127,15 @@ def _blocks(blocks: list[int]) -> str:
     if len(blocks) > 2 and blocks == list(range(blocks[0], blocks[-1] + 1)):
         return f"range({blocks[0]}, {blocks[-1] + 1})"
     return str(blocks)
+
+
+REDUCER_COLUMNS = ["name", "settings", "count", "weights", "stacks", "site", "what it does", "source"]
+
+
+def reducer_rows() -> list[list[str]]:
+    """Every registered reducer: name, settings, properties, summary and source; ``REDUCER_COLUMNS`` names them."""
+    return [
+        [about.name, about.settings, about.count, about.weights, "yes" if about.stacks else "no", about.site,
+         about.summary, about.source]
+        for about in properties()
+    ]  # fmt: skip

@@ -12,7 +12,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +22,6 @@ from ablations.trial.free_settings import free_kinds, ladder, setting_label, set
 from ablations.trial.trial import Solution, Trial, TrialError, canonical_stages
 from reducers import Placement, placement_from, reduce_tokens
 from reducers.vit import ReducedViT, Shared
-
-if TYPE_CHECKING:
-    from ablations.measure.finetune import Finetuned
 
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
@@ -47,8 +43,8 @@ class Found:
     ends: tuple[float, float]  # their costs
 
 
-def solve(trial: Trial, context: TrialContext, *, tuned: Finetuned | None = None) -> Solution:
-    """The trial's stages with the free setting written in; ``tuned`` holds the trained weights of its reducers.
+def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Placement] | None = None) -> Solution:
+    """The trial's stages with the free setting written in; ``load`` gives a placement's reducers their trained weights.
 
     The same trial and images give the same solution, whatever has been tried before: ``context.probes`` only spares
     work. A target that cannot be reached gives the nearest attainable cost and says so.
@@ -64,7 +60,7 @@ def solve(trial: Trial, context: TrialContext, *, tuned: Finetuned | None = None
 
     def placed(rung: int) -> Placement:
         placement = placement_from(settle(stages, kind, rungs[rung], patches), depth=depth)
-        return placement if tuned is None else tuned.load_reducers(placement)
+        return placement if load is None else load(placement)
 
     def cost(rung: int) -> float:
         context.beat()

@@ -142,7 +142,7 @@ class _Run:
         )
 
         with context.profile.measure("calibration"):
-            self.solution = solve(self.trial, context, tuned=self.tuned)
+            self.solution = solve(self.trial, context, load=None if self.tuned is None else self.tuned.load_reducers)
         return self.trial.resolved(self.solution.stages)
 
     @property

@@ -16,9 +16,9 @@ from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import nn
 
+from ablations.models import digits
 from ablations.models.weight_files import ModelError, load_into, read_shapes, read_weights, state_digest
 from ablations.records.files import user_path
-from ablations.workloads import embedded
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ def default_models(workload: str) -> tuple[str, ...]:
 
 def check_model(name: str) -> None:
     """Refuse a name that neither timm nor the embedded workload knows, with the nearest ones that exist."""
-    if name in embedded.KNOWN:
+    if name in digits.KNOWN:
         return
     if not timm.is_model(name):
-        known = [*embedded.KNOWN, *timm.list_models()]
+        known = [*digits.KNOWN, *timm.list_models()]
         near = difflib.get_close_matches(name.split(".")[0], known, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ModelError(f"unknown model {name!r}: {hint}")
@@ -72,16 +72,8 @@ def _config(name: str) -> PretrainedCfg:
 def input_config(name: str) -> dict[str, Any]:
     """What the model reads, as ``timm.data.resolve_model_data_config`` has it: size, mean, std, crop, interpolation."""
     check_model(name)
-    if name in embedded.KNOWN:
-        own = embedded.embedded_workload(limit=1)
-        return {
-            "input_size": (own.pixels.shape[3], *own.pixels.shape[1:3]),
-            "mean": own.mean,
-            "std": own.std,
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "interpolation": "bicubic",
-        }
+    if name in digits.KNOWN:
+        return digits.digits_input()
     return dict(resolve_data_config(pretrained_cfg=_config(name).to_dict()))
 
 
@@ -91,8 +83,8 @@ def head_classes(name: str, *, weights: str | None) -> int | None:
     A weights file decides by the shape of its head: a model finetuned on ten classes has ten.
     """
     check_model(name)
-    if name in embedded.KNOWN:
-        return embedded.create_digits_model(name).num_classes
+    if name in digits.KNOWN:
+        return digits.create_digits_model(name).num_classes
     if weights == RANDOM:
         return None
     if weights is not None:
@@ -124,7 +116,7 @@ def open_model(
     random head is made to fit. ``hub_cache`` is the hub's download folder where it is not the usual one.
     """
     check_model(name)
-    if workload_name == "embedded" and name not in embedded.KNOWN:
+    if workload_name == "embedded" and name not in digits.KNOWN:
         raise ModelError(embedded_needs(name))
     head = head_classes(name, weights=weights)
     if head is not None and classes is not None and head != classes:
@@ -137,7 +129,7 @@ def open_model(
         model, kind = _random(name, classes=head or classes, seed=seed), "random"
     elif weights is not None:
         model, kind = _from_file(name, user_path(weights), classes=head), "file"
-    elif name in embedded.KNOWN:
+    elif name in digits.KNOWN:
         model, kind = _from_file(name, _shipped(name), classes=head), "embedded"
     else:
         model, kind = _from_hub(name, hub_cache), "hub"
@@ -150,17 +142,17 @@ def embedded_needs(name: str) -> str:
     """Why another model cannot run on the embedded workload, and what to do."""
     return (
         f"the embedded workload is 64 x 64 grey digits, which {name} cannot read: use MODEL="
-        f"{' or MODEL='.join(embedded.MODELS)}, or give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
+        f"{' or MODEL='.join(digits.MODELS)}, or give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
     )
 
 
 def _shipped(name: str) -> Path:
-    if name in embedded.FROM_SCRATCH:
+    if name in digits.FROM_SCRATCH:
         raise ModelError(
             f"{name} comes without weights, for it is trained from scratch: give WEIGHTS=random to a run that trains "
             "(specs/hvt.yaml), or WEIGHTS=file.safetensors"
         )
-    path: Path = embedded.WEIGHTS / f"{name}.safetensors"
+    path: Path = digits.WEIGHTS / f"{name}.safetensors"
     if not path.is_file():
         raise ModelError(
             f"the weights of {name} that belong to the package are missing ({path}): install it again, "
@@ -170,8 +162,8 @@ def _shipped(name: str) -> Path:
 
 
 def _create(name: str, *, classes: int | None) -> nn.Module:
-    if name in embedded.KNOWN:
-        return embedded.create_digits_model(name)
+    if name in digits.KNOWN:
+        return digits.create_digits_model(name)
     return timm.create_model(name, pretrained=False, num_classes=classes)
 
 

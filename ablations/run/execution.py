@@ -12,12 +12,13 @@ from ablations.measure.chance import warn_at_chance
 from ablations.measure.profile import Profile
 from ablations.run.contexts import Contexts, choose_device, known_dense, make_context, save_context
 from ablations.run.jobs import Computation, schedule
-from ablations.run.progress import RunProgress, duration
+from ablations.run.progress import RunProgress
 from ablations.run.ray.address import address
 from ablations.run.record import keys_in_plan, note_plain_models
 from ablations.run.serial import run_serial, run_timed, timed_trials
 from ablations.run.session import Session
 from ablations.trial.trial import Trial
+from ablations.words import duration
 
 log = logging.getLogger(__name__)
 

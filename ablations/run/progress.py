@@ -15,31 +15,19 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
+from ablations.records.names import LIVE
 from ablations.run.jobs import Computation
 from ablations.run.pace import Pace, to_be_timed
 from ablations.trial.trial import Trial
-from ablations.words import in_words
+from ablations.words import duration, in_words
 
 if TYPE_CHECKING:
     from ablations.store.store import Store
 
 log = logging.getLogger(__name__)
 
-LIVE = "progress.json"
-"""The file in OUT by which a run tells other terminals how far it is."""
-
 _EVERY = 15.0  # seconds between lines where there is no terminal
 _SHOWN = (2.0, 15.0)  # seconds between two states of the file: on a disk, in an object store
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``3 min 05 s`` or ``2 h 10 min``."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class RunProgress:

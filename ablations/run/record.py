@@ -15,6 +15,7 @@ from PIL import Image
 
 from ablations.measure.chance import chance_of
 from ablations.measure.context import versions
+from ablations.records.names import RUN, planned_keys
 from ablations.run.contexts import known_dense
 from ablations.run.session import Session, Settings, Subject, absolute
 from ablations.store.store import Store
@@ -23,7 +24,6 @@ from ablations.workloads import Workload
 
 log = logging.getLogger(__name__)
 
-RUN = "run.json"
 SAMPLES = 8
 _SAMPLE_LEVELS = (2, 4, 2)  # the plainest, those between, the busiest
 
@@ -31,18 +31,6 @@ _SAMPLE_LEVELS = (2, 4, 2)  # the plainest, those between, the busiest
 def keys_in_plan(store: Store) -> dict[str, list[str]]:
     """Spec -> keys: of the last run, and of specs run earlier with the same model on the same images."""
     return planned_keys(store.read_json(RUN))
-
-
-def planned_keys(run: Any) -> dict[str, list[str]]:
-    """Spec -> keys of its trials, as ``run.json`` records them; {} where it does not."""
-    specs = run.get("specs") if isinstance(run, dict) else None
-    if not isinstance(specs, dict):
-        return {}
-    return {
-        str(name): [str(key) for key in about.get("trials", [])]
-        for name, about in specs.items()
-        if isinstance(about, dict) and isinstance(about.get("trials", []), list)
-    }
 
 
 def write_record(session: Session, *, command: Sequence[str]) -> None:

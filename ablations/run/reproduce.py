@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 
 from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
-from ablations.run.record import RUN
+from ablations.records.names import RUN
 from ablations.store.status import find_key
 from ablations.store.store import Store
 from ablations.trial.code import code_of

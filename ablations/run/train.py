@@ -22,10 +22,10 @@ from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune import finetuned, parse_recipe
 from ablations.measure.metrics import paired_difference
 from ablations.records.files import atomic
-from ablations.spec.plain_yaml import did_you_mean
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import Stages, free_kinds
 from ablations.trial.trial import Trial, TrialResult, canonical_json
+from ablations.words import did_you_mean
 from ablations.workloads import Reading, open_model, open_workload, split_calibration
 from reducers import available, build
 from reducers.placement import parse_blocks

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ablations.spec.model import AblationSpec, Arm, SpecFile
-from ablations.spec.plain_yaml import Place, did_you_mean, substitute, variables
+from ablations.spec.plain_yaml import Place, substitute, variables
 from ablations.trial.free_settings import Stages, filled, free, free_kinds, stand_in, write
 from ablations.trial.labels import with_nested
 from ablations.trial.trial import ModelFacts, canonical_json
+from ablations.words import did_you_mean
 from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
 from reducers.placement import parse_blocks
 

@@ -30,12 +30,12 @@ from ablations.spec.plain_yaml import (
     Place,
     SpecError,
     check_plain,
-    did_you_mean,
     kind_of,
     line_of,
     parse_yaml,
     place_text,
 )
+from ablations.words import did_you_mean
 
 SPECS = Path(__file__).parents[1] / "specs"
 MAX_BYTES = 64 * 1024  # a spec is about 25 lines

@@ -4,10 +4,9 @@ replaced.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +113,6 @@ def substitute(value: Any, values: Mapping[str, Any]) -> Any:
     if whole:
         return values[whole[1] or whole[2]]
     return _VARIABLE.sub(lambda match: str(values[match[1] or match[2]]), value)
-
-
-def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """``; did you mean 'budget'?`` or nothing."""
-    by_lower = {other.lower(): other for other in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def place_text(place: Place) -> str:

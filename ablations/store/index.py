@@ -9,7 +9,6 @@ a second, and deleting the index costs nothing but the time to read them all onc
 from __future__ import annotations
 
 import logging
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA, as_known
+from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.records.parquet import KEY, SUFFIX, owner, parquet, read_parquet, read_row, short
 from ablations.records.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
 
 FOLDER = "cache/index"
-SUFFIX = ".parquet"
-KEY = re.compile(r"[0-9a-f]{16}")
 _OWN = [
     (name, pa.int64()) for name in ("row_size", "row_modified", "images_size", "images_modified", "images_verified")
 ]
@@ -36,7 +34,6 @@ INDEX_SCHEMA = pa.schema([*ROW_SCHEMA, *_OWN])
 of that was read then (1), or only its end, which tells whose it is and how many rows it has (0).
 """
 
-_OWNER = b"trial"
 _AT_ONCE = 512  # files read together
 _WORTH_KEEPING = 256  # rows read anew from which a reader appends a segment
 _SEGMENTS = 32  # from which the run that holds the place joins them
@@ -240,41 +237,3 @@ class RowIndex:
     def spoilt(self) -> list[str]:
         """Keys of the files of images that were found not to be whole."""
         return sorted(self._spoilt)
-
-
-def owned(table: pa.Table, key: str) -> pa.Table:
-    """The table with the key of its trial in it: a file that got another's name is found out."""
-    return table.replace_schema_metadata({_OWNER: key})
-
-
-def owner(metadata: Mapping[bytes, bytes] | None) -> str | None:
-    """Whose table it is; None where it does not say."""
-    found = (metadata or {}).get(_OWNER)
-    return None if found is None else found.decode(errors="replace")
-
-
-def read_row(storage: Storage, key: str) -> pa.Table:
-    """The one row of a trial's file as a table; ValueError where it holds something else."""
-    rows = as_known(read_parquet(storage, f"trials/{key}{SUFFIX}"))
-    if rows.num_rows != 1 or rows["key"][0].as_py() != key or rows["status"][0].as_py() not in ("ok", "failed"):
-        raise ValueError("its content does not match its name")
-    return rows
-
-
-def read_parquet(storage: Storage, name: str) -> pa.Table:
-    """A whole Parquet file, its checksums verified."""
-    with storage.open(name) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read()
-
-
-def parquet(table: pa.Table) -> pa.Buffer:
-    """A table as the bytes of a Parquet file with a checksum a page."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    return sink.getvalue()
-
-
-def short(error: BaseException) -> str:
-    """The first line of what an error says."""
-    text = str(error).splitlines()
-    return text[0][:200] if text else type(error).__name__

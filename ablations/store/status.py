@@ -11,14 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ablations.records.names import LIVE, RUN, planned_keys
 from ablations.records.storage import Disk
-from ablations.run.progress import LIVE, duration
-from ablations.run.record import RUN, planned_keys
 from ablations.store.lease import BEAT, PATIENCE, holder
 from ablations.store.store import Status, Store
 from ablations.system import lock
 from ablations.trial.staleness import outdated, reasons
-from ablations.words import in_words, table
+from ablations.words import duration, in_words, table
 
 _RECENT = 64  # results from whose times the pace is told
 _FAILURES = 10  # shown

@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 
 from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.files import atomic, cache_home, json_bytes, read_json, write_json
+from ablations.records.parquet import KEY, SUFFIX, owned, parquet, read_parquet, read_row, short
 from ablations.records.storage import Disk, StoreError, open_storage, refused
-from ablations.store.index import KEY, SUFFIX, RowIndex, owned, parquet, read_parquet, read_row, short
+from ablations.store.index import RowIndex
 from ablations.store.lease import leased
 from ablations.store.trial_log import add_line, read_log, trial_log
 from ablations.system import lock

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from ablations.models.digits import KNOWN
 from ablations.models.loading import (
     LoadedModel,
     check_model,
@@ -121,7 +122,7 @@ def _embedded(model: str, *, data: str | None, limit: int | None, reading: Readi
         raise WorkloadError(
             f"the embedded workload makes its own images: leave DATA={data} out, or use WORKLOAD=imagefolder"
         )
-    if model not in embedded.KNOWN:
+    if model not in KNOWN:
         raise WorkloadError(embedded_needs(model))
     return embedded.embedded_workload(limit=EMBEDDED_IMAGES if limit is None else limit)
 

@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
+from ablations.models.digits import CANVAS
+
 VERSION = 1  # part of every data digest: raise it whenever a single pixel of any scene changes
-CANVAS = 64  # pixels per side
-CLASSES = 10
 MAX_CLUTTER = 9  # pieces of other digits
 DIGIT_SIZES = (22, 40)  # pixels, inclusive
 PIECE_SIZES = (8, 18)  # pixels, inclusive

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ablations.models.digits import MODELS, PATCH
 from ablations.workloads import digits
 from ablations.workloads.base import Workload
-from ablations.workloads.embedded import MODELS, PATCH, embedded_workload
+from ablations.workloads.embedded import embedded_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
 from reducers.base import State
 from reducers.methods.topk import keep_highest

@@ -25,9 +25,10 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ablations.models.digits import CLASSES, MODELS, PATCH, create_digits_model, normalise, save_weights
 from ablations.records.files import user_path
 from ablations.workloads import digits
-from ablations.workloads.embedded import MODELS, PATCH, create_digits_model, embedded_workload, normalise, save_weights
+from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.model_card import read_records, token_choice, write_card
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def train_batch(first: int, seed: int, max_clutter: int) -> tuple[Tensor, Tensor
     images = normalise(torch.from_numpy(np.stack([scene.image for scene in scenes])))
     labels = torch.tensor([scene.label for scene in scenes])
     shown = torch.from_numpy(digits.mask_patches(np.stack([s.mask for s in scenes]), PATCH))
-    return images, labels, torch.where(shown, labels[:, None], digits.CLASSES)
+    return images, labels, torch.where(shown, labels[:, None], CLASSES)
 
 
 def batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -101,7 +102,7 @@ def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = create_digits_model(name).to(device)
-    token_head = nn.Linear(model.embed_dim, digits.CLASSES + 1).to(device)
+    token_head = nn.Linear(model.embed_dim, CLASSES + 1).to(device)
     optimizer = create_optimizer_v2(
         nn.ModuleList([model, token_head]), opt="muon", lr=PEAK_LR, weight_decay=WEIGHT_DECAY
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ablations.models.digits import CANVAS, CLASSES, normalise
 from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded
@@ -110,7 +111,7 @@ class Scenes(Dataset[tuple[Tensor, int]]):
     """
 
     name = "embedded"
-    classes = digits.CLASSES
+    classes = CLASSES
 
     def __init__(self, cache: Path, *, count: int, augment: Augment, holdout: int, seed: int) -> None:
         if augment == "strong":
@@ -142,7 +143,7 @@ class Scenes(Dataset[tuple[Tensor, int]]):
         if self._shift:
             random_state = np.random.RandomState(sample_seed(self._seed, epoch, index))
             image = shifted(image, *random_state.randint(-self._shift, self._shift + 1, size=2))
-        return embedded.normalise(torch.from_numpy(image)[None])[0], int(self.labels[index])
+        return normalise(torch.from_numpy(image)[None])[0], int(self.labels[index])
 
 
 def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -161,7 +162,7 @@ def drawn_scenes(cache: Path, start: int, stop: int) -> tuple[np.ndarray, np.nda
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"digits-v{digits.VERSION}-seed{SCENE_SEED}-{start}-{stop}"
     paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy", folder / f"{stem}.sha256"
-    shape = (stop - start, digits.CANVAS, digits.CANVAS, 1)
+    shape = (stop - start, CANVAS, CANVAS, 1)
     with locked(folder / f"{stem}.lock", what="drawing the training scenes"):
         found = _mapped(*paths, shape)
         if found is None:

@@ -19,8 +19,8 @@ from typing import Any
 import pyarrow as pa
 
 from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.records.parquet import parquet
 from ablations.run.session import Session, Settings, open_session
-from ablations.store.index import parquet
 from ablations.store.store import Store
 from ablations.trial.trial import base_row
 

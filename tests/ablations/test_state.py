@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ablations.run.progress import LIVE
+from ablations.records.names import LIVE
 from ablations.spec.expand import Target, expand
 from ablations.spec.model import parse_spec
 from ablations.store import status as state

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from ablations.models.digits import CANVAS, MODELS, PATCH, WEIGHTS, create_digits_model, normalise
 from ablations.workloads import digits, open_model
-from ablations.workloads.embedded import MODELS, PATCH, WEIGHTS, create_digits_model, embedded_workload, normalise
+from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.model_card import token_choice, write_card
 from ablations.workloads.train_embedded import RECIPES, learning_rate, train
 
@@ -111,4 +112,4 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     rates = [learning_rate(step, 1000) for step in range(1001)]
     assert max(rates) == rates[50] or max(rates) == rates[49]
     assert rates[-1] == pytest.approx(0, abs=1e-9)
-    assert PATCH * 8 == digits.CANVAS
+    assert PATCH * 8 == CANVAS

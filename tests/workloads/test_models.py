@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ablations.models.digits import FROM_SCRATCH
 from ablations.models.loading import check_model, head_classes, input_config
-from ablations.workloads import ModelError, embedded, open_model
+from ablations.workloads import ModelError, open_model
 from reducers import at, reduce_tokens
 from reducers.methods import HVTPool
 
@@ -58,7 +59,7 @@ def test_an_unknown_model_names_the_nearest_ones() -> None:
         check_model("§§")
 
 
-@pytest.mark.parametrize("name", embedded.FROM_SCRATCH)
+@pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_models_that_are_trained_from_scratch_come_without_weights(name: str) -> None:
     """HVT's: no class token, the final norm and then the mean over the tokens."""
     with pytest.raises(ModelError, match="trained from scratch: give WEIGHTS=random"):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from ablations.workloads import digits, embedded
+from ablations.models.digits import normalise
+from ablations.workloads import digits
 from ablations.workloads.base import WorkloadError
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.photographs import Photographs, seeded
@@ -29,7 +30,7 @@ def test_scenes_are_of_the_train_split_and_drawn_once(cache: Path) -> None:
     scenes = Scenes(cache, count=6, augment="none", holdout=3, seed=0)
     image, label = scenes[0, 4]
     wanted = digits.render("train", 4, seed=1)
-    assert label == wanted.label and torch.equal(image, embedded.normalise(torch.from_numpy(wanted.image)[None])[0])
+    assert label == wanted.label and torch.equal(image, normalise(torch.from_numpy(wanted.image)[None])[0])
     assert scenes.held_out is not None and len(scenes) == 6 and len(scenes.held_out) == 3
     assert np.array_equal(scenes.held_out.pixels[0, :, :, 0], digits.render("train", 6, seed=1).image)
     files = {path: path.stat().st_mtime_ns for path in (cache / "training").glob("*.npy")}

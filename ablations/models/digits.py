@@ -1,0 +1,59 @@
+"""The small ViTs that read cluttered digits, with weights that belong to the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+CANVAS = 64  # pixels per side of a scene
+CLASSES = 10
+PATCH = 8
+MEAN, STD = 0.13, 0.27  # of the pixels of scenes, as shares of white
+MODELS: dict[str, dict[str, Any]] = {  # 12 blocks each, so that "blocks 3-11" means what it means for DeiT
+    "digits_vit_small": {"embed_dim": 128, "num_heads": 4},
+    "digits_vit_tiny": {"embed_dim": 64, "num_heads": 2},
+}
+# as HVT: no class token; the final norm, then the mean over the tokens. Trained from scratch, no weights are shipped.
+_HVT = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "digits_hvt_small": {**MODELS["digits_vit_small"], **_HVT},
+    "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
+}
+KNOWN = {**MODELS, **FROM_SCRATCH}
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def create_digits_model(name: str) -> VisionTransformer:
+    """A plain timm ``VisionTransformer`` for 64 x 64 grey scenes in 8 x 8 patches, with random weights."""
+    return VisionTransformer(
+        img_size=CANVAS, patch_size=PATCH, in_chans=1, num_classes=CLASSES, depth=12, **KNOWN[name]
+    )
+
+
+def digits_input() -> dict[str, Any]:
+    """What these models read, in the words of ``timm.data.resolve_model_data_config``."""
+    return {
+        "input_size": (1, CANVAS, CANVAS),
+        "mean": (MEAN,),
+        "std": (STD,),
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 scenes (B, 64, 64) -> what the models read, (B, 1, 64, 64) float32."""
+    return ((images.float() / 255 - MEAN) / STD).unsqueeze(1)
+
+
+def save_weights(model: torch.nn.Module, name: str, folder: Path) -> Path:
+    """Write the weights as float16 safetensors, as they are shipped."""
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.detach().half().contiguous().cpu() for key, value in model.state_dict().items()}, path)
+    return path
