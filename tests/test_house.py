@@ -1,9 +1,10 @@
-"""The rules of the house: who may import whom, what library code never does, and how long a file may grow."""
+"""The rules of the house: who may import whom, what library code never does, and how its rooms lie."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reducers", "ablations", "analysis")
-MAX_LINES = 320
+MAX_SIBLINGS = 8  # files of its own folder that one file imports
+MAX_AT_ROOT = 8  # files that lie in `ablations/` itself
 
 Where = tuple[str, int, str]  # file, line, name
 
@@ -62,8 +64,9 @@ def test_ablations_do_not_import_analysis() -> None:
     assert importing({"analysis"}, "ablations") == []
 
 
-def test_analysis_reads_files_and_imports_no_other_package_of_ours() -> None:
-    assert importing({"reducers", "ablations"}, "analysis") == []
+def test_of_the_other_packages_analysis_imports_the_format_of_results_alone() -> None:
+    others = importing({"reducers", "ablations"}, "analysis")
+    assert [where for where in others if not where[2].startswith("ablations.records")] == []
 
 
 def test_analysis_needs_no_torch_no_timm_and_no_ray() -> None:
@@ -80,9 +83,21 @@ def test_packages_import_by_full_name() -> None:
     assert dotted == []
 
 
-def test_ray_is_imported_in_the_runner_only() -> None:
-    elsewhere = [where for where in importing({"ray"}, *PACKAGES) if not where[0].startswith("ablations/runner")]
+def test_ray_is_imported_in_one_room() -> None:
+    elsewhere = [where for where in importing({"ray"}, *PACKAGES) if not where[0].startswith("ablations/run/ray/")]
     assert elsewhere == []
+
+
+MODEL_LIBRARIES = {"timm", "timm.models", "timm.layers", "torchvision", "transformers"}  # timm's optimisers are none
+
+
+def test_within_the_ablations_models_and_workloads_alone_know_a_model_library() -> None:
+    knowing = [where for where in imports("ablations") if where[2] in MODEL_LIBRARIES]
+    assert [where for where in knowing if not where[0].startswith(("ablations/models/", "ablations/workloads/"))] == []
+
+
+def test_the_format_of_results_needs_no_torch_and_no_reducers() -> None:
+    assert importing({"torch", "timm", "reducers", "numpy"}, "ablations/records") == []
 
 
 def test_within_the_reducers_timm_is_imported_below_vit_only() -> None:
@@ -127,9 +142,66 @@ def test_no_module_touches_the_import_path() -> None:
     assert [where for where in calls(*PACKAGES) if where[2].startswith("sys.path.")] == []
 
 
-def test_no_file_has_grown_too_long() -> None:
-    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources(*PACKAGES)}
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+def module(path: Path) -> str:
+    """``ablations/store/index.py`` -> ``ablations.store.index``; a folder's ``__init__`` is the folder."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+@functools.cache
+def imported_modules(package: str) -> dict[str, set[str]]:
+    """Module -> modules of the same package that it imports anywhere: inside functions and for type checkers too."""
+    known = {module(path): path for path in sources(package)}
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        named: set[str] = set()
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                named |= {each if each in known else node.module for each in inner}
+        found[name] = {each for each in named if each in known and each != name}
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """A circle among the arrows, or nothing."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def room(name: str) -> str:
+    """``ablations.run.ray.driver`` -> ``ablations.run``; what lies at the root of a package is a room of its own."""
+    return ".".join(name.split(".")[:2])
+
+
+def test_no_circle_leads_from_room_to_room_of_the_ablations() -> None:
+    between: dict[str, set[str]] = {}
+    for name, others in imported_modules("ablations").items():
+        between.setdefault(room(name), set()).update(room(other) for other in others if room(other) != room(name))
+    assert circle(between) == []
+
+
+def test_no_circle_leads_from_file_to_file_of_the_ablations() -> None:
+    assert circle(imported_modules("ablations")) == []
+
+
+def test_no_file_of_the_ablations_leans_on_many_of_its_siblings() -> None:
+    leaning = {
+        name: len(near)
+        for name, others in imported_modules("ablations").items()
+        if len(near := [other for other in others if other.rpartition(".")[0] == name.rpartition(".")[0]])
+        > MAX_SIBLINGS
+    }
+    assert leaning == {}
+
+
+def test_few_files_lie_at_the_root_of_the_ablations() -> None:
+    assert len([path for path in (ROOT / "ablations").iterdir() if path.is_file()]) <= MAX_AT_ROOT
 
 
 def run_without(modules: set[str], statement: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import timm
 import torch
 
 from ablations.catalogue.docstrings import functions, markdown, statements
@@ -26,6 +25,7 @@ from ablations.catalogue.methods import (
     placement_code,
     properties_of,
 )
+from ablations.models.loading import create_model
 from ablations.records.files import atomic
 from ablations.spec.written import example_stages
 from reducers import Placement, TokenReducer, available, reduce_tokens
@@ -182,7 +182,7 @@ def work_of(placement: Placement) -> Work:
     """Counted on one image of noise in a DeiT-Ti with random weights, in float64 so that all machines agree."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
-        model = timm.create_model(_MODEL).double().eval()
+        model = create_model(_MODEL).double().eval()
         images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
         fast = reduce_tokens(model, placement).eval()
         trace = fast.trace(images)[1]

@@ -161,7 +161,8 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _create(name: str, *, classes: int | None) -> nn.Module:
+def create_model(name: str, *, classes: int | None = None) -> nn.Module:
+    """The architecture with random weights; ``classes`` None: as many as it has by itself."""
     if name in digits.KNOWN:
         return digits.create_digits_model(name)
     return timm.create_model(name, pretrained=False, num_classes=classes)
@@ -175,11 +176,11 @@ def _seeded(seed: int, create: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _random(name: str, *, classes: int | None, seed: int) -> nn.Module:
-    return _seeded(seed, lambda: _create(name, classes=classes))
+    return _seeded(seed, lambda: create_model(name, classes=classes))
 
 
 def _from_file(name: str, path: Path, *, classes: int | None) -> nn.Module:
-    model = _seeded(0, lambda: _create(name, classes=classes))
+    model = _seeded(0, lambda: create_model(name, classes=classes))
     load_into(model, read_weights(path), name=name, source=str(path))
     return model
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from ablations.measure.finetune.data import epoch_batches, images_per_epoch
 from ablations.measure.finetune.objective import Objective, TrainingViT, needs_teacher
 from ablations.measure.finetune.schedule import KeepSchedule, make_optimizer, make_scheduler
 from ablations.measure.finetune.training_state import own_randomness, random_state, set_random_state
+from ablations.models.stochastic_depth import set_drop_path
 from ablations.trial.recipe import Recipe
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingImages
@@ -49,7 +49,7 @@ class Finetuning:
         """``dense``: the plain timm model to start from, which is copied and stays as it is; also the teacher."""
         self.recipe, self.images, self.device, self._workers = recipe, images, device, workers
         base: Any = copy.deepcopy(dense).to(device).train().requires_grad_(True)
-        _set_drop_path(base, recipe.drop_path)
+        set_drop_path(base, recipe.drop_path)
         with own_randomness(recipe.seed, device):  # reducers draw their initial weights
             self.model = TrainingViT(base, recipe.placement(len(base.blocks))).to(device).train()
         if recipe.freeze > 0 and next(self.model.reducers.parameters(), None) is None:
@@ -270,15 +270,6 @@ def _log(facts: Mapping[str, Any]) -> None:
         "epoch %d of %d: loss %.4f%s, %.0f s, %.0f s to go", facts["epoch"], facts["epochs"], facts["loss"], top1,
         facts["seconds"], facts["eta"],
     )  # fmt: skip
-
-
-def _set_drop_path(base: Any, rate: float) -> None:
-    """timm's stochastic depth, growing linearly over the blocks; it has no weights, so the state stays the model's."""
-    if rate == 0:
-        return
-    rates: list[Any] = calculate_drop_path_rates(rate, len(base.blocks))
-    for block, share in zip(base.blocks, rates, strict=True):
-        block.drop_path1, block.drop_path2 = DropPath(float(share)), DropPath(float(share))
 
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
