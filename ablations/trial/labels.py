@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablations.trial.free_settings import AUTO, KINDS, Stages, free_kinds, stand_in, write
-from reducers import TokenReducer, build
+
+if TYPE_CHECKING:
+    from reducers import TokenReducer
 
 
 def blocks_of(stages: Stages) -> list[int]:
@@ -57,6 +59,8 @@ def budget_label(budget: Mapping[str, Any], patches: int) -> str:
 
 def with_nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
     """A reducer and those inside it: the choosing half of an EViT, the members of a stack."""
+    from reducers import TokenReducer
+
     yield reducer
     for member in (getattr(reducer, "select", None), *getattr(reducer, "members", ())):
         if isinstance(member, TokenReducer):
@@ -65,6 +69,8 @@ def with_nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
 
 def labels_of(stages: Stages, patches: int) -> dict[str, str | None]:
     """The columns ``score`` and ``budget``: what decides and how much stays, several joined in order."""
+    from reducers import build  # and with it torch, which names of blocks and budgets can do without
+
     scores: dict[str, None] = {}
     budgets: dict[str, None] = {}
     drops: list[float] = []  # one an acting block

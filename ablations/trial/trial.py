@@ -1,7 +1,8 @@
 """What one trial is: a frozen description with a content key, and the row its result becomes.
 
 The lowest layer of the experiments: standard library and ``reducers`` only, so that a machine with nothing but torch
-and timm can run a trial. How a trial is evaluated stands in ``evaluate``, where its result is kept in ``store``.
+and timm can run a trial, and nothing but the standard library to read one. How a trial is evaluated stands in
+``measure.evaluate``, where its result is kept in ``store``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablations.trial.free_settings import Stages
 from ablations.trial.labels import blocks_of, budget_number, labels_of, placement_label
 from ablations.trial.random import random_seed
-from reducers import Placement, placement_from
+
+if TYPE_CHECKING:
+    from reducers import Placement
 
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
@@ -135,6 +138,8 @@ class Trial:
 
     def placement(self, depth: int) -> Placement:
         """The stages as ``reducers`` carries them out; nothing may be ``auto`` any more."""
+        from reducers import placement_from  # and with it torch: to know of a trial needs neither
+
         return placement_from(self.stage_list(), depth=depth)
 
 
