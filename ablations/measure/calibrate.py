@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,9 +26,6 @@ REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
 _BATCH = 32  # images at once; the calibration images stay in memory
 _GIGA = 1e9
-
-Batches = list[tuple[Tensor, Shared]]
-_batches: weakref.WeakKeyDictionary[TrialContext, Batches] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -132,21 +128,19 @@ def _cost(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *, 
     return float(costs.mean()) / _GIGA
 
 
-def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> Batches:
+def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> list[tuple[Tensor, Shared]]:
     """The calibration images, at most ``at_once`` in a batch, and for each batch what the plain model computes of its
     first blocks. They stay, and so does their size where it had to be made smaller.
     """
-    found = _batches.get(context)
-    if found is None or len(found[0][0]) > at_once:
-        found = None
-        _batches.pop(context, None)  # before the new ones need its memory
+    found = context.calibration_batches
+    if not found or len(found[0][0]) > at_once:
+        found.clear()  # before the new ones need its memory
         workload = context.calibration
         if workload is None:
             raise TrialError("a target is met on calibration images, and this context has none")
-        found = [
+        found.extend(
             (workload.batch(start, stop).to(context.device), Shared()) for start, stop in spans(len(workload), at_once)
-        ]
-        _batches[context] = found
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ablations.measure.failures import halving
 from ablations.measure.metrics import GIGA, finite, patch_masks
@@ -24,7 +24,7 @@ from ablations.trial.code import code_of
 from ablations.trial.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
 from ablations.workloads.reading import AS_USUAL, Reading
-from reducers import Placement, reduce_tokens
+from reducers import Placement, Shared, reduce_tokens
 
 _VERSIONED = ("torch", "timm", "numpy")
 
@@ -63,7 +63,9 @@ class TrialContext:
     reading: Reading = AS_USUAL  # how folders are read, those of the training images as well
     cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
     profile: Profile = field(default_factory=Profile)
-    beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``watch``
+    beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``run.ray.watchdog``
+    # the calibration images on the device, batch by batch, with what the plain model computes of each
+    calibration_batches: list[tuple[Tensor, Shared]] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def object_patches(self) -> np.ndarray | None:

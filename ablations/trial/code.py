@@ -70,8 +70,8 @@ CLOSED = frozenset(
         "ablations.records", "ablations.store", "ablations.run", "ablations.spec", "ablations.cli",
         "ablations.catalogue", "ablations.system", "ablations.streams", "ablations.words",
         "ablations.trial.trial", "ablations.trial.code", "ablations.trial.code_sources", "ablations.trial.code_text",
-        "ablations.trial.staleness", "ablations.measure.probes", "ablations.measure.profile", "ablations.measure.chance",
-        "ablations.measure.failures:in_words", "ablations.measure.context:versions",
+        "ablations.trial.staleness", "ablations.measure.probes", "ablations.measure.profile",
+        "ablations.measure.chance", "ablations.measure.failures:in_words", "ablations.measure.context:versions",
         "ablations.measure.context:device_name", "ablations.workloads.account", "ablations.workloads.problems",
     }
 )  # fmt: skip

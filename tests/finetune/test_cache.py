@@ -91,13 +91,13 @@ def test_a_damaged_result_is_trained_again(
 
 def test_two_that_ask_at_once_train_once(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
-    train = trainings._train
+    training = trainings.Finetuning
 
-    def counted(*arguments: Any) -> dict[str, Any]:
+    def counted(*arguments: Any, **options: Any) -> Any:
         begun.append(1)
-        return train(*arguments)
+        return training(*arguments, **options)
 
-    monkeypatch.setattr(trainings, "_train", counted)
+    monkeypatch.setattr(trainings, "Finetuning", counted)
     threads = [threading.Thread(target=trained_model, args=(TRAINING, context)) for _ in range(2)]
     for thread in threads:
         thread.start()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ablations.measure.finetune.cache import Finetuned, identity, train_or_load
+from ablations.measure.finetune.cache import Finetuned, Machine, identity, train_or_load
 from ablations.records.files import atomic, user_path
 from ablations.streams import standard_streams
 from ablations.system import cores
@@ -117,9 +117,7 @@ def _train(
         images,
         identity=identity(recipe, model=name, weights_digest=loaded.digest, images=images),
         folder=out / "cache" / "finetuned",
-        device=device,
-        workers=_workers(arguments),
-        every=arguments.checkpoint_every,
+        machine=Machine(device, workers=_workers(arguments), every=arguments.checkpoint_every),
     )
 
 

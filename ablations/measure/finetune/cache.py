@@ -35,6 +35,17 @@ FINETUNE_VERSION = 1
 _CHECKPOINT_EVERY = 60.0  # seconds
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What trains, and who hears of it: nothing here changes a weight."""
+
+    device: torch.device
+    workers: int = 0  # processes that load images
+    every: float = _CHECKPOINT_EVERY  # seconds between checkpoints
+    report: Callable[[dict[str, Any]], None] | None = None  # hears of each epoch
+    beat: Callable[[], None] | None = None  # called after each update, for whoever watches over hanging work
+
+
 @dataclass(frozen=True, eq=False)
 class Finetuned:
     """A finished training."""
@@ -118,10 +129,7 @@ def finetuned(
         images,
         identity=about,
         folder=access.cache / "finetuned",
-        device=context.device,
-        workers=access.workers,
-        report=report,
-        beat=context.beat,
+        machine=Machine(context.device, workers=access.workers, report=report, beat=context.beat),
     )
     return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
 
@@ -150,45 +158,30 @@ def train_or_load(
     *,
     identity: Mapping[str, Any],
     folder: Path,
-    device: torch.device,
-    workers: int = 0,
-    every: float = _CHECKPOINT_EVERY,
-    report: Callable[[dict[str, Any]], None] | None = None,
-    beat: Callable[[], None] | None = None,
+    machine: Machine,
 ) -> Finetuned:
-    """The finished training of this identity below ``folder``, trained first where there is none.
-
-    ``report`` hears of each epoch; ``beat`` is called after each update, for whoever watches over hanging work.
-    """
+    """The finished training of this identity below ``folder``, trained first where there is none."""
     digest = identity_digest(identity)
     folder.mkdir(parents=True, exist_ok=True)
     final, unfinished = folder / f"{digest}.safetensors", folder / f"{digest}.checkpoint"
     with locked(folder / f"{digest}.lock", what=f"the training {digest}"):
         state = _finished(final, identity)
         if state is None:
-            state = _train(recipe, dense, images, identity, unfinished, device, workers, every, report, beat)
+            training = Finetuning(recipe, dense, images, device=machine.device, workers=machine.workers)
+            training.run(
+                path=unfinished, identity=identity, every=machine.every, report=machine.report, beat=machine.beat
+            )
+            state = _result(training)
             checkpoint.save(final, identity=identity, state=state)
             unfinished.unlink(missing_ok=True)
     model = copy.deepcopy(dense)
     model.load_state_dict(state["model"])
-    return Finetuned(model.to(device).eval(), state["reducers"], {**state["record"], "digest": digest})
+    return Finetuned(model.to(machine.device).eval(), state["reducers"], {**state["record"], "digest": digest})
 
 
-def _train(
-    recipe: Recipe,
-    dense: nn.Module,
-    images: TrainingImages,
-    identity: Mapping[str, Any],
-    path: Path,
-    device: torch.device,
-    workers: int,
-    every: float,
-    report: Callable[[dict[str, Any]], None] | None,
-    beat: Callable[[], None] | None,
-) -> dict[str, Any]:
-    """Train to the end; what the finished file holds."""
-    training = Finetuning(recipe, dense, images, device=device, workers=workers)
-    training.run(path=path, identity=identity, every=every, report=report, beat=beat)
+def _result(training: Finetuning) -> dict[str, Any]:
+    """What the finished file holds."""
+    recipe = training.recipe
     model, reducers = training.trained()
     record = {
         "epochs": recipe.epochs,
