@@ -96,7 +96,8 @@ def _check_pool(model: VisionTransformer) -> None:
 
 def _check_whole(module: nn.Module, where: str) -> None:
     """Refuse what rides on a module that is restated and not called: hooks of any kind, a forward of its own."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    if (before or after) and any(_acts(hook) for hook in (*before.values(), *after.values())):
         kind = "forward hook"
     elif module._backward_hooks or module._backward_pre_hooks:
         kind = "backward hook"
@@ -113,6 +114,11 @@ def _check_whole(module: nn.Module, where: str) -> None:
         "the pruning or weight norm permanent, first. Hooks on the reduced model and on parts that are called (norm1, "
         f"mlp, patch_embed, head, …) are run. {_SUPPORTED}."
     )
+
+
+def _acts(hook: object) -> bool:
+    """fvcore hooks every module while it counts, to name where an operator stands, and nothing comes of it."""
+    return type(hook).__module__ != "fvcore.nn.jit_analysis"
 
 
 def _check_block(index: int, block: nn.Module) -> None:

@@ -97,7 +97,7 @@ class BlockSignals(Signals):
         block = self.block
         added = block.ls1(self.attention_core.rows_out(rows, layout))
         x = self.batch.x if rows is None else self.batch.x.index_select(0, rows)
-        attn = block.attn
+        attn = self.attention_core.attn
         return _residual(x, drop_path(block.drop_path1, added, layout), attn.proj, attn.proj_drop, block.ls1)
 
 

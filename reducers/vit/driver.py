@@ -78,7 +78,7 @@ class ReducedViT(nn.Module):
         return Placement({int(block): reducer for block, reducer in self.reducers.items()})  # type: ignore[misc]
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The base's mode; the base keeps the modes its user gave its parts."""
         base = self.__dict__.get("_modules", {}).get("base")
         return base is None or base.training

@@ -1,4 +1,4 @@
-"""Whether a placement fits a model: its blocks exist, its reducers find what they need and have their parameters."""
+"""Whether a placement fits a model: its blocks are there, its reducers find what they need and get their parameters."""
 
 from __future__ import annotations
 
