@@ -89,7 +89,7 @@ def _check_pool(model: VisionTransformer) -> None:
             f"global_pool={model.global_pool!r} is not supported; create the model with one of {', '.join(_POOLS)}"
         )
     if model.global_pool == "map":
-        pool = model.attn_pool
+        pool = model._modules["attn_pool"]
         if type(pool) is not AttentionPoolLatent or pool.pos_embed is not None:
             raise UnsupportedModel(f"the attention pool {type(pool).__name__} is not supported. {_SUPPORTED}.")
 

@@ -224,7 +224,7 @@ class ReducedViT(nn.Module):
 
     def _check(self) -> None:
         """At each call: what was checked when the model was wrapped may have been changed since."""
-        check_model(self.base)
+        check_model(self.__dict__["_modules"]["base"])  # by attribute, an exporter may give a stand-in of another type
         check_placement(self.base, self.placement)
         if self.reducers.training != self.base.training:
             self.reducers.train(self.base.training)
