@@ -15,13 +15,13 @@ from pathlib import Path
 from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, refuse_or_keep, spread_subset
 from ablations.workloads.classes import folder_classes
-from ablations.workloads.copies import find_copies
 from ablations.workloads.decode import Loaded, Source, decode, read_image
-from ablations.workloads.found import find_all_images, find_images, image_id, printable
-from ablations.workloads.label_file import read_labels
+from ablations.workloads.folders.copies import find_copies
+from ablations.workloads.folders.found import find_all_images, find_images, image_id, printable
+from ablations.workloads.folders.label_file import read_labels
+from ablations.workloads.folders.splits import Place, find_place
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.reading import Reading
-from ablations.workloads.splits import Place, find_place
 
 log = logging.getLogger(__name__)
 

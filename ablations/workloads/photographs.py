@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep
 from ablations.workloads.classes import folder_classes
 from ablations.workloads.decode import decode, load_image
-from ablations.workloads.found import FoundImages, find_all_images, find_images, image_id
+from ablations.workloads.folders.found import FoundImages, find_all_images, find_images, image_id
 from ablations.workloads.image_folder import image_source
 from ablations.workloads.preprocess import Preprocess, convert
 from ablations.workloads.reading import Reading

@@ -23,10 +23,10 @@ from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
+from ablations.workloads.folders.splits import class_root
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
 from ablations.workloads.preprocess import Preprocess, Resize
 from ablations.workloads.reading import AS_USUAL, Reading
-from ablations.workloads.splits import class_root
 
 log = logging.getLogger(__name__)
 

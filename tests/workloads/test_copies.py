@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.workloads.copies import find_copies
+from ablations.workloads.folders.copies import find_copies
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import CONTRADICTION, COPY, kind_of

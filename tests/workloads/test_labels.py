@@ -12,8 +12,8 @@ from torchvision.datasets import ImageFolder
 from ablations.workloads import open_workload, problems
 from ablations.workloads.base import Workload, WorkloadError
 from ablations.workloads.classes import class_indices, folder_classes
+from ablations.workloads.folders.label_file import read_labels
 from ablations.workloads.image_folder import open_image_folder
-from ablations.workloads.label_file import read_labels
 from ablations.workloads.named import open_named
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of

@@ -11,8 +11,8 @@ from typing import Literal
 
 from ablations.records.files import user_path
 from ablations.workloads.base import WorkloadError
+from ablations.workloads.folders.found import UNSORTED, folders_in, holds_images
 from ablations.workloads.formats import suffixes
-from ablations.workloads.found import UNSORTED, folders_in, holds_images
 from ablations.workloads.reading import Reading
 
 log = logging.getLogger(__name__)
