@@ -59,7 +59,7 @@ ablations: $(STAMP) ## run the ablations that are not finished yet, then draw th
 	$(PY) -m ablations run --out '$(OUT)' $(call option,SPECS,specs) $(call option,LIMIT,limit) $(RUN_OPTIONS) \
 		|| status=$$?; \
 	if [ $$status -gt 1 ]; then exit $$status; fi; \
-	$(PY) -m analysis '$(OUT)' || exit $$?; \
+	$(PY) -m ablations report --out '$(OUT)' || exit $$?; \
 	exit $$status
 
 train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)
@@ -83,7 +83,7 @@ test-floors: ## a part of the tests with the oldest versions allowed (FLOORS="to
 	.venv-floors/bin/python -m pip install --quiet --no-deps --editable . && \
 	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -q -m 'not slow' $(FLOOR_TESTS) && \
 	.venv-floors/bin/python -m ablations run --specs k_values class_token --limit 256 --out results/floors && \
-	.venv-floors/bin/python -m analysis results/floors
+	.venv-floors/bin/python -m ablations report --out results/floors
 
 lint: $(STAMP) ## style, format and types
 	$(PY) -m ruff check .
@@ -114,7 +114,7 @@ weights: $(STAMP) ## train the embedded models again and replace the shipped wei
 	$(PY) -m ablations.workloads.train_embedded --out ablations/models/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
-	$(PY) -m analysis '$(OUT)' $(call option,TO,to)
+	$(PY) -m ablations report --out '$(OUT)' $(call option,TO,to)
 
 clean: ## remove caches and build files; results and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

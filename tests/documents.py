@@ -42,7 +42,10 @@ def documented_imports() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def documented_commands() -> set[tuple[str, str]]:
-    """(module, command) of every ``python -m module command``; "" where no command follows."""
+    """(module, command) of every ``python -m module command``, "" where no command follows; and of every ``sievit
+    command`` in code or in a comment that shows one.
+    """
     pattern = re.compile(rf"python3? -m ((?:{'|'.join(OURS)})(?:\.\w+)*)(?:[ \\\n]+([a-z]+)\b)?")
     text = "\n".join(path.read_text(encoding="utf-8") for path in documents())
-    return {(module, command) for module, command in pattern.findall(text)}
+    installed = re.findall(r"(?:`|&& |^(?: {4}|# +)?)sievit ([a-z]+)\b", text, re.MULTILINE)
+    return {*pattern.findall(text), *(("ablations", command) for command in installed)}

@@ -81,13 +81,12 @@ def test_train_passes_on_the_methods_and_the_recipe(tmp_path: Path) -> None:
     assert "--limit '5'" in plan and "--set epochs=1 images=64" in plan
 
 
-def fake_python(folder: Path, *, run: int, analysis: int) -> str:
+def fake_python(folder: Path, *, run: int, report: int) -> str:
     """A ``VENV`` that only notes what it is asked to run, and ends with the given statuses."""
     script = folder / "bin" / "python"
     script.parent.mkdir(parents=True)
     script.write_text(
-        f"#!/bin/sh\necho \"$2\" >> '{folder}/calls'\n"
-        f'case "$2" in ablations) exit {run};; analysis) exit {analysis};; esac\n'
+        f'#!/bin/sh\necho "$3" >> \'{folder}/calls\'\ncase "$3" in run) exit {run};; report) exit {report};; esac\n'
     )
     script.chmod(0o755)
     (folder / ".sievit-installed").touch()
@@ -96,19 +95,19 @@ def fake_python(folder: Path, *, run: int, analysis: int) -> str:
 
 @needs_make
 @pytest.mark.parametrize(
-    ("run", "analysis", "called", "succeeds"),
+    ("run", "report", "called", "succeeds"),
     [
-        (0, 0, ["ablations", "analysis"], True),
-        (1, 0, ["ablations", "analysis"], False),  # some trial failed: what there is gets drawn
-        (2, 0, ["ablations"], False),  # bad input
-        (130, 0, ["ablations"], False),  # interrupted
-        (0, 1, ["ablations", "analysis"], False),
+        (0, 0, ["run", "report"], True),
+        (1, 0, ["run", "report"], False),  # some trial failed: what there is gets drawn
+        (2, 0, ["run"], False),  # bad input
+        (130, 0, ["run"], False),  # interrupted
+        (0, 1, ["run", "report"], False),
     ],
 )
-def test_the_analysis_follows_a_run_and_the_status_tells_of_both(
-    tmp_path: Path, run: int, analysis: int, called: list[str], succeeds: bool
+def test_the_report_follows_a_run_and_the_status_tells_of_both(
+    tmp_path: Path, run: int, report: int, called: list[str], succeeds: bool
 ) -> None:
-    venv = fake_python(tmp_path / "venv", run=run, analysis=analysis)
+    venv = fake_python(tmp_path / "venv", run=run, report=report)
     command = ["make", "ablations", venv, f"OUT={tmp_path / 'out'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == succeeds

@@ -109,6 +109,8 @@ ablations --help
 ablations list --help
 ablations list
 ablations list --reducers
+ablations list --trials
+ablations --version
 ablations validate --help
 ablations validate
 ablations validate my.yaml
@@ -128,8 +130,11 @@ ablations status OUT
 ablations status OUT --watch
 ablations status OUT --watch 30
 ablations status s3://bucket/runs/a
+ablations status --watch OUT
+ablations status --out OUT --watch
 ablations log --help
 ablations log OUT 3f9c
+ablations log 3f9c --out OUT
 ablations reproduce --help
 ablations reproduce 3f9c --out OUT
 ablations reproduce 3f9c1b --out s3://bucket/runs/a --data /mnt/imagenet/val
@@ -141,6 +146,9 @@ ablations train dynamicvit tps
 ablations train avit --set epochs=1 images=512
 ablations train dynamicvit --at 3,6,9 --settings '{"budget": {"ratio": 0.5}}' --out OUT --limit 5
 ablations train dynamicvit --workload imagefolder --data D --train-data T --weights W --model M
+ablations report --help
+ablations report
+ablations report --out OUT --to DIR --quiet
 ablations docs --help
 ablations docs
 ablations docs --check

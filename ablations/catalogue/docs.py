@@ -1,4 +1,4 @@
-"""The pages on the methods, made from their docstrings and the registry: ``python -m ablations docs``.
+"""The pages on the methods, made from their docstrings and the registry: ``sievit docs``.
 
 Nothing is written twice: whoever changes a docstring makes the pages again, and a test holds that they are current.
 Needs torch and timm alone.
@@ -34,7 +34,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 INDEX = "README.md"
 _MODEL, _DEPTH = "deit_tiny_patch16_224", 12  # on which a method's own work and weights are counted
 _METHODS = "reducers.methods."  # a method that somebody registers beside them is not the package's
-_MADE = "<!-- made by `python -m ablations docs`: change the docstrings of {source} instead -->\n"
+_MADE = "<!-- made by `sievit docs`: change the docstrings of {source} instead -->\n"
 _SITES = {
     "attention": "after the attention residual of its blocks, before their MLP",
     "input": "before its blocks, with the features alone",

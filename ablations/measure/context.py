@@ -154,7 +154,7 @@ def check_inputs(trial: Trial, context: TrialContext) -> None:
         if planned != present:
             raise TrialError(
                 f"the {name} changed after the trial was planned ({_brief(present)} instead of "
-                f"{_brief(planned)}); run `python -m ablations run` again to plan with what is there now"
+                f"{_brief(planned)}); run `sievit run` again to plan with what is there now"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a run went: a clock for each part, always on, shown by ``run --profile``."""
+"""Where the time of a run went: a clock for each part, always on, shown by ``sievit run --profile``."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class RunProgress:
 
     ``at_once`` is how many workers compute side by side; the runner sets it. ``timed`` are trials that are timed alone
     after all else. A context manager: leaving it ends the bar, also when the run is interrupted. With a ``store``,
-    ``progress.json`` there tells the same to ``status --watch``.
+    ``progress.json`` there tells the same to ``sievit status --watch``.
     """
 
     def __init__(

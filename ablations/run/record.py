@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import logging
 import shlex
@@ -20,6 +19,7 @@ from ablations.run.contexts import known_dense
 from ablations.run.session import Session, Settings, Subject, absolute
 from ablations.store.store import Store
 from ablations.trial.staleness import outdated
+from ablations.version import own_version
 from ablations.workloads import Workload
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
         RUN,
         {
             "project": "Sievit",
-            "version": _own_version(),
+            "version": own_version(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(command),
             **session.identity,
@@ -158,10 +158,3 @@ def sample_rows(workload: Workload, count: int = SAMPLES) -> list[int]:
     middle = [inner[(2 * i + 1) * len(inner) // (2 * between)] for i in range(between)]
     places = [*range(plain), *middle, *range(total - busy, total)]
     return [int(order[place]) for place in places]
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("sievit")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -1,4 +1,4 @@
-"""One method trained, evaluated and put beside random drop at the same cost: ``python -m ablations train``.
+"""One method trained, evaluated and put beside random drop at the same cost: ``sievit train``.
 
 Random drop is what every method must beat. It is brought to the cost the method turned out to have, and evaluated off
 the shelf as well as after a training of its own on as many images. Needs torch and timm alone.

@@ -128,7 +128,7 @@ def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: str
             raise file.error(
                 placed.place,
                 f"{reducer.name} works only after training, and {lacks}; add `training: {{stages: …}}` that places it "
-                f"there, as specs/trained_methods.yaml does, or use `python -m ablations train {reducer.name}`",
+                f"there, as specs/trained_methods.yaml does, or use `sievit train {reducer.name}`",
             )
 
 
@@ -216,4 +216,4 @@ def _reason(error: BaseException) -> str:
     """A reducer's own message; anything else is a value of a kind that no reducer takes."""
     if isinstance(error, ReducerError):
         return str(error)
-    return f"a value of the wrong kind ({type(error).__name__}: {error}); see `python -m ablations list --reducers`"
+    return f"a value of the wrong kind ({type(error).__name__}: {error}); see `sievit list --reducers`"

@@ -16,7 +16,7 @@ from ablations.records.storage import Disk
 from ablations.store.lease import BEAT, PATIENCE, holder
 from ablations.store.store import Status, Store
 from ablations.system import lock
-from ablations.trial.staleness import outdated, reasons
+from ablations.trial.staleness import Stale, account
 from ablations.words import duration, in_words, table
 
 _RECENT = 64  # results from whose times the pace is told
@@ -35,8 +35,7 @@ class State:
     running: bool | None  # some run holds the place; None: it did, and whether it lives cannot be told by one look
     live: Mapping[str, Any]  # what that run tells of itself; {} where it does not
     pace: float | None  # results a second, from the times of the latest files
-    old: dict[str, str]  # planned keys that were computed by other code than there is now, and what changed
-    unplanned: list[tuple[str, int]]  # why rows are no part of the plan, and how many
+    stale: list[Stale]  # every result that is, under its one reason
 
     @property
     def planned(self) -> int:
@@ -93,7 +92,9 @@ def look(store: Store, signs: Signs | None = None) -> State:
     run = store.read_json(RUN)
     plan = planned_keys(run)
     if not plan:
-        raise ValueError(f"{store.location} holds no run.json; give the OUT of a run, or start one with `run --out`")
+        raise ValueError(
+            f"{store.location} holds no run.json; give the OUT of a run, or start one with `sievit run --out OUT`"
+        )
     rows = store.indexed()
     keys = {key for each in plan.values() for key in each}
     running = (signs or Signs(store)).running()
@@ -106,8 +107,7 @@ def look(store: Store, signs: Signs | None = None) -> State:
         running=running,
         live=live if isinstance(live, dict) else {},
         pace=pace(rows["row_modified"].to_pylist()),
-        old=outdated(rows, keys=keys),
-        unplanned=reasons(rows, run, planned=keys),
+        stale=account(rows, run, planned=keys),
     )
 
 
@@ -140,17 +140,17 @@ def lines(state: State) -> list[str]:
     sums = [str(sum(_numbers(each)[column] for each in state.specs)) for column in range(len(_COLUMNS) - 1)]
     shown += table(_COLUMNS, [*rows, ["all", *sums]]).splitlines()
     if state.failures:
-        shown += ["", f"failed ({len(state.failures)}; `log OUT KEY` has more):"]
+        shown += ["", f"failed ({len(state.failures)}; `sievit log KEY --out OUT` has more):"]
         shown += [f"  {key}  {words}: {reason:.160}" for key, words, reason in state.failures[:_FAILURES]]
         if len(state.failures) > _FAILURES:
             shown.append(f"  … and {len(state.failures) - _FAILURES} more")
-    if state.old:
-        changed = ", ".join(sorted(set(state.old.values())))
-        shown += ["", f"{len(state.old)} results were computed by other code than there is now ({changed}): "
-                  "the next run computes them again"]  # fmt: skip
-    if state.unplanned:
-        shown += ["", "stale, and in no figure:"]
-        shown += [f"  {count:6}  {reason}" for reason, count in state.unplanned]
+    if state.stale:
+        again = sum(each.planned for each in state.stale)
+        apart = sum(each.count for each in state.stale) - again
+        words = [f"{apart} in no figure"] if apart else []
+        words += [f"{again} in the figures until the next run"] if again else []
+        shown += ["", f"stale: {', '.join(words)}"]
+        shown += [f"  {each.count:6}  {each.reason}: {each.remedy}" for each in state.stale]
     return shown
 
 

@@ -2,7 +2,7 @@
 # A run on four SLURM nodes of four GPUs, on a shared disk. Submit it again after its time is up: it goes on.
 #
 #   sbatch examples/cluster/slurm.sh --workload imagefolder --data /shared/imagenet/val --model deit_small_patch16_224
-#   python -m ablations status --watch /shared/runs/deit-small
+#   sievit status --out /shared/runs/deit-small --watch
 #
 #SBATCH --job-name=sievit
 #SBATCH --nodes=4
@@ -35,7 +35,7 @@ sleep 20
 
 export RAY_ADDRESS="$address:$port"
 export SIEVIT_SHIP=nothing # the environment is on the shared disk
-python -m ablations run --out "$OUT" "$@" &
+sievit run --out "$OUT" "$@" &
 driver=$!
 trap 'kill -TERM $driver' TERM # the driver ends as on Ctrl-C: finished trials are kept
 status=0

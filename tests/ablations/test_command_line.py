@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from ablations.__main__ import main
+from ablations.cli.main import COMMANDS
 from ablations.run.record import sample_rows
+from ablations.spec.model import SPECS
 from ablations.workloads import open_workload
 from reducers import TokenReducer
 from reducers import registry as known_reducers
@@ -155,10 +158,15 @@ def test_bad_input_ends_with_one_message_and_status_2(
 
 
 def test_list_and_validate_show_the_plan(ablate: Ablate, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ablate("list") == 0
+    assert ablate("list", "--trials") == 0
     listed = capsys.readouterr().out
-    count = re.search(r"^k_values +(\d+) +Effect of K", listed, re.MULTILINE)
+    count = re.search(r"^k_values +(\d+) +always +Effect of K", listed, re.MULTILINE)
     assert count is not None
+    numbers = dict.fromkeys(("always", "if named"), 0)
+    for _, trials, runs in re.findall(r"^(\w+) +(\d+) +(always|if named) ", listed, re.MULTILINE):
+        numbers[runs] += int(trials)
+    always, others = numbers.values()
+    assert f"\n{always} trials where no spec is named, {others} in the others\n" in listed and others > 0
     assert ablate("validate", "k_values") == 0
     shown = capsys.readouterr().out
     assert f"k_values: Effect of K ({count[1]} trials)" in shown and "K = 31" in shown and "nothing was run" in shown
@@ -173,15 +181,33 @@ def test_list_and_validate_show_the_plan(ablate: Ablate, capsys: pytest.CaptureF
     assert all(len(line) <= 220 for line in table.splitlines())
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["list"], ["validate"], ["status"], ["train"], ["docs"]])
+def test_list_shows_every_shipped_spec_and_marks_those_that_run_only_where_they_are_named(
+    ablate: Ablate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("list") == 0
+    listed = capsys.readouterr().out
+    marks = dict(re.findall(r"^(\w+) +(always|if named) ", listed, re.MULTILINE))
+    shipped = {path.stem: yaml.safe_load(path.read_text()) for path in SPECS.glob("*.yaml")}
+    assert marks == {name: "always" if spec.get("default", True) else "if named" for name, spec in shipped.items()}
+    words = " ".join(listed.split())
+    for spec in shipped.values():
+        assert spec["title"] in words and spec["question"].split()[0] in words
+    assert "How many tokens does an image keep" in words
+    named = sum(mark == "if named" for mark in marks.values())
+    assert f"{len(marks)} specs; {named} of them run only where --specs names them" in words and named
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert "usage: python -m ablations" in printed
-    if command != ["status"]:
-        assert "arms:" in printed or "examples:" in printed
+    assert printed.startswith(" ".join(["usage: sievit", *command]))
+    assert "\nexamples:\n  " in printed and "\nexit status: 0 " in printed
+    (examples,) = re.findall(r"\nexamples:\n((?:  .*\n)+)", printed)
+    assert f"  {' '.join(['sievit', *command])}" in examples
+    assert "python -m ablations " not in printed
 
 
 def test_an_unknown_command_is_refused() -> None:

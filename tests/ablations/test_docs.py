@@ -27,7 +27,7 @@ def pages() -> dict[str, str]:
 
 def test_the_pages_are_current(pages: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docs, "pages", lambda: pages)
-    assert docs.stale() == [], "run `python -m ablations docs` (make docs)"
+    assert docs.stale() == [], "run `sievit docs` (make docs)"
 
 
 def test_every_method_has_a_page_and_a_line_in_the_index(pages: dict[str, str]) -> None:

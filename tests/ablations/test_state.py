@@ -84,25 +84,48 @@ def test_what_is_stale_is_told_with_the_reason(store: Store, trials: list[Trial]
         store.save(finished(trial, target.facts))
     assert numbers(store) == [4, 0, 0, 4, 6]
     text = shown(store)
-    assert "stale, and in no figure:" in text
+    assert "\nstale: 6 in no figure\n" in text
     for reason in old:
-        assert re.search(rf"^ +1  {re.escape(reason)}", text, re.MULTILINE), reason
+        assert re.search(rf"^ +1  {re.escape(reason)}[^:]*: .+ asks? for them$", text, re.MULTILINE), reason
 
 
 def test_rows_that_name_no_code_are_stale(store: Store, trials: list[Trial], target: Target) -> None:
     result = finished(dataclasses.replace(trials[0], variant="old"), target.facts, trial=None, code=None)
     store.save(result)
-    assert state.lines(look(store))[-1].strip() == "1  written before results said which code they come from"
+    last = state.lines(look(store))[-1].strip()
+    assert last == "1  written before results said which code they come from: no run asks for them"
 
 
 def test_results_of_other_code_are_announced_before_they_are_computed_again(
     store: Store, trials: list[Trial], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(finished(trials[0], target.facts))
-    assert look(store).old == {}
+    assert look(store).stale == []
     monkeypatch.setattr("ablations.trial.staleness.code_of", lambda trial: "evaluation=new")
-    assert look(store).old == {trials[0].key: "evaluation"}
-    assert "1 results were computed by other code than there is now (evaluation)" in shown(store)
+    assert shown(store).endswith(
+        "stale: 1 in the figures until the next run\n"
+        "       1  another version of the code (evaluation): the next run computes 1 again"
+    )
+
+
+def test_what_is_stale_is_counted_once_whether_the_plan_asks_for_it_or_not(
+    store: Store, trials: list[Trial], target: Target
+) -> None:
+    """Each result under one reason, each reason on one line: parts of the code that changed, with how many each."""
+    one, both = "evaluation=0123", "evaluation=0123 calibration=0123"
+    elsewhere = dataclasses.replace(trials[0], code=both, model="other")  # other code, whatever else it is
+    for trial in (dataclasses.replace(trials[1], code=one), elsewhere, dataclasses.replace(trials[0], batch=77)):
+        store.save(finished(trial, target.facts))
+    for trial in trials[1:3]:  # of the plan, computed before the code changed
+        store.save(finished(trial, target.facts, trial=dataclasses.replace(trial, code=both).description))
+    text = shown(store)
+    assert text.endswith(
+        "stale: 3 in no figure, 2 in the figures until the next run\n"
+        "       4  another version of the code (calibration 3, evaluation 4): the next run computes 2 again; "
+        "that code alone asks for the others\n"
+        "       1  another batch (77): `--batch 77` asks for them"
+    )
+    assert numbers(store) == [4, 2, 0, 2, 3]
 
 
 def test_a_run_after_a_change_in_the_code_computes_again_what_uses_it(

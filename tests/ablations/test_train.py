@@ -52,7 +52,7 @@ def spec_of(stages: str, training: str) -> Any:
 def test_a_trained_method_is_not_evaluated_untrained(target: Target) -> None:
     with pytest.raises(SpecError, match="works only after training, and this arm has no training; add `training"):
         expand(spec_of(TAUGHT % 9, "null"), target)
-    with pytest.raises(SpecError, match="python -m ablations train taught_for_a_test"):
+    with pytest.raises(SpecError, match="sievit train taught_for_a_test"):
         expand(spec_of(TAUGHT % 9, "{epochs: 1}"), target)
     elsewhere = "{stages: %s}" % (TAUGHT % 9).replace("at: 3", "at: 4")  # noqa: UP031
     with pytest.raises(SpecError, match="the training has none at block 3"):
