@@ -22,7 +22,7 @@ examples:
   sievit train all
   sievit train avit --set epochs=1 images=512          a shorter training
   sievit train dynamicvit --at 3,6,9 --settings '{"budget": {"ratio": 0.5}}'     at another budget
-  sievit train dynamicvit --workload imagefolder --data imagenette --weights deit_tiny.safetensors \
+  sievit train dynamicvit --workload imagefolder --data imagenette --weights deit_tiny.safetensors \\
       --set epochs=5 lr=1e-4
 
 Trains the method as ablations/specs/trained_methods.yaml says, evaluates it, brings random drop at three blocks to the
@@ -35,7 +35,8 @@ written below OUT:
   cache/finetuned                      finished trainings, which no command repeats, and checkpoints
 
 A training may be stopped at any time; the same command goes on where it stopped. One placement without comparison:
-python -m ablations.measure.finetune --help. exit status: 0 all is well, 2 bad input, 130 interrupted
+python -m ablations.measure.finetune --help
+exit status: 0 all is well, 2 bad input, 130 interrupted
 """
 
 
