@@ -176,7 +176,9 @@ def test_report_draws_what_the_analysis_draws_and_ends_like_it(run_of_two: Path,
     """Also where somebody stands in a folder with an analysis of their own."""
     put_analysis(tmp_path, "raise SystemExit('not this one')")
     done = sievit("report", "--out", "out", "--to", "there", cwd=tmp_path)
-    assert done.returncode == 1 and "error: no trial finished" in done.stderr, "no spec's trial as the analysis reads it"
+    assert done.returncode == 1 and "error: no trial finished" in done.stderr, (
+        "no spec's trial as the analysis reads it"
+    )
     assert (tmp_path / "there" / "report.html").exists() and not (run_of_two / "report.html").exists()
 
 
