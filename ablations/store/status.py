@@ -148,7 +148,7 @@ def lines(state: State) -> list[str]:
         again = sum(each.planned for each in state.stale)
         apart = sum(each.count for each in state.stale) - again
         words = [f"{apart} in no figure"] if apart else []
-        words += [f"{again} in the figures until the next run"] if again else []
+        words += [f"{again} of the plan, until the next run"] if again else []
         shown += ["", f"stale: {', '.join(words)}"]
         shown += [f"  {each.count:6}  {each.reason}: {each.remedy}" for each in state.stale]
     return shown

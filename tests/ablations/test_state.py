@@ -103,7 +103,7 @@ def test_results_of_other_code_are_announced_before_they_are_computed_again(
     assert look(store).stale == []
     monkeypatch.setattr("ablations.trial.staleness.code_of", lambda trial: "evaluation=new")
     assert shown(store).endswith(
-        "stale: 1 in the figures until the next run\n"
+        "stale: 1 of the plan, until the next run\n"
         "       1  another version of the code (evaluation): the next run computes 1 again"
     )
 
@@ -120,7 +120,7 @@ def test_what_is_stale_is_counted_once_whether_the_plan_asks_for_it_or_not(
         store.save(finished(trial, target.facts, trial=dataclasses.replace(trial, code=both).description))
     text = shown(store)
     assert text.endswith(
-        "stale: 3 in no figure, 2 in the figures until the next run\n"
+        "stale: 3 in no figure, 2 of the plan, until the next run\n"
         "       4  another version of the code (calibration 3, evaluation 4): the next run computes 2 again; "
         "that code alone asks for the others\n"
         "       1  another batch (77): `--batch 77` asks for them"
