@@ -17,24 +17,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ablations.records.columns import Kind, row_columns
 from analysis.files import read_rows, read_together
 
 log = logging.getLogger(__name__)
 
 REQUIRED = ("spec", "key", "status", "variant")
-NUMBERS = (
-    "x", "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
-    "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "dense_top1", "coverage", "class_kept",
-    "params_m", "target", "target_gmacs", "calibration_gmacs", "calibration_images", "probes", "epochs", "train_images",
-    "train_seconds", "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high",
-    "measured_batch", "batch", "images", "seed", "seconds",
-)  # fmt: skip
-WORDS = (
-    "error", "model", "weights", "workload", "placement", "reducer", "score", "budget", "data_digest",
-    "weights_digest", "device", "versions", "created", "training", "measure", "target_note",
-)  # fmt: skip
-FLAGS = ("calibrated", "target_reached", "teacher")  # True, False, or None where a trial does not say
-LISTS = ("blocks", "tokens", "tokens_std")
+FINETUNED = "finetuned"
+NUMBERS = row_columns(Kind.REAL, Kind.WHOLE)
+WORDS = tuple(name for name in row_columns(Kind.TEXT) if name not in REQUIRED)
+FLAGS = tuple(name for name in row_columns(Kind.FLAG) if name != FINETUNED)
+"""True, False, or None where a trial does not say; that it is not finetuned it need not say."""
+LISTS = row_columns(Kind.REALS, Kind.WHOLES)
 REMEDY = "run the experiments first: make ablations OUT={out}"
 KEPT_ROWS = 1_000_000  # rows of per-image tables held at once: some hundreds of megabytes
 
@@ -219,8 +213,8 @@ def tidy(trials: pd.DataFrame) -> pd.DataFrame:
         column = rows[name] if name in rows else pd.Series(None, index=rows.index, dtype=object)
         rows[name] = pd.Series([_as_list(value) for value in column], index=rows.index, dtype=object)
     rows["images"] = rows["images"].fillna(0).astype(int)
-    finetuned = rows["finetuned"] if "finetuned" in rows else pd.Series(False, index=rows.index)
-    rows["finetuned"] = finetuned.astype(object).where(finetuned.notna(), False).astype(bool)
+    finetuned = rows[FINETUNED] if FINETUNED in rows else pd.Series(False, index=rows.index)
+    rows[FINETUNED] = finetuned.astype(object).where(finetuned.notna(), False).astype(bool)
     rows["variant"] = [variant or spec for variant, spec in zip(rows["variant"], rows["spec"], strict=True)]
     # A series of which some trials are finetuned and some are not is two series.
     both = rows.groupby(["spec", "variant"])["finetuned"].transform("nunique") > 1

@@ -5,7 +5,7 @@ arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,11 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
+from ablations.records.paired import ALPHA, bonett_price, holm
+from ablations.records.paired import mcnemar as mcnemar_p
+from ablations.records.wilson import wilson as wilson_bounds
+
 LEVEL = 0.95  # every interval of the project
-ALPHA = 0.05
 DRAWS = 4000  # resamples of a bootstrap
 DISTINCT = 64  # of so many different values the draws are counted, not the images
 POWER = 0.8  # "can tell" means: finds a difference of this size in 80 % of repetitions
@@ -70,16 +73,10 @@ class Resolution:
 
 
 def wilson(correct: float, images: int, *, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a proportion (E. B. Wilson, 1927): sound near 0 and 1, where Wald's is
-    not.
-    """
+    """A proportion with Wilson's score interval."""
     if images <= 0:
         raise ValueError(f"{images} images: an interval needs at least one")
-    z = _z(level)
-    share = correct / images
-    centre = (share + z * z / (2 * images)) / (1 + z * z / images)
-    half = z / (1 + z * z / images) * math.sqrt(share * (1 - share) / images + z * z / (4 * images * images))
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(correct / images, *wilson_bounds(correct, images, z=_z(level)))
 
 
 def bootstrap(
@@ -122,25 +119,13 @@ def accuracy(correct: ArrayLike, *, draws: int = DRAWS, level: float = LEVEL, se
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL, draws: int = DRAWS) -> Paired:
-    """Compare two trials by the images on which they disagree.
-
-    p: McNemar's exact (binomial) test. Interval of the difference: Bonett and Price's adjusted Wald interval
-    for paired proportions (2012), which holds its level for few disagreements, where the plain one has width
-    0.
-    """
+    """Compare two trials by the images on which they disagree: the exact test, Bonett and Price's interval."""
     a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
     _same_images(a, b)
     n, a_only, b_only = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    count = a_only + b_only
-    p = 1.0 if count == 0 else float(scipy_stats.binomtest(a_only, count, 0.5).pvalue)
-    less = min(a_only, b_only)
-    tail = scipy_stats.binom.cdf(less, count, 0.5) - 0.5 * scipy_stats.binom.pmf(less, count, 0.5) if count else 0.5
-    mid = min(1.0, 2 * float(tail))
-    pa, pb = (a_only + 1) / (n + 2), (b_only + 1) / (n + 2)
-    half = _z(level) * math.sqrt((pa + pb - (pa - pb) ** 2) / (n + 2))
-    low, high = max(-1.0, pa - pb - half), min(1.0, pa - pb + half)
+    bounds = bonett_price(a_only, b_only, n, z=_z(level))
     boot = bootstrap(a.astype(np.float64) - b, draws=draws, level=level)
-    return Paired(n, a_only, b_only, (a_only - b_only) / n, low, high, p, mid, boot.low, boot.high)
+    return Paired(n, a_only, b_only, (a_only - b_only) / n, *bounds, *mcnemar_p(a_only, b_only), boot.low, boot.high)
 
 
 def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL, draws: int = DRAWS) -> Paired:
@@ -182,16 +167,6 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> Paired:
 def compare_with_dense(table: pd.DataFrame) -> Paired:
     """A trial against the plain model on the same images (columns ``correct``, ``dense_correct``)."""
     return mcnemar(table["correct"].to_numpy(), table["dense_correct"].to_numpy())
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p-values adjusted for having looked at all of them."""
-    order = np.argsort(p_values, kind="stable")
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def resolution(images: int, *, accuracy: float, discordance: float) -> Resolution:
@@ -243,3 +218,9 @@ def _drawn_means(data: NDArray[np.float64], draws: int, random: np.random.Genera
 
 def _z(level: float) -> float:
     return float(scipy_stats.norm.ppf((1 + level) / 2))
+
+
+__all__ = [
+    "ALPHA", "DRAWS", "LEVEL", "Interval", "Paired", "Resolution", "accuracy", "bootstrap", "compare",
+    "compare_with_dense", "holm", "mcnemar", "paired", "paired_bootstrap", "resolution", "spearman", "wilson",
+]  # fmt: skip

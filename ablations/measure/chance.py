@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ablations.measure.context import DensePredictions
-from ablations.measure.metrics import wilson
+from ablations.records.wilson import wilson
 from ablations.workloads import Workload
 
 log = logging.getLogger(__name__)

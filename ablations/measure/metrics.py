@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,30 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ablations.records.wilson import wilson
 from ablations.trial.trial import TrialError
 from reducers.trace import Trace
 
 GIGA = 1e9
-_Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-
-
-def wilson(successes: int, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share (Wilson, 1927): valid near 0 and 1 too, where mean +- 2 s.d. is not."""
-    if total < 1:
-        return 0.0, 1.0
-    share, square = successes / total, _Z95**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = _Z95 / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    # rounding must not push the end of an interval past the share it belongs to
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
-
-
-def paired_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Difference of two accuracies on the same images, and its 95 % interval (normal, over the images' differences)."""
-    gaps = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    mean = float(gaps.mean())
-    half = _Z95 * float(gaps.std()) / math.sqrt(len(gaps))
-    return mean, mean - half, mean + half
 
 
 def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ablations.records.columns import as_known
+from ablations.records.schema import as_known
 from ablations.records.storage import Storage
 
 SUFFIX = ".parquet"

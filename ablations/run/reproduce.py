@@ -21,8 +21,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.names import RUN
+from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.store.status import find_key
 from ablations.store.store import Store
 from ablations.trial.code import code_of

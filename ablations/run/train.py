@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from ablations.measure.chance import warn_at_chance
 from ablations.measure.context import TrialContext, dense_predictions, model_facts
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune import finetuned, parse_recipe
-from ablations.measure.metrics import paired_difference
 from ablations.records.files import atomic
+from ablations.records.paired import ALPHA, bonett_price, holm, mcnemar
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import Stages, free_kinds
 from ablations.trial.trial import Trial, TrialResult, canonical_json
@@ -61,11 +61,30 @@ class Compared:
     method: TrialResult
     off_the_shelf: TrialResult
     trained_as_long: TrialResult
+    p_holm: float | None = None  # corrected over all methods of a call; None: of this one alone
+
+    @property
+    def alone(self) -> tuple[int, int]:
+        """How many images only the method gets right, and how many only random drop trained as long."""
+        ours, theirs = (np.asarray(one.images["correct"], dtype=bool) for one in (self.method, self.trained_as_long))
+        return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+
+    @property
+    def p_value(self) -> float:
+        """Of the test that the report uses (``records.paired``), as far as it is corrected."""
+        return mcnemar(*self.alone)[0] if self.p_holm is None else self.p_holm
 
     @property
     def lead(self) -> tuple[float, float, float]:
         """Accuracy over that of random drop trained as long, on the same images, with its 95 % interval."""
-        return paired_difference(self.method.images["correct"], self.trained_as_long.images["correct"])
+        ours, theirs = self.alone
+        images = len(self.method.images["correct"])
+        return (ours - theirs) / images, *bonett_price(ours, theirs, images)
+
+    @property
+    def beats(self) -> bool:
+        """Whether it is better than random drop, and told apart from it."""
+        return self.p_value < ALPHA and self.lead[0] > 0
 
     @property
     def verdict(self) -> str:
@@ -73,13 +92,18 @@ class Compared:
         gap, low, high = (100 * value for value in self.lead)
         size = f"{gap:+.1f} points [{low:+.1f}, {high:+.1f}]"
         text = "cannot be told apart from random drop"
-        if low > 0:
-            text = "beats random drop"
-        elif high < 0:
-            text = "fails: random drop is better"
+        if self.p_value < ALPHA:
+            text = "beats random drop" if self.beats else "fails: random drop is better"
         if not self.off_the_shelf.row["target_reached"]:
             return f"{text}: {size}; random drop {self.off_the_shelf.row['target_note']}"
         return f"{text}: {size}"
+
+
+def corrected(all_compared: Sequence[Compared]) -> list[Compared]:
+    """The comparisons of one call, their p-values corrected for having looked at all of them (Holm)."""
+    plain = [replace(one, p_holm=None) for one in all_compared]
+    adjusted = holm([one.p_value for one in plain])
+    return [replace(one, p_holm=p) for one, p in zip(plain, adjusted, strict=True)]
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -248,8 +272,25 @@ def _accuracy(row: Mapping[str, Any]) -> str:
 
 def save(compared: Compared, context: TrialContext, out: Path) -> Path:
     """The trained weights and ``train.json`` in a folder of this training below OUT; that folder."""
-    place = out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
+    place = _place(compared, out)
     finetuned(compared.method.row["training"], context).save(place)
+    _write(compared, context, place)
+    return place
+
+
+def conclude(all_compared: Sequence[Compared], context: TrialContext, out: Path) -> list[Compared]:
+    """The comparisons of a call that is through, corrected; each ``train.json`` has its last verdict."""
+    concluded = corrected(all_compared)
+    for one in concluded:
+        _write(one, context, _place(one, out))
+    return concluded
+
+
+def _place(compared: Compared, out: Path) -> Path:
+    return out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
+
+
+def _write(compared: Compared, context: TrialContext, place: Path) -> None:
     results = {
         "method": compared.method,
         "random, off the shelf": compared.off_the_shelf,
@@ -263,11 +304,11 @@ def save(compared: Compared, context: TrialContext, out: Path) -> Path:
         "images": len(context.workload),
         "dense_top1": context.dense.top1,
         "verdict": compared.verdict,
+        "p_holm": compared.p_holm,  # null until all methods of the call are trained
         "results": {name: {column: result.row[column] for column in kept} for name, result in results.items()},
     }
     with atomic(place / "train.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return place
 
 
 def headline(context: TrialContext) -> str:
@@ -281,8 +322,8 @@ def headline(context: TrialContext) -> str:
 
 def closing(all_compared: Sequence[Compared]) -> str:
     """How many methods beat random drop."""
-    ahead = sum(compared.lead[1] > 0 for compared in all_compared)
+    ahead = sum(compared.beats for compared in all_compared)
     return (
-        f"{ahead} of {len(all_compared)} beat random drop trained as long at the same cost; brackets are 95 % "
-        "intervals over the images, of differences on the same images"
+        f"{ahead} of {len(all_compared)} beat random drop trained as long at the same cost (McNemar, corrected by "
+        "Holm); brackets are 95 % intervals over the images, of differences on the same images"
     )

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.parquet import KEY, SUFFIX, owner, parquet, read_parquet, read_row, short
+from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.storage import Entry, Storage
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.files import atomic, cache_home, json_bytes, read_json, write_json
 from ablations.records.parquet import KEY, SUFFIX, owned, parquet, read_parquet, read_row, short
+from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.storage import Disk, StoreError, open_storage, refused
 from ablations.store.index import RowIndex
 from ablations.store.lease import leased

@@ -67,7 +67,10 @@ UNDIGESTED = {"embedded": ("ablations.workloads.embedded:embedded_workload",)}
 
 CLOSED = frozenset(
     {
-        "ablations.records", "ablations.store", "ablations.run", "ablations.spec", "ablations.cli",
+        *(f"ablations.records.{name}" for name in (
+            "columns", "files", "locks", "names", "paired", "parquet", "schema", "storage", "streams",
+        )),
+        "ablations.store", "ablations.run", "ablations.spec", "ablations.cli",
         "ablations.catalogue", "ablations.system", "ablations.streams", "ablations.words",
         "ablations.trial.trial", "ablations.trial.code", "ablations.trial.code_sources", "ablations.trial.code_text",
         "ablations.trial.staleness", "ablations.measure.probes", "ablations.measure.profile",

@@ -1,8 +1,8 @@
 """What one trial is: a frozen description with a content key, and the row its result becomes.
 
-The lowest layer of the experiments: standard library and ``reducers`` only, so that a machine with nothing but torch
-and timm can run a trial, and nothing but the standard library to read one. How a trial is evaluated stands in
-``measure.evaluate``, where its result is kept in ``store``.
+The lowest layer of the experiments: standard library, the names of columns and ``reducers`` only, so that a machine
+with nothing but torch and timm can run a trial, and nothing but the standard library to read one. How a trial is
+evaluated stands in ``measure.evaluate``, where its result is kept in ``store``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ablations.records import columns
 from ablations.trial.free_settings import Stages
 from ablations.trial.labels import blocks_of, budget_number, labels_of, placement_label
 from ablations.trial.random import random_seed
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
 
-_METRICS = (
-    "top1", "top1_low", "top1_high", "top5", "agreement", "gmacs_mean", "gmacs_std",
-    "reference_gmacs_mean", "reducer_gmacs_mean", "dense_gmacs", "tokens", "tokens_std", "coverage", "class_kept",
-    "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
-    "peak_memory_mb", "dense_top1", "shared_prefix", "evaluated_batch", "attempts",
-    "epochs", "train_images", "train_seconds", "teacher",
-)  # fmt: skip
 _ADDED_LATER = {  # fields, and what says nothing
     "target": None, "training": "", "measure": "", "calibration": "", "code": "",
 }  # fmt: skip
@@ -243,7 +237,8 @@ def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) 
     blocks = blocks_of(trial.stage_list())
     stages = solution.stages if solution else trial.stages
     return {
-        "spec": trial.spec, "key": trial.key, "status": "failed", "error": None,
+        **dict.fromkeys(columns.ROW),
+        "spec": trial.spec, "key": trial.key, "status": "failed",
         "model": trial.model, "params_m": facts.params_m, "weights": trial.weights, "workload": trial.workload,
         "images": trial.images, "batch": trial.batch, "seed": trial.seed,
         "finetuned": bool(trial.training), "training": trial.training or None,
@@ -251,11 +246,10 @@ def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) 
         "variant": trial.variant, "x": trial.x, **labels_of(json.loads(stages), facts.patches),
         "target": trial.target, "target_gmacs": solution.target_gmacs if solution else None,
         "calibrated": solution is not None,
-        "calibration_gmacs": solution.calibration_gmacs if solution else None, "calibration_images": None,
+        "calibration_gmacs": solution.calibration_gmacs if solution else None,
         "probes": solution.probes if solution else None,
         "target_reached": solution.reached if solution else None,
         "target_note": solution.note or None if solution else None,
-        **dict.fromkeys(_METRICS),
         "seconds": 0.0, "device": "", "versions": "{}",
         "data_digest": trial.data_digest, "weights_digest": trial.weights_digest,
         "code": trial.code, "trial": trial.description,

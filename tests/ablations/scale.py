@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ablations.records.columns import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.parquet import parquet
+from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.run.session import Session, Settings, open_session
 from ablations.store.store import Store
 from ablations.trial.trial import base_row

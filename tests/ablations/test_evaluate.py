@@ -14,7 +14,8 @@ import torch
 from scipy.stats import binomtest
 
 from ablations.measure.evaluate import TrialContext, run_trial, try_trial
-from ablations.measure.metrics import patch_masks, wilson
+from ablations.measure.metrics import patch_masks
+from ablations.records.wilson import wilson
 from ablations.run.contexts import make_context
 from ablations.run.session import Session, Settings, open_session
 from ablations.spec.expand import expand

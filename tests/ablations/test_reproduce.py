@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.records.columns import ROW_SCHEMA
+from ablations.records.schema import ROW_SCHEMA
 from ablations.run.reproduce import ReproduceError, as_evaluated, recorded_trial, reproduce
 from ablations.run.session import Settings, open_session
 from ablations.store.status import find_key

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ablations.measure import evaluate
-from ablations.measure.metrics import paired_difference
 from ablations.run import train
 from ablations.spec.expand import Target, expand
 from ablations.spec.model import SpecError, find_specs, parse_spec
@@ -24,6 +24,7 @@ from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import free_kinds, ladder, settle
 from ablations.trial.trial import TrialResult
 from ablations.workloads import open_model
+from analysis import comparison, stats
 from reducers import available, build, placement_from, reduce_tokens
 from tests.ablations.runs import ROOT
 from tests.finetune import taught
@@ -179,22 +180,53 @@ def test_arms_of_the_spec_take_the_recipe_over_their_own() -> None:
     assert train.three_blocks(12) == [3, 6, 9]
 
 
-def test_differences_are_paired_and_verdicts_follow_from_their_intervals() -> None:
+def outcome(ours: np.ndarray, theirs: np.ndarray, *, reached: bool = True) -> train.Compared:
+    row = {"target_reached": reached, "target_note": "out of reach"}
+    asked = train.Asked("m", "M", [], {}, None)
+    results = [TrialResult({}, {"correct": ours}), TrialResult(row), TrialResult({}, {"correct": theirs})]
+    return train.Compared(asked, *results)
+
+
+def disagreeing(ours: int, theirs: int, *, images: int) -> train.Compared:
+    """So many images that only one of the two gets right; both are right on the others."""
+    places = np.arange(images)
+    return outcome((places < ours) | (places >= ours + theirs), places >= ours)
+
+
+def test_differences_are_paired_and_verdicts_follow_from_their_test() -> None:
     ours, theirs = np.array([True] * 60 + [False] * 40), np.array([True] * 40 + [False] * 60)
-    gap, low, high = paired_difference(ours, theirs)
-    assert gap == pytest.approx(0.2) and (high - low) / 2 == pytest.approx(1.96 * np.sqrt(0.2 * 0.8 / 100), rel=1e-3)
-    assert paired_difference(ours, ours) == (0, 0, 0)
+    gap, low, high = outcome(ours, theirs).lead
+    assert gap == pytest.approx(0.2) and low < gap < high
+    assert outcome(ours, theirs).verdict.startswith("beats random drop: +20.0 points [+11.")
+    assert outcome(theirs, ours).verdict.startswith("fails: random drop is better: -20.0 points")
+    assert outcome(ours, ours).verdict.startswith("cannot be told apart from random drop: +0.0 points [-")
+    assert outcome(ours, ours, reached=False).verdict.endswith("; random drop out of reach")
 
-    def verdict(one: np.ndarray, other: np.ndarray, *, reached: bool = True) -> str:
-        row = {"target_reached": reached, "target_note": "out of reach"}
-        asked = train.Asked("m", "M", [], {}, None)
-        results = [TrialResult({}, {"correct": one}), TrialResult(row), TrialResult({}, {"correct": other})]
-        return train.Compared(asked, *results).verdict
 
-    assert verdict(ours, theirs).startswith("beats random drop: +20.0 points [+12.")
-    assert verdict(theirs, ours).startswith("fails: random drop is better: -20.0 points")
-    assert verdict(ours, ours) == "cannot be told apart from random drop: +0.0 points [+0.0, +0.0]"
-    assert verdict(ours, ours, reached=False).endswith("; random drop out of reach")
+def test_the_verdict_is_that_of_the_report() -> None:
+    """20 images against 9 of 2160: a normal interval of the difference leaves zero out, the exact test does not."""
+    found = disagreeing(20, 9, images=2160)
+    answers = (found.method.images["correct"], found.trained_as_long.images["correct"])
+    in_report = stats.paired(*answers)
+    assert (in_report.difference, in_report.low, in_report.high) == found.lead
+    assert in_report.p_value == found.p_value == pytest.approx(0.0614, abs=1e-4)
+    assert found.verdict.startswith("cannot be told apart from random drop: +0.5 points")
+    rows = pd.DataFrame(
+        {"variant": name, "answers": [answer], "gmacs_mean": 0.5, "dense_gmacs": 1.0, "dense": False, "keys": [[name]]}
+        for name, answer in zip(("method", "drop"), answers, strict=True)
+    ).assign(answers=list(answers), keys=[["a"], ["b"]])
+    (said,) = comparison.versus_curve(rows, "drop", by="variant")
+    assert not said.told_apart and said.p_holm == train.corrected([found])[0].p_value
+
+
+def test_verdicts_are_corrected_over_all_methods_of_a_call() -> None:
+    close = disagreeing(21, 8, images=2160)
+    assert close.verdict.startswith("beats") and train.corrected([close])[0].beats
+    several = train.corrected([close, disagreeing(9, 9, images=2160), disagreeing(8, 9, images=2160)])
+    assert several[0].verdict.startswith("cannot be told apart from random drop: +0.6 points")
+    assert train.closing(several).startswith("0 of 3 beat") and train.closing([close]).startswith("1 of 1 beat")
+    assert several[0].p_value == stats.holm([one.p_value for one in (close, *several[1:])])[0]
+    assert train.corrected(several) == several, "correcting twice is correcting once"
 
 
 def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
