@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
+from ablations.records.streams import silence
+
 _STREAMS = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
@@ -36,13 +38,6 @@ class _Lasting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def silence(stream: TextIO) -> None:
-    """Let what is written to a stream, and what still waits in it, go nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 @contextmanager
@@ -79,3 +74,6 @@ def _is_open(number: int) -> bool:
     except OSError:
         return False
     return True
+
+
+__all__ = ["silence", "standard_streams"]

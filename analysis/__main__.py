@@ -6,12 +6,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from ablations.records.storage import as_folder, is_uri
+from ablations.records.streams import say
 from analysis import remote
 from analysis.frame import AnalysisError, Results, read_results
 from analysis.report import Written, write_analysis
-from analysis.streams import say
 
 EPILOG = """\
 reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _analyse(out: str, to: str | None) -> tuple[Results, Written, str]:
     """What was read, what was written, and where the report is."""
-    if to is not None and remote.is_uri(to):
+    if to is not None and is_uri(to):
         raise AnalysisError(f"--to {to}: name a folder of this machine, from which the report can be copied on")
-    folder = Path(to).expanduser() if to is not None else None
-    if not remote.is_uri(out):
-        results = read_results(Path(out).expanduser())
+    folder = as_folder(to) if to is not None else None
+    if not is_uri(out):
+        results = read_results(as_folder(out))
         written = write_analysis(results, folder)
         return results, written, str(written.report)
     place = remote.open_place(out)

@@ -82,7 +82,9 @@ def _train(arguments: argparse.Namespace) -> int:
     compared = []
     for one in asked:
         compared.append(train.train(one, context))
-        log.info("%s: %s; in %s", one.variant, compared[-1].verdict, train.save(compared[-1], context, arguments.out))
+        size = 100 * compared[-1].lead[0]  # a verdict takes all of them
+        log.info("%s: %+.1f points; in %s", one.variant, size, train.save(compared[-1], context, arguments.out))
+    compared = train.conclude(compared, context, arguments.out)
     print(table(train.COLUMNS, [train.line(one) for one in compared]))
     print(train.closing(compared))
     return OK

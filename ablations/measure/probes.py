@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ablations.system import lock
+from ablations.records.locks import lock
 
 log = logging.getLogger(__name__)
 

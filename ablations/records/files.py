@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ablations.system import lock
+from ablations.records.locks import lock
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +33,20 @@ def user_path(text: str | Path) -> Path:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Write to a temporary file beside ``path`` that takes its name only when whole and on the disk."""
+def atomic(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """Write to a temporary file beside ``path`` that takes its name only when whole; ``lasting``: and on the disk."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("r+b") as file:  # Windows syncs no file that is open for reading alone
-            os.fsync(file.fileno())
+        if lasting:
+            with temporary.open("r+b") as file:  # Windows syncs no file that is open for reading alone
+                os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp makes files private; results are for reading
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

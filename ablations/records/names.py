@@ -1,7 +1,8 @@
-"""The names of the files in OUT, and what the record of a run says of its plan."""
+"""The names of the files in OUT, and what the record of a run says of its plan. Standard library alone."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 RUN = "run.json"
@@ -10,6 +11,24 @@ LIVE = "progress.json"
 """By which a run tells other terminals how far it is."""
 PROFILE = "profile.json"
 RESULTS = "results.parquet"
+SUFFIX = ".parquet"
+KEY = re.compile(r"[0-9a-f]{16}")
+TRIALS, IMAGES = "trials", "images"
+"""Folders with a file a trial: its row, and the table of its images."""
+SAMPLES, SAMPLES_INDEX = "samples", "samples/index.json"
+CACHE = "cache"
+FIGURES, TABLES, REPORT = "figures", "tables", "report.html"
+"""What the analysis adds."""
+
+
+def row_file(key: str) -> str:
+    """The file of a trial's row, whose presence says that it is finished."""
+    return f"{TRIALS}/{key}{SUFFIX}"
+
+
+def images_file(key: str) -> str:
+    """The file of a trial's images."""
+    return f"{IMAGES}/{key}{SUFFIX}"
 
 
 def planned_keys(run: Any) -> dict[str, list[str]]:

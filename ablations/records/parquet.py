@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from ablations.records.names import row_file
 from ablations.records.schema import as_known
 from ablations.records.storage import Storage
 
-SUFFIX = ".parquet"
-KEY = re.compile(r"[0-9a-f]{16}")
+AT_ONCE = 512  # files read together
 _OWNER = b"trial"
 
 
@@ -29,16 +30,26 @@ def owner(metadata: Mapping[bytes, bytes] | None) -> str | None:
 
 def read_row(storage: Storage, key: str) -> pa.Table:
     """The one row of a trial's file as a table; ValueError where it holds something else."""
-    rows = as_known(read_parquet(storage, f"trials/{key}{SUFFIX}"))
+    rows = as_known(read_parquet(storage, row_file(key)))
     if rows.num_rows != 1 or rows["key"][0].as_py() != key or rows["status"][0].as_py() not in ("ok", "failed"):
         raise ValueError("its content does not match its name")
     return rows
 
 
-def read_parquet(storage: Storage, name: str) -> pa.Table:
-    """A whole Parquet file, its checksums verified."""
+def read_parquet(storage: Storage, name: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file, or some columns of it, the checksums of all that is read verified."""
     with storage.open(name) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read()
+        return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+
+
+def read_together(paths: Sequence[str], *, schema: pa.Schema, filesystem: Any = None) -> pa.Table:
+    """The rows of many small files in the order of these, their checksums verified; columns that a file lacks are null.
+    As many as ``AT_ONCE``: of each, what reads it ahead holds far more than it holds itself.
+    """
+    options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
+    verifying = pads.ParquetFileFormat(default_fragment_scan_options=options)
+    files = pads.dataset(list(paths), schema=schema, format=verifying, filesystem=filesystem)
+    return files.to_table().combine_chunks()
 
 
 def parquet(table: pa.Table) -> pa.Buffer:

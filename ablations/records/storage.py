@@ -209,8 +209,13 @@ def open_storage(out: Path | str) -> Storage:
     """The storage of a folder or a URI; nothing is read or written yet."""
     if is_uri(out):
         return Remote(str(out))
+    return Disk(as_folder(out).absolute())
+
+
+def as_folder(out: Path | str) -> Path:
+    """The folder of what is no URI, written as a path or as ``file://…``."""
     text = str(out)
-    return Disk(user_path(urlsplit(text).path if text.startswith("file://") else text).absolute())
+    return user_path(urlsplit(text).path if text.startswith("file://") else text)
 
 
 def reason(error: OSError) -> str:
@@ -241,8 +246,8 @@ def _file_system(uri: str) -> tuple[pafs.FileSystem, str]:
         filesystem, path = pafs.FileSystem.from_uri(uri)
     except (ValueError, NotImplementedError, OSError) as error:
         raise StoreError(
-            f"{uri} names no place that results can be kept at ({reason(OSError(str(error)))}); "
-            "give a folder, or a URI such as s3://BUCKET/FOLDER"
+            f"{uri} cannot be opened ({reason(OSError(str(error)))}); give a folder, or a URI such as "
+            "s3://BUCKET/FOLDER"
         ) from error
     return filesystem, path
 

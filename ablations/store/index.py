@@ -16,16 +16,16 @@ from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from ablations.records.parquet import KEY, SUFFIX, owner, parquet, read_parquet, read_row, short
+from ablations.records.names import CACHE, IMAGES, KEY, SUFFIX, TRIALS, images_file, row_file
+from ablations.records.parquet import AT_ONCE, owner, parquet, read_parquet, read_row, read_together, short
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
 
-FOLDER = "cache/index"
+FOLDER = f"{CACHE}/index"
 _OWN = [
     (name, pa.int64()) for name in ("row_size", "row_modified", "images_size", "images_modified", "images_verified")
 ]
@@ -34,7 +34,6 @@ INDEX_SCHEMA = pa.schema([*ROW_SCHEMA, *_OWN])
 of that was read then (1), or only its end, which tells whose it is and how many rows it has (0).
 """
 
-_AT_ONCE = 512  # files read together
 _WORTH_KEEPING = 256  # rows read anew from which a reader appends a segment
 _SEGMENTS = 32  # from which the run that holds the place joins them
 _THREADS = 16  # most of the time is spent waiting for storage
@@ -57,12 +56,12 @@ class RowIndex:
         ``verify``: files of images that were not yet verified to the last byte are now.
         """
         known = self._segments() if self._table is None else self._table
-        listed = self._listed("trials")
+        listed = self._listed(TRIALS)
         current = self._current(known, listed)
         if len(current) < known.num_rows:
             known = known.take(pa.array(sorted(current.values()), pa.int64()))
         unread = [key for key in sorted(listed) if key not in current and self._damaged.get(key) != listed[key]]
-        fresh = [self._read(unread[start : start + _AT_ONCE], listed) for start in range(0, len(unread), _AT_ONCE)]
+        fresh = [self._read(unread[start : start + AT_ONCE], listed) for start in range(0, len(unread), AT_ONCE)]
         if fresh:
             known = pa.concat_tables([known, *fresh]).combine_chunks()
             known = known.take(pc.sort_indices(known["key"]))
@@ -157,19 +156,16 @@ class RowIndex:
         return rows
 
     def _read_together(self, keys: Sequence[str]) -> pa.Table | None:
-        paths, filesystem = self._storage.dataset([f"trials/{key}{SUFFIX}" for key in keys])
-        options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-        layout = pads.ParquetFileFormat(default_fragment_scan_options=options)
+        paths, filesystem = self._storage.dataset([row_file(key) for key in keys])
         try:
-            found = pads.dataset(paths, schema=ROW_SCHEMA, format=layout, filesystem=filesystem).to_table()
+            found = read_together(paths, schema=ROW_SCHEMA, filesystem=filesystem)
         except (OSError, ValueError, pa.ArrowException):
             return None
-        found = found.combine_chunks()
         right = found["key"].to_pylist() == list(keys) and set(found["status"].to_pylist()) <= {"ok", "failed"}
         return found if right else None
 
     def _read_one(self, key: str) -> pa.Table | None:
-        name = f"trials/{key}{SUFFIX}"
+        name = row_file(key)
         try:
             return read_row(self._storage, key)
         except FileNotFoundError:
@@ -181,7 +177,7 @@ class RowIndex:
 
     def _with_images(self, rows: pa.Table, *, verify: bool) -> pa.Table:
         """The same rows, those files of images looked at that are not the ones that were found whole."""
-        images = self._listed("images")
+        images = self._listed(IMAGES)
         names = ("key", "status", "images", "images_size", "images_modified", "images_verified")
         columns = dict(zip(names, (rows[name].to_pylist() for name in names), strict=True))
         sizes, times, verified = (columns[name] for name in names[3:])
@@ -207,7 +203,7 @@ class RowIndex:
                 self._unsaved.add(key)
             if not whole and key not in self._incomplete:
                 self._incomplete.add(key)
-                where = f"{self._storage.location}/images/{key}{SUFFIX}"
+                where = f"{self._storage.location}/{images_file(key)}"
                 log.warning("%s is missing or not whole: its trial will be computed again", where)
             sizes[place], times[place] = (images[key].size, images[key].modified) if whole else (-1, -1)
             verified[place] = int(whole and verify)
@@ -218,7 +214,7 @@ class RowIndex:
     def _count_images(self, key: str) -> int | None:
         """How many rows a file of images has, by its end; None where that is damaged, or of another trial."""
         try:
-            with self._storage.open(f"images/{key}{SUFFIX}") as file:
+            with self._storage.open(images_file(key)) as file:
                 about = pq.read_metadata(file)
             return int(about.num_rows) if owner(about.metadata) in (key, None) else None
         except (OSError, ValueError, pa.ArrowException):
@@ -227,7 +223,7 @@ class RowIndex:
     def _read_images(self, key: str) -> int | None:
         """The same, and every byte of it is what was written."""
         try:
-            found = read_parquet(self._storage, f"images/{key}{SUFFIX}")
+            found = read_parquet(self._storage, images_file(key))
             whole = owner(found.schema.metadata) in (key, None) and found.schema.equals(IMAGE_SCHEMA)
             return int(found.num_rows) if whole else None
         except (OSError, ValueError, pa.ArrowException):

@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ablations.records.locks import lock
 from ablations.records.names import LIVE, RUN, planned_keys
 from ablations.records.storage import Disk
 from ablations.store.lease import BEAT, PATIENCE, holder
 from ablations.store.store import Status, Store
-from ablations.system import lock
 from ablations.trial.staleness import Stale, account
 from ablations.words import duration, in_words, table
 

@@ -24,18 +24,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ablations.records.files import atomic, cache_home, json_bytes, read_json, write_json
-from ablations.records.parquet import KEY, SUFFIX, owned, parquet, read_parquet, read_row, short
+from ablations.records.locks import lock
+from ablations.records.names import CACHE, IMAGES, KEY, RESULTS, SAMPLES, TRIALS, images_file, row_file
+from ablations.records.parquet import owned, parquet, read_parquet, read_row, short
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.records.storage import Disk, StoreError, open_storage, refused
 from ablations.store.index import RowIndex
 from ablations.store.lease import leased
 from ablations.store.trial_log import add_line, read_log, trial_log
-from ablations.system import lock
 from ablations.trial.trial import Trial, TrialResult
 
 log = logging.getLogger(__name__)
 
-_RESULTS = "results.parquet"
+_UNTIMED = f"{CACHE}/untimed"
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,25 @@ class Store:
 
     @property
     def cache(self) -> Path:
-        return self.out / "cache"
+        return self.out / CACHE
 
     @property
     def results(self) -> str:
         """Where the compacted rows are."""
-        return self.storage.below(_RESULTS)
+        return self.storage.below(RESULTS)
 
     @property
     def untimed(self) -> Store:
         """Where the results of trials that are still to be timed wait, evaluated and out of the way."""
-        return Store(self.storage.below("cache/untimed"))
+        return Store(self.storage.below(_UNTIMED))
 
     def create(self) -> Store:
         """Make the folders and prove that files can be written there; a run must not find out at its end."""
-        folders = ("trials", "images", "samples", "cache")
+        folders = (TRIALS, IMAGES, SAMPLES, CACHE)
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
             self.storage.make("", *folders)
-            probed = [self._probe(folder) for folder in (("cache",) if self.remote else ("", *folders))]
+            probed = [self._probe(folder) for folder in ((CACHE,) if self.remote else ("", *folders))]
         except OSError as error:
             raise refused(self.location, error) from error
         if isinstance(self.storage, Disk):
@@ -125,12 +126,12 @@ class Store:
         Raises:
             StoreError: it could not be written, e.g. because the disk is full; nothing that counts was left.
         """
-        name = _name(result.key)
+        key = _checked(result.key)
         try:
             if result.ok:
                 images = pa.Table.from_pydict(_columns(result), IMAGE_SCHEMA)
-                self.storage.write(f"images/{name}", parquet(owned(images, result.key)))
-            self.storage.write(f"trials/{name}", _row(result.row))
+                self.storage.write(images_file(key), parquet(owned(images, key)))
+            self.storage.write(row_file(key), _row(result.row))
         except OSError as error:
             raise refused(self.location, error) from error
 
@@ -140,22 +141,22 @@ class Store:
             self.save(result)
             return
         aside = self.untimed
-        aside.storage.make("trials", "images")
+        aside.storage.make(TRIALS, IMAGES)
         aside.save(result)
 
     def release(self, key: str, columns: Mapping[str, Any]) -> None:
         """Save a result that was put aside, with the columns that timing it gave."""
-        aside, name = self.untimed, _name(key)
+        aside, images = self.untimed, images_file(_checked(key))
         row = aside.load(key)
         if row is None:
             raise StoreError(f"the evaluation of {key} is no longer in {aside.location}; run the same command again")
         try:
-            if aside.storage.entry(f"images/{name}") is not None:  # else an earlier try has moved it already
-                self.storage.move(f"cache/untimed/images/{name}", f"images/{name}")
-            self.storage.write(f"trials/{name}", _row({**row, **columns}))
+            if aside.storage.entry(images) is not None:  # else an earlier try has moved it already
+                self.storage.move(f"{_UNTIMED}/{images}", images)
+            self.storage.write(row_file(key), _row({**row, **columns}))
         except OSError as error:
             raise refused(self.location, error) from error
-        aside.storage.delete(f"trials/{name}")
+        aside.storage.delete(row_file(key))
 
     def table(self) -> pa.Table:
         """Every row that can be read, by key, with the columns of ``schema.ROW_SCHEMA``."""
@@ -179,24 +180,24 @@ class Store:
     def forget_spoilt(self) -> None:
         """Delete the rows whose files of images were found spoilt: whoever computes them again starts from nothing."""
         for key in self._index.spoilt:
-            self.storage.delete(f"trials/{_name(key)}")
+            self.storage.delete(row_file(_checked(key)))
 
     def load(self, key: str) -> dict[str, Any] | None:
         """One row, or None."""
-        _name(key)
+        _checked(key)
         try:
             row: dict[str, Any] = read_row(self.storage, key).to_pylist()[0]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, pa.ArrowException) as error:
-            log.warning("%s/trials/%s cannot be read and its trial will be computed again (%s)",
-                        self.location, _name(key), short(error))  # fmt: skip
+            log.warning("%s/%s cannot be read and its trial will be computed again (%s)",
+                        self.location, row_file(key), short(error))  # fmt: skip
             return None
         return row
 
     def load_images(self, key: str) -> pa.Table:
         """The table of a trial's images; OSError or ArrowException where it cannot be read."""
-        return read_parquet(self.storage, f"images/{_name(key)}").cast(IMAGE_SCHEMA)
+        return read_parquet(self.storage, images_file(_checked(key))).cast(IMAGE_SCHEMA)
 
     def compact(self, plan: Collection[str]) -> int:
         """Write ``results.parquet`` from the planned trials that are on disk; how many they are.
@@ -207,7 +208,7 @@ class Store:
         place = {key: position for position, key in enumerate(table["key"].to_pylist())}
         kept = [place[key] for key in dict.fromkeys(plan) if key in place]
         try:
-            self.storage.write(_RESULTS, parquet(table.take(pa.array(kept, pa.int64()))))
+            self.storage.write(RESULTS, parquet(table.take(pa.array(kept, pa.int64()))))
         except OSError as error:
             raise refused(self.location, error) from error
         self._index.save(alone=True)
@@ -286,11 +287,11 @@ def _lock(file: IO[str]) -> None:
     return lock(file)
 
 
-def _name(key: str) -> str:
-    """A file below OUT and nowhere else: keys are 16 hexadecimal digits."""
+def _checked(key: str) -> str:
+    """A key that names a file below OUT and nowhere else: keys are 16 hexadecimal digits."""
     if not KEY.fullmatch(key):
         raise ValueError(f"{key!r} is no trial key (16 hexadecimal digits)")
-    return f"{key}{SUFFIX}"
+    return key
 
 
 def _row(row: Mapping[str, Any]) -> pa.Buffer:

@@ -13,6 +13,7 @@ import pytest
 
 from ablations import system
 from ablations.models.weight_files import ModelError
+from ablations.records import locks
 from ablations.records.files import cache_home
 from ablations.run.ray import folder as folders
 from ablations.run.ray.folder import LONGEST, ray_folder
@@ -88,22 +89,22 @@ def test_cores_are_those_this_process_may_use_or_all(monkeypatch: pytest.MonkeyP
 
 def test_one_lock_excludes_another_and_ends_with_its_file(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("a") as one, (tmp_path / "lock").open("a") as other:
-        system.lock(one)
+        locks.lock(one)
         with pytest.raises(BlockingIOError):
-            system.lock(other)
+            locks.lock(other)
         one.close()
-        system.lock(other, wait=True)
+        locks.lock(other, wait=True)
     with (tmp_path / "lock").open("rb") as one, (tmp_path / "lock").open("rb") as other:
-        system.lock(one, shared=True)
-        system.lock(other, shared=True)
+        locks.lock(one, shared=True)
+        locks.lock(other, shared=True)
 
 
 def test_where_there_are_no_locks_asking_for_one_is_an_error_of_the_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(system, "_fcntl", None)
+    monkeypatch.setattr(locks, "_fcntl", None)
     with (tmp_path / "lock").open("a") as file, pytest.raises(OSError, match="no locks"):
-        system.lock(file)
+        locks.lock(file)
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------

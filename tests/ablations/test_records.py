@@ -31,7 +31,8 @@ def test_of_very_many_disagreements_the_test_needs_no_number_that_a_float_cannot
 def test_the_analysis_takes_every_column_of_a_row_as_what_it_holds() -> None:
     taken = [*frame.REQUIRED, *frame.NUMBERS, *frame.WORDS, *frame.FLAGS, *frame.LISTS, frame.FINETUNED]
     assert sorted(taken) == sorted(columns.ROW)
-    assert set(frame.tidy(pd.DataFrame(columns=frame.REQUIRED))) >= set(columns.ROW)
+    row = dict.fromkeys(frame.REQUIRED, "s")
+    assert set(frame.tidy(pd.DataFrame([row]))) >= set(columns.ROW)
 
 
 def test_whoever_names_columns_of_a_row_names_columns_that_it_has() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import pytest
 
 from analysis import remote
@@ -35,8 +34,7 @@ def uploaded(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> st
     place = remote.open_place(uri)
     for path in folder.rglob("*"):
         if path.is_file():
-            with place.filesystem.open_output_stream(f"{place.path}/{path.relative_to(folder)}") as stream:
-                stream.write(path.read_bytes())
+            place.storage.write(str(path.relative_to(folder)), path.read_bytes())
     return uri
 
 
@@ -46,10 +44,8 @@ def test_a_report_is_drawn_from_the_object_store_into_it(
     assert main([uploaded]) == 0
     assert f"{uploaded}/report.html" in capsys.readouterr().out
     place = remote.open_place(uploaded)
-    found = place.filesystem.get_file_info(pafs.FileSelector(place.path, recursive=True))
-    names = {info.path.removeprefix(f"{place.path}/") for info in found if info.type == pafs.FileType.File}
-    assert "report.html" in names and any(name.startswith("figures/") for name in names)
-    assert any(name.startswith("tables/") for name in names)
+    assert place.storage.entry("report.html") is not None
+    assert place.storage.entries("figures") and place.storage.entries("tables")
 
 
 def test_only_what_changed_is_fetched_again(uploaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +59,7 @@ def test_only_what_changed_is_fetched_again(uploaded: str, tmp_path: Path, monke
     )
     place.fetch(folder)
     assert copied == []
-    with place.filesystem.open_output_stream(f"{place.path}/run.json") as stream:
-        stream.write(b"{}")
+    place.storage.write("run.json", b"{}")
     place.fetch(folder)
     assert copied == ["run.json"]
 
@@ -75,11 +70,10 @@ def test_what_is_no_longer_there_is_in_no_report(uploaded: str, tmp_path: Path) 
     place.fetch(folder)
     (folder / "figures").mkdir()
     (folder / "figures" / "of_the_first.svg").write_text("<svg/>")
-    place.filesystem.delete_file(f"{place.path}/results.parquet")
+    place.storage.delete("results.parquet")
     images = sorted((folder / "images").iterdir())
-    place.filesystem.delete_file(f"{place.path}/images/{images[0].name}")
-    with place.filesystem.open_output_stream(f"{place.path}/trials/0123456789abcdef.parquet") as stream:
-        stream.write((folder / "results.parquet").read_bytes())
+    place.storage.delete(f"images/{images[0].name}")
+    place.storage.write("trials/0123456789abcdef.parquet", (folder / "results.parquet").read_bytes())
     place.fetch(folder)
     assert not (folder / "results.parquet").exists() and not (folder / "figures").exists()
     assert sorted((folder / "images").iterdir()) == images[1:]
@@ -88,11 +82,8 @@ def test_what_is_no_longer_there_is_in_no_report(uploaded: str, tmp_path: Path) 
 
 def test_a_run_that_was_stopped_is_read_from_its_trials(uploaded: str, tmp_path: Path) -> None:
     place = remote.open_place(uploaded)
-    with place.filesystem.open_input_stream(f"{place.path}/results.parquet") as stream:
-        content = stream.read()
-    with place.filesystem.open_output_stream(f"{place.path}/trials/0123456789abcdef.parquet") as stream:
-        stream.write(content)
-    place.filesystem.delete_file(f"{place.path}/results.parquet")
+    place.storage.write("trials/0123456789abcdef.parquet", place.storage.read("results.parquet"))
+    place.storage.delete("results.parquet")
     assert len(read_results(place.fetch(tmp_path / "copy")).trials) == len(read_results(tmp_path / "run").trials)
 
 
