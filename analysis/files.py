@@ -1,4 +1,4 @@
-"""Reading the Parquet files of a run, the checksums of every page looked at."""
+"""The rows of a run from its Parquet files, those of older versions and of runs that were stopped included."""
 
 from __future__ import annotations
 
@@ -7,37 +7,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+
+from ablations.records.names import RESULTS, SUFFIX, TRIALS
+from ablations.records.parquet import AT_ONCE, read_parquet, read_together
+from ablations.records.storage import Disk
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 512  # small files read together: of each, what reads it ahead holds far more than it holds itself
 
-
-def read_rows(path: Path) -> pa.Table:
-    """A file of rows, its checksums looked at; ArrowInvalid, with its name, where it is damaged."""
-    try:
-        return pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise pa.ArrowInvalid(f"{path.name}: {error}") from error
-
-
-def read_together(parts: Sequence[Path], *, needed: Sequence[str]) -> pa.Table:
-    """The rows of many small files, those of older versions included: columns they lack are null. Those that
-    are ``needed`` no version lacks.
+def read_rows(out: Path, *, needed: Sequence[str]) -> pa.Table | None:
+    """What a run compacted, or else the trials it left, one file each; None where there is neither. Columns that an
+    older version lacks are null; those that are ``needed`` no version lacks. ArrowInvalid where a file is damaged.
     """
-    paths = [str(path) for path in parts]
+    if (out / RESULTS).is_file():
+        return _read_one(Disk(out), RESULTS)
+    folder = Disk(out / TRIALS)
+    parts = sorted(path.name for path in folder.root.glob(f"*{SUFFIX}"))
+    return _read_trials(folder, parts, needed) if parts else None
+
+
+def _read_trials(folder: Disk, names: list[str], needed: Sequence[str]) -> pa.Table:
+    paths, _ = folder.dataset(names)
     known = pa.unify_schemas([pq.read_schema(path) for path in (paths[0], paths[-1])], promote_options="permissive")
     try:
-        groups = [paths[start : start + _AT_ONCE] for start in range(0, len(paths), _AT_ONCE)]
-        verifying = pads.ParquetFileFormat(
-            default_fragment_scan_options=pads.ParquetFragmentScanOptions(page_checksum_verification=True)
-        )
-        read = [pads.dataset(group, schema=known, format=verifying).to_table().combine_chunks() for group in groups]
-        table = pa.concat_tables(read)
+        groups = [paths[start : start + AT_ONCE] for start in range(0, len(paths), AT_ONCE)]
+        table = pa.concat_tables([read_together(group, schema=known) for group in groups])
         if set(needed) <= set(table.column_names):
             return table
     except (OSError, pa.ArrowException) as error:
         log.debug("read one by one: %s", error)
-    return pa.concat_tables(map(read_rows, parts), promote_options="permissive")
+    return pa.concat_tables([_read_one(folder, name) for name in names], promote_options="permissive")
+
+
+def _read_one(storage: Disk, name: str) -> pa.Table:
+    try:
+        return read_parquet(storage, name)
+    except (OSError, pa.ArrowException) as error:
+        raise pa.ArrowInvalid(f"{name}: {error}") from error

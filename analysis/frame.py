@@ -18,7 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ablations.records.columns import Kind, row_columns
-from analysis.files import read_rows, read_together
+from ablations.records.names import IMAGES, RESULTS, RUN, SUFFIX, TRIALS
+from ablations.records.parquet import owner, read_parquet
+from ablations.records.storage import Disk
+from analysis.files import read_rows
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +66,22 @@ class ImageTables(Mapping[str, pd.DataFrame]):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._storage = Disk(folder)
         self._read: dict[str, pd.DataFrame | None] = {}  # the longest unused first
         self._rows = 0  # in it
         self._bits: dict[str, np.ndarray | None] = {}
 
     def _open(self, key: str, columns: Callable[[list[str]], list[str]]) -> pa.Table | None:
         """The wanted columns of one file; None where it is missing or damaged."""
-        path = self._folder / f"{key}.parquet"
+        path = self._folder / f"{key}{SUFFIX}"
         if not path.is_file():
             return None
         try:
             schema = pq.read_schema(path)
-            owner = (schema.metadata or {}).get(b"trial", key.encode())
-            if owner != key.encode():
-                raise pa.ArrowInvalid(f"it is of the trial {owner.decode(errors='replace')}")
-            return pq.read_table(path, columns=columns(schema.names), page_checksum_verification=True)
+            whose = owner(schema.metadata)
+            if whose not in (key, None):
+                raise pa.ArrowInvalid(f"it is of the trial {whose}")
+            return read_parquet(self._storage, path.name, columns=columns(schema.names))
         except (OSError, ValueError, pa.ArrowException) as error:
             log.warning(
                 "%s cannot be used (%s): the tests that need it are left out; delete it, and the command of the run "
@@ -112,7 +116,7 @@ class ImageTables(Mapping[str, pd.DataFrame]):
         return table
 
     def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self._folder.glob("*.parquet")) if self._load(path.stem) is not None)
+        return (path.stem for path in sorted(self._folder.glob(f"*{SUFFIX}")) if self._load(path.stem) is not None)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -128,7 +132,7 @@ class Results:
 
     @cached_property
     def images(self) -> ImageTables:
-        return ImageTables(self.folder / "images")
+        return ImageTables(self.folder / IMAGES)
 
     @property
     def finished(self) -> pd.DataFrame:
@@ -181,21 +185,19 @@ def read_results(out: Path) -> Results:
     remedy = REMEDY.format(out=out)
     if not out.is_dir():
         raise AnalysisError(f"{out} is not a folder: {remedy}")
-    compacted, parts = out / "results.parquet", sorted((out / "trials").glob("*.parquet"))
-    if not compacted.is_file() and not parts:
-        raise AnalysisError(f"{out} holds neither results.parquet nor trials/*.parquet: {remedy}")
     try:
-        # A run that was stopped before it compacted still left its trials, one file each.
-        found = read_rows(compacted) if compacted.is_file() else read_together(parts, needed=REQUIRED)
-        trials = found.to_pandas()
+        found = read_rows(out, needed=REQUIRED)
     except (OSError, pa.ArrowException) as error:
         raise AnalysisError(f"{out}: results cannot be read ({error}); delete the damaged file and {remedy}") from error
+    if found is None:
+        raise AnalysisError(f"{out} holds neither {RESULTS} nor {TRIALS}/*{SUFFIX}: {remedy}")
+    trials = found.to_pandas()
     if trials.empty:
-        raise AnalysisError(f"{out}/results.parquet has no rows: {remedy}")
+        raise AnalysisError(f"{out}/{RESULTS} has no rows: {remedy}")
     missing = [name for name in REQUIRED if name not in trials.columns]
     if missing:
-        raise AnalysisError(f"{out}/results.parquet lacks the columns {', '.join(missing)}: {remedy}")
-    return Results(out, tidy(trials), _read_run(out / "run.json"))
+        raise AnalysisError(f"{out}/{RESULTS} lacks the columns {', '.join(missing)}: {remedy}")
+    return Results(out, tidy(trials), _read_run(out / RUN))
 
 
 def tidy(trials: pd.DataFrame) -> pd.DataFrame:

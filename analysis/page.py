@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ablations.records import names
 from analysis import style, tables
 from analysis.account import read_account
 from analysis.frame import Results
@@ -52,7 +53,7 @@ def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) 
         seconds=float(trials["seconds"].sum()),
         created=max(trials["created"], default=""),
         notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
-        profile=read_profile(results.folder / "profile.json"),
+        profile=read_profile(results.folder / names.PROFILE),
         short=tables.SHORT,
         known={str(key)[: tables.SHORT] for key in trials["key"]},
     )
@@ -85,12 +86,12 @@ def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[st
     isolates the figure's own ids from the page's.
     """
     name = f"{prefix}{safe(drawn.name)}"
-    paths, svg = save_figure(drawn, folders["figures"], name)
-    files["figures"] += paths
+    paths, svg = save_figure(drawn, folders[names.FIGURES], name)
+    files[names.FIGURES] += paths
     if drawn.data is not None:
-        path = folders["tables"] / f"{name}.csv"
+        path = folders[names.TABLES] / f"{name}.csv"
         path.write_text(drawn.data.to_csv(index=False), encoding="utf-8")
-        files["tables"].append(path)
+        files[names.TABLES].append(path)
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
     width, height = (round(96 * inches) for inches in _size(drawn.figure))
     return {
@@ -100,7 +101,7 @@ def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[st
         "source": source,
         "width": str(width),
         "height": str(height),
-        "numbers": f"tables/{name}.csv" if drawn.data is not None else "",
+        "numbers": f"{names.TABLES}/{name}.csv" if drawn.data is not None else "",
     }
 
 

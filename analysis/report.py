@@ -11,6 +11,7 @@ from tempfile import TemporaryFile
 
 import pandas as pd
 
+from ablations.records import names
 from analysis import beside, caveats, findings, page, plots, published, style, tables
 from analysis.comparison import Finding
 from analysis.frame import AnalysisError, Results, Setting
@@ -134,13 +135,13 @@ def write_analysis(results: Results, to: Path | None = None) -> Written:
 
 
 def _write(results: Results, home: Path) -> Written:
-    folders = {name: home / name for name in ("figures", "tables")}
+    folders = {name: home / name for name in (names.FIGURES, names.TABLES)}
     for folder in (home, *folders.values()):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):  # drawing takes minutes: is it to be had for nothing?
             pass
     looks = style.assign_looks(results.finished, order=["methods"])
-    desk = _Desk(results, looks, folders, {"figures": [], "tables": []})
+    desk = _Desk(results, looks, folders, {name: [] for name in folders})
     everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
     main = [setting for setting in everything if not _aside(setting, everything, results)]
     parts = []
@@ -150,9 +151,9 @@ def _write(results: Results, home: Path) -> Written:
     skipped = tuple(name for name in results.specs if name not in set(results.finished["spec"]))
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
-    out = home / "report.html"
+    out = home / names.REPORT
     out.write_text(page.render(results, parts, skipped), encoding="utf-8")
-    return Written(out, tuple(desk.files["figures"]), tuple(desk.files["tables"]), skipped)
+    return Written(out, tuple(desk.files[names.FIGURES]), tuple(desk.files[names.TABLES]), skipped)
 
 
 def across_models(results: Results) -> set[str]:
@@ -183,7 +184,7 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
         results.images,
         desk.looks,
         style.describe(setting, trials, data=desk.data(setting)),
-        read_samples(results.folder / "samples"),
+        read_samples(results.folder / names.SAMPLES),
         setting.model,
         imagenet=setting.workload != "embedded" and results.run.get("classes", 1000) == 1000,
         patches=_whole(results.run.get("patches")),
@@ -219,8 +220,8 @@ def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene
     table = pd.concat([tables.measured(part) for _, part in rows.groupby("model", sort=False)], ignore_index=True)
     printed, note = published.published_rows(spec, setting), published.published_note(spec)
     sided = beside.beside(spec, rows, patches=scene.patches)
-    desk.files["tables"] += tables.write(
-        desk.folders["tables"],
+    desk.files[names.TABLES] += tables.write(
+        desk.folders[names.TABLES],
         f"{prefix}{safe(spec)}",
         title=title,
         subtitle=scene.subtitle,

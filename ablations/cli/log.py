@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ablations.cli.options import OK, Command, add_old_out, add_out, store_of
+from ablations.records.names import TRIALS
 
 _EPILOG = """\
 examples:
@@ -26,7 +27,7 @@ def _log(arguments: argparse.Namespace) -> int:
     from ablations.store.status import find_key, log_lines
 
     store = store_of(arguments)
-    print("\n".join(log_lines(store, find_key(store, arguments.key, folders=("trials", "logs")))))
+    print("\n".join(log_lines(store, find_key(store, arguments.key, folders=(TRIALS, "logs")))))
     return OK
 
 

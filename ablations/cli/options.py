@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations.records.names import RESULTS, RUN
+from ablations.records.names import RESULTS, RUN, TRIALS
 
 if TYPE_CHECKING:
     from ablations.store.store import Store
@@ -80,7 +80,7 @@ def run_place(arguments: argparse.Namespace) -> Path | str:
         ValueError: there is nothing of a run, but in folders below it there is.
     """
     out = out_of(arguments)
-    if isinstance(out, Path) and not any((out / name).exists() for name in (RUN, RESULTS, "trials")):
+    if isinstance(out, Path) and not any((out / name).exists() for name in (RUN, RESULTS, TRIALS)):
         runs = [f"--out {path.parent}" for path in sorted(out.glob(f"*/{RUN}"))]
         if runs:
             raise ValueError(f"{out} holds no {RUN}, but folders in it do; give one of them: {', '.join(runs[:4])}")

@@ -19,6 +19,7 @@ from ablations.cli.options import (
     add_out,
     out_of,
 )
+from ablations.records.names import PROFILE
 from ablations.words import table
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _keep_profile(
     from ablations.measure.profile import profile_rows, profile_words, summary
 
     found = summary(profile, wall=wall, workers=workers, trials=trials, computations=computations)
-    session.store.write_json("profile.json", found)
+    session.store.write_json(PROFILE, found)
     if shown:
         print(table(["where the time went", "seconds", "share"], profile_rows(found)))
         print(profile_words(found))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ablations.measure.chance import chance_of
 from ablations.measure.context import versions
-from ablations.records.names import RUN, planned_keys
+from ablations.records.names import RUN, SAMPLES, SAMPLES_INDEX, planned_keys
 from ablations.run.contexts import known_dense
 from ablations.run.session import Session, Settings, Subject, absolute
 from ablations.store.store import Store
@@ -24,7 +24,7 @@ from ablations.workloads import Workload
 
 log = logging.getLogger(__name__)
 
-SAMPLES = 8
+SAMPLE_COUNT = 8
 _SAMPLE_LEVELS = (2, 4, 2)  # the plainest, those between, the busiest
 
 
@@ -140,12 +140,12 @@ def write_samples(session: Session) -> None:
         name = f"{number + 1:04d}.png"
         picture = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
-        session.store.write(f"samples/{name}", picture.getvalue())
+        session.store.write(f"{SAMPLES}/{name}", picture.getvalue())
         entries.append({"image": workload.ids[row], "file": name, "label": int(workload.labels[row]), "row": row})
-    session.store.write_json("samples/index.json", {"grid": list(session.facts.grid), "images": entries})
+    session.store.write_json(SAMPLES_INDEX, {"grid": list(session.facts.grid), "images": entries})
 
 
-def sample_rows(workload: Workload, count: int = SAMPLES) -> list[int]:
+def sample_rows(workload: Workload, count: int = SAMPLE_COUNT) -> list[int]:
     """Images to draw: from plain to busy where the clutter is known, else evenly spaced."""
     total = len(workload)
     if total <= count:

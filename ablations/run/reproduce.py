@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from ablations.records.names import RUN
+from ablations.records.names import IMAGES, RUN, images_file
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.store.status import find_key
 from ablations.store.store import Store
@@ -188,7 +188,7 @@ def _before(store: Store, *, key: str, recorded: Mapping[str, Any]) -> pa.Table 
         return store.load_images(key)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ReproduceError(
-            f"the images of {key} cannot be read ({error}); delete images/{key}.parquet and run the same command again"
+            f"the images of {key} cannot be read ({error}); delete {images_file(key)} and run the same command again"
         ) from error
 
 
@@ -208,7 +208,7 @@ def _image_differences(recorded: pa.Table | None, now: pa.Table | None) -> Itera
     if recorded is None or now is None:
         return
     if recorded["image"].to_pylist() != now["image"].to_pylist():
-        yield Difference("images/image", recorded.num_rows, now.num_rows, max(recorded.num_rows, now.num_rows))
+        yield Difference(f"{IMAGES}/image", recorded.num_rows, now.num_rows, max(recorded.num_rows, now.num_rows))
         return
     for name in IMAGE_SCHEMA.names:
         if recorded[name].combine_chunks().equals(now[name].combine_chunks()):
@@ -216,7 +216,7 @@ def _image_differences(recorded: pa.Table | None, now: pa.Table | None) -> Itera
         pairs = list(zip(recorded[name].to_pylist(), now[name].to_pylist(), strict=True))
         unlike = [(one, other) for one, other in pairs if not _same(one, other)]
         if unlike:
-            yield Difference(f"images/{name}", *unlike[0], images=len(unlike))
+            yield Difference(f"{IMAGES}/{name}", *unlike[0], images=len(unlike))
 
 
 def _surroundings(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ablations.records.locks import lock
-from ablations.records.names import LIVE, RUN, planned_keys
+from ablations.records.names import LIVE, RESULTS, RUN, TRIALS, planned_keys
 from ablations.records.storage import Disk
 from ablations.store.lease import BEAT, PATIENCE, holder
 from ablations.store.store import Status, Store
@@ -93,7 +93,7 @@ def look(store: Store, signs: Signs | None = None) -> State:
     plan = planned_keys(run)
     if not plan:
         raise ValueError(
-            f"{store.location} holds no run.json; give the OUT of a run, or start one with `sievit run --out OUT`"
+            f"{store.location} holds no {RUN}; give the OUT of a run, or start one with `sievit run --out OUT`"
         )
     rows = store.indexed()
     keys = {key for each in plan.values() for key in each}
@@ -205,7 +205,7 @@ def _failures(rows: pa.Table, keys: set[str]) -> list[tuple[str, str, str]]:
 # --- one trial --------------------------------------------------------------------------------------------------------
 
 
-def find_key(store: Store, key: str, *, folders: Sequence[str] = ("trials",)) -> str:
+def find_key(store: Store, key: str, *, folders: Sequence[str] = (TRIALS,)) -> str:
     """The one key that begins so, of a trial that has a file in one of the folders."""
     if not re.fullmatch(r"[0-9a-f]{4,16}", key):
         raise ValueError(f"{key!r} is no key: give its 16 hexadecimal digits, or the first 4 or more")
@@ -214,7 +214,7 @@ def find_key(store: Store, key: str, *, folders: Sequence[str] = ("trials",)) ->
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ValueError(f"{store.location} has no trial {key}; results.parquet lists every key")
+        raise ValueError(f"{store.location} has no trial {key}; {RESULTS} lists every key")
     raise ValueError(f"{len(found)} trials begin with {key} ({', '.join(found[:4])}, …); give more digits")
 
 
