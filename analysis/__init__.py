@@ -1,7 +1,8 @@
 """From result files to figures, tables and a report.
 
-Reads what an ablation run left in its output folder and nothing else: no model, no torch, no other package of
-the project. ``python -m analysis OUT`` does it all; every part is also a function of data frames:
+Reads what an ablation run left in its output folder and nothing else: no model, no torch, of the other packages of
+the project the format of results (``ablations.records``). ``python -m analysis OUT`` does it all; every part is also a
+function of data frames:
 
     frame       the result files as tidy data frames
     outcomes    which images each trial answers rightly, in one order: what every test rests on

@@ -108,12 +108,12 @@ def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[st
 def read_samples(folder: Path) -> list[Sample]:
     """The thumbnails of a run; [] where there are none. One that cannot be read is left out."""
     try:
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / names.INDEX).read_text(encoding="utf-8"))
         entries, grid = index["images"], (int(index["grid"][0]), int(index["grid"][1]))
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        log.warning("%s/index.json cannot be used (%s): no sheet of sample images", folder, error)
+        log.warning("%s cannot be used (%s): no sheet of sample images", folder / names.INDEX, error)
         return []
     found = []
     for entry in entries:

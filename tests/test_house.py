@@ -100,6 +100,41 @@ def test_the_format_of_results_needs_no_torch_and_no_reducers() -> None:
     assert importing({"torch", "timm", "reducers", "numpy"}, "ablations/records") == []
 
 
+def test_the_format_of_results_leans_on_nothing_else_of_the_ablations() -> None:
+    others = importing({"ablations", "analysis"}, "ablations/records")
+    assert [where for where in others if not where[2].startswith("ablations.records")] == []
+
+
+def test_names_and_columns_and_statistics_of_results_need_the_standard_library_alone() -> None:
+    plain = ("columns", "files", "locks", "names", "paired", "streams", "wilson")
+    files = {f"ablations/records/{name}.py" for name in plain}
+    assert [where for where in importing({"pyarrow", "scipy"}, "ablations/records") if where[0] in files] == []
+
+
+def test_files_in_a_folder_of_results_are_named_in_one_place() -> None:
+    """Help, docstrings and messages may spell them; code may not."""
+    named = {"run.json", "progress.json", "profile.json", "results.parquet", "report.html"}
+    elsewhere = [
+        (relative(path), node.lineno, node.value)
+        for path in sources("ablations", "analysis")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in named
+    ]
+    assert {where[0] for where in elsewhere} == {"ablations/records/names.py"}
+
+
+def test_object_stores_are_opened_and_files_are_locked_in_one_room() -> None:
+    asking = [where for where in imports(*PACKAGES) if where[2] in {"pyarrow.fs", "fcntl", "msvcrt"}]
+    assert {where[0] for where in asking} == {"ablations/records/storage.py"}
+    named = [
+        relative(path)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in {"fcntl", "msvcrt", "AWS_REGION", "SIEVIT_CACHE"}
+    ]
+    assert set(named) <= {f"ablations/records/{name}.py" for name in ("files", "locks", "storage")}
+
+
 def test_within_the_reducers_timm_is_imported_below_vit_only() -> None:
     elsewhere = [where for where in importing({"timm"}, "reducers") if not where[0].startswith("reducers/vit/")]
     assert elsewhere == []

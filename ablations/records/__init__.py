@@ -1,1 +1,1 @@
-"""The format of results: columns, names of files, storage, checksums. No torch, no reducers."""
+"""The format of results, for who writes and who reads them: columns, names, storage, checksums, intervals, tests."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ablations.measure.chance import chance_of
 from ablations.measure.context import versions
-from ablations.records.names import RUN, SAMPLES, SAMPLES_INDEX, planned_keys
+from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
 from ablations.run.contexts import known_dense
 from ablations.run.session import Session, Settings, Subject, absolute
 from ablations.store.store import Store
@@ -142,7 +142,7 @@ def write_samples(session: Session) -> None:
         Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
         session.store.write(f"{SAMPLES}/{name}", picture.getvalue())
         entries.append({"image": workload.ids[row], "file": name, "label": int(workload.labels[row]), "row": row})
-    session.store.write_json(SAMPLES_INDEX, {"grid": list(session.facts.grid), "images": entries})
+    session.store.write_json(f"{SAMPLES}/{INDEX}", {"grid": list(session.facts.grid), "images": entries})
 
 
 def sample_rows(workload: Workload, count: int = SAMPLE_COUNT) -> list[int]:
