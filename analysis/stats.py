@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
@@ -154,21 +153,6 @@ def paired(first: ArrayLike, second: ArrayLike) -> Paired:
     return mcnemar(a > 0.5, b > 0.5) if binary else paired_bootstrap(a, b)
 
 
-def compare(first: pd.DataFrame, second: pd.DataFrame) -> Paired:
-    """``mcnemar`` on two per-image tables (columns ``image``, ``correct``), matched by image whatever their
-    order.
-    """
-    a, b = (table.sort_values("image", kind="stable") for table in (first, second))
-    if len(a) != len(b) or not np.array_equal(a["image"].to_numpy(), b["image"].to_numpy()):
-        raise ValueError("the two trials saw different images: a paired test needs the same ones")
-    return mcnemar(a["correct"].to_numpy(), b["correct"].to_numpy())
-
-
-def compare_with_dense(table: pd.DataFrame) -> Paired:
-    """A trial against the plain model on the same images (columns ``correct``, ``dense_correct``)."""
-    return mcnemar(table["correct"].to_numpy(), table["dense_correct"].to_numpy())
-
-
 def resolution(images: int, *, accuracy: float, discordance: float) -> Resolution:
     """The smallest differences ``images`` can show: between two independent sets of them, and on the same
     images.
@@ -221,6 +205,6 @@ def _z(level: float) -> float:
 
 
 __all__ = [
-    "ALPHA", "DRAWS", "LEVEL", "Interval", "Paired", "Resolution", "accuracy", "bootstrap", "compare",
-    "compare_with_dense", "holm", "mcnemar", "paired", "paired_bootstrap", "resolution", "spearman", "wilson",
+    "ALPHA", "DRAWS", "LEVEL", "Interval", "Paired", "Resolution", "accuracy", "bootstrap",
+    "holm", "mcnemar", "paired", "paired_bootstrap", "resolution", "spearman", "wilson",
 ]  # fmt: skip

@@ -77,13 +77,11 @@ class Compared:
     @property
     def lead(self) -> tuple[float, float, float]:
         """Accuracy over that of random drop trained as long, on the same images, with its 95 % interval."""
-        ours, theirs = self.alone
-        images = len(self.method.images["correct"])
+        (ours, theirs), images = self.alone, len(self.method.images["correct"])
         return (ours - theirs) / images, *bonett_price(ours, theirs, images)
 
     @property
     def beats(self) -> bool:
-        """Whether it is better than random drop, and told apart from it."""
         return self.p_value < ALPHA and self.lead[0] > 0
 
     @property
@@ -272,25 +270,9 @@ def _accuracy(row: Mapping[str, Any]) -> str:
 
 def save(compared: Compared, context: TrialContext, out: Path) -> Path:
     """The trained weights and ``train.json`` in a folder of this training below OUT; that folder."""
-    place = _place(compared, out)
-    finetuned(compared.method.row["training"], context).save(place)
-    _write(compared, context, place)
-    return place
-
-
-def conclude(all_compared: Sequence[Compared], context: TrialContext, out: Path) -> list[Compared]:
-    """The comparisons of a call that is through, corrected; each ``train.json`` has its last verdict."""
-    concluded = corrected(all_compared)
-    for one in concluded:
-        _write(one, context, _place(one, out))
-    return concluded
-
-
-def _place(compared: Compared, out: Path) -> Path:
-    return out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
-
-
-def _write(compared: Compared, context: TrialContext, place: Path) -> None:
+    place = out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
+    if compared.p_holm is None:  # else they are there already
+        finetuned(compared.method.row["training"], context).save(place)
     results = {
         "method": compared.method,
         "random, off the shelf": compared.off_the_shelf,
@@ -309,6 +291,15 @@ def _write(compared: Compared, context: TrialContext, place: Path) -> None:
     }
     with atomic(place / "train.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+def conclude(all_compared: Sequence[Compared], context: TrialContext, out: Path) -> list[Compared]:
+    """The comparisons of a call that is through, corrected; each ``train.json`` has its last verdict."""
+    concluded = corrected(all_compared)
+    for one in concluded:
+        save(one, context, out)
+    return concluded
 
 
 def headline(context: TrialContext) -> str:

@@ -128,6 +128,7 @@ def test_a_method_is_trained_evaluated_and_compared(
         f"{at}.scores.{of}.{part}" for at in (3, 6) for of in (3, 6) for part in ("weight", "bias")
     }
     found = json.loads((folder / "train.json").read_text())
+    assert 0 <= found["p_holm"] <= 1 and f"{found['verdict'].partition(':')[0]}:" in printed
     ours, shelf, control = (found["results"][name] for name in found["results"])
     assert abs(shelf["gmacs_mean"] / ours["gmacs_mean"] - 1) < 0.02, "random drop costs the same"
     assert control["gmacs_mean"] == shelf["gmacs_mean"] and control["train_images"] == ours["train_images"] == 8
