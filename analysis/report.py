@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 import pandas as pd
 
 from ablations.records import names
+from ablations.records.storage import FULL
 from analysis import beside, caveats, findings, page, plots, published, style, tables
 from analysis.comparison import Finding
 from analysis.frame import AnalysisError, Results, Setting
@@ -46,7 +47,7 @@ QUESTIONS = {
     "budget_transfer": "Does one training serve every budget?",
 }
 REFUSED = {  # why a folder does not take a report, all of which another folder mends
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, *FULL),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
 }
 ACROSS = ("model_scaling",)  # specs whose question is between models: one section for all of them

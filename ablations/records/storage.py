@@ -23,7 +23,7 @@ from ablations.records.files import atomic, user_path
 
 _OBJECT_STORES = ("s3", "gcs", "abfs")  # what is written there is not visible before it is whole
 _LEFT_OVER = 3600.0  # seconds after which nobody writes to a temporary file any more
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no quota
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no quota
 
 
 class StoreError(OSError):
@@ -230,7 +230,7 @@ def refused(location: str, error: OSError) -> StoreError:
         return error
     remedy = (
         "free some space there, then run the same command again: nothing that is finished is lost"
-        if error.errno in _FULL
+        if error.errno in FULL
         else "choose another place with --out, or make this one writable"
     )
     found = StoreError(f"the results cannot be written to {location} ({reason(error)}); {remedy}")
