@@ -98,6 +98,16 @@ def checked_weight(value: object, setting: str, *, above: bool = False) -> float
     return number
 
 
+def checked_within(value: object, setting: str, *, low: float, high: float = math.inf, above: bool = False) -> float:
+    """A finite number in [low, high], or in (low, high] where it must lie ``above``."""
+    number = finite_number(value)
+    if number is None or not low <= number <= high or (above and number == low):
+        bound = f"above {low:g}" if above else f"{low:g} or more"
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise ReducerError(f"{setting} must be a number, {bound}{most}; got {value!r}")
+    return number
+
+
 def checked_seed(value: object) -> int:
     """A whole number."""
     seed = whole_number(value)

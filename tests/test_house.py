@@ -239,6 +239,29 @@ def test_no_file_of_the_ablations_leans_on_many_of_its_siblings() -> None:
     assert leaning == {}
 
 
+def given(path: Path) -> set[str]:
+    """The names that a file itself makes."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    made = {node.name for node in ast.walk(parsed(path)) if isinstance(node, kinds)}
+    return made | {
+        node.id for node in ast.walk(parsed(path)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
+    """A package's ``__init__`` may hand on what lies below it; any other file only what it makes."""
+    made = {module(path): given(path) for path in sources(*PACKAGES, "tests") if path.name != "__init__.py"}
+    elsewhere = [
+        (relative(path), node.lineno, f"{node.module}:{alias.name}")
+        for path in sources(*PACKAGES, "tests")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.ImportFrom) and node.module in made
+        for alias in node.names
+        if alias.name not in made[node.module]
+    ]
+    assert elsewhere == []
+
+
 def test_few_files_lie_at_the_root_of_the_ablations() -> None:
     assert len([path for path in (ROOT / "ablations").iterdir() if path.is_file()]) <= MAX_AT_ROOT
 

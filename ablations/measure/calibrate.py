@@ -165,6 +165,3 @@ def _note(found: Found, setting: str, error: float, *, dense: float) -> str:
         f"out of reach: this method costs {least / dense:.3g} to {most / dense:.3g} of the dense model here; "
         f"evaluated at the nearest ({setting}, {error:+.1%})"
     )
-
-
-__all__ = ["REACHED", "Found", "Solution", "calibration_batches", "mean_cost", "search", "solve"]

@@ -21,12 +21,9 @@ import torch
 from torch import Tensor
 
 from ablations.measure.context import (
-    DensePredictions,
     TrialContext,
     check_inputs,
-    dense_predictions,
     device_name,
-    model_facts,
     spans,
     use_exact_float32,
     versions,
@@ -302,9 +299,3 @@ def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
-
-
-__all__ = [
-    "DensePredictions", "Report", "TrialContext", "dense_predictions", "device_name", "model_facts", "run_group",
-    "run_trial", "spans", "try_trial", "use_exact_float32", "versions",
-]  # fmt: skip

@@ -24,9 +24,8 @@ from ablations.measure.probes import Probes
 from ablations.measure.profile import Profile
 from ablations.models.loading import RANDOM
 from ablations.models.weight_files import ModelError, read_weights
-from ablations.records.files import atomic
+from ablations.records.files import atomic, write_json
 from ablations.run.session import Session, Subject, absolute
-from ablations.store.store import write_json
 from ablations.trial.code import runtime_code
 from ablations.trial.trial import RESULT_VERSION, ModelFacts
 from ablations.workloads import LoadedModel, Reading, Workload, open_model

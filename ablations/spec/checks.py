@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.spec.arms import LISTS
 from ablations.spec.model import AblationSpec, Arm, SpecFile
 from ablations.spec.plain_yaml import Place, substitute, variables
 from ablations.trial.free_settings import Stages, filled, free, free_kinds, stand_in, write
@@ -17,7 +18,6 @@ from ablations.words import did_you_mean
 from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
 from reducers.placement import parse_blocks
 
-LISTS = ("target", "batch")  # keys of an arm that vary like those of `vary`
 _BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _FORMS = "budget: {count: auto}, {ratio: auto} or {drop: auto}"
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.spec.arms import combinations, lists_of
 from ablations.spec.checks import (
-    LISTS,
     Placed,
     check_target,
     check_trained,
@@ -20,7 +19,7 @@ from ablations.spec.checks import (
     training_of,
 )
 from ablations.spec.model import Arm, SpecFile
-from ablations.spec.plain_yaml import Place, SpecError, substitute
+from ablations.spec.plain_yaml import Place, substitute
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
@@ -63,15 +62,11 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
 
 
 def _combinations(file: SpecFile, arm: Arm, place: Place) -> Iterable[dict[str, Any]]:
-    cases = arm.cases or [{}]
-    lists = {**arm.vary, **{name: given for name in LISTS if (given := getattr(arm, name))}}
-    count = math.prod(len(values) for values in lists.values()) * len(arm.seeds) * len(cases)
+    plain = dict(arm)
+    count = math.prod(map(len, lists_of(plain).values())) * len(arm.seeds) * max(1, len(arm.cases))
     if count > MAX_TRIALS:
         raise file.error((*place, "vary"), f"{count} combinations, at most {MAX_TRIALS} make sense; vary fewer values")
-    for case in cases:
-        for chosen in itertools.product(*lists.values()):
-            for seed in arm.seeds:
-                yield {**arm.set, **case, **dict(zip(lists, chosen, strict=True)), "seed": seed}
+    return combinations(plain)
 
 
 def _trial(
@@ -132,6 +127,3 @@ def _x(
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise file.error((*place, "x"), f"x = {arm.x!r} takes the value {value!r}, which is no number")
     return float(value)
-
-
-__all__ = ["SpecError", "Target", "expand"]

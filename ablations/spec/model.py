@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ablations.records.files import user_path
+from ablations.spec.arms import SPECS, merged
 from ablations.spec.plain_yaml import (
     Place,
     SpecError,
@@ -37,7 +38,6 @@ from ablations.spec.plain_yaml import (
 )
 from ablations.words import did_you_mean
 
-SPECS = Path(__file__).parents[1] / "specs"
 MAX_BYTES = 64 * 1024  # a spec is about 25 lines
 NAME = r"[a-z][a-z0-9_]{0,62}"
 
@@ -96,6 +96,10 @@ class Arm(_Strict):
     x: Variable | int | float | None = None
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, max_length=100)
 
+    def said(self) -> dict[str, Any]:
+        """What was written, without the defaults."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
 
 class AblationSpec(_Strict):
     """A question, and the arms that answer it."""
@@ -120,17 +124,7 @@ class AblationSpec(_Strict):
 
     def merged(self) -> list[Arm]:
         """The arms with the defaults of ``base`` filled in."""
-        given = {name: getattr(self.base, name) for name in self.base.model_fields_set}
-        return [
-            Arm.model_construct(
-                **{
-                    **given,
-                    **{name: getattr(arm, name) for name in arm.model_fields_set},
-                    "set": {**self.base.set, **arm.set},
-                }
-            )
-            for arm in self.arms
-        ]
+        return [Arm.model_construct(**merged(self.base.said(), arm.said())) for arm in self.arms]
 
 
 @dataclass(frozen=True, eq=False)

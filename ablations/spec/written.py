@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.plain_yaml import parse_yaml, substitute
 from ablations.trial.free_settings import AUTO, Setting, Stages, budgets_in, filled
 from reducers import available
 
-SPECS = Path(__file__).parents[1] / "specs"
 TRAINED = "trained_methods"  # the spec that says how each method is trained here
 _USUAL: dict[str, Setting] = {
     "count": 108,
@@ -49,23 +48,15 @@ def written_arms(spec: str) -> tuple[WrittenArm, ...]:
     """The arms of a shipped spec, in its order."""
     path = SPECS / f"{spec}.yaml"
     _, data = parse_yaml(path.read_text(encoding="utf-8"), path)
-    return tuple(_arm(data.get("base", {}), arm) for arm in data["arms"])
+    return tuple(_first(merged(data.get("base", {}), arm)) for arm in data["arms"])
 
 
-def _arm(base: dict[str, Any], arm: dict[str, Any]) -> WrittenArm:
-    merged = {**base, **arm}
-    lists = {**merged.get("vary", {}), **{name: merged[name] for name in ("target", "batch") if merged.get(name)}}
-    values = {
-        **base.get("set", {}),
-        **arm.get("set", {}),
-        **next(iter(merged.get("cases", [])), {}),
-        **{name: given[0] for name, given in lists.items()},
-        "seed": merged.get("seeds", [0])[0],
-    }
+def _first(arm: dict[str, Any]) -> WrittenArm:
+    values = next(combinations(arm))
     return WrittenArm(
-        variant=str(substitute(merged["variant"], values)),
-        stages=substitute(merged["stages"], values),
-        training=substitute(merged.get("training"), values),
+        variant=str(substitute(arm["variant"], values)),
+        stages=substitute(arm["stages"], values),
+        training=substitute(arm.get("training"), values),
         target=values.get("target"),
     )
 

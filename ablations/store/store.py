@@ -23,7 +23,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ablations.records.files import atomic, cache_home, json_bytes, read_json, write_json
+from ablations.records.files import cache_home, json_bytes
 from ablations.records.locks import lock
 from ablations.records.names import CACHE, IMAGES, KEY, RESULTS, SAMPLES, TRIALS, images_file, row_file
 from ablations.records.parquet import owned, parquet, read_parquet, read_row, short
@@ -306,6 +306,3 @@ def _columns(result: TrialResult) -> dict[str, Any]:
         name: [None] * count if values is None else values.tolist() if hasattr(values, "tolist") else values
         for name, values in given.items()
     }
-
-
-__all__ = ["IMAGE_SCHEMA", "ROW_SCHEMA", "Status", "Store", "StoreError", "atomic", "read_json", "write_json"]

@@ -32,7 +32,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablations.trial.code_sources import CodeError, Sources
+from ablations.trial.code_sources import Sources
 
 if TYPE_CHECKING:
     from ablations.trial.trial import Trial
@@ -171,4 +171,4 @@ def _folders() -> dict[str, Path]:
     return {name: Path(spec.origin).parent for name, spec in found.items() if spec is not None and spec.origin}
 
 
-__all__ = ["CodeError", "changed_parts", "code_of", "read_again", "runtime_code", "training_code"]
+__all__ = ["changed_parts", "code_of", "read_again", "runtime_code", "training_code"]

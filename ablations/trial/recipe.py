@@ -9,19 +9,31 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ablations.trial.free_settings import filled, free_kinds
 from ablations.trial.labels import with_nested
-from reducers import Placement, build, placement_from
+from reducers import Placement, ReducerError, build, placement_from
+from reducers.checks import checked_choice, checked_whole, checked_within
 
 _ADDED_LATER: dict[str, Any] = {"freeze": 0.0, "target": None}  # settings, and what says nothing
 
 Augment = Literal["none", "light", "strong"]
 Amp = Literal["none", "bfloat16", "float16"]
+
+_WHOLE = {"epochs": 1, "images": 1, "batch": 1, "accumulate": 1, "holdout": 0, "seed": 0}  # the least
+_SHARE, _POSITIVE, _NOT_BELOW = {"low": 0.0, "high": 1.0}, {"low": 0.0, "above": True}, {"low": 0.0}
+_WITHIN: dict[str, Any] = {
+    "alpha": _SHARE, "tau": _POSITIVE, "lr": _POSITIVE, "clip": _POSITIVE,
+    "target": {**_SHARE, "above": True}, "ema": {**_SHARE, "above": True},
+    "smoothing": _SHARE, "drop_path": _SHARE, "freeze": _SHARE, "min_lr": _NOT_BELOW, "weight_decay": _NOT_BELOW,
+    "warmup": _NOT_BELOW, "reducer_lr_scale": _NOT_BELOW, "keep_start": _NOT_BELOW, "keep_shrink": _NOT_BELOW,
+    "mixup": _NOT_BELOW, "cutmix": _NOT_BELOW,
+}  # fmt: skip
+_CHOICES = {"augment": Augment, "amp": Amp}
+_MAY_BE_NONE = ("images", "clip", "ema", "target")
 
 
 class RecipeError(ValueError):
@@ -39,8 +51,7 @@ class Distillation:
     tau: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("distill.alpha", self.alpha, low=0, high=1)
-        _number("distill.tau", self.tau, low=0, above=True)
+        _check(self, lambda name, value: checked_within(value, f"distill.{name}", **_WITHIN[name]))
 
 
 @dataclass(frozen=True)
@@ -78,24 +89,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch", 1), ("accumulate", 1), ("holdout", 0), ("seed", 0)):
-            _whole(name, getattr(self, name), low=low)
-        if self.images is not None:
-            _whole("images", self.images, low=1)
-        _number("lr", self.lr, low=0, above=True)
-        for name in ("min_lr", "weight_decay", "warmup", "reducer_lr_scale", "keep_start", "keep_shrink"):
-            _number(name, getattr(self, name), low=0)
-        for name in ("mixup", "cutmix"):
-            _number(name, getattr(self, name), low=0)
-        for name in ("smoothing", "drop_path", "freeze"):
-            _number(name, getattr(self, name), low=0, high=1)
-        for name in ("clip", "ema"):
-            if getattr(self, name) is not None:
-                _number(name, getattr(self, name), low=0, above=True, high=1 if name == "ema" else math.inf)
-        _choice("augment", self.augment, get_args(Augment))
-        _choice("amp", self.amp, get_args(Amp))
-        if self.target is not None:
-            _number("target", self.target, low=0, above=True, high=1)
+        _check(self, _check_setting)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -238,21 +232,20 @@ def _distillation(value: object) -> Distillation:
     return Distillation(**value)
 
 
-def _whole(name: str, value: object, *, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise RecipeError(f"{name} must be a whole number, {low} or more; got {value!r}")
+def _check(settings: Any, checked: Callable[[str, Any], Any]) -> None:
+    """Every setting as ``checked`` gives it: a number of another package as a plain one."""
+    try:
+        for field in dataclasses.fields(settings):
+            object.__setattr__(settings, field.name, checked(field.name, getattr(settings, field.name)))
+    except ReducerError as error:
+        raise RecipeError(str(error)) from error
 
 
-def _number(name: str, value: object, *, low: float, high: float = math.inf, above: bool = False) -> None:
-    """A finite number in [low, high], or in (low, high] where it must lie ``above``."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not (low < number if above else low <= number) or not number <= high or math.isinf(number):
-        bound = f"above {low:g}" if above else f"{low:g} or more"
-        raise RecipeError(
-            f"{name} must be a number, {bound}{f' and at most {high:g}' if high < math.inf else ''}; got {value!r}"
-        )
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise RecipeError(f"{name} {value!r}: choose one of {', '.join(choices)}")
+def _check_setting(name: str, value: Any) -> Any:
+    if value is None and name in _MAY_BE_NONE:
+        return None
+    if name in _WHOLE:
+        return checked_whole(value, name, least=_WHOLE[name])
+    if name in _WITHIN:
+        return checked_within(value, name, **_WITHIN[name])
+    return checked_choice(value, _CHOICES[name], f"{name} …") if name in _CHOICES else value

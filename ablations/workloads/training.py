@@ -203,5 +203,3 @@ def _digests(pixels: np.ndarray, labels: np.ndarray) -> str:
 
 
 TrainingImages = Scenes | Photographs
-
-__all__ = ["Augment", "Photographs", "Scenes", "TrainingAccess", "TrainingImages", "training_root"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ablations.__main__ import main
-from ablations.measure.evaluate import model_facts
+from ablations.measure.context import model_facts
 from ablations.spec.expand import Target
 from ablations.trial.trial import ModelFacts
 from ablations.workloads import open_model

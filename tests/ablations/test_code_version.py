@@ -17,8 +17,8 @@ import pytest
 from ablations.spec.expand import Target, expand
 from ablations.spec.model import parse_spec
 from ablations.trial import code as code_version
-from ablations.trial.code import CodeError, changed_parts, code_of, read_again, runtime_code, training_code
-from ablations.trial.code_sources import Sources
+from ablations.trial.code import changed_parts, code_of, read_again, runtime_code, training_code
+from ablations.trial.code_sources import CodeError, Sources
 from ablations.trial.code_text import Place
 from reducers import available
 from reducers import registry as known_reducers

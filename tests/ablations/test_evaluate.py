@@ -13,14 +13,15 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from ablations.measure.evaluate import TrialContext, run_trial, try_trial
+from ablations.measure.context import TrialContext
+from ablations.measure.evaluate import run_trial, try_trial
 from ablations.measure.metrics import patch_masks
+from ablations.records.schema import ROW_SCHEMA
 from ablations.records.wilson import wilson
 from ablations.run.contexts import make_context
 from ablations.run.session import Session, Settings, open_session
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
-from ablations.store.store import ROW_SCHEMA
 from ablations.trial.trial import Trial, TrialError
 from reducers import placement_from, reduce_tokens
 from tests.ablations.runs import ROOT, SPEC

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from ablations.measure.context import check_inputs
-from ablations.measure.evaluate import TrialContext, run_group, run_trial
+from ablations.measure.context import TrialContext, check_inputs
+from ablations.measure.evaluate import run_group, run_trial
 from ablations.run.contexts import make_context
 from ablations.run.session import Session, Settings, open_session
 from ablations.spec.expand import expand

@@ -14,8 +14,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.expand import Target, expand
-from ablations.spec.model import MAX_BYTES, SpecError, find_specs, load_spec, parse_spec
+from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
+from ablations.spec.plain_yaml import SpecError, parse_yaml
 from reducers import available, reduce_tokens
 from tests.ablations.runs import SPEC
 
@@ -393,3 +395,12 @@ def test_no_content_of_a_spec_can_cause_anything_but_a_spec_error(
 def test_no_text_can_cause_anything_but_a_spec_error(text: str) -> None:
     with pytest.raises(SpecError):
         parse_spec(text)
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_arms_span_the_same_values_with_and_without_validation(path: Path) -> None:
+    _, data = parse_yaml(path.read_text(), path)
+    plain = [merged(data.get("base", {}), arm) for arm in data["arms"]]
+    validated = [dict(arm) for arm in load_spec(path).spec.merged()]
+    assert [list(combinations(arm)) for arm in plain] == [list(combinations(arm)) for arm in validated]
+    assert [arm["variant"] for arm in plain] == [arm["variant"] for arm in validated]

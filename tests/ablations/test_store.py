@@ -17,12 +17,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.records.storage import Disk
+from ablations.records.columns import ROW_SCHEMA
+from ablations.records.files import atomic, read_json, write_json
+from ablations.records.storage import Disk, StoreError
 from ablations.spec.expand import Target, expand
 from ablations.spec.model import parse_spec
 from ablations.store import index, trial_log
 from ablations.store.index import RowIndex
-from ablations.store.store import ROW_SCHEMA, Store, StoreError, atomic, read_json, write_json
+from ablations.store.store import Store
 from ablations.trial.trial import Trial, TrialError, TrialResult, failed, trial_from
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC
@@ -86,7 +88,7 @@ def test_a_damaged_result_is_ignored_with_a_warning(
 def test_a_writer_killed_half_way_leaves_nothing_that_counts(store: Store, trials: list[Trial]) -> None:
     key = trials[0].key
     code = (
-        "import os, signal, sys; from pathlib import Path; from ablations.store.store import atomic\n"
+        "import os, signal, sys; from pathlib import Path; from ablations.records.files import atomic\n"
         "with atomic(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )

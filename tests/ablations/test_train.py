@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from ablations.measure import evaluate
 from ablations.run import train
 from ablations.spec.expand import Target, expand
-from ablations.spec.model import SpecError, find_specs, parse_spec
+from ablations.spec.model import find_specs, parse_spec
+from ablations.spec.plain_yaml import SpecError
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import free_kinds, ladder, settle
 from ablations.trial.trial import TrialResult

@@ -12,7 +12,8 @@ from ablations.measure.context import TrialContext, dense_predictions, model_fac
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune.aim import settled
 from ablations.spec.expand import Target, expand
-from ablations.spec.model import SpecError, parse_spec
+from ablations.spec.model import parse_spec
+from ablations.spec.plain_yaml import SpecError
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.recipe import parse_recipe
 from ablations.trial.trial import Trial

@@ -64,6 +64,12 @@ def test_what_cannot_be_followed_is_refused(settings: dict[str, Any], message: s
         parse_recipe(settings, workload="embedded")
 
 
+def test_numbers_of_another_package_become_plain_ones() -> None:
+    recipe = Recipe(epochs=np.int64(3), lr=np.float32(0.5), distill=Distillation(alpha=np.float64(0.25)))  # type: ignore[arg-type]
+    assert json.dumps(recipe.spec()) == json.dumps(Recipe(epochs=3, lr=0.5, distill=Distillation(alpha=0.25)).spec())
+    assert isinstance(Recipe(lr=1).lr, int), "a number as it was written, so that no digest changes"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
 def test_a_training_is_a_json_mapping(text: str) -> None:
     with pytest.raises(RecipeError, match="training"):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ablations.models.loading import head_classes, open_model, state_digest
-from ablations.models.weight_files import ModelError, read_shapes
+from ablations.models.loading import head_classes, open_model
+from ablations.models.weight_files import ModelError, read_shapes, state_digest
 from ablations.workloads import embedded
 
 NAME = "digits_vit_tiny"

@@ -11,9 +11,9 @@ from typing import Any
 from ray import tune
 
 from ablations.measure.profile import Profile
+from ablations.records.storage import StoreError
 from ablations.run.jobs import Job
 from ablations.run.progress import RunProgress
-from ablations.store.store import StoreError
 
 _NODE = ("node has died", "node was terminated", "node is dead", "preempt")  # what Ray says of an actor whose node went
 _MEMORY = ("running low on memory", "OutOfMemoryError")  # … of one that its memory monitor ended

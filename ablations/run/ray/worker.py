@@ -21,12 +21,13 @@ from ray import tune
 
 from ablations.measure.context import DensePredictions, versions
 from ablations.measure.profile import Profile
+from ablations.records.storage import StoreError
 from ablations.run.contexts import Contexts, Locate, choose_device, find_dense, load_context
 from ablations.run.jobs import Computation, Job
 from ablations.run.ray.files import Files
 from ablations.run.ray.watchdog import Watch, place_of_stall
 from ablations.run.serial import Outcome, carry_out
-from ablations.store.store import Store, StoreError
+from ablations.store.store import Store
 from ablations.trial.trial import Trial
 
 _COMPARED = ("torch", "timm", "numpy")  # versions that change numbers
