@@ -239,6 +239,30 @@ def test_no_file_of_the_ablations_leans_on_many_of_its_siblings() -> None:
     assert leaning == {}
 
 
+OPENING = {"open_images", "open_workload", "split_calibration", "TrialContext"}
+
+
+def test_a_model_is_opened_on_images_in_one_place() -> None:
+    """A worker's context is made from what the driver opened."""
+    places = {("ablations/measure/opening.py", name) for name in OPENING - {"open_workload"}}
+    places |= {("ablations/run/contexts.py", "TrialContext"), ("ablations/workloads/__init__.py", "open_images")}
+    found = {(file, name) for file, _, name in calls("ablations") if name in OPENING}
+    assert found == places
+
+
+MAX_POSITIONAL = 8
+
+
+def test_no_function_takes_nine_things_by_their_order() -> None:
+    long = [
+        (relative(path), node.lineno, node.name)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef) and len(node.args.posonlyargs + node.args.args) > MAX_POSITIONAL
+    ]
+    assert long == []
+
+
 def given(path: Path) -> set[str]:
     """The names that a file itself makes."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

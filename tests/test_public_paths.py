@@ -99,6 +99,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "reducers.methods.topk": ("TopK", "keep_count", "keep_highest"),
     "reducers.methods.tps": ("DTPS", "ETPS"),
     "reducers.methods.zero_tprune": ("ZeroTPrune",),
+    "ablations.finetune": ("Recipe", "finetuned", "parse_recipe", "trained_model"),
     "ablations.workloads": ("LoadedModel", "Workload", "WorkloadError", "open_model", "open_workload"),
     "analysis.plots": (),
 }  # fmt: skip
@@ -152,6 +153,8 @@ ablations report --out OUT --to DIR --quiet
 ablations docs --help
 ablations docs
 ablations docs --check
+ablations.finetune --help
+ablations.finetune --out out/ats --at 3-11 --reducer '{"name": "ats", "budget": {"count": 20}}'
 ablations.measure.finetune --help
 ablations.measure.finetune --out out/ats --at 3-11 --reducer '{"name": "ats", "budget": {"count": 20}}'
 ablations.measure.finetune --out out/dense --set epochs=3 seed=1

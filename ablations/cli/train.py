@@ -54,9 +54,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from ablations.measure.context import use_exact_float32
+    from ablations.measure.opening import choose_device, open_context, open_subject
+    from ablations.records.names import CACHE
     from ablations.run import train
     from ablations.trial.recipe import parse_settings
-    from ablations.workloads import Reading, default_models
+    from ablations.workloads import ImageSource, Reading, default_models
 
     known = train.trainable()
     if not arguments.methods:
@@ -73,11 +75,13 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     ]
     use_exact_float32()
-    context = train.open_context(
-        arguments.workload, cache=arguments.out / "cache", model=model, data=arguments.data or None,
-        train_data=arguments.train_data or None, weights=arguments.weights or None, limit=arguments.limit,
+    source = ImageSource(
+        arguments.workload, arguments.data or None, arguments.train_data or None, limit=arguments.limit,
         reading=Reading(arguments.labels or None, not arguments.no_links),
     )  # fmt: skip
+    cache = arguments.out / CACHE
+    subject = open_subject(source, model, weights=arguments.weights or None, cache=cache)
+    context = open_context(subject, choose_device(), cache=cache)
     print(train.headline(context))
     compared = []
     for one in asked:

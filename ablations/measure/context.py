@@ -23,7 +23,7 @@ from ablations.measure.profile import Profile
 from ablations.trial.code import code_of
 from ablations.trial.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
-from ablations.workloads.reading import AS_USUAL, Reading
+from ablations.workloads.reading import ImageSource
 from reducers import Placement, Shared, reduce_tokens
 
 _VERSIONED = ("torch", "timm", "numpy")
@@ -57,10 +57,7 @@ class TrialContext:
     device: torch.device
     calibration: Workload | None = None  # the images that settings are sought on; none of them is evaluated
     probes: MutableMapping[Any, float] = field(default_factory=dict)  # (family, setting) -> mean GMACs there
-    opened_as: str = "embedded"  # the workload as it was asked for, …
-    data: str | None = None  # … its folder, …
-    train_data: str | None = None  # … and that of its training images, where it is another: finetuning starts there
-    reading: Reading = AS_USUAL  # how folders are read, those of the training images as well
+    source: ImageSource = field(default_factory=ImageSource)  # where images come from: finetuning starts there
     cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
     profile: Profile = field(default_factory=Profile)
     beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``run.ray.watchdog``

@@ -18,7 +18,7 @@ from torch import nn
 
 from ablations.models import digits
 from ablations.models.weight_files import ModelError, load_into, read_shapes, read_weights, state_digest
-from ablations.records.files import user_path
+from ablations.records.files import absolute, user_path
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ class LoadedModel:
 def default_models(workload: str) -> tuple[str, ...]:
     """The models a workload is measured with where none is named, the main one first."""
     return DEFAULT_MODELS.get(workload, (DEFAULT_MODEL,))
+
+
+def located_weights(weights: str | None) -> str | None:
+    """A file of weights by its full path, for whoever runs elsewhere; None and "random" as they are."""
+    return weights if weights == RANDOM else absolute(weights)
 
 
 def check_model(name: str) -> None:

@@ -32,6 +32,11 @@ def user_path(text: str | Path) -> Path:
         return Path(text)
 
 
+def absolute(path: str | None) -> str | None:
+    """A file or folder by its full path, for whoever runs elsewhere."""
+    return None if path is None else str(user_path(path).absolute())
+
+
 @contextmanager
 def atomic(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Write to a temporary file beside ``path`` that takes its name only when whole; ``lasting``: and on the disk."""

@@ -6,9 +6,7 @@ Arrays are mapped into memory from files, so that nothing large is ever sent bet
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,19 +16,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ablations.measure.chance import warn_at_chance
-from ablations.measure.context import DensePredictions, TrialContext, dense_predictions, device_name
-from ablations.measure.probes import Probes
+from ablations.measure.context import DensePredictions, TrialContext, dense_predictions
+from ablations.measure.opening import Subject, dense_file, open_context, probes_of, read_dense, short_digest
 from ablations.measure.profile import Profile
-from ablations.models.loading import RANDOM
+from ablations.models.loading import RANDOM, located_weights
 from ablations.models.weight_files import ModelError, read_weights
 from ablations.records.files import atomic, write_json
-from ablations.run.session import Session, Subject, absolute
-from ablations.trial.code import runtime_code
-from ablations.trial.trial import RESULT_VERSION, ModelFacts
-from ablations.workloads import LoadedModel, Reading, Workload, open_model
-
-log = logging.getLogger(__name__)
+from ablations.run.session import Session
+from ablations.trial.trial import ModelFacts
+from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, open_model
 
 _LARGE = ("pixels", "masks")  # mapped from files of their own, which models and later runs share
 _SMALL = ("labels", "clutter")
@@ -53,92 +47,12 @@ class Contexts:
         return self._open[model]
 
 
-def choose_device() -> torch.device:
-    """A GPU where there is one, else the cores."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def make_context(
     session: Session, device: torch.device, *, model: str | None = None, profile: Profile | None = None
 ) -> TrialContext:
-    """The context of trials run in this process; computes the plain model's predictions unless they are cached.
-
-    ``model`` is one of the session's; None means its main one.
-    """
+    """The context of trials run in this process. ``model`` is one of the session's; None means its main one."""
     subject = session.main if model is None else session.subjects[model]
-    profile = profile or Profile()
-    subject.loaded.model.to(device)
-    with profile.measure("dense"):
-        dense = _dense(session, subject, device)
-    log.info("%s, not reduced: top-1 %.1f %% at %.3f GMACs", subject.facts.name, 100 * dense.top1, dense.gmacs)
-    warn_at_chance(subject.facts.name, subject.facts.weights, dense, subject.workload)
-    return TrialContext(
-        subject.workload,
-        subject.loaded.model,
-        subject.facts,
-        dense,
-        device,
-        calibration=subject.calibration,
-        probes=_probes(session.store.cache, subject.facts, subject.calibration, device),
-        opened_as=session.settings.workload,
-        data=absolute(session.settings.data),
-        train_data=absolute(session.settings.train_data),
-        reading=session.settings.reading,
-        cache=session.store.cache,
-        profile=profile,
-    )
-
-
-def _dense(session: Session, subject: Subject, device: torch.device) -> DensePredictions:
-    found = known_dense(session, subject)
-    if found is not None:
-        return found
-    log.info("running the plain %s on %d images", subject.facts.name, len(subject.workload))
-    dense = dense_predictions(subject.loaded.model, subject.workload, batch=subject.target.batch, device=device)
-    keep_dense(_dense_file(session, subject), dense)
-    return dense
-
-
-def known_dense(session: Session, subject: Subject) -> DensePredictions | None:
-    """What the plain model says of the images, as far as this run or an earlier one has asked it."""
-    found = read_dense(_dense_file(session, subject))
-    return found if found is not None and len(found.prediction) == len(subject.workload) else None
-
-
-def _dense_file(session: Session, subject: Subject) -> Path:
-    """Where what the plain model says of these images is kept."""
-    identity = [
-        RESULT_VERSION, runtime_code(), subject.facts.name, subject.facts.weights_digest, subject.workload.digest,
-        subject.target.batch,
-    ]  # fmt: skip
-    return session.store.cache / f"dense-{_short(identity)}.npz"
-
-
-def read_dense(path: Path) -> DensePredictions | None:
-    """Predictions of the plain model that were kept, or None where there are none that can be read."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # noqa: BLE001  # a damaged archive can make its readers raise nearly anything
-        log.warning("%s cannot be read (%s): the plain model is run again", path, error)
-        return None
-
-
-def keep_dense(path: Path, dense: DensePredictions) -> None:
-    """Keep predictions of the plain model for later runs and for workers."""
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, prediction=dense.prediction, correct=dense.correct, gmacs=np.float64(dense.gmacs))
-
-
-def _probes(cache: Path, facts: ModelFacts, calibration: Workload, device: torch.device) -> Probes:
-    identity = [RESULT_VERSION, facts.name, facts.weights_digest, calibration.digest, device_name(device)]
-    return Probes(cache, identity=identity)
-
-
-def _short(identity: object) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return open_context(subject, device, cache=session.store.cache, profile=profile)
 
 
 # --- for the workers --------------------------------------------------------------------------------------------------
@@ -149,18 +63,16 @@ def save_context(session: Session, model: str) -> Path:
 
     The plain model's predictions are a file of their own, which ``dense_file_of`` names.
     """
-    subject, settings, cache = session.subjects[model], session.settings, session.store.cache
+    subject, cache = session.subjects[model], session.store.cache
+    assert subject.calibration is not None, "a run seeks settings"
     facts = subject.facts
-    path = cache / f"context-{_short([facts.name, facts.weights_digest, subject.workload.digest])}.json"
+    path = cache / f"context-{short_digest([facts.name, facts.weights_digest, subject.workload.digest])}.json"
     description = {
         "workload": _save_workload(subject.workload, cache),
         "calibration": _save_workload(subject.calibration, cache),
-        "opened_as": settings.workload,
-        "data": absolute(settings.data),
-        "train_data": absolute(settings.train_data),
-        "reading": dataclasses.asdict(settings.reading),
+        "source": dataclasses.asdict(subject.source.located()),
         "cache": str(cache),
-        "dense": str(_dense_file(session, subject)),
+        "dense": str(dense_file(subject, cache)),
         "batch": subject.target.batch,
         "weights": _save_weights(subject, cache),
         "facts": dataclasses.asdict(facts),
@@ -220,11 +132,8 @@ def load_context(
         dense,
         device,
         calibration=calibration,
-        probes=_probes(cache, facts, calibration, device),
-        opened_as=saved["opened_as"],
-        data=saved["data"],
-        train_data=saved["train_data"],
-        reading=Reading(**saved["reading"]),
+        probes=probes_of(facts, calibration, device, cache),
+        source=_source(saved),
         cache=cache,
         profile=profile or Profile(),
     )
@@ -233,14 +142,18 @@ def load_context(
 
 def _load_model(saved: dict[str, Any], workload: Workload, locate: Locate) -> LoadedModel:
     weights = RANDOM if saved["weights"] == RANDOM else str(locate(Path(saved["weights"])))
-    name, opened_as = saved["facts"]["name"], saved["opened_as"]
+    name, opened_as = saved["facts"]["name"], _source(saved).name
     return open_model(name, weights=weights, workload_name=opened_as, classes=workload.classes)
+
+
+def _source(saved: dict[str, Any]) -> ImageSource:
+    return ImageSource(**{**saved["source"], "reading": Reading(**saved["source"]["reading"])})
 
 
 def _save_weights(subject: Subject, cache: Path) -> str | None:
     """The file to load, or "random". A model's own weights are written down as well: a node need not reach the hub."""
     if subject.weights is not None:
-        return absolute(subject.weights)
+        return located_weights(subject.weights)
     path = cache / f"weights-{subject.facts.weights_digest[:16]}.safetensors"
     weights = {name: tensor.cpu().contiguous() for name, tensor in subject.loaded.model.state_dict().items()}
     with suppress(OSError, ModelError):  # of an earlier run

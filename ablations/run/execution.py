@@ -9,8 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ablations.measure.chance import warn_at_chance
+from ablations.measure.opening import choose_device, known_dense
 from ablations.measure.profile import Profile
-from ablations.run.contexts import Contexts, choose_device, known_dense, make_context, save_context
+from ablations.run.contexts import Contexts, make_context, save_context
 from ablations.run.jobs import Computation, schedule
 from ablations.run.progress import RunProgress
 from ablations.run.ray.address import address
@@ -119,7 +120,7 @@ def _compute(
 def _say_plain(session: Session) -> None:
     """What a cluster's workers found the plain models to say."""
     for subject in session.subjects.values():
-        dense = known_dense(session, subject)
+        dense = known_dense(subject, session.store.cache)
         if dense is not None and address():  # else it was said here
             warn_at_chance(subject.facts.name, subject.facts.weights, dense, subject.workload)
     note_plain_models(session)

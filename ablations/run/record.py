@@ -14,9 +14,11 @@ from PIL import Image
 
 from ablations.measure.chance import chance_of
 from ablations.measure.context import versions
+from ablations.measure.opening import Subject, known_dense
+from ablations.models.loading import located_weights
+from ablations.records.files import absolute
 from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
-from ablations.run.contexts import known_dense
-from ablations.run.session import Session, Settings, Subject, absolute
+from ablations.run.session import Session, Settings
 from ablations.store.store import Store
 from ablations.trial.staleness import outdated
 from ablations.version import own_version
@@ -51,7 +53,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(command),
             **session.identity,
-            "calibration_images": len(session.main.calibration),
+            "calibration_images": len(session.main.calibration or ()),
             "models": _about_models(session),
             "data": settings.data,
             "weights_file": session.main.weights,
@@ -94,7 +96,7 @@ def _settings(settings: Settings) -> dict[str, Any]:
     about.update(data=absolute(settings.data), train_data=absolute(settings.train_data))
     models, files = zip(*settings.chosen(), strict=True)
     about.update(labels=settings.reading.labels, links=settings.links)
-    return {**about, "models": list(models), "weights_files": [absolute(file) for file in files]}
+    return {**about, "models": list(models), "weights_files": [located_weights(file) for file in files]}
 
 
 def _images_account(workload: Workload) -> dict[str, Any] | None:
@@ -116,7 +118,7 @@ def _about_models(session: Session) -> list[dict[str, Any]]:
 def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
     """A model of the run, for whoever reads its rows."""
     facts = subject.facts
-    dense = known_dense(session, subject)
+    dense = known_dense(subject, session.store.cache)
     return {
         "model": facts.name,
         "weights": facts.weights,

@@ -145,8 +145,8 @@ def _run(
 ) -> tuple[dict[str, Any], pa.Table | None]:  # fmt: skip
     """Evaluate the trial in a store of its own: its row and its images, None if it failed."""
     from ablations.measure.evaluate import try_trial
-    from ablations.run.contexts import choose_device, make_context
-    from ablations.run.session import Session, Settings, open_subject
+    from ablations.measure.opening import choose_device, open_context, open_subject
+    from ablations.run.session import Settings
 
     files = dict(zip(settings.get("models", []), settings.get("weights_files", []), strict=False))
     opened = Settings(
@@ -163,7 +163,7 @@ def _run(
         links=bool(settings.get("links", True)),
     )
     own = Store(folder).create()
-    subject = open_subject(trial.model, opened.weights, opened, own)
+    subject = open_subject(opened.source, trial.model, weights=opened.weights, cache=own.cache, batch=opened.batch)
     for what, planned, found, remedy in (
         ("images", trial.data_digest, subject.target.data_digest, "--data"),
         ("weights", trial.weights_digest, subject.facts.weights_digest, "--weights"),
@@ -173,8 +173,7 @@ def _run(
                 f"the {what} are not those of the trial (digest {found[:12]} in place of {planned[:12]}); "
                 f"say where they are with {remedy}"
             )
-    session = Session(opened, own, {trial.model: subject}, (), {})
-    result = try_trial(trial, make_context(session, choose_device(), model=trial.model))
+    result = try_trial(trial, open_context(subject, choose_device(), cache=own.cache))
     own.save(result)
     row = own.load(trial.key)
     assert row is not None, "what was just saved can be read"

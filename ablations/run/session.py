@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ablations.measure.context import model_facts
+from ablations.measure.opening import Subject, facts_of, open_subject
 from ablations.models.loading import RANDOM
-from ablations.records.files import user_path
 from ablations.run.jobs import Computation, computations
 from ablations.spec import expand as plan
-from ablations.spec.expand import Target
 from ablations.spec.model import SpecFile, find_specs
 from ablations.store.store import Store
+from ablations.trial.target import Target
 from ablations.trial.trial import RESULT_VERSION, ModelFacts, Trial
-from ablations.workloads import (
-    LoadedModel,
-    Reading,
-    Workload,
-    default_models,
-    open_model,
-    open_workload,
-    split_calibration,
-)
-from reducers import Placement, reduce_tokens
-
-log = logging.getLogger(__name__)
+from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, default_models, open_model
+from reducers import reduce_tokens
 
 
 @dataclass(frozen=True)
@@ -83,25 +71,20 @@ class Settings:
     @property
     def reading(self) -> Reading:
         """How folders are read; a file by its full path, for whoever reads them elsewhere."""
-        chosen = Reading(self.labels, self.links)
-        return chosen if chosen.file is None else Reading(absolute(self.labels), self.links)
+        return Reading(self.labels, self.links).located()
+
+    @property
+    def source(self) -> ImageSource:
+        """Where the run's images come from."""
+        return ImageSource(
+            self.workload, self.data, self.train_data, limit=self.limit, strict=self.strict, download=self.download,
+            reading=self.reading,
+        )  # fmt: skip
 
     @property
     def model_name(self) -> str:
         """The run's main model."""
         return self.chosen()[0][0]
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """One model of a run, with the images as it reads them."""
-
-    loaded: LoadedModel
-    weights: str | None  # as chosen: None for the model's own, "random", or a file
-    facts: ModelFacts
-    workload: Workload  # the evaluated images
-    calibration: Workload  # others, on which settings are sought
-    target: Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,53 +155,21 @@ def open_session(settings: Settings) -> Session:
     chosen = settings.chosen()
     if not any(file.spec.models == "all" for file in files):
         chosen = chosen[:1]
-    subjects = {name: open_subject(name, weights, settings, store) for name, weights in chosen}
-    return Session(settings, store, subjects, files, _trials(files, list(subjects.values())))
+    subjects = {
+        name: open_subject(settings.source, name, weights=weights, cache=store.cache, batch=settings.batch)
+        for name, weights in chosen
+    }
+    planned = [(subject.target, subject.loaded) for subject in subjects.values()]
+    return Session(settings, store, subjects, files, _trials(files, planned))
 
 
-def absolute(path: str | None) -> str | None:
-    """A file or folder by its full path, for whoever runs elsewhere; None and "random" as they are."""
-    return path if path is None or path == RANDOM else str(user_path(path).absolute())
-
-
-def open_subject(name: str, weights: str | None, settings: Settings, store: Store) -> Subject:
-    """One model with its weights, and the images as it reads them."""
-    workload = open_workload(
-        settings.workload,
-        data=settings.data,
-        model=name,
-        limit=settings.limit,
-        strict=settings.strict,
-        cache=store.cache,
-        weights=weights,
-        download=settings.download,
-        reading=settings.reading,
-    )
-    if workload.skipped:
-        log.warning(
-            "%d images cannot be used and are skipped; run.json and the report list them", len(workload.skipped)
-        )
-    loaded = open_model(name, weights=weights, workload_name=settings.workload, classes=workload.classes)
-    facts = _facts(name, loaded)
-    calibration, evaluated = split_calibration(workload)
-    target = Target(
-        facts=facts,
-        workload=workload.name,
-        data_digest=evaluated.digest,
-        images=len(evaluated),
-        batch=settings.batch or default_batch(workload),
-        calibration=calibration.digest,
-    )
-    return Subject(loaded, weights, facts, evaluated, calibration, target)
-
-
-def _trials(files: Sequence[SpecFile], subjects: Sequence[Subject]) -> dict[str, list[Trial]]:
+def _trials(files: Sequence[SpecFile], models: Sequence[tuple[Target, LoadedModel]]) -> dict[str, list[Trial]]:
     """The plan: for each spec its trials, with the main model or with each."""
     return {
         file.spec.name: [
             trial
-            for subject in (subjects if file.spec.models == "all" else subjects[:1])
-            for trial in plan.expand(file, subject.target, check=_attachable(subject.loaded))
+            for target, loaded in (models if file.spec.models == "all" else models[:1])
+            for trial in plan.expand(file, target, check=partial(reduce_tokens, loaded.model))
         ]
         for file in files
     }
@@ -236,31 +187,8 @@ class Preview:
 def preview(settings: Settings) -> Preview:
     """Check specs against the models; raises what is wrong with them."""
     files = tuple(find_specs(settings.specs))
-    known: list[tuple[Target, plan.Check]] = []
+    known: list[tuple[Target, LoadedModel]] = []
     for name, _ in settings.chosen():
         loaded = open_model(name, weights=RANDOM, workload_name=settings.workload)
-        known.append((Target(_facts(name, loaded), settings.workload, "", 0, settings.batch or 1), _attachable(loaded)))
-    trials = {
-        file.spec.name: [
-            trial
-            for target, check in (known if file.spec.models == "all" else known[:1])
-            for trial in plan.expand(file, target, check=check)
-        ]
-        for file in files
-    }
-    return Preview(known[0][0].facts, files, trials)
-
-
-def default_batch(workload: Workload) -> int:
-    """Images in a batch: as many as keep a core busy without filling its memory."""
-    return 32 if workload.pixels.shape[1] >= 128 else 120
-
-
-def _facts(name: str, loaded: LoadedModel) -> ModelFacts:
-    # a model without blocks or patches cannot be planned for: let reduce_tokens say why it is not supported
-    reduce_tokens(loaded.model, Placement())
-    return model_facts(loaded.model, name=name, weights=loaded.weights, digest=loaded.digest, params_m=loaded.params_m)
-
-
-def _attachable(loaded: LoadedModel) -> Callable[[Placement], object]:
-    return lambda placement: reduce_tokens(loaded.model, placement)
+        known.append((Target(facts_of(name, loaded), settings.workload, "", 0, settings.batch or 1), loaded))
+    return Preview(known[0][0].facts, files, _trials(files, known))

@@ -13,20 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from ablations.measure.chance import warn_at_chance
-from ablations.measure.context import TrialContext, dense_predictions, model_facts
+from ablations.measure.context import TrialContext
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune import finetuned, parse_recipe
+from ablations.measure.opening import default_batch, target_of
 from ablations.records.files import atomic
 from ablations.records.paired import ALPHA, bonett_price, holm, mcnemar
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import Stages, free_kinds
 from ablations.trial.trial import Trial, TrialResult, canonical_json
 from ablations.words import did_you_mean
-from ablations.workloads import Reading, open_model, open_workload, split_calibration
+from ablations.workloads import open_model
 from reducers import available, build
 from reducers.placement import parse_blocks
 
@@ -35,7 +32,6 @@ COLUMNS = ["method", "trained", "GMACs", "top-1 %", "random, same cost", "random
 _LENGTH = ("epochs", "images", "batch", "accumulate", "augment", "amp", "seed", "holdout")  # what "as long" means
 _OF_REDUCERS = ("stages", "target", "reducer_lr_scale", "freeze")  # which say nothing to random drop
 _BASELINES = {"random", "topk"}
-_BATCH = {True: 32, False: 120}  # evaluated at once: of large images, of small ones
 
 
 class TrainError(ValueError):
@@ -173,39 +169,6 @@ def _spelled(stages: Stages, depth: int) -> Stages:
 # --- doing it ---------------------------------------------------------------------------------------------------------
 
 
-def open_context(
-    workload: str,
-    *,
-    cache: Path,
-    model: str,
-    data: str | None = None,
-    train_data: str | None = None,
-    weights: str | None = None,
-    limit: int | None = None,
-    reading: Reading | None = None,
-) -> TrialContext:
-    """Images, model and the plain model's predictions."""
-    cache.mkdir(parents=True, exist_ok=True)
-    reading = reading or Reading()
-    images = open_workload(
-        workload, data=data, model=model, limit=limit, strict=False, cache=cache, weights=weights,
-        reading=reading,
-    )  # fmt: skip
-    calibration, evaluated = split_calibration(images)
-    loaded = open_model(model, weights=weights, workload_name=workload, classes=images.classes)
-    facts = model_facts(
-        loaded.model, name=model, weights=loaded.weights, digest=loaded.digest, params_m=loaded.params_m
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded.model.to(device)
-    dense = dense_predictions(loaded.model, evaluated, batch=_batch(evaluated.pixels), device=device)
-    warn_at_chance(model, loaded.weights, dense, evaluated)
-    return TrialContext(
-        evaluated, loaded.model, facts, dense, device, calibration=calibration, opened_as=workload, data=data,
-        train_data=train_data, reading=reading, cache=cache,
-    )  # fmt: skip
-
-
 def train(asked: Asked, context: TrialContext) -> Compared:
     """Train and evaluate the method, then random drop at its cost. A training that is finished is not repeated."""
     workload = context.workload.name
@@ -236,19 +199,11 @@ def _trial(
     *,
     target: float | None = None,
 ) -> Trial:
-    facts, calibration = context.facts, context.calibration
-    assert calibration is not None  # open_context saw to it
-    return Trial(
-        spec="train", variant=variant, x=None, stages=canonical_json(stages), model=facts.name, weights=facts.weights,
-        weights_digest=facts.weights_digest, workload=context.workload.name, data_digest=context.workload.digest,
-        images=len(context.workload), batch=_batch(context.workload.pixels), seed=0, target=target,
-        training="" if training is None else canonical_json(training),
-        calibration="" if target is None else calibration.digest,
+    batch = default_batch(context.workload)
+    return target_of(context.facts, context.workload, context.calibration, batch=batch).trial(
+        spec="train", variant=variant, x=None, stages=canonical_json(stages), seed=0, target=target,
+        training="" if training is None else canonical_json(training), calibrated=target is not None,
     )  # fmt: skip
-
-
-def _batch(pixels: np.ndarray) -> int:
-    return _BATCH[pixels.shape[1] >= 128]
 
 
 # --- saying it --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ablations.spec.arms import combinations, lists_of
@@ -23,24 +22,13 @@ from ablations.spec.plain_yaml import Place, substitute
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
+from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Trial
 from reducers import Placement
 
 MAX_TRIALS = 5000  # of one spec: a slip in `vary` must not fill a disk
 
 Check = Callable[[Placement], object]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What all trials of a run have in common: the model, and the images they are evaluated and calibrated on."""
-
-    facts: ModelFacts
-    workload: str
-    data_digest: str
-    images: int
-    batch: int
-    calibration: str = ""  # digest of the images on which cost targets are met
 
 
 def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> list[Trial]:
@@ -86,23 +74,17 @@ def _trial(
     training = training_of(file, arm, place, values, facts, workload=target.workload)
     check_trained(file, place, placed, training=training, depth=facts.depth)
     share = values.get("target")
-    trial = Trial(
+    trial = target.trial(
         spec=file.spec.name,
         variant=variant,
         x=_x(file, arm, place, values, placed, facts),
         stages=placed.canonical,
-        model=facts.name,
-        weights=facts.weights,
-        weights_digest=facts.weights_digest,
-        workload=target.workload,
-        data_digest=target.data_digest,
-        images=target.images,
-        batch=values.get("batch", target.batch),
         seed=values["seed"],
         target=None if share is None else float(share),
         training=training,
         measure=arm.measure or "",
-        calibration=target.calibration if share is not None or _seeks(training) else "",
+        batch=values.get("batch"),
+        calibrated=share is not None or _seeks(training),
     )
     return dataclasses.replace(trial, code=code_of(trial))
 

@@ -1,13 +1,14 @@
 """Workloads: the images an ablation is measured on, and the models with their weights.
 
-``open_workload`` and ``open_model`` are the two doors; all that is behind them ends in a ``Workload`` and a
-``LoadedModel``.
+``open_images`` and ``open_model`` are the two doors, and ``measure.opening`` goes through both; all that is behind them
+ends in a ``Workload`` and a ``LoadedModel``.
 """
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from ablations.models.digits import KNOWN
 from ablations.models.loading import (
@@ -25,9 +26,10 @@ from ablations.workloads.base import Workload, WorkloadError, check_limit
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import FAMILIES, open_named
 from ablations.workloads.preprocess import Preprocess, Resize
-from ablations.workloads.reading import Reading
+from ablations.workloads.reading import AS_USUAL, ImageSource, Reading
 
 __all__ = [
+    "ImageSource",
     "LoadedModel",
     "ModelError",
     "Reading",
@@ -35,6 +37,7 @@ __all__ = [
     "WorkloadError",
     "available_workloads",
     "default_models",
+    "open_images",
     "open_model",
     "open_workload",
     "split_calibration",
@@ -67,39 +70,40 @@ def open_workload(
     download: bool = False,
     reading: Reading | None = None,
 ) -> Workload:
+    """``open_images`` with its source spelled out: ``name``, ``data``, ``limit``, ``strict``, ``resize``, ``download``
+    and ``reading`` are those of ``ImageSource``.
+    """
+    source = ImageSource(
+        name, data, limit=limit, strict=strict, download=download, resize=resize, reading=reading or AS_USUAL
+    )
+    return open_images(source, model, weights=weights, cache=cache)
+
+
+def open_images(source: ImageSource, model: str, *, weights: str | None = None, cache: Path | None = None) -> Workload:
     """Open images for a model, decoded and cropped to its input, with labels in its head's class numbering.
 
-    ``limit`` takes a fixed subset spread over the classes; ``strict`` refuses images that cannot be used instead of
-    skipping and reporting them; ``cache`` is the folder that keeps the decoded images (None: memory only).
-    ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are.
-    ``resize`` is explained in ``preprocess``; ``download`` lets torchvision and timm fetch a data set; ``reading`` says
-    where labels come from and whether links are followed.
+    ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are. ``cache`` is the
+    folder that keeps the decoded images (None: memory only).
     """
-    reading = reading or Reading()
-    check_limit(limit)
+    check_limit(source.limit)
     check_model(model)
-    if name == "embedded":
-        return _embedded(model, data=data, limit=limit, reading=reading)
-    family = name.partition(":")[0]
-    if name != "imagefolder" and (":" not in name or family not in FAMILIES):
-        raise WorkloadError(_unknown(name))
-    head = head_classes(model, weights=weights)
-    preprocess = Preprocess.from_config(input_config(model), resize=resize)
-    if name == "imagefolder":
-        return open_image_folder(
-            data, head=head, preprocess=preprocess, limit=limit, strict=strict, cache=cache, reading=reading
-        )
-    return open_named(
-        name,
-        data=data,
-        head=head,
-        preprocess=preprocess,
-        limit=limit,
-        strict=strict,
-        cache=cache,
-        download=download,
-        reading=reading,
-    )
+    if source.name == "embedded":
+        return _embedded(source, model)
+    family = source.name.partition(":")[0]
+    if source.name != "imagefolder" and (":" not in source.name or family not in FAMILIES):
+        raise WorkloadError(_unknown(source.name))
+    options: dict[str, Any] = {
+        "data": source.data,
+        "head": head_classes(model, weights=weights),
+        "preprocess": Preprocess.from_config(input_config(model), resize=source.resize),
+        "limit": source.limit,
+        "strict": source.strict,
+        "cache": cache,
+        "reading": source.reading,
+    }
+    if source.name == "imagefolder":
+        return open_image_folder(**options)
+    return open_named(source.name, download=source.download, **options)
 
 
 def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
@@ -113,18 +117,18 @@ def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
     return base.split_calibration(workload)
 
 
-def _embedded(model: str, *, data: str | None, limit: int | None, reading: Reading) -> Workload:
-    if reading != Reading():
+def _embedded(source: ImageSource, model: str) -> Workload:
+    if source.reading != AS_USUAL:
         raise WorkloadError(
             "the embedded workload makes its own images and labels: leave LABELS and LINKS (--labels, --no-links) out"
         )
-    if data:
+    if source.data:
         raise WorkloadError(
-            f"the embedded workload makes its own images: leave DATA={data} out, or use WORKLOAD=imagefolder"
+            f"the embedded workload makes its own images: leave DATA={source.data} out, or use WORKLOAD=imagefolder"
         )
     if model not in KNOWN:
         raise WorkloadError(embedded_needs(model))
-    return embedded.embedded_workload(limit=EMBEDDED_IMAGES if limit is None else limit)
+    return embedded.embedded_workload(limit=EMBEDDED_IMAGES if source.limit is None else source.limit)
 
 
 def _unknown(name: str) -> str:

@@ -25,8 +25,8 @@ from ablations.workloads import digits, embedded
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.folders.splits import class_root
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
-from ablations.workloads.preprocess import Preprocess, Resize
-from ablations.workloads.reading import AS_USUAL, Reading
+from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.reading import ImageSource, Reading
 
 log = logging.getLogger(__name__)
 
@@ -40,35 +40,31 @@ _FOLDERS = ("train", "training")
 class TrainingAccess:
     """Where the training images of a run are: plain values, so that a worker can be told."""
 
-    workload: str
+    source: ImageSource
     model: str
     cache: Path  # OUT/cache
     classes: int | None = None  # of the model's head
-    data: str | None = None
-    train_data: str | None = None
-    reading: Reading = AS_USUAL
-    resize: Resize = "auto"
     scenes: int = SCENES
-    workers: int = 0  # processes that load images beside the one that trains
 
     def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
         """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
-        if self.workload == "embedded":
-            if self.train_data:
+        source = self.source
+        if source.name == "embedded":
+            if source.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")
             return Scenes(self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed)
-        root = training_root(self.data, self.train_data, workload=self.workload, reading=self.reading)
+        root = training_root(source.data, source.train_data, workload=source.name, reading=source.reading)
         return Photographs(
             root,
             head=self.classes,
-            preprocess=Preprocess.from_config(input_config(self.model), resize=self.resize),
+            preprocess=Preprocess.from_config(input_config(self.model), resize=source.resize),
             cache=self.cache,
             augment=augment,
             holdout=holdout,
             seed=seed,
             evaluated=evaluated,
-            apart_from=class_root(self.data, self.reading) if self.workload == "imagefolder" else None,
-            reading=self.reading,
+            apart_from=class_root(source.data, source.reading) if source.name == "imagefolder" else None,
+            reading=source.reading,
         )
 
 

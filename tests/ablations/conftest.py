@@ -11,7 +11,7 @@ import torch
 
 from ablations.__main__ import main
 from ablations.measure.context import model_facts
-from ablations.spec.expand import Target
+from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts
 from ablations.workloads import open_model
 from tests.ablations.runs import SPEC, TINY, end_launched

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from ablations.measure.calibrate import calibration_batches, mean_cost, search, solve
 from ablations.measure.context import DensePredictions, TrialContext, dense_predictions, model_facts
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.free_settings import drop_schedule, free_kinds, ladder, settle
+from ablations.trial.target import Target
 from ablations.trial.trial import Solution, Trial, TrialError
 from ablations.workloads import open_model
 from ablations.workloads.base import Workload, data_digest

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial import code as code_version
 from ablations.trial.code import changed_parts, code_of, read_again, runtime_code, training_code
 from ablations.trial.code_sources import CodeError, Sources
 from ablations.trial.code_text import Place
+from ablations.trial.target import Target
 from reducers import available
 from reducers import registry as known_reducers
 from tests.ablations.code_edits import (
@@ -115,7 +116,7 @@ REWORDED = [
     (EVALUATE, "trials that are evaluated together have one model", "they need one model"),
     (EVALUATE, "the GPU takes no more work from this process ({run.error})", "no more work, {trials}"),
     (EVALUATE, "_random_state(device: torch.device) -> tuple[Tensor, ...]", "_random_state(device)"),
-    (EVALUATE, '"DensePredictions", "Report", ', '"DensePredictions", '),
+    ("ablations/trial/free_settings.py", '"AUTO", "KINDS", ', '"KINDS", '),
     ("ablations/measure/context.py", 'what="the plain model is run"', 'what="it is run"'),
     (FAILURES, "ran out while its weights were trained; give", "was short while it was trained: give"),
     (FAILURES, 'log.warning("the GPU\'s memory ran out: %s', 'log.warning("the memory ran out: %s'),

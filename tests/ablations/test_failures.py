@@ -18,8 +18,9 @@ from ablations.run.jobs import Computation, Job, computations, schedule, timings
 from ablations.run.ray.cluster import plan
 from ablations.run.ray.tries import NODES, TRIES, Tries
 from ablations.run.ray.watchdog import Watch, place_of_stall
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial, TrialError, canonical_json
 from tests.ablations.runs import PATIENCE, ROOT, SPEC
 

@@ -8,8 +8,9 @@ import json
 import pytest
 
 from ablations.run.jobs import LARGEST, Computation, Job, computations, expected_end, schedule
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import find_specs, parse_spec
+from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Trial, canonical_json
 from tests.ablations.runs import SPEC
 

@@ -49,9 +49,9 @@ def test_a_run_is_opened_again_and_reproduced_with_the_same_labels(
     )  # fmt: skip
     session = open_session(settings)
     assert session.pending() == [], "the same labels are the same trials"
-    assert make_context(session, torch.device("cpu")).reading == Reading(str(labels))
+    assert make_context(session, torch.device("cpu")).source.reading == Reading(str(labels))
     again = load_context(save_context(session, "test_vit"), torch.device("cpu"))
-    assert again.reading == Reading(str(labels)) and again.workload.labels.min() >= 100
+    assert again.source.reading == Reading(str(labels)) and again.workload.labels.min() >= 100
 
     monkeypatch.chdir("/")
     (key,) = (path.stem for path in (tmp_path / "out" / "trials").glob("*.parquet"))

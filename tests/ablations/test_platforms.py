@@ -14,10 +14,9 @@ import pytest
 from ablations import system
 from ablations.models.weight_files import ModelError
 from ablations.records import locks
-from ablations.records.files import cache_home
+from ablations.records.files import absolute, cache_home
 from ablations.run.ray import folder as folders
 from ablations.run.ray.folder import LONGEST, ray_folder
-from ablations.run.session import absolute
 from ablations.spec.model import find_specs
 from ablations.spec.plain_yaml import SpecError
 from ablations.workloads import open_model

@@ -14,8 +14,9 @@ from ablations.measure import speed
 from ablations.run.jobs import Computation, computations
 from ablations.run.pace import TIMING
 from ablations.run.progress import RunProgress
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial
 
 PLAIN = "{name: s, title: S, arms: [{variant: v, vary: {K: [9, 19, 29, 39]}, x: K, stages: [{at: 3, stack: [%s]}]}]}"

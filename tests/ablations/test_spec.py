@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ablations.spec.arms import SPECS, combinations, merged
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError, parse_yaml
+from ablations.trial.target import Target
 from reducers import available, reduce_tokens
 from tests.ablations.runs import SPEC
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from ablations.run.session import Settings as RunSettings
 from ablations.run.session import preview
 from ablations.spec.arms import SPECS
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial
 
 SHIPPED = sorted(SPECS.glob("*.yaml"))

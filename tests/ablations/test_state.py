@@ -17,12 +17,13 @@ import pytest
 
 from ablations.records.files import read_json, write_json
 from ablations.records.names import LIVE
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.store import status as state
 from ablations.store.status import Signs, lines, look, pace, watch
 from ablations.store.store import Store
 from ablations.trial import code as code_version
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial, failed
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC, TINY, launch, one_thread, wait_until

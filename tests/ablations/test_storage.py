@@ -16,9 +16,10 @@ import pytest
 from ablations.__main__ import main
 from ablations.records import storage as storages
 from ablations.records.storage import Disk, Remote, Storage, StoreError, is_uri, open_storage
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.store.store import Store
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial, failed
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC, TINY, one_thread

@@ -20,11 +20,12 @@ import pytest
 from ablations.records.columns import ROW_SCHEMA
 from ablations.records.files import atomic, read_json, write_json
 from ablations.records.storage import Disk, StoreError
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.store import index, trial_log
 from ablations.store.index import RowIndex
 from ablations.store.store import Store
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial, TrialError, TrialResult, failed, trial_from
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.spec.expand import Target
 from ablations.store.store import Store
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial, TrialResult, base_row, failed
 
 IMAGES = 5

@@ -17,14 +17,16 @@ import torch
 from safetensors.torch import load_file
 
 from ablations.measure import evaluate
+from ablations.measure.opening import open_context, open_subject
 from ablations.run import train
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import find_specs, parse_spec
 from ablations.spec.plain_yaml import SpecError
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import free_kinds, ladder, settle
+from ablations.trial.target import Target
 from ablations.trial.trial import TrialResult
-from ablations.workloads import open_model
+from ablations.workloads import ImageSource, open_model
 from analysis import comparison, stats
 from reducers import available, build, placement_from, reduce_tokens
 from tests.ablations.runs import ROOT
@@ -233,8 +235,8 @@ def test_verdicts_are_corrected_over_all_methods_of_a_call() -> None:
 
 def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of a method that learns what to keep depends on what it learned."""
-    context = train.open_context("embedded", cache=tmp_path, model="digits_vit_tiny", limit=4)
-    context = dataclasses.replace(context, calibration=context.calibration)
+    subject = open_subject(ImageSource(limit=4), "digits_vit_tiny", cache=tmp_path)
+    context = open_context(subject, torch.device("cpu"), cache=tmp_path)
     seen: list[torch.Tensor] = []
     measured = evaluate.reduce_tokens
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.labels import budget_label, budget_number, labels_of, placement_label, resolve_count, target_label
+from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel, trial_from
 from tests.ablations.runs import SPEC
 

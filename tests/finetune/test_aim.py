@@ -11,11 +11,12 @@ import pytest
 from ablations.measure.context import TrialContext, dense_predictions, model_facts
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune.aim import settled
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.spec.plain_yaml import SpecError
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.recipe import parse_recipe
+from ablations.trial.target import Target
 from ablations.trial.trial import Trial
 from ablations.workloads import open_model
 from ablations.workloads.embedded import calibration_scenes, embedded_workload
@@ -44,8 +45,7 @@ def context(tmp_path: Path, few_scenes: None) -> TrialContext:
     images = embedded_workload(limit=6)
     dense = dense_predictions(loaded.model, images, batch=6, device=CPU)
     return TrialContext(
-        images, loaded.model, facts, dense, CPU, calibration=calibration_scenes(4, 8), opened_as="embedded",
-        cache=tmp_path,
+        images, loaded.model, facts, dense, CPU, calibration=calibration_scenes(4, 8), cache=tmp_path,
     )  # fmt: skip
 
 

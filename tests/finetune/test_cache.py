@@ -20,8 +20,7 @@ from ablations.measure.finetune import __main__ as command
 from ablations.measure.finetune import cache as trainings
 from ablations.measure.finetune import finetuned, trained_model
 from ablations.measure.finetune.loop import FinetuneError
-from ablations.workloads import embedded, open_model
-from ablations.workloads.reading import AS_USUAL
+from ablations.workloads import ImageSource, embedded, open_model
 from reducers import ATS, Count, at, placement_from, reduce_tokens
 from tests.finetune import taught
 from tests.finetune.conftest import ATS as STAGE
@@ -39,9 +38,9 @@ pytestmark = pytest.mark.usefixtures("few_scenes")
 def context(tmp_path: Path) -> SimpleNamespace:
     """What a trial's context holds, as far as a training asks."""
     return SimpleNamespace(
-        workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, opened_as="embedded",
+        workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, source=ImageSource(),
         facts=SimpleNamespace(name="tiny", weights_digest="w" * 64, classes=10), cache=tmp_path,
-        data=None, train_data=None, reading=AS_USUAL, beat=lambda: None,
+        beat=lambda: None,
     )  # fmt: skip
 
 

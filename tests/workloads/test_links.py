@@ -17,7 +17,7 @@ from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.photographs import Photographs
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of
-from ablations.workloads.reading import Reading
+from ablations.workloads.reading import ImageSource, Reading
 from ablations.workloads.training import TrainingAccess, training_root
 from tests.workloads.conftest import WNIDS, MakeTree, noise
 
@@ -164,7 +164,9 @@ def test_links_to_evaluated_images_are_never_trained_on(
     make_tree: MakeTree, preprocess: Preprocess, tmp_path: Path
 ) -> None:
     evaluated, train = make_tree(name="data/val"), make_tree(WNIDS[:2], name="data/train", count=2)
-    access = TrainingAccess("imagefolder", "test_vit", tmp_path / "cache", classes=1000, data=str(tmp_path / "data"))
+    access = TrainingAccess(
+        ImageSource("imagefolder", str(tmp_path / "data")), "test_vit", tmp_path / "cache", classes=1000
+    )
     assert len(access.open(augment="none", holdout=0, seed=0)) == 4
     (train / WNIDS[2]).symlink_to(evaluated / WNIDS[2])
     with pytest.raises(WorkloadError, match="3 training images are, behind links, images to evaluate"):

@@ -17,6 +17,7 @@ from ablations.workloads.base import WorkloadError
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.photographs import Photographs, seeded
 from ablations.workloads.preprocess import Preprocess
+from ablations.workloads.reading import ImageSource
 from ablations.workloads.training import Scenes, TrainingAccess, drawn_scenes, shifted, training_root
 from tests.workloads.conftest import WNIDS, MakeTree
 
@@ -67,7 +68,7 @@ def test_digits_are_not_augmented_like_photographs(cache: Path) -> None:
     with pytest.raises(WorkloadError, match="use 'light' or 'none'"):
         Scenes(cache, count=2, augment="strong", holdout=0, seed=0)
     with pytest.raises(WorkloadError, match="leave --train-data out"):
-        TrainingAccess("embedded", "digits_vit_tiny", cache, train_data="x").open(augment="light", holdout=0, seed=0)
+        TrainingAccess(ImageSource(train_data="x"), "digits_vit_tiny", cache).open(augment="light", holdout=0, seed=0)
 
 
 def test_the_training_folder_lies_beside_the_evaluated_one(make_tree: MakeTree, tmp_path: Path) -> None:

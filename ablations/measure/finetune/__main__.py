@@ -15,21 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ablations.measure.finetune.cache import Finetuned, Machine, identity, train_or_load
+from ablations.measure.context import TrialContext
+from ablations.measure.evaluate import run_trial
+from ablations.measure.finetune.cache import Finetuned, Machine, trained_from
+from ablations.measure.opening import Subject, choose_device, open_context, open_subject, target_of
 from ablations.records.files import atomic, user_path
 from ablations.streams import standard_streams
 from ablations.system import cores
 from ablations.trial.labels import with_nested
 from ablations.trial.recipe import Recipe, RecipeError, parse_recipe, parse_settings
-from ablations.workloads import LoadedModel, Reading, Workload, default_models, open_model, open_workload
+from ablations.trial.trial import canonical_json, canonical_stages
+from ablations.workloads import ImageSource, Reading, default_models
 from ablations.workloads.training import TrainingAccess
-from reducers import Placement, reduce_tokens
+from reducers import Placement
 
 log = logging.getLogger("ablations.measure.finetune")
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+_AT_ONCE = 64  # images that are evaluated at once
 
 _EPILOG = """\
 examples:
@@ -74,55 +78,29 @@ def _run(arguments: argparse.Namespace) -> None:
     workload, name = arguments.workload, arguments.model or default_models(arguments.workload)[0]
     recipe = parse_recipe({**parse_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
     out = user_path(arguments.out)
-    (out / "cache").mkdir(parents=True, exist_ok=True)
-    evaluated = open_workload(
-        workload, data=arguments.data, model=name, limit=arguments.limit, strict=False, cache=out / "cache",
-        weights=arguments.weights, reading=_reading(arguments),
+    cache = out / "cache"
+    source = ImageSource(
+        workload, arguments.data, arguments.train_data, limit=arguments.limit,
+        reading=Reading(arguments.labels, not arguments.no_links),
     )  # fmt: skip
-    loaded = open_model(name, weights=arguments.weights, workload_name=workload, classes=evaluated.classes)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded.model.to(device)
-    before = None if arguments.no_evaluation else _measured(loaded.model, recipe, evaluated, device)
-    done = _train(recipe, name, loaded, evaluated, out, device, arguments)
-    after = None if arguments.no_evaluation else _measured(done.model, recipe, evaluated, device, done=done)
-    _write(out, recipe, name, loaded, done, {"before": before, "after": after})
-    for moment, found in (("before", before), ("after", after)):
-        for what, (top1, gmacs) in (found or {}).items():
-            print(f"{moment:6s} {what:7s} top-1 {100 * top1:6.2f} %  {gmacs:.4f} GMACs  {len(evaluated)} images")
-
-
-def _train(
-    recipe: Recipe,
-    name: str,
-    loaded: LoadedModel,
-    evaluated: Workload,
-    out: Path,
-    device: torch.device,
-    arguments: argparse.Namespace,
-) -> Finetuned:
-    access = TrainingAccess(
-        workload=arguments.workload,
-        model=name,
-        cache=out / "cache",
-        classes=evaluated.classes,
-        data=arguments.data,
-        train_data=arguments.train_data,
-        reading=_reading(arguments),
-    )
-    images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=evaluated)
-    log.info("%d training images, %d evaluated", len(images), len(evaluated))
-    return train_or_load(
+    subject = open_subject(source, name, weights=arguments.weights, cache=cache, batch=_AT_ONCE, calibrated=False)
+    recipe.placement(subject.facts.depth)  # a budget that is not known is refused before anything is evaluated
+    device = torch.device(arguments.device) if arguments.device else choose_device()
+    context = None if arguments.no_evaluation else open_context(subject, device, cache=cache)
+    before = None if context is None else _evaluated(recipe, context, trained=False)
+    done = trained_from(
+        subject.loaded.model,
+        subject.facts,
         recipe,
-        loaded.model,
-        images,
-        identity=identity(recipe, model=name, weights_digest=loaded.digest, images=images),
-        folder=out / "cache" / "finetuned",
+        TrainingAccess(source, name, cache, classes=subject.workload.classes),
+        evaluated=subject.workload,
         machine=Machine(device, workers=_workers(arguments), every=arguments.checkpoint_every),
     )
-
-
-def _reading(arguments: argparse.Namespace) -> Reading:
-    return Reading(arguments.labels, not arguments.no_links)
+    after = None if context is None else _evaluated(recipe, context, trained=True)
+    _write(out, recipe, subject, done, {"before": before, "after": after})
+    for moment, found in (("before", before), ("after", after)):
+        for what, (top1, gmacs) in (found or {}).items():
+            print(f"{moment:6s} {what:7s} top-1 {100 * top1:6.2f} %  {gmacs:.4f} GMACs  {len(subject.workload)} images")
 
 
 def _workers(arguments: argparse.Namespace) -> int:
@@ -133,47 +111,33 @@ def _workers(arguments: argparse.Namespace) -> int:
     return 0 if arguments.workload == "embedded" else max(1, min(16, cores() - 1))
 
 
-@torch.inference_mode()
-def _measured(
-    model: nn.Module,
-    recipe: Recipe,
-    workload: Workload,
-    device: torch.device,
-    *,
-    done: Finetuned | None = None,
-) -> dict[str, tuple[float, float]]:
-    """Top-1 and mean GMACs an image, of the model as it is and with the recipe's reducers.
+def _evaluated(recipe: Recipe, context: TrialContext, *, trained: bool) -> dict[str, tuple[float, float]]:
+    """Top-1 and mean GMACs an image, of the model as it is and with the recipe's reducers, before or after training.
 
     Methods that must be trained are left out before they are.
     """
-    blocks: Any = model.blocks
     placements = {"dense": Placement()}
     if recipe.stages:
-        placement = recipe.placement(len(blocks))
-        if done is not None:
-            placements["reduced"] = done.load_reducers(placement)
-        elif not any(part.trained for reducer in placement.blocks.values() for part in with_nested(reducer)):
-            placements["reduced"] = placement
+        reduced = recipe.placement(context.facts.depth)
+        if trained or not any(part.trained for reducer in reduced.blocks.values() for part in with_nested(reducer)):
+            placements["reduced"] = reduced
+    target = target_of(context.facts, context.workload, None, batch=_AT_ONCE)
     found = {}
     for what, placement in placements.items():
-        fast = reduce_tokens(model, placement).to(device).eval()
-        correct, macs = 0, 0.0
-        for start in range(0, len(workload), 64):
-            stop = min(start + 64, len(workload))
-            logits, trace = fast.trace(workload.batch(start, stop).to(device))
-            correct += int((logits.argmax(1).cpu() == torch.from_numpy(workload.labels[start:stop].copy())).sum())
-            macs += float(trace.macs.sum())
-        found[what] = correct / len(workload), macs / len(workload) / 1e9
+        trial = target.trial(
+            spec="finetune", variant=what, x=None, stages=canonical_stages(placement), seed=recipe.seed,
+            training=canonical_json(recipe.spec()) if trained else "", calibrated=False,
+        )  # fmt: skip
+        row = run_trial(trial, context).row
+        found[what] = row["top1"], row["gmacs_mean"]
     return found
 
 
-def _write(
-    out: Path, recipe: Recipe, name: str, loaded: LoadedModel, done: Finetuned, evaluation: dict[str, Any]
-) -> None:
+def _write(out: Path, recipe: Recipe, subject: Subject, done: Finetuned, evaluation: dict[str, Any]) -> None:
     done.save(out)
     content = {
-        "model": name,
-        "initial_weights": {"kind": loaded.weights, "digest": loaded.digest},
+        "model": subject.facts.name,
+        "initial_weights": {"kind": subject.facts.weights, "digest": subject.facts.weights_digest},
         "recipe": recipe.spec(),
         "training": dict(done.record),
         "evaluation": evaluation,

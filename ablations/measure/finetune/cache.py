@@ -23,7 +23,8 @@ from ablations.measure.finetune.loop import FinetuneError, Finetuning
 from ablations.records.files import atomic, locked
 from ablations.trial.code import training_code
 from ablations.trial.recipe import Recipe, parse_recipe
-from ablations.trial.trial import canonical_json
+from ablations.trial.trial import ModelFacts, canonical_json
+from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
 
@@ -111,27 +112,27 @@ def finetuned(
         raise FinetuneError(
             "a training keeps its scenes, checkpoints and result in OUT/cache, and the context has none"
         )
-    access = TrainingAccess(
-        workload=context.opened_as,
-        model=context.facts.name,
-        cache=context.cache,
-        classes=context.facts.classes,
-        data=context.data,
-        train_data=context.train_data,
-        reading=context.reading,
-    )
+    access = TrainingAccess(context.source, context.facts.name, context.cache, classes=context.facts.classes)
     recipe = settled(parse_recipe(training, workload=context.workload.name), context)
-    images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=context.workload)
-    about = identity(recipe, model=context.facts.name, weights_digest=context.facts.weights_digest, images=images)
-    done = train_or_load(
-        recipe,
-        context.model,
-        images,
-        identity=about,
-        folder=access.cache / "finetuned",
-        machine=Machine(context.device, workers=access.workers, report=report, beat=context.beat),
-    )
+    machine = Machine(context.device, report=report, beat=context.beat)
+    done = trained_from(context.model, context.facts, recipe, access, evaluated=context.workload, machine=machine)
     return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
+
+
+def trained_from(
+    model: nn.Module,
+    facts: ModelFacts,
+    recipe: Recipe,
+    access: TrainingAccess,
+    *,
+    evaluated: Workload,
+    machine: Machine,
+) -> Finetuned:
+    """A model after a recipe whose budgets are known; ``evaluated`` are the images it must not see."""
+    images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=evaluated)
+    log.info("%d training images, %d evaluated", len(images), len(evaluated))
+    about = identity(recipe, model=facts.name, weights_digest=facts.weights_digest, images=images)
+    return train_or_load(recipe, model, images, identity=about, folder=access.cache / "finetuned", machine=machine)
 
 
 def identity(recipe: Recipe, *, model: str, weights_digest: str, images: TrainingImages) -> dict[str, Any]:

@@ -44,8 +44,9 @@ from ray import tune
 from ray.exceptions import RayError, RayTaskError
 
 from ablations.measure.context import versions
+from ablations.measure.opening import keep_dense, read_dense
 from ablations.measure.profile import Profile
-from ablations.run.contexts import context_files, dense_file_of, keep_dense, read_dense
+from ablations.run.contexts import context_files, dense_file_of
 from ablations.run.jobs import Computation, Job, schedule, timings
 from ablations.run.progress import RunProgress
 from ablations.run.ray.address import address

@@ -20,9 +20,10 @@ import torch
 from ray import tune
 
 from ablations.measure.context import DensePredictions, versions
+from ablations.measure.opening import choose_device
 from ablations.measure.profile import Profile
 from ablations.records.storage import StoreError
-from ablations.run.contexts import Contexts, Locate, choose_device, find_dense, load_context
+from ablations.run.contexts import Contexts, Locate, find_dense, load_context
 from ablations.run.jobs import Computation, Job
 from ablations.run.ray.files import Files
 from ablations.run.ray.watchdog import Watch, place_of_stall

@@ -1,0 +1,57 @@
+"""``python -m ablations.measure.finetune``: what it tells is what a run of the weights it wrote would give."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ablations.measure.evaluate import run_trial
+from ablations.measure.finetune.__main__ import main
+from ablations.measure.opening import open_context, open_subject
+from ablations.trial.trial import canonical_stages
+from ablations.workloads import ImageSource
+from reducers import Placement, placement_from
+from tests.finetune.conftest import ATS as STAGE
+from tests.finetune.conftest import CPU
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_what_is_told_is_what_a_run_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--out", str(tmp_path), "--model", "digits_vit_tiny", "--limit", "12", "--device", "cpu", "--workers", "0"]
+    recipe = ["epochs=1", "images=8", "batch=4", "holdout=0"]
+    assert main([*words, "--stages", json.dumps([STAGE]), "--set", *recipe]) == 0
+    told = json.loads((tmp_path / "finetune.json").read_text())["evaluation"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    for moment, weights in (("before", None), ("after", str(tmp_path / "finetuned.safetensors"))):
+        subject = open_subject(ImageSource(limit=12), "digits_vit_tiny", weights=weights, batch=64)
+        context = open_context(subject, CPU, cache=tmp_path / "cache")
+        for what, placement in (("dense", Placement()), ("reduced", placement_from([STAGE], depth=12))):
+            trial = subject.target.trial(
+                spec="s", variant=what, x=None, stages=canonical_stages(placement), seed=0, calibrated=False
+            )
+            row = run_trial(trial, context).row
+            assert told[moment][what] == [row["top1"], row["gmacs_mean"]]
+        assert told[moment]["dense"] == [context.dense.top1, context.dense.gmacs]
+
+
+def test_a_budget_that_is_not_known_is_refused_before_anything_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = {"at": [3], "stack": [{"name": "topk", "budget": {"ratio": "auto"}}]}
+    words = ["--out", str(tmp_path), "--model", "digits_vit_tiny", "--limit", "2", "--set", "target=0.5"]
+    assert main([*words, "--stages", json.dumps([stage])]) == 2
+    assert "write a number here" in capsys.readouterr().err
+    assert list((tmp_path / "cache").glob("dense-*")) == []
+
+
+def test_the_old_command_works_and_names_the_new_one(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ablations.finetune", "--out", str(tmp_path), "--limit", "2", "--reducer", "{}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "--at and --reducer belong together" in done.stderr
+    assert "DeprecationWarning: python -m ablations.finetune is now python -m ablations.measure.finetune" in done.stderr
