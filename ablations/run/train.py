@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ablations.measure.context import TrialContext
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune import finetuned, parse_recipe
