@@ -104,6 +104,7 @@ def test_a_trial_that_does_not_fit_on_the_gpu_takes_half_as_many_images_and_says
     assert "the GPU's memory ran out with 1 image at a time" in str(rows["never"]["error"])
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_and_costs_nothing_that_is_finished(
     tmp_path: Path, ablate: Callable[..., int]
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_second_driver_is_kept_out_and_the_first_goes_on(
     assert len(Store(out).finished()) == 8
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, ablate: Callable[..., int]) -> None:
     """A day forward or back at each look: durations come from other clocks, and no age of a file decides anything."""
     spec, true, wrong = grid(tmp_path, 4), tmp_path / "out", tmp_path / "wrong"

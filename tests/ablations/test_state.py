@@ -212,6 +212,7 @@ def test_a_run_that_cannot_lock_its_place_lives_as_long_as_its_sign_changes(stor
     assert len(list(watch(store, every=0.01, sleep=lambda seconds: None, times=3))) == 3
 
 
+@pytest.mark.slow
 def test_another_terminal_follows_a_run(spec_path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = launch("run", "--serial", "--out", out, *TINY, "--specs", spec_path)

@@ -55,6 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_writing_twice_writes_the_same_the_second_time_under_settings_of_a_user(tmp_path: Path) -> None:
     maker = Maker(images=60)
     for name in ("ats", "topk"):
@@ -84,6 +85,7 @@ def run(out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_neither_a_notebooks_backend_nor_a_file_of_settings_reaches_a_report(tmp_path: Path) -> None:
     out = small(tmp_path / "out")
     write_analysis(read_results(out))

@@ -63,6 +63,7 @@ def lasting(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "seconds": 0.0, "curve": curve}
 
 
+@pytest.mark.slow
 def test_a_training_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_run_through(cache: Path, tmp_path: Path) -> None:
     through = training(cache, recipe_of(**RESTARTED))
     initial = {name: tensor.clone() for name, tensor in through.model.state_dict().items()}

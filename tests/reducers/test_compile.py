@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -22,7 +23,15 @@ QUICK = ("topk", "evit", "tome", "random", "stack topk tome evit")
 METHODS = [name for name, reducer in FIXED.items() if reducer.only_decides and " " not in name]
 VARIANTS = [name for name, reducer in FIXED.items() if reducer.only_decides and name not in (*METHODS, *QUICK)]
 VARIANTS = [name for name in VARIANTS if not name.startswith("atc ")]
-COMPILED = [*METHODS, QUICK[-1], *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)]
+SAMPLE = ("topk", "tome", "gtp", QUICK[-1])  # a selection, a merge, a replaced attention map and all in one block
+
+
+def sampled(names: Iterable[str], *, quick: Iterable[str]) -> list[Any]:
+    """All of them, those that are not ``quick`` marked slow: a compiler takes seconds for each."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+COMPILED = sampled([*METHODS, QUICK[-1], *VARIANTS], quick=SAMPLE)
 ADAPTIVE = {name: reducer for name, reducer in CASES.items() if reducer.adaptive}
 
 # tables computed once from plain numbers: the compiler computes them again, to the same result
@@ -51,7 +60,7 @@ def test_fixed_counts_compile_without_a_graph_break(name, images):
     torch.testing.assert_close(compiled(images.flip(0)), model(images.flip(0)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["topk", "evit", "tome", "random"])
+@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome", "random"], quick=["tome"]))
 @torch.no_grad()
 def test_compiled_in_half_precision(name, images):
     model, images = reduced(name).bfloat16(), images.bfloat16()
@@ -70,7 +79,7 @@ def test_the_compiled_batch_may_be_of_any_size():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", ["topk", "evit", "tome"])
+@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome"], quick=["tome"]))
 def test_compiled_gradients_are_those_of_eager(name, images):
     gradients = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
@@ -116,7 +125,7 @@ class RefuseCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", sampled(FIXED, quick=[*(name for name in FIXED if " " not in name), QUICK[-1]]))
 @torch.no_grad()
 def test_fixed_counts_never_wait_for_the_device(name):
     """A tensor of FakeTensorMode has no values: item(), tolist(), nonzero() or a bool index would raise."""
@@ -161,6 +170,7 @@ def test_an_adaptive_stage_waits_for_the_device_once(name, images, monkeypatch):
     assert 0 < len(mode.reads) <= 2 * decisions, mode.reads
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adaptive_counts_compile_in_pieces_and_settle():
     """Every stage breaks the graph where its counts are read; the pieces take any counts, so compiling ends."""

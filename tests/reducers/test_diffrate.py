@@ -263,6 +263,7 @@ def test_its_own_work_is_booked(images):
     assert reducer.kept_counts()[1] == (30, 30), "and a block that leaves all alone costs nothing"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_learned_schedule_compiles_without_a_graph_break(images):
     model, _ = joined()

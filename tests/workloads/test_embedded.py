@@ -92,6 +92,7 @@ def test_token_choice_matters() -> None:
     assert found["dense"] - found["32 at random"] >= 0.10
 
 
+@pytest.mark.slow
 def test_training_writes_weights_a_curve_and_a_card(tmp_path, monkeypatch) -> None:
     from ablations.workloads import train_embedded
 
