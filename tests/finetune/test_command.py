@@ -37,7 +37,7 @@ def test_what_is_told_is_what_a_run_gives(tmp_path: Path, capsys: pytest.Capture
             )
             row = run_trial(trial, context).row
             assert told[moment][what] == [row["top1"], row["gmacs_mean"]]
-        assert told[moment]["dense"] == [context.dense.top1, context.dense.gmacs]
+        assert told[moment]["dense"] == pytest.approx([context.dense.top1, context.dense.gmacs], rel=1e-12)
 
 
 def test_a_budget_that_is_not_known_is_refused_before_anything_is_evaluated(
