@@ -65,7 +65,7 @@ def test_a_number_that_does_not_come_out_is_named(
     loss = images["loss"].to_pylist()
     loss[3] += 1e-12
     images = images.set_column(images.schema.get_field_index("loss"), "loss", pa.array(loss))
-    pq.write_table(images, run.images / f"{key}.parquet")
+    pq.write_table(images, run.out / "images" / f"{key}.parquet")
     found = reproduce(run, key)
     assert {(each.column, each.images) for each in found.differences} == {("gmacs_mean", 0), ("images/loss", 1)}
     capsys.readouterr()
