@@ -63,7 +63,8 @@ class Finetuned:
         Raises:
             FinetuneError: a parameter was not trained, or has another shape.
         """
-        placement = reduce_tokens(self.model, placement).placement  # makes the parameters that the tensors go into
+        reduced = reduce_tokens(self.model, placement)  # makes the parameters that the tensors go into
+        placement = placement.resolve(len(reduced.base.blocks))
         blocks = nn.ModuleDict({str(block): reducer for block, reducer in placement.blocks.items()})
         wanted = blocks.state_dict()
         for name, tensor in wanted.items():
