@@ -117,8 +117,8 @@ def measure(model: Any, counts: Counts, images: Tensor, *, rounds: int = 5, warm
 
 def decided(placement: Placement) -> Placement:
     """The placement with every reducer's decisions remembered."""
-    wrapped = {id(reducer): Decided(reducer) for reducer in placement.blocks.values()}
-    return Placement({block: wrapped[id(reducer)] for block, reducer in placement.blocks.items()})
+    wrapped = {id(reducer): Decided(reducer) for _, reducer in placement.parts}
+    return Placement(parts=[(where, wrapped[id(reducer)]) for where, reducer in placement.parts])
 
 
 def _on(run: nn.Module, images: Tensor) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.__main__ import main
+from ablations.cli.main import main
 from analysis import tables
 from analysis.__main__ import main as analyse
 from analysis.frame import read_results

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ablations.cli.options import BAD_INPUT, INTERRUPTED, OK, Command
-from ablations.streams import silence, standard_streams
+from ablations.records.streams import silence
+from ablations.streams import standard_streams
 from ablations.version import own_version
 
 COMMANDS = ("run", "list", "validate", "status", "log", "reproduce", "train", "report", "docs")

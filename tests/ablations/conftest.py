@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ablations.__main__ import main
+from ablations.cli.main import main
 from ablations.measure.context import model_facts
 from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts

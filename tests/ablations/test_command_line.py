@@ -13,10 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ablations.__main__ import main
-from ablations.cli.main import COMMANDS
+from ablations.cli.main import COMMANDS, main
 from ablations.run.record import sample_rows
-from ablations.spec.model import SPECS
+from ablations.spec.arms import SPECS
 from ablations.workloads import open_workload
 from reducers import TokenReducer
 from reducers import registry as known_reducers

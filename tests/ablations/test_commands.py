@@ -14,9 +14,10 @@ import pytest
 
 from ablations.cli import report
 from ablations.cli.main import COMMANDS, main, make_parser
-from ablations.spec.expand import Target, expand
+from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.store.store import Store
+from ablations.trial.target import Target
 from tests.ablations.results import finished
 from tests.ablations.runs import ROOT, SPEC, environment
 

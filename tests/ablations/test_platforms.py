@@ -29,7 +29,7 @@ if hasattr(os, "sched_getaffinity"):
     del os.sched_getaffinity
 import errno
 del errno.EDQUOT
-from ablations.__main__ import main
+from ablations.cli.main import main
 assert main(["validate", sys.argv[-1], "--model", "digits_vit_tiny"]) == 0
 status = main(sys.argv[1:])
 import analysis.__main__, benchmarks.machine, ablations.measure.finetune.__main__
@@ -194,7 +194,7 @@ def test_where_ray_finds_no_folder_the_way_out_is_named(tmp_path: Path) -> None:
 def test_a_folder_chosen_for_ray_is_checked_before_anything_is_computed(
     place: str, spec_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ablations.__main__ import main
+    from ablations.cli.main import main
 
     monkeypatch.setenv("RAY_TMPDIR", place)
     assert main(["run", "--out", str(tmp_path / "out"), *TINY, "--specs", str(spec_path)]) == 2

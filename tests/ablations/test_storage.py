@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.__main__ import main
+from ablations.cli.main import main
 from ablations.records import storage as storages
 from ablations.records.storage import Disk, Remote, Storage, StoreError, is_uri, open_storage
 from ablations.spec.expand import expand

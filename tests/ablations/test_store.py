@@ -17,8 +17,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from ablations.records.columns import ROW_SCHEMA
 from ablations.records.files import atomic, read_json, write_json
+from ablations.records.schema import ROW_SCHEMA
 from ablations.records.storage import Disk, StoreError
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec

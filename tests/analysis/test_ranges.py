@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 
-from ablations.__main__ import main as ablate
+from ablations.cli.main import main as ablate
 from analysis import page, plots, style, tables
 from analysis.frame import read_results, tidy
 from analysis.outcomes import with_answers

@@ -248,7 +248,8 @@ def test_a_class_folder_that_may_not_be_entered_is_an_empty_class(public_tree: P
 def test_a_file_that_vanishes_while_the_folder_is_read_is_skipped(
     make_tree: MakeTree, preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ablations.workloads import found, image_folder
+    from ablations.workloads import image_folder
+    from ablations.workloads.folders import found
 
     root = make_tree(count=2)
     listed = found.find_images(root)

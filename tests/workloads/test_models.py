@@ -182,12 +182,6 @@ def test_the_list_of_problems_is_kept_short(state, weights_file) -> None:
     assert len(str(caught.value)) < 700
 
 
-def test_wrapped_names_are_recognised(state, tmp_path: Path) -> None:
-    save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / "wrapped.safetensors")
-    with pytest.raises(ModelError, match="begin with 'module.'.*bare model"):
-        opened(str(tmp_path / "wrapped.safetensors"))
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_values_that_are_not_finite_are_refused(state, weights_file, value: float) -> None:
     broken = state["head.bias"].clone()

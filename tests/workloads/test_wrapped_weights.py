@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ablations.models.digits import create_digits_model
 from ablations.models.loading import head_classes, open_model
 from ablations.models.weight_files import ModelError, read_shapes, state_digest
-from ablations.workloads import embedded
 
 NAME = "digits_vit_tiny"
 
@@ -35,7 +35,7 @@ WRAPPERS = {
 
 def made() -> nn.Module:
     torch.manual_seed(3)
-    return embedded.create_digits_model(NAME)
+    return create_digits_model(NAME)
 
 
 def saved(model: nn.Module, path: Path) -> Path:
