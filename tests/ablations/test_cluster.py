@@ -262,7 +262,10 @@ def test_the_code_is_shipped_and_the_environment_if_asked_for(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("address", "expected"),
-    [("ray://127.0.0.1:10001", "a client is no part of the cluster"), ("127.0.0.1:1", "127.0.0.1:1")],
+    [
+        pytest.param("ray://127.0.0.1:10001", "a client is no part of the cluster", marks=pytest.mark.slow),
+        ("127.0.0.1:1", "127.0.0.1:1"),
+    ],
 )
 def test_an_address_without_a_cluster_ends_with_one_message(address: str, expected: str, tmp_path: Path) -> None:
     env = environment(RAY_ADDRESS=address)

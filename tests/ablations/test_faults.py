@@ -172,6 +172,7 @@ def test_a_worker_that_cannot_write_its_results_ends_the_run(tmp_path: Path, abl
     assert_goes_on(ablate, out, spec, trials=24)
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_kept_out_and_the_first_goes_on(
     tmp_path: Path, ablate: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

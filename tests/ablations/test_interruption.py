@@ -37,6 +37,7 @@ def stop_after_two(process: subprocess.Popen[str], out: Path, how: signal.Signal
     return process.communicate(timeout=PATIENCE)[0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing_and_goes_on(tmp_path: Path, ablate: Callable[..., int]) -> None:
     out, spec = tmp_path / "out", grid(tmp_path, 16)
     process = launch("run", "--serial", "--out", out, *TINY, *LONGER, "--specs", spec)

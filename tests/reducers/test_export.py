@@ -9,14 +9,15 @@ from reducers import ATS, EViT, Ratio, ReducerError, Stack, ToMe, TopK, at, buil
 from reducers.export import export_onnx
 
 from .conftest import make_vit
-from .test_compile import METHODS, QUICK, reduced
+from .test_compile import METHODS, QUICK, reduced, sampled
 
 BATCHES = (1, 2, 9)
-# exporting is slow: the usual methods each time, every other one in `make test-slow`
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in QUICK]
+# exporting is slow: two each time, every other one in `make test-slow`
+FIRST = ("tome", QUICK[-1])  # a merge, and a selection, a merge and a fused token in one block
+OTHERS = sampled([*METHODS, QUICK[-1]], quick=FIRST)
 
 
-@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
+@pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()
 def test_fixed_counts_export_with_a_free_batch(name):
     model = reduced(name)
@@ -30,7 +31,7 @@ def test_fixed_counts_export_with_a_free_batch(name):
         assert name_of_operator not in operators
 
 
-@pytest.mark.parametrize("name", [*QUICK[:-1], pytest.param(QUICK[-1], marks=pytest.mark.slow), *OTHERS])
+@pytest.mark.parametrize("name", sampled([*METHODS, QUICK[-1]], quick=["tome"]))
 @torch.no_grad()
 def test_onnxruntime_agrees(name, tmp_path):
     onnx = pytest.importorskip("onnx")
@@ -52,7 +53,9 @@ def test_onnxruntime_agrees(name, tmp_path):
     assert reductions <= {"none", "add"}, "sums only: not every runtime has the largest or smallest of a group"
 
 
-@pytest.mark.parametrize("kind", ["distilled", "registers", "average_with_class", "map"])
+@pytest.mark.parametrize(
+    "kind", sampled(["distilled", "registers", "average_with_class", "map"], quick=["distilled", "map"])
+)
 @torch.no_grad()
 def test_other_models_export(kind):
     model = reduce_tokens(make_vit(kind, depth=3), at([1, 2], ToMe(Ratio(0.8))))

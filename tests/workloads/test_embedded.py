@@ -85,6 +85,7 @@ def test_the_small_model_ships_with_its_card() -> None:
     assert all(name in card for name in MODELS)
 
 
+@pytest.mark.slow
 def test_token_choice_matters() -> None:
     model = open_model("digits_vit_small", weights=None, workload_name="embedded").model
     found = token_choice(model, embedded_workload(360))
