@@ -10,7 +10,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from ablations.records.names import row_file
-from ablations.records.schema import as_known
+from ablations.records.schema import ROW_SCHEMA, as_known
 from ablations.records.storage import Storage
 
 AT_ONCE = 512  # files read together
@@ -30,7 +30,11 @@ def owner(metadata: Mapping[bytes, bytes] | None) -> str | None:
 
 def read_row(storage: Storage, key: str) -> pa.Table:
     """The one row of a trial's file as a table; ValueError where it holds something else."""
-    rows = as_known(read_parquet(storage, row_file(key)))
+    rows = read_parquet(storage, row_file(key))
+    names = rows.column_names
+    if len(set(names)) < len(names) or not set(names) <= set(ROW_SCHEMA.names):  # no checksum covers the names
+        raise ValueError("it has columns that no version up to this one writes")
+    rows = as_known(rows)
     if rows.num_rows != 1 or rows["key"][0].as_py() != key or rows["status"][0].as_py() not in ("ok", "failed"):
         raise ValueError("its content does not match its name")
     return rows

@@ -140,6 +140,15 @@ def test_a_result_with_any_byte_wrong_is_read_whole_or_not_at_all(
     assert fresh.finished() in (set(), {trial.key})
 
 
+def test_a_result_whose_column_got_another_name_is_not_read(base: Path, target: Target) -> None:
+    """Checksums cover the pages of a file, not the names in its end."""
+    store, trial = new_store(base), trial_of(target)
+    store.save(TrialResult({**base_row(trial, target.facts), "status": "ok", "top1": 0.5}, {"image": ["a"] * IMAGES}))
+    path = store.out / "trials" / f"{trial.key}.parquet"
+    path.write_bytes(path.read_bytes().replace(b"data_digest", b"data_digesu"))
+    assert Store(store.out).load(trial.key) is None
+
+
 @given(st.data())
 def test_a_key_changes_with_every_field_and_with_nothing_else(target: Target, data: st.DataObject) -> None:
     trial = trial_of(target)
