@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ablations.workloads.base import Workload
+from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.preprocess import Preprocess
 
 WNIDS = ("n01440764", "n02102040", "n03888257")  # ImageNet-1k classes 0, 217 and 701
 WNID_INDICES = (0, 217, 701)
 
 MakeTree = Callable[..., Path]
+Open = Callable[..., Workload]
 
 
 def noise(size: tuple[int, int], seed: int, mode: str = "RGB") -> Image.Image:
@@ -56,3 +60,18 @@ def preprocess() -> Preprocess:
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
     )
+
+
+def folder_opener(preprocess: Preprocess, *, strict: bool) -> Open:
+    """Opens a folder under an ImageNet head; what differs from that is said by name."""
+
+    def open_with(root: Path, **changes: Any) -> Workload:
+        options = {"head": 1000, "preprocess": preprocess, "limit": None, "strict": strict, "cache": None}
+        return open_image_folder(str(root), **{**options, **changes})
+
+    return open_with
+
+
+@pytest.fixture
+def open_folder(preprocess: Preprocess) -> Open:
+    return folder_opener(preprocess, strict=True)

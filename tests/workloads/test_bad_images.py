@@ -18,24 +18,19 @@ import torchvision
 from PIL import Image
 
 from ablations.workloads import problems
-from ablations.workloads.base import Workload, WorkloadError
+from ablations.workloads.base import WorkloadError
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import open_named
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of, reason_of
-from tests.workloads.conftest import WNIDS, MakeTree, noise
+from tests.workloads.conftest import WNIDS, MakeTree, Open, folder_opener, noise
 
 NOBODY = 65534
-Open = Callable[..., Workload]
 
 
 @pytest.fixture
 def open_folder(preprocess: Preprocess) -> Open:
-    def open_with(root: Path, **changes) -> Workload:
-        options = {"head": 1000, "preprocess": preprocess, "limit": None, "strict": False, "cache": None}
-        return open_image_folder(str(root), **{**options, **changes})
-
-    return open_with
+    return folder_opener(preprocess, strict=False)
 
 
 def png(width: int, height: int, rows: bytes) -> bytes:

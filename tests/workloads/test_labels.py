@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,27 +9,16 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
 from ablations.workloads import open_workload, problems
-from ablations.workloads.base import Workload, WorkloadError
+from ablations.workloads.base import WorkloadError
 from ablations.workloads.classes import class_indices, folder_classes
 from ablations.workloads.folders.label_file import read_labels
-from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import open_named
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of
 from ablations.workloads.reading import Reading
-from tests.workloads.conftest import WNID_INDICES, WNIDS, MakeTree, noise
+from tests.workloads.conftest import WNID_INDICES, WNIDS, MakeTree, Open, noise
 
 WORDNET = ImageNetInfo().label_names()
-Open = Callable[..., Workload]
-
-
-@pytest.fixture
-def open_folder(preprocess: Preprocess) -> Open:
-    def open_with(root: Path, **changes) -> Workload:
-        options = {"head": 1000, "preprocess": preprocess, "limit": None, "strict": True, "cache": None}
-        return open_image_folder(str(root), **{**options, **changes})
-
-    return open_with
 
 
 @pytest.fixture

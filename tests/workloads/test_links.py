@@ -12,25 +12,13 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from torchvision.datasets import ImageFolder
 
 from ablations.workloads import problems
-from ablations.workloads.base import Workload, WorkloadError
-from ablations.workloads.image_folder import open_image_folder
+from ablations.workloads.base import WorkloadError
 from ablations.workloads.photographs import Photographs
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of
 from ablations.workloads.reading import ImageSource, Reading
 from ablations.workloads.training import TrainingAccess, training_root
-from tests.workloads.conftest import WNIDS, MakeTree, noise
-
-Open = Callable[..., Workload]
-
-
-@pytest.fixture
-def open_folder(preprocess: Preprocess) -> Open:
-    def open_with(root: Path, **changes) -> Workload:
-        options = {"head": 1000, "preprocess": preprocess, "limit": None, "strict": True, "cache": None}
-        return open_image_folder(str(root), **{**options, **changes})
-
-    return open_with
+from tests.workloads.conftest import WNIDS, MakeTree, Open, noise
 
 
 def of_folders(pool: Path, root: Path) -> None:
