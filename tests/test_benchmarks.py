@@ -309,6 +309,7 @@ def test_known_decisions_are_carried_out_as_live_ones() -> None:
             assert torch.equal(known(images), expected)
 
 
+@pytest.mark.slow
 def test_growth_is_measured_with_the_deciding_apart() -> None:
     points = measure(tiny(), Counts.load(), pictures(2), rounds=2, warmup=1)
     assert [point.variant for point in points] == ["dense", "ToMe", "EViT", "ATS"]
@@ -324,6 +325,7 @@ def source(folder: Path, said: list[str] | None = None) -> Source:
     return Source(CPU, folder, say=(said if said is not None else []).append)
 
 
+@pytest.mark.slow
 def test_a_scenario_writes_table_data_and_figure(tmp_path: Path) -> None:
     only = ("top-K", "ATS K = 9 at blocks 1-5", "written out")  # one packed, padded, masked and reference at least
     scenario = Scenario(TINY, (1, 2), size=64, effort=QUICK, reference=True, profiled=True, only=only)
@@ -395,6 +397,7 @@ def test_growth_writes_table_data_and_figure(tmp_path: Path) -> None:
     assert "deciding" in (tmp_path / f"scaling-{TINY}-float32-cpu.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_gpu_s_measurements_run_on_a_small_model_and_stop_in_time(tmp_path: Path) -> None:
     said: list[str] = []
     effort = Effort(rounds=1, warmup=1, memory=False)

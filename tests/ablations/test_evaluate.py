@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +21,7 @@ from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.trial import Trial, TrialError
 from reducers import placement_from, reduce_tokens
-from tests.ablations.runs import ROOT, SPEC
+from tests.ablations.runs import SPEC
 
 
 @pytest.fixture(scope="module")
@@ -140,23 +137,3 @@ def test_a_patch_belongs_to_the_object_if_any_pixel_does() -> None:
     assert patch_masks(masks, (2, 3)).tolist() == [[False, False, False, False, True, False]]
     with pytest.raises(TrialError, match="do not divide"):
         patch_masks(masks, (3, 3))
-
-
-def test_a_trial_needs_neither_ray_nor_pydantic_nor_pyarrow() -> None:
-    code = (
-        "import sys, ablations.trial.trial, ablations.measure.evaluate\n"
-        "print(sorted({'ray', 'pydantic', 'pyarrow', 'pandas'} & set(sys.modules)))\n"
-        "import ablations.__main__, ablations.run.serial, ablations.run.session\n"
-        "print('ray' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"]
-
-
-def test_only_the_runner_imports_ray() -> None:
-    importing = [
-        path.parent.relative_to(ROOT).as_posix()
-        for path in (ROOT / "ablations").rglob("*.py")
-        if any(line.strip().startswith(("import ray", "from ray")) for line in Path(path).read_text().splitlines())
-    ]
-    assert set(importing) == {"ablations/run/ray"}

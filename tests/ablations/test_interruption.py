@@ -24,6 +24,7 @@ from tests.ablations.runs import (
     grid,
     launch,
     one_thread,
+    run,
     stored,
     wait_until,
     workers_of,
@@ -53,6 +54,14 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
         os.kill(workers_of(process)[0], signal.SIGKILL)
 
 
+def test_a_run_on_ray_finishes_its_trials(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    status, printed = run("run", "--out", out, *TINY, "--workers", "1", "--specs", grid(tmp_path, 2))
+    assert status == 0, printed
+    assert stored(out) == 2 and {row["status"] for row in Store(out).rows().values()} == {"ok"}
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker of its own run through /proc")
 def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
     tmp_path: Path, ablate: Callable[..., int]

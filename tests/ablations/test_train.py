@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,6 @@ from ablations.trial.trial import TrialResult
 from ablations.workloads import ImageSource, open_model
 from analysis import comparison, stats
 from reducers import available, build, placement_from, reduce_tokens
-from tests.ablations.runs import ROOT
 from tests.finetune import taught
 
 Ablate = Callable[..., int]
@@ -252,14 +249,6 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
     compared = train.train(train.Asked("taught", "taught", stages, training, 0.6), context)
     assert compared.method.row["calibrated"] and len(seen) > 3
     assert all(torch.equal(weight, seen[0]) for weight in seen)
-
-
-def test_the_command_needs_neither_ray_nor_pydantic_nor_pyarrow() -> None:
-    block = "import sys\nfor name in ('ray', 'pydantic', 'pyarrow', 'pandas', 'rich'):\n    sys.modules[name] = None\n"
-    words = "from ablations.__main__ import main\nassert main(['train']) == 0\n"
-    words += "import ablations.run.train, ablations.catalogue.docs\n"
-    done = subprocess.run([sys.executable, "-c", block + words], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "dynamicvit" in done.stdout, done.stderr
 
 
 def test_methods_without_an_arm_are_trained_as_their_example() -> None:

@@ -23,6 +23,7 @@ from analysis.plots import Drawn
 from analysis.report import Written, write_analysis
 from tests.analysis.runs import whole_run
 from tests.analysis.synthetic import DENSE_TOP1, SPECS, Maker
+from tests.samples import sampled
 
 DEIT_TINY = Setting("imagefolder", "deit_tiny_patch16_224", "file", 928, "w", "d")
 EVIL = '<script>alert("x")</script> & 100 % of $x_1$ | \\input{y}'
@@ -422,7 +423,10 @@ def small() -> Maker:
 
 
 @pytest.mark.usefixtures("plain_figures")
-@pytest.mark.parametrize("name", ["sampling_method", "model_scaling", "runtime", "finetuning", "budget_transfer"])
+@pytest.mark.parametrize(
+    "name",
+    sampled(["model_scaling", "sampling_method", "runtime", "finetuning", "budget_transfer"], quick=["model_scaling"]),
+)
 def test_a_part_of_one_spec_is_a_report(small: Maker, tmp_path: Path, name: str) -> None:
     """A run of one spec that was stopped half way."""
     maker = copy.copy(small)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from ablations.workloads import ImageSource
 from reducers import Placement, placement_from
 from tests.finetune.conftest import ATS as STAGE
 from tests.finetune.conftest import CPU
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.usefixtures("few_scenes")
@@ -50,8 +48,11 @@ def test_a_budget_that_is_not_known_is_refused_before_anything_is_evaluated(
     assert list((tmp_path / "cache").glob("dense-*")) == []
 
 
-def test_the_old_command_works_and_names_the_new_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ablations.finetune", "--out", str(tmp_path), "--limit", "2", "--reducer", "{}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "--at and --reducer belong together" in done.stderr
-    assert "DeprecationWarning: python -m ablations.finetune is now python -m ablations.measure.finetune" in done.stderr
+def test_the_old_command_works_and_names_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), "--limit", "2", "--reducer", "{}"])
+    words = "python -m ablations.finetune is now python -m ablations.measure.finetune"
+    with pytest.warns(DeprecationWarning, match=words), pytest.raises(SystemExit) as ended:
+        runpy.run_module("ablations.finetune", run_name="__main__")
+    assert ended.value.code == 2 and "--at and --reducer belong together" in capsys.readouterr().err

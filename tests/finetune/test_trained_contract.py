@@ -18,6 +18,7 @@ from reducers.methods import HVTPool
 from tests.finetune.conftest import recipe_of
 from tests.reducers.conftest import DEPTH, make_vit
 from tests.reducers.test_contract import CASES, PLACES, fresh
+from tests.samples import methods_first
 
 PHASES = (0.0, 0.3, 0.6, 0.95)  # of a training: curricula train one part after the other
 
@@ -32,7 +33,7 @@ def is_trained(reducer: TokenReducer) -> bool:
 
 
 TRAINED = {name: reducer for name, reducer in CASES.items() if is_trained(reducer)}
-each = pytest.mark.parametrize("reducer", TRAINED.values(), ids=TRAINED.keys())
+each = pytest.mark.parametrize("reducer", methods_first(TRAINED))
 
 
 class Lesson:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reducers import ATS, Count, Ratio, Stack, TopK, at, build, reduce_tokens
+from tests.samples import sampled
 
 from .conftest import make_vit
 from .test_contract import CASES, fresh
@@ -23,12 +23,7 @@ QUICK = ("topk", "evit", "tome", "random", "stack topk tome evit")
 METHODS = [name for name, reducer in FIXED.items() if reducer.only_decides and " " not in name]
 VARIANTS = [name for name, reducer in FIXED.items() if reducer.only_decides and name not in (*METHODS, *QUICK)]
 VARIANTS = [name for name in VARIANTS if not name.startswith("atc ")]
-SAMPLE = ("topk", "tome", "gtp", QUICK[-1])  # a selection, a merge, a replaced attention map and all in one block
-
-
-def sampled(names: Iterable[str], *, quick: Iterable[str]) -> list[Any]:
-    """All of them, those that are not ``quick`` marked slow: a compiler takes seconds for each."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+SAMPLE = (QUICK[-1],)  # a selection, a merge and a fused token in one block; a compiler takes seconds for each
 
 
 COMPILED = sampled([*METHODS, QUICK[-1], *VARIANTS], quick=SAMPLE)
@@ -60,7 +55,7 @@ def test_fixed_counts_compile_without_a_graph_break(name, images):
     torch.testing.assert_close(compiled(images.flip(0)), model(images.flip(0)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome", "random"], quick=["tome"]))
+@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome", "random"], quick=[]))
 @torch.no_grad()
 def test_compiled_in_half_precision(name, images):
     model, images = reduced(name).bfloat16(), images.bfloat16()
@@ -68,6 +63,7 @@ def test_compiled_in_half_precision(name, images):
     torch.testing.assert_close(compiled(images), model(images), rtol=0.02, atol=0.06)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_compiled_batch_may_be_of_any_size():
     model = reduced("stack topk tome evit")
@@ -79,7 +75,7 @@ def test_the_compiled_batch_may_be_of_any_size():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome"], quick=["tome"]))
+@pytest.mark.parametrize("name", sampled(["topk", "evit", "tome"], quick=["topk"]))
 def test_compiled_gradients_are_those_of_eager(name, images):
     gradients = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")):
@@ -125,7 +121,9 @@ class RefuseCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", sampled(FIXED, quick=[*(name for name in FIXED if " " not in name), QUICK[-1]]))
+@pytest.mark.parametrize(
+    "name", sampled(FIXED, quick=["topk", "dpc_knn", "token_pooling", "gtp", "hvt_pool", QUICK[-1]])
+)
 @torch.no_grad()
 def test_fixed_counts_never_wait_for_the_device(name):
     """A tensor of FakeTensorMode has no values: item(), tolist(), nonzero() or a bool index would raise."""

@@ -28,6 +28,7 @@ from reducers import (
     reduce_tokens,
 )
 from reducers.trace import Tracer
+from tests.samples import methods_first
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
@@ -91,7 +92,8 @@ CASES |= {
     "stack topk tome evit": Stack(TopK(Ratio(0.9)), ToMe(Drop(3)), EViT(Ratio(0.7))),
 }
 PLACES = [1, 3]
-both = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
+each = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
+some = pytest.mark.parametrize("reducer", methods_first(CASES))  # variants of a method only in `make test-slow`
 
 
 def fresh(reducer: TokenReducer) -> TokenReducer:
@@ -103,7 +105,7 @@ def reduced(reducer: TokenReducer, kind: str = "class", dtype: torch.dtype = tor
     return reduce_tokens(make_vit(kind).to(dtype), at(PLACES, fresh(reducer)))
 
 
-@both
+@each
 @torch.no_grad()
 def test_an_image_alone_is_the_same_image_in_a_batch_in_float64(reducer, images):
     model = reduced(reducer)
@@ -117,7 +119,7 @@ def test_an_image_alone_is_the_same_image_in_a_batch_in_float64(reducer, images)
         torch.testing.assert_close(own.macs[0], trace.macs[i])
 
 
-@both
+@some
 @torch.no_grad()
 def test_an_image_alone_is_the_same_image_in_a_batch_in_float32(reducer):
     model = reduced(reducer, dtype=torch.float32)
@@ -129,7 +131,7 @@ def test_an_image_alone_is_the_same_image_in_a_batch_in_float32(reducer):
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
 
 
-@both
+@some
 @torch.no_grad()
 def test_traced_and_plain_forward_agree_and_repeat(reducer, images):
     model = reduced(reducer)
@@ -141,7 +143,7 @@ def test_traced_and_plain_forward_agree_and_repeat(reducer, images):
     assert torch.equal(trace.tokens, second.tokens)
 
 
-@both
+@each
 @torch.no_grad()
 def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
     for kind in ("class", "distilled", "registers"):
@@ -179,7 +181,7 @@ def test_keeping_everything_is_the_plain_model(name, images):
     torch.testing.assert_close(model(images.double()), plain(images.double()), rtol=0, atol=1e-10)
 
 
-@both
+@some
 def test_gradients_reach_inputs_and_weights(reducer, images):
     model = reduced(reducer)
     images = images[:3].double().requires_grad_()
@@ -192,7 +194,7 @@ def test_gradients_reach_inputs_and_weights(reducer, images):
     assert model.base.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
 
 
-@both
+@some
 def test_the_base_model_is_untouched(reducer, images):
     plain = make_vit()
     before = copy.deepcopy(plain.state_dict())
@@ -202,7 +204,7 @@ def test_the_base_model_is_untouched(reducer, images):
     assert torch.equal(plain(images), logits)
 
 
-@both
+@some
 @torch.no_grad()
 def test_from_data_and_back(reducer, images):
     twin = build(reducer.spec())
@@ -210,7 +212,7 @@ def test_from_data_and_back(reducer, images):
     assert torch.equal(reduced(twin)(images.double()), reduced(reducer)(images.double()))
 
 
-@both
+@each
 @torch.no_grad()
 def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images, monkeypatch):
     """Who is dropped stays dropped, who shares a token goes on to share it, and prefix tokens stay in their order."""
@@ -238,7 +240,7 @@ def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images,
             before = owner
 
 
-@both
+@some
 @torch.no_grad()
 def test_trained_weights_go_from_one_reducer_to_its_twin(reducer, images):
     """A state_dict is all that a method has learned: loaded into another of the same settings it gives its result."""

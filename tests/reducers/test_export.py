@@ -7,13 +7,14 @@ import torch
 
 from reducers import ATS, EViT, Ratio, ReducerError, Stack, ToMe, TopK, at, build, reduce_tokens
 from reducers.export import export_onnx
+from tests.samples import sampled
 
 from .conftest import make_vit
-from .test_compile import METHODS, QUICK, reduced, sampled
+from .test_compile import METHODS, QUICK, reduced
 
 BATCHES = (1, 2, 9)
-# exporting is slow: two each time, every other one in `make test-slow`
-FIRST = ("tome", QUICK[-1])  # a merge, and a selection, a merge and a fused token in one block
+# exporting is slow: one each time, every other one in `make test-slow`
+FIRST = (QUICK[-1],)  # a selection, a merge and a fused token in one block
 OTHERS = sampled([*METHODS, QUICK[-1]], quick=FIRST)
 
 
@@ -53,9 +54,7 @@ def test_onnxruntime_agrees(name, tmp_path):
     assert reductions <= {"none", "add"}, "sums only: not every runtime has the largest or smallest of a group"
 
 
-@pytest.mark.parametrize(
-    "kind", sampled(["distilled", "registers", "average_with_class", "map"], quick=["distilled", "map"])
-)
+@pytest.mark.parametrize("kind", sampled(["distilled", "registers", "average_with_class", "map"], quick=["map"]))
 @torch.no_grad()
 def test_other_models_export(kind):
     model = reduce_tokens(make_vit(kind, depth=3), at([1, 2], ToMe(Ratio(0.8))))

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from reducers import Drop, Identity, TokenReducer, ToMe, at, every, reduce_tokens
 from reducers.methods.ats import cumulative, significance
+from tests.samples import methods_first
 
 from .conftest import DEPTH, KINDS, make_vit
 from .test_contract import CASES, PLACES, fresh
 
-both = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
+some = pytest.mark.parametrize("reducer", methods_first(CASES))
 half = torch.bfloat16
 
 
@@ -49,7 +50,7 @@ def test_no_reduction_is_the_plain_model_in_its_own_precision(kind, dtype, atol,
 
 
 @pytest.mark.parametrize("automatic", [False, True], ids=["bfloat16", "autocast"])
-@both
+@some
 @torch.no_grad()
 def test_in_half_precision_everything_holds_that_needs_no_digits(reducer, automatic, images):
     probe = Probe()
@@ -97,7 +98,7 @@ def test_cumulative_scores_are_in_single_precision(automatic):
     torch.testing.assert_close(cdf.double(), exact, rtol=0, atol=1e-6)
 
 
-@both
+@some
 def test_gradients_are_finite_in_half_precision(reducer, images):
     model = reduce_tokens(make_vit().to(half), at(PLACES, fresh(reducer))).train()
     model(images.to(half)).float().square().mean().backward()

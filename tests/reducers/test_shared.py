@@ -9,7 +9,7 @@ from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, To
 from reducers.placement import Placement
 
 from .conftest import DEPTH, make_vit
-from .test_contract import CASES, both, fresh, settings
+from .test_contract import CASES, fresh, settings, some
 
 
 def bits(trace):
@@ -50,7 +50,7 @@ def test_sharing_spares_the_blocks_before_the_first_reduction(images):
     assert runs == [2, 2, 4, 4]
 
 
-@both
+@some
 @torch.no_grad()
 def test_cost_is_the_cost_of_the_whole_pass(reducer, images):
     base = make_vit().double()
