@@ -132,12 +132,16 @@ def _check_block(index: int, block: nn.Module) -> None:
     parts = block._modules
     attn, mlp = parts["attn"], parts["mlp"]
     if type(attn) is not Attention:
-        raise UnsupportedModel(f"block {index} attends with {type(attn).__name__}. {_SUPPORTED}.")
+        raise UnsupportedModel(
+            f"block {index} attends with {type(attn).__name__}, whose own steps would be bypassed (a sharded one: "
+            f"shard the reduced model instead). {_SUPPORTED}."
+        )
     qkv, dropout = attn._modules["qkv"], attn._modules["attn_drop"]
     if type(qkv) is not nn.Linear:
         raise UnsupportedModel(
             f"block {index} has its qkv replaced by a {type(qkv).__name__}, which would be bypassed; "
-            f"merge it into a plain Linear first (LoRA, quantisation, parametrisation). {_SUPPORTED}."
+            "merge it into a plain Linear first (LoRA, quantisation, parametrisation), and shard the reduced model "
+            f"instead of it. {_SUPPORTED}."
         )
     _check_whole(block, f"block {index}")
     _check_whole(attn, f"block {index}'s attn")

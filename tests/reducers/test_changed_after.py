@@ -9,6 +9,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn.utils import prune
 
 from reducers import EViT, Identity, Ratio, ReducerError, ToMe, TopK, UnsupportedModel, at, build, reduce_tokens
 
@@ -41,6 +42,19 @@ def parametrize(model):
     torch.nn.utils.parametrizations.weight_norm(model.blocks[1].attn.qkv)
 
 
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def parametrize_plainly(model):
+    torch.nn.utils.parametrize.register_parametrization(model.blocks[2].attn.qkv, "weight", Doubled())
+
+
+def prune_qkv(model):
+    prune.l1_unstructured(model.blocks[1].attn.qkv, "weight", amount=0.5)
+
+
 def drop_path(model):
     model.blocks[1].drop_path1 = nn.Dropout(0.1)
 
@@ -60,6 +74,8 @@ def replace_forward(model):
 REFUSED = {
     "block 1 has its qkv replaced by a LowRank": replace_qkv,
     "block 1 has its qkv replaced by a ParametrizedLinear": parametrize,
+    "block 2 has its qkv replaced by a ParametrizedLinear": parametrize_plainly,
+    "block 1 has a forward hook on its attn.qkv.*make the pruning or weight norm permanent": prune_qkv,
     "block 1 has its drop_path1 replaced by a Dropout": drop_path,
     "block 2 is a Sequential": replace_block,
     "model's forward_head was replaced": replace_steps,
@@ -112,6 +128,21 @@ def weight_norms(model):
     torch.nn.utils.parametrizations.weight_norm(model.head).parametrizations.weight.original0.data.mul_(2)
 
 
+def prune_mlp(model):
+    prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", amount=0.5)
+    prune.ln_structured(model.blocks[2].mlp.fc2, "weight", amount=0.5, n=2, dim=0)
+
+
+def prune_qkv_for_good(model):
+    prune_qkv(model)
+    prune.remove(model.blocks[1].attn.qkv, "weight")
+
+
+def parametrize_for_good(model):
+    parametrize_plainly(model)
+    torch.nn.utils.parametrize.remove_parametrizations(model.blocks[2].attn.qkv, "weight")
+
+
 def slow_attention(model):
     for block in model.blocks:
         block.attn.fused_attn, block.attn.scale = False, 0.3
@@ -122,6 +153,9 @@ HONOURED = {
     "an adapter in the projection": lambda m: setattr(m.blocks[1].attn, "proj", LowRank(m.blocks[1].attn.proj)),
     "an adapter in the head": lambda m: setattr(m, "head", LowRank(m.head)),
     "weight norms": weight_norms,
+    "pruning in the MLP": prune_mlp,
+    "pruning of qkv, made permanent": prune_qkv_for_good,
+    "a parametrised qkv, made permanent": parametrize_for_good,
     "other heads": narrower_heads,
     "another scale without the fused kernel": slow_attention,
     "another pool": lambda m: m.reset_classifier(0, "avg"),
