@@ -41,7 +41,7 @@ class Seen:
     key: Vector  # (H, d)
     value: Vector  # (H, d)
     itself: Vector | None = None  # (H,) its attention to itself; known before anything has been decided in the block
-    received: Vector | None = None  # (H,) summed over queries; likewise
+    received: Vector | None = None  # (H,) the attention to it, summed over queries
 
 
 @dataclass
@@ -144,14 +144,14 @@ def carry_out(choice: Choice, tokens: list[Token], seen: list[Seen]) -> tuple[li
     new_tokens, new_seen = [], []
     for place, group in enumerate(choice.groups):
         carries = {p for i, token in enumerate(tokens) if choice.carried.get(i) == place for p in token.carries}
-        x = key = value = from_class = 0.0
+        x = key = value = from_class = received = 0.0
         size, keys_there, weights = 0.0, 0.0, 0.0
         rounded = float if choice.carried else np.float32  # sizes travel in single precision, and merge in it
         for i, weight, counts in group.members:
             x = x + weight * tokens[i].x
             size = float(rounded(size + counts * tokens[i].size))
             keys_there += counts * math.exp(tokens[i].bias or 0.0)
-            from_class = from_class + counts * seen[i].from_class
+            from_class, received = from_class + counts * seen[i].from_class, received + counts * seen[i].received
             key, value, weights = key + weight * seen[i].key, value + weight * seen[i].value, weights + weight
             if i not in choice.carried:
                 carries |= tokens[i].carries
@@ -165,7 +165,7 @@ def carry_out(choice: Choice, tokens: list[Token], seen: list[Seen]) -> tuple[li
                 frozenset(carries),
             )
         )  # fmt: skip
-        new_seen.append(Seen(from_class, key / weights, value / weights))
+        new_seen.append(Seen(from_class, key / weights, value / weights, received=received))
     return new_tokens, new_seen
 
 
