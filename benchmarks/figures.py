@@ -23,22 +23,36 @@ _MARKERS = {"packed": "o", "padded": "s", "masked": "D", "reference": "^"}
 
 
 def _matplotlib() -> Any | None:
-    """matplotlib, if there is one: even where a notebook left a backend in MPLBACKEND that this Python lacks."""
+    """matplotlib, if there is one: even where a notebook left a backend in MPLBACKEND that this Python lacks, and where
+    its user's file of settings is no text.
+    """
     if "matplotlib" in sys.modules and sys.modules["matplotlib"] is not None:
         return sys.modules["matplotlib"]
-    backend = os.environ.pop("MPLBACKEND", None)
+    backend, own = os.environ.pop("MPLBACKEND", None), os.environ.get("MATPLOTLIBRC")
     try:
         import matplotlib as mpl
     except ImportError:
         log.warning("no figure: matplotlib is not installed (pip install matplotlib draws it from the next run on)")
         return None
+    except UnicodeDecodeError:  # of the file of settings: nothing but defaults is drawn under
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]
+        os.environ["MATPLOTLIBRC"] = os.devnull
+        import matplotlib as mpl
     finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+        _restore(MPLBACKEND=backend, MATPLOTLIBRC=own)
     if backend:
         with suppress(ValueError):
             mpl.rcParams["backend"] = backend
     return mpl
+
+
+def _restore(**environment: str | None) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from benchmarks import gpu, models
 from benchmarks.__main__ import main, parser
 from benchmarks.commands import scenarios
 from benchmarks.counts import SETTINGS, Counts, Replay, record, write
+from benchmarks.figures import scaling_figure, speed_figure
 from benchmarks.memory import peak_bytes
 from benchmarks.padded import PaddedViT
 from benchmarks.pooled import pool
@@ -385,6 +387,75 @@ def test_without_matplotlib_the_figure_is_left_out_with_a_message(
     run_speed(Scenario(TINY, (1,), size=32, effort=Effort(rounds=1, memory=False), only=("top-K",)), source(tmp_path))
     assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
     assert "matplotlib is not installed" in caplog.text
+
+
+RC = """\
+backend: module://nobodys_backend
+text.usetex: True
+font.size: 31
+lines.linewidth: banana
+savefig.bbox: tight
+savefig.transparent: True
+figure.autolayout: True
+axes.facecolor: red
+path.sketch: 1, 100, 2
+"""
+SPEEDS = [
+    {"variant": variant, "kind": kind, "batch": batch, "gmacs_ratio": 1.5, "speedup": 1.4, "speedup_low": 1.3,
+     "speedup_high": 1.5}
+    for batch in (1, 8) for variant, kind in (("dense", "dense"), ("ATS K = 9", "packed"), ("ATS K = 9", "padded"))
+]  # fmt: skip
+GROWTH = [
+    {"series": series, "tokens": tokens, "batch": batch, "variant": "ToMe", "milliseconds": 0.5 * tokens,
+     "peak_mib": None, "deciding": 0.1, "error": None}
+    for series, tokens, batch in (("tokens", 16, 1), ("tokens", 64, 1), ("batch", 64, 1), ("batch", 64, 8))
+]  # fmt: skip
+
+
+def drawn(folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    speed_figure(SPEEDS, "Speed", folder / "speed.png")
+    scaling_figure(GROWTH, "Growth", folder / "growth.png")
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_figures_are_the_same_under_whatever_settings_and_leave_them(tmp_path: Path) -> None:
+    mpl = pytest.importorskip("matplotlib")
+    before = drawn(tmp_path / "plain")
+    assert set(before) == {"speed.png", "growth.png"}
+    with mpl.rc_context(), pytest.MonkeyPatch.context() as patch:
+        for line in RC.splitlines():
+            name, _, value = line.partition(": ")
+            if name not in ("backend", "lines.linewidth", "path.sketch"):
+                mpl.rcParams[name] = value
+        theirs = dict(mpl.rcParams)
+        patch.setenv("MPLBACKEND", "module://matplotlib_inline.no_such_backend")
+        assert drawn(tmp_path / "theirs") == before
+        assert dict(mpl.rcParams) == theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [RC.encode(), b"\xff\xfe\x00"], ids=["hostile", "no text"])
+def test_neither_a_notebooks_backend_nor_a_file_of_settings_reaches_a_figure(settings: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "rc").write_bytes(settings)
+    program = (
+        "import json, os, sys; from pathlib import Path; from benchmarks.figures import scaling_figure, speed_figure; "
+        "there, (speeds, growth) = Path(sys.argv[1]), json.loads(sys.argv[2]); "
+        "speed_figure(speeds, 'Speed', there / 'speed.png'); scaling_figure(growth, 'Growth', there / 'growth.png'); "
+        "print(os.environ['MPLBACKEND'], os.environ['MATPLOTLIBRC'])"
+    )
+    (tmp_path / "there").mkdir()
+    backend = "module://matplotlib_inline.no_such_backend"  # as of a notebook whose Python is another
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "there"), json.dumps([SPEEDS, GROWTH])],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path / "rc"), "LC_ALL": "C"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [backend, str(tmp_path / "rc")], "the user's own stays"
+    found = {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()}
+    assert found == drawn(tmp_path / "plain")
 
 
 @pytest.mark.slow

@@ -93,3 +93,34 @@ def test_places_that_cannot_be_read_are_named(bucket: str, tmp_path: Path, capsy
     assert main([f"{bucket}-missing/run"]) == 2
     assert "s3://sievit-tests-missing/run" in capsys.readouterr().err
     assert main([f"{bucket}/empty"]) == 2
+
+
+@pytest.mark.parametrize("cache", ["/proc/nowhere", "a file", "locked"])
+def test_where_no_copy_can_be_kept_the_setting_is_named_and_nothing_is_fetched(
+    cache: str, uploaded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the report goes elsewhere: the results come to this machine in any case."""
+    if cache != "/proc/nowhere":
+        place = tmp_path / "closed"
+        monkeypatch.setenv("SIEVIT_CACHE", str(place))
+        if cache == "a file":
+            place.write_text("")
+        else:
+            with remote.local_folder(uploaded) as copy:
+                pass
+            (copy / ".lock").unlink()
+            (copy / ".lock").mkdir()
+    else:
+        monkeypatch.setenv("SIEVIT_CACHE", cache)
+    fetched: list[Path] = []
+    monkeypatch.setattr(remote.Place, "fetch", lambda self, folder: fetched.append(folder))
+    for more in ([], ["--to", str(tmp_path / "report")]):
+        assert main([uploaded, *more]) == 2
+        said = capsys.readouterr().err
+        assert f"error: no copy of {uploaded} can be kept here" in said and "SIEVIT_CACHE=FOLDER" in said
+        assert "Traceback" not in said
+    assert fetched == [] and not (tmp_path / "report").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "chosen"))
+    with remote.local_folder(uploaded) as copy:
+        assert copy.is_dir() and copy.is_relative_to(tmp_path / "chosen")
