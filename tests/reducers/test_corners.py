@@ -85,10 +85,17 @@ def test_an_image_that_merges_nothing_is_left_as_it_is(images):
         assert_same_alone_and_in_a_batch(reduce_tokens(model, placement), images)
 
 
+class RandomDropBefore(RandomDrop):
+    """Before the block's attention."""
+
+    site = "input"
+
+
+@pytest.mark.parametrize("first", [RandomDrop, RandomDropBefore])
 @torch.no_grad()
-def test_two_random_drops_in_one_block_are_independent():
+def test_two_random_drops_in_one_block_are_independent(first):
     model = make_vit(depth=1)
-    _, trace = reduce_tokens(model, at(0, Stack(RandomDrop(Count(18)), RandomDrop(Count(9))))).trace(
+    _, trace = reduce_tokens(model, at(0, Stack(first(Count(18)), RandomDrop(Count(9))))).trace(
         torch.randn(400, 3, 48, 48)
     )
     often = trace.kept(0).double().mean(0)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from reducers import Count, Drop, Ratio, ReducerError, TopK, at, build, every, parse_budget
+from reducers import Count, Drop, Ratio, ReducerError, TopK, at, build, every, parse_budget, reduce_tokens
+
+from .conftest import make_vit
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, np.array])
@@ -78,3 +80,26 @@ def test_halves_and_floats_round_as_exact_shares_do(ratio, tokens, floor, ceil, 
         assert budget.resolve(counts, initial=196, prefix=torch.zeros_like(counts), rounding=other).tolist() == [
             expected
         ]
+
+
+ROUNDS = {
+    "floor": ["topk", "random", "atc", "dpc_knn", "kmedoids", "token_pooling", "dynamicvit"],
+    "ceil": ["evit", "tome", "gtp", "bat", "pitome", "tofu"],
+}
+
+
+@pytest.mark.parametrize("name", [name for names in ROUNDS.values() for name in names])
+@torch.no_grad()
+def test_a_method_rounds_as_it_says_unless_the_budget_says_otherwise(name, images):
+    """Of 36 patches: 22 and a half, and a little less."""
+    extra = {"weights": "equal"} if name in ("kmedoids", "token_pooling") else {}
+
+    def kept(ratio: float, **budget: object) -> int:
+        reducer = build({"name": name, "budget": {"ratio": ratio, **budget}, **extra})
+        _, trace = reduce_tokens(make_vit(), at(1, reducer)).trace(images[:1])
+        return int(trace.tokens[0, -1]) - 1 - (name == "evit")  # the class token, and what EViT fuses
+
+    half, less = (22, 22) if name in ROUNDS["floor"] else (23, 23)
+    assert (kept(0.625), kept(0.62)) == (half, less)
+    assert [kept(0.62, rounding=rounding) for rounding in ("floor", "nearest", "ceil")] == [22, 22, 23]
+    assert kept(0.625, rounding="nearest") == 23
