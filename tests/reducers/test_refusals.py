@@ -1,4 +1,4 @@
-"""What is refused when it is written or placed, each by the message that says why: nothing of it runs some other way."""
+"""What is refused when it is written or placed, each by the message that says why."""
 
 from __future__ import annotations
 
@@ -110,6 +110,17 @@ def test_a_model_without_an_image_size_has_no_grid_to_ask_for():
     model.patch_embed.grid_size = None
     with pytest.raises(ReducerError, match="create it with img_size="):
         _ = Host(model).grid
+
+
+def test_images_are_resized_only_where_it_is_known_how_patches_are_cut(images):
+    from timm.layers import PatchEmbed
+
+    model = make_vit()
+    smaller = reduce_tokens(model, at(0, build({"name": "small_input", "budget": {"count": 16}})))
+    assert smaller(images).shape == (len(images), 7)
+    model.patch_embed.__class__ = type("StrangeEmbed", (PatchEmbed,), {})
+    with pytest.raises(ReducerError, match="whose patches come from StrangeEmbed.*dynamic_img_size=True"):
+        smaller(images)
 
 
 def test_blocks_that_are_no_sequence_are_refused():

@@ -147,6 +147,21 @@ def test_the_release_ranks_equal_scores_in_token_order():
     assert chosen(sample_official(lower, valid, 4)) == [0, 2, 3], "of two equal lowest ones the first is lost"
 
 
+def test_the_release_ranks_many_equal_scores_in_token_order():
+    """Forty alike and forty that are half as much, by turns; a sort that is not stable loses another one."""
+    scores = torch.tensor([[2.0 if i % 2 else 1.0 for i in range(80)]], dtype=torch.float64)
+    valid = torch.ones(1, 80, dtype=torch.bool)
+    order = [*range(0, 80, 2), *range(1, 80, 2)]
+    running, total = [], 0.0
+    for i in order:
+        total += float(scores[0, i])
+        running.append(total)
+    cdf = [(value - running[0]) / (running[-1] - running[0]) for value in running]
+    points = [cdf[1] + k * (1 - cdf[1]) / 29 for k in range(30)]
+    nearest = {order[min(range(80), key=lambda i, p=point: (abs(cdf[i] - p), i))] for point in points}
+    assert chosen(sample_official(significance(scores, valid), valid, 30)) == sorted(nearest)
+
+
 # Merging pairs of equal similarity
 
 
@@ -159,6 +174,22 @@ def test_of_equal_pairs_the_lower_even_place_merges_into_the_lowest_odd_one(coun
     assert merge.group.tolist() == [0, 2, 2, 3, 2, 4, 1]
     assert merge.source.tolist() == [0, 6, 1, 3, 5]
     assert merge.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1, 1 / 3, 1, 1])
+
+
+@pytest.mark.parametrize("layout", [alike(81, images=2), ragged(81, 60)], ids=["alike", "ragged"])
+def test_of_many_equal_pairs_the_lower_places_merge_first(layout):
+    """Long enough that an unstable sort would show: every second even place is as similar as the others of its kind."""
+    best = torch.tensor([[-torch.inf] + [1.0 if place % 4 == 2 else 0.5 for place in range(2, 82, 2)]] * 2)
+    best = best[:, : (layout.longest + 1) // 2].masked_fill(~layout.valid[:, 0::2], -torch.inf)
+    count = 25 if layout.uniform is not None else torch.tensor([25, 20])
+    merge = merge_pairs(layout, best, torch.zeros(best.shape, dtype=torch.int64), count, torch.ones(layout.rows))
+    for image, first in enumerate(layout.starts.tolist()):
+        even = range(2, layout.counts[image], 2)
+        in_order = [*(p for p in even if p % 4 == 2), *(p for p in even if p % 4 == 0)]
+        pairs = 25 if image == 0 or layout.uniform is not None else 20
+        host = merge.group[first + 1]  # the lowest odd place is everybody's partner
+        into = [place for place in even if merge.group[first + place] == host]
+        assert into == sorted(in_order[:pairs])
 
 
 def test_equal_pairs_merge_alike_beside_another_image():
