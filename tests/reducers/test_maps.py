@@ -169,3 +169,12 @@ def test_a_mask_before_or_after_another_map_leaves_it_as_it_is(make):
         if not isinstance(token_map, Mix):
             assert torch.equal(both.destination, token_map.destination)
             assert torch.equal(both.source, token_map.source)
+
+
+def test_values_of_patches_are_spread_over_rows_also_where_prefix_tokens_are_more():
+    """Two images of five prefix tokens and of one patch and of none."""
+    layout = Layout.ragged(torch.tensor([6, 5]), torch.tensor([5, 5]))
+    assert layout.spread(torch.tensor([[7.0], [0.0]]), prefix=-1).tolist() == [*[-1] * 5, 7, *[-1] * 5]
+    other = Layout.ragged(torch.tensor([2, 4]), torch.tensor([1, 1]))
+    found = other.spread(torch.tensor([[7.0, 9, 9], [1, 2, 3]]), prefix=0.5)
+    assert found.tolist() == [0.5, 7, 0.5, 1, 2, 3]

@@ -349,6 +349,27 @@ def test_attention_in_the_block_before_equals_the_slow_reference(case, site, mod
         agree(found, [np.mean(s.received) / queries for s in seen], "attention received in the block before")
 
 
+@torch.no_grad()
+def test_signals_of_images_of_several_lengths_equal_the_slow_reference(model, pictures):
+    """In a batch the shorter image is padded, and what stands there is nobody's query and nobody's key."""
+    watch = Watch("keys", "class_attention", "attention_received", "attention")
+    reduce_tokens(model, at(0, ATS(Ratio(0.7))) | at(1, watch))(pictures)
+    assert len(set(watch.layout.counts)) == 2
+    for i, picture in enumerate(pictures):
+        after: list[tuple[list[slow.Token], list[slow.Seen]]] = []
+        slow.run(model, picture, {0: [slow.ats("0.7")], 1: [lambda t, s, found=after: found.append((t, s))]})
+        ((tokens, seen),) = after
+        start, count = int(watch.layout.starts[i]), len(tokens)
+        found = {name: part[start : start + count] for name, part in watch.seen.items() if name != "attention"}
+        agree(found["keys"], [s.key for s in seen], "keys")
+        agree(found["class_attention"], [s.from_class for s in seen], "class attention")
+        agree(found["attention_received"], [np.mean(s.received) / count for s in seen], "attention received")
+        maps = watch.seen["attention"][i]
+        agree(maps.diagonal(dim1=1, dim2=2).T[:count], [s.itself for s in seen], "attention to itself")
+        agree(maps.sum(1).T[:count], [s.received for s in seen], "columns of the map")
+        assert (maps[:, count:] == 0).all() and (maps[:, :, count:] == 0).all()
+
+
 # What cannot be told is refused
 
 

@@ -18,7 +18,7 @@ from reducers.methods.evit import fuse_the_rest
 from reducers.methods.pitome import merge_by_rank
 from reducers.methods.tome import bipartite_pairs, merge_pairs
 from reducers.methods.topk import first_of, keep_highest, rank_patches
-from reducers.noise import image_keys
+from reducers.noise import image_keys, stream, uniform
 from reducers.vit.host import carriers
 
 CPU = torch.device("cpu")
@@ -137,6 +137,16 @@ def test_a_point_half_way_between_two_cdf_values_belongs_to_the_lower_token(scor
     assert chosen(sample_nearest(cdf, valid, grid, used)) == tokens
 
 
+def test_an_image_without_candidates_has_no_share_and_no_token():
+    """Beside one that has two; 0 and not the quotient of zeros."""
+    scores = torch.tensor([[3.0, 1.0], [5.0, 5.0]])
+    valid = torch.tensor([[True, True], [False, False]])
+    assert significance(scores, valid).tolist() == [[0.75, 0.25], [0, 0]]
+    assert cumulative(scores, valid).tolist() == [[0.75, 1], [0, 0]]
+    for found in (sample_inverse(cumulative(scores, valid), 2), sample_official(significance(scores, valid), valid, 2)):
+        assert not (found & valid)[1].any() and (found & valid)[0].any()
+
+
 def test_the_release_ranks_equal_scores_in_token_order():
     """Four alike: CDF 0, 1/3, 2/3, 1; points 1/3, 5/9, 7/9, 1 fall on the second, the third twice, and the last."""
     valid = torch.tensor([[True] * 4 + [False] * 2])
@@ -252,3 +262,15 @@ def test_every_part_of_an_image_tells_it_from_another(size):
     keys = image_keys(torch.stack([image, *others]))
     assert len(keys.unique()) == len(keys)
     assert torch.equal(image_keys(image[None]), keys[:1])
+
+
+def test_every_use_of_random_numbers_has_its_own():
+    """Of another seed, block, reducer of a stack or kind of use, and of another image: none repeats."""
+    keys, counter = torch.tensor([[3], [4]]), torch.arange(500)
+    uses = [(s, b, d, k) for s in (0, 1) for b in (0, 1, 11) for d in (0, 1, 2) for k in (0, 1)]
+    drawn = torch.cat([uniform(keys, counter, seed=s, stream=stream(b, d, kind=k)).flatten() for s, b, d, k in uses])
+    assert len(drawn.unique()) == len(drawn) == 36 * 2 * 500
+    assert ((drawn > 0) & (drawn < 1)).all()
+    assert drawn.mean() == pytest.approx(0.5, abs=5 * (12 * len(drawn)) ** -0.5)
+    again = uniform(keys[1:], counter[7:8], seed=1, stream=stream(11, 2, kind=1))
+    assert again.item() == drawn[-493], "whatever else is drawn with it"
