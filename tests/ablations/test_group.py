@@ -198,12 +198,18 @@ def test_seconds_are_a_trials_own_and_its_share_of_the_rest(session: Session, co
     assert sum(result.row["seconds"] for result in results) == pytest.approx(sum(spent.values()), rel=0.5)
 
 
-def test_seconds_of_a_shared_prefix_are_divided_among_those_that_share_it(
+def test_seconds_of_images_and_of_a_shared_prefix_are_divided_among_those_that_share_them(
     session: Session, context: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that only the shared blocks move: three trials share the first three blocks, two of them the rest."""
+    """By a clock that only images and the shared blocks move: three trials share the images and the first three blocks,
+    two of them the rest.
+    """
     now = [0.0]
-    compute = ReducedViT.cost
+    compute, read = ReducedViT.cost, type(context.workload).batch
+
+    def slowly(self: Any, start: int, stop: int) -> torch.Tensor:
+        now[0] += 7.0
+        return read(self, start, stop)
 
     def slow(self: ReducedViT, images: torch.Tensor, *, shared: Any = None) -> Any:
         now[0] += 60.0
@@ -211,6 +217,7 @@ def test_seconds_of_a_shared_prefix_are_divided_among_those_that_share_it(
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(ReducedViT, "cost", slow)
+    monkeypatch.setattr(type(context.workload), "batch", slowly)
     trials = [trial_of(session, name, STAGES[name]) for name in ("ATS", "a stack", "EViT with ATS in it")]
     first = {"ATS": 3, "a stack": 6, "EViT with ATS in it": 4}
     found = {
@@ -219,7 +226,8 @@ def test_seconds_of_a_shared_prefix_are_divided_among_those_that_share_it(
     batches = 3
     by_block = {block: 60.0 * batches / sum(at >= block for at in first.values()) for block in (3, 4, 6)}
     for variant, at in first.items():
-        assert found[variant] == pytest.approx(sum(each for block, each in by_block.items() if block <= at)), variant
+        blocks = sum(each for block, each in by_block.items() if block <= at)
+        assert found[variant] == pytest.approx(7.0 * batches / len(first) + blocks), variant
     assert sum(found.values()) == pytest.approx(now[0])
 
 

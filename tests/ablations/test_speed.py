@@ -112,6 +112,15 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert columns["images_per_second"] == pytest.approx(8 / 1.5) and columns["measured_batch"] == 8
 
 
+def test_rates_are_of_the_median_round_and_bounds_are_quartiles_of_the_ratios() -> None:
+    """Whatever one round that the machine disturbed took. Ratios: 2, 3, 4, 5 and 20."""
+    columns = speed.columns_of([2.0, 3.0, 8.0, 5.0, 400.0], [1.0, 1.0, 2.0, 1.0, 20.0], batch=6)
+    assert columns["images_per_second"] == 6.0 and columns["dense_images_per_second"] == 6 / 5
+    assert [columns[name] for name in ("speedup_low", "speedup", "speedup_high")] == [3.0, 4.0, 5.0]
+    even = speed.columns_of([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0], batch=1)
+    assert [even[name] for name in ("speedup_low", "speedup", "speedup_high")] == [1.75, 2.5, 3.25]
+
+
 def test_the_models_take_turns_on_the_same_images() -> None:
     seen: list[tuple[str, int]] = []
 

@@ -178,3 +178,5 @@ def test_values_of_patches_are_spread_over_rows_also_where_prefix_tokens_are_mor
     other = Layout.ragged(torch.tensor([2, 4]), torch.tensor([1, 1]))
     found = other.spread(torch.tensor([[7.0, 9, 9], [1, 2, 3]]), prefix=0.5)
     assert found.tolist() == [0.5, 7, 0.5, 1, 2, 3]
+    empty = Layout.ragged(torch.tensor([2, 1]), torch.tensor([2, 1]))
+    assert empty.spread(torch.zeros(2, 0), prefix=3).tolist() == [3, 3, 3], "no image has a patch left"
