@@ -198,3 +198,41 @@ def test_holm_controls_the_chance_of_any_false_finding() -> None:
     random = np.random.default_rng(10)
     wrong = sum(min(stats.holm(list(random.random(20)))) < 0.05 for _ in range(1000))
     assert wrong / 1000 <= 0.07
+
+
+def test_a_paired_bootstrap_counts_every_tail_with_one_sample_more() -> None:
+    """Where every resample says the same, p is not 0 but what the draws can tell; where nothing differs, 1."""
+    better = np.array([1.0, 0.75, 0.5] * 20)
+    found = stats.paired_bootstrap(better, better - 0.25, draws=999)
+    assert found.p_value == 2 / 1000 and (found.low, found.high) == (0.25, 0.25)
+    assert stats.paired_bootstrap(better - 0.25, better, draws=999).p_value == 2 / 1000
+    assert stats.paired_bootstrap(better, better, draws=999).p_value == 1.0
+    mixed = stats.paired_bootstrap([1.0, 0.5, 0.0], [0.0, 1.0, 0.0], draws=99)
+    assert (mixed.first_only, mixed.second_only, mixed.images) == (1.0, 0.5, 3)
+    assert mixed.difference == pytest.approx(1 / 6)
+
+
+def test_another_seed_draws_other_samples_and_the_same_one_the_same() -> None:
+    sample = np.random.default_rng(1).normal(5, 2, 200)
+    for values in (sample, sample > 5):
+        first, second = (stats.bootstrap(values, draws=500, seed=seed) for seed in (0, 1))
+        assert first == stats.bootstrap(values, draws=500) and first != second
+        assert (first.low, first.high) == pytest.approx((second.low, second.high), abs=0.1)
+
+
+@pytest.mark.parametrize(("images", "discordance"), [(20, 0.05), (20, 0.4), (1000, 0.1), (1000, 0.001)])
+def test_the_smallest_difference_solves_connors_equation(images: int, discordance: float) -> None:
+    """Where it is more than the share of disagreements it is all of them."""
+    found = stats.resolution(images, accuracy=0.8, discordance=discordance).paired
+    psi = max(discordance, found)
+    right = 1.959963985 * math.sqrt(psi) + 0.841621234 * math.sqrt(psi - found**2)
+    assert found * math.sqrt(images) == pytest.approx(right, rel=1e-4)
+
+
+def test_an_interval_of_a_rank_correlation_by_hand() -> None:
+    """Bonett and Wright: variance (1 + r^2 / 2) / (n - 3) of its inverse hyperbolic tangent; r = 1 - 6 x 20 / 990."""
+    found = stats.spearman([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [2, 1, 4, 3, 5, 6, 9, 10, 7, 8])
+    assert found.value == pytest.approx(1 - 6 * 20 / 990)
+    half = 1.959963985 * math.sqrt((1 + found.value**2 / 2) / 7)
+    assert math.atanh(found.low) == pytest.approx(math.atanh(found.value) - half)
+    assert math.atanh(found.high) == pytest.approx(math.atanh(found.value) + half)
