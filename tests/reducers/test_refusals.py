@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import pytest
 
 from reducers import (
@@ -20,6 +23,7 @@ from reducers import (
     placement_from,
     reduce_tokens,
 )  # fmt: skip
+from reducers.checks import checked_share, checked_weight, checked_whole, checked_within
 from reducers.placement import parse_blocks
 from reducers.vit.host import Host
 
@@ -148,3 +152,28 @@ def test_a_pool_that_knows_places_is_refused():
     model.attn_pool = AttentionPoolLatent(32, num_heads=2, feat_size=36, pos_embed="abs")
     with pytest.raises(UnsupportedModel, match="the attention pool AttentionPoolLatent is not supported"):
         reduce_tokens(model, at(0, Identity()))
+    model = make_vit("map")
+    model.attn_pool.__class__ = type("StrangePool", (AttentionPoolLatent,), {})
+    with pytest.raises(UnsupportedModel, match="the attention pool StrangePool is not supported"):
+        reduce_tokens(model, at(0, Identity()))
+
+
+@pytest.mark.parametrize(
+    ("check", "takes", "refuses"),
+    [
+        (checked_share, [0, 0.5, 1], [-0.001, 1.001, True]),
+        (partial(checked_share, above=True), [1e-9, 1], [0, 0.0, 1.001]),
+        (checked_weight, [0, 7.5], [-1e-9, math.inf, math.nan, "1"]),
+        (partial(checked_weight, above=True), [1e-9], [0, 0.0]),
+        (partial(checked_within, low=2, high=3), [2, 2.5, 3], [1.999, 3.001, None]),
+        (partial(checked_within, low=2, high=3, above=True), [2.001, 3], [2, 2.0]),
+        (partial(checked_within, low=2), [2, 1e300], [1.999, math.inf]),
+        (partial(checked_whole, least=2), [2, 10**30], [1, 2.0, True]),
+    ],
+)
+def test_a_setting_is_taken_up_to_its_bounds_and_refused_beyond(check, takes, refuses):
+    for value in takes:
+        assert check(value, "Method(setting=…)") == value
+    for value in refuses:
+        with pytest.raises(ReducerError, match=r"Method\(setting="):
+            check(value, "Method(setting=…)")
