@@ -1,6 +1,6 @@
 """Run two checkouts of this repository on one machine, and say which numbers a rewrite has changed.
 
-    python tests/compare_checkouts.py OLD NEW [--only GROUP …] [--full]
+    python tests/compare_checkouts.py OLD NEW [--only GROUP …] [--full] [--keep FOLDER]
 
 OLD and NEW are folders that hold a checkout (a copy without git will do) or names of commits, which are checked out
 beside and removed again. Each side runs in a process of this interpreter that finds `reducers` and `ablations` in its
@@ -37,21 +37,27 @@ sides have but no contract suite names is not seen.
 
 **Samples.** Without `--full`, a case runs on the model "class" and on the two next of `KINDS` that take it, beginning
 at another place for each case, so that every model meets a part of all methods; `pairs` takes for each first method
-three of the second; groups that name fewer models say so where they are defined. `--full` takes all.
+two of the second; groups that name fewer models say so where they are defined. `--full` takes all.
 The cases are those of both checkouts' contract suites; a suite that cannot be imported, as in the middle of a rewrite,
 is passed over with a note.
+
+`--keep FOLDER` leaves the quantities of both sides there (safetensors and JSON), to be looked into, and does not
+compute those of OLD again while neither it nor the cases nor this file change: half the time after every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
-import importlib
+import hashlib
+import importlib.util
 import itertools
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,23 +86,47 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new", metavar="NEW", help="likewise")
     parser.add_argument("--only", metavar="GROUP", nargs="+", choices=list(GROUPS), help=", ".join(GROUPS))
     parser.add_argument("--full", action="store_true", help="every case on every model, every pair")
+    parser.add_argument("--keep", metavar="FOLDER", type=Path,
+                        help="leave all quantities there; those of the same OLD are not computed again")  # fmt: skip
     asked = parser.parse_args(arguments)
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
-        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-checkouts-")))
+        out = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-checkouts-")))
         try:
             old, new = (stack.enter_context(checkout(given)) for given in (asked.old, asked.new))
-            cases = gathered({"old": old, "new": new}, out)
+            asks_suites = not set(asked.only or GROUPS) <= WITHOUT_SUITES
+            cases = gathered({"old": old, "new": new}, out) if asks_suites else dict.fromkeys(("contract", "stacks"))
             (out / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-            options = ["--full"] if asked.full else []
-            options += ["--only", *(asked.only or GROUPS)]
+            about = json.dumps([asked.full, source_digest(old), cases, HERE.read_text(encoding="utf-8")])
+            known = kept_groups(out / "old", hashlib.sha256(about.encode()).hexdigest())
+            shutil.rmtree(out / "new", ignore_errors=True)
             for side, root in (("old", old), ("new", new)):
-                run_child(side, root, [str(out), *options], begun)
+                groups = [name for name in asked.only or GROUPS if side == "new" or name not in known]
+                options = [str(out), *(["--full"] if asked.full else []), "--only", *groups]
+                if groups:
+                    run_child(side, root, options, begun)
         except (RuntimeError, OSError) as error:
             say(f"could not compare: {error}")
             return 2
         say()
         return report([compared(name, out) for name in asked.only or GROUPS], time.monotonic() - begun)
+
+
+def source_digest(root: Path) -> str:
+    """Of all Python below the packages that are run."""
+    found = sorted(path for package in ("reducers", "ablations") for path in (root / package).rglob("*.py"))
+    text = [f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in found]
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def kept_groups(folder: Path, digest: str) -> set[str]:
+    """The groups that the folder holds of the same OLD, under the same questions; it is emptied of any other's."""
+    mark = folder / "digest"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != digest:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        mark.write_text(digest, encoding="utf-8")
+    return {path.stem for path in folder.glob("*.json")}
 
 
 @contextlib.contextmanager
@@ -176,7 +206,7 @@ class Compared:
     group: str
     quantities: int = 0
     raised: int = 0  # of them exceptions, in OLD
-    seconds: tuple[float, float] = (0.0, 0.0)
+    seconds: tuple[float, float] = (0.0, 0.0)  # of CPU time
     zeros: list[str] = field(default_factory=list)  # other signs of zero and nothing else
     differing: dict[str, str] = field(default_factory=dict)  # name: how
 
@@ -191,7 +221,7 @@ def compared(group: str, out: Path) -> Compared:
     old, new = ({**side["plain"], **found} for side, found in zip(plain, tensors, strict=True))
     result = Compared(group, len(old.keys() | new.keys()), seconds=(plain[0]["seconds"], plain[1]["seconds"]))
     result.raised = sum(name.endswith(RAISED) for name in old)
-    for name in {**old, **new}:
+    for name in dict.fromkeys([*plain[0]["order"], *plain[1]["order"]]):  # as computed: a cause is near the first
         if name not in old or name not in new:
             found = old.get(name, new.get(name))
             result.differing[name] = f"in {'OLD' if name in old else 'NEW'} alone{_told(found)}"
@@ -238,17 +268,21 @@ def _form(tensor: Any) -> str:
 
 
 def _short(value: Any) -> str:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return _form(value)
     text = value if isinstance(value, str) else json.dumps(value)
     return repr(text if len(text) <= 160 else f"{text[:157]}…")
 
 
 def report(groups: list[Compared], seconds: float) -> int:
     """The table, then what differs; the exit status."""
-    say(f"{'group':<12}{'quantities':>11}{'raised':>8}{'differ':>8}{'old s':>8}{'new s':>8}")
+    say(f"{'group':<12}{'quantities':>11}{'raised':>8}{'differ':>8}{'old CPU s':>11}{'new CPU s':>11}")
     for group in groups:
         old, new = group.seconds
         counts = f"{group.quantities:>11}{group.raised:>8}{len(group.differing):>8}"
-        say(f"{group.group:<12}{counts}{old:>8.1f}{new:>8.1f}")
+        say(f"{group.group:<12}{counts}{old:>11.1f}{new:>11.1f}")
     for group in groups:
         for name, how in list(group.differing.items())[:SHOWN]:
             say(f"  {group.group}: {name}: {how}")
@@ -280,15 +314,13 @@ def child(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     logging.getLogger().addHandler(logging.NullHandler())  # a method that is asked for too much says so each time
     for package in ("reducers", "ablations"):
-        found = Path(str(importlib.import_module(package).__file__)).resolve()
-        if not found.is_relative_to(asked.root):
-            raise RuntimeError(f"{package} came from {found}, not from {asked.root}")
+        own(package, asked.root)
     if asked.cases:
-        asked.out.write_text(json.dumps(cases_of_the_suites()), encoding="utf-8")
+        asked.out.write_text(json.dumps(cases_of_the_suites(asked.root)), encoding="utf-8")
         return 0
     cases = json.loads((asked.out / "cases.json").read_text(encoding="utf-8"))
     folder = asked.out / asked.side
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for group in asked.only:
         book = Book(asked.root, group)
         GROUPS[group](World(book, cases["contract"], cases["stacks"], asked.full, folder, asked.out / "old"))
@@ -296,10 +328,18 @@ def child(arguments: list[str]) -> int:
     return 0
 
 
-def cases_of_the_suites() -> dict[str, dict[str, Any]]:
+def own(module: str, root: Path) -> Any:
+    """A module of the checkout, and not of the one that is installed."""
+    imported = importlib.import_module(module)
+    if not Path(str(imported.__file__)).resolve().is_relative_to(root):
+        raise ImportError(f"{module} came from {imported.__file__}, not from {root}")
+    return imported
+
+
+def cases_of_the_suites(root: Path) -> dict[str, dict[str, Any]]:
     """What the contract suite of this checkout places, and the stacks that have a slow reference."""
-    contract = importlib.import_module("tests.reducers.test_contract").CASES
-    stacks = importlib.import_module("tests.reducers.test_stack_references").CASES
+    contract = own("tests.reducers.test_contract", root).CASES
+    stacks = own("tests.reducers.test_stack_references", root).CASES
     return {
         "contract": {name: reducer.spec() for name, reducer in contract.items()},
         "stacks": {name: placement.spec() for name, (placement, _) in stacks.items()},
@@ -321,12 +361,14 @@ class Book:
         self.root, self.group = str(root), group
         self.tensors: dict[str, Any] = {}
         self.plain: dict[str, Any] = {}
-        self.begun = self.told = time.monotonic()
+        self.order: list[str] = []
+        self.begun, self.told = time.process_time(), time.monotonic()
 
     def put(self, name: str, value: Any) -> None:
         import torch
 
         assert name not in self.tensors and name not in self.plain, f"{name} is written twice"
+        self.order.append(name)
         if isinstance(value, torch.Tensor):
             self.tensors[name] = value.detach().contiguous().clone()
         else:
@@ -357,11 +399,11 @@ class Book:
     def write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        seconds = time.monotonic() - self.begun
+        seconds = time.process_time() - self.begun
         save_file(self.tensors, folder / f"{self.group}.safetensors")
-        content = {"plain": self.plain, "seconds": seconds}
+        content = {"plain": self.plain, "order": self.order, "seconds": seconds}
         (folder / f"{self.group}.json").write_text(json.dumps(content), encoding="utf-8")
-        say(f"{self.group:<12}{len(self.tensors) + len(self.plain)} quantities in {seconds:.1f} s")
+        say(f"{self.group:<12}{len(self.tensors) + len(self.plain)} quantities in {seconds:.1f} s of CPU time")
 
 
 @dataclass(frozen=True)
@@ -384,6 +426,9 @@ class World:
 
 Group = Callable[[World], None]
 GROUPS: dict[str, Group] = {}
+
+
+WITHOUT_SUITES = {"models", "random", "earlier", "loading"}  # groups that ask no contract suite for its cases
 
 
 def group(function: Group) -> Group:
@@ -561,8 +606,9 @@ def _on_kind(world: World, name: str, data: dict[str, Any], kind: str, dtype: An
 
     def run() -> dict[str, Any]:
         made.append(reduced(still(kind, dtype), (PLACES, data)))
+        tells = whole if kind == "class" else told
         with torch.no_grad():
-            return whole(made[0], pictures(count, dtype=dtype))
+            return tells(made[0], pictures(count, dtype=dtype))
 
     label = f"{name} | {kind} | {str(dtype).removeprefix('torch.')}, batch {count}"
     return made[0] if world.book.attempt(label, run) else None
@@ -610,6 +656,440 @@ def names(world: World) -> None:
                 }
 
             world.book.attempt(f"{name} | {kind}", run)
+
+
+def methods(world: World) -> dict[str, dict[str, Any]]:
+    """Of the cases those named as a method: one each."""
+    return {name: data for name, data in world.contract.items() if data["name"] == name}
+
+
+@group
+def budgets(world: World) -> None:
+    """Float32, on "class": in every block, in every one but the first, and in one."""
+    forms = ({"count": 9}, {"drop": 3}, {"ratio": 0.35, "of": "initial", "rounding": "ceil"}, {"ratio": 1.0})
+    for name, data in methods(world).items():
+        for index, blocks in enumerate(([0, 1, 2, 3], [1, 2, 3], [2])):
+            budget = {"budget": forms[index]} if "budget" in data else {}
+            tell(world, f"{name} | {blocks} {budget}", lambda: still(), (blocks, {**data, **budget}))
+        if "budget" in data:
+            tell(world, f"{name} | {forms[3]}", lambda: still(), (PLACES, {**data, "budget": forms[3]}))
+
+
+@group
+def pairs(world: World) -> None:
+    """On "registers": for each method two others, each method alike."""
+    every = list(methods(world).items())
+    for index, (first, one) in enumerate(every):
+        others = every if world.full else [every[(index + step) % len(every)] for step in (1, 11)]
+        for second, other in others:
+            together = {"name": "stack", "stack": [one, other]}
+            tell(world, f"{first} and {second}", lambda: still("registers"), (PLACES, together))
+            tell(world, f"{first}, then {second}", lambda: still("registers"), (1, one), ([2, 3], other))
+        world.book.progress(index + 1, len(every))
+
+
+@group
+def ragged(world: World) -> None:
+    """Float64: "registers" after ATS, "class" after ToMe and A-ViT, where some images are finished."""
+    import torch
+
+    before = {
+        "ats": ("registers", {"name": "ats", "budget": {"ratio": 0.8}}),
+        "tome": ("class", {"name": "tome", "budget": {"drop": 5}}),
+        "avit": ("class", {"name": "avit", "gamma": 2.0, "beta": -1.0}),
+    }
+    for _, name, data in world.each():
+        for first, (kind, settings) in before.items():
+            model = functools.partial(still, kind, torch.float64)
+            tell(world, f"{name} after {first}", model, (0, settings), (PLACES, data))
+
+
+def tell(world: World, label: str, model: Callable[[], Any], *stages: tuple[Any, Any], images: Any = None) -> None:
+    """A traced pass without gradients, in the model's own precision."""
+    import torch
+
+    def run() -> dict[str, Any]:
+        found = reduced(model(), *stages)
+        given = pictures(dtype=found.base.pos_embed.dtype) if images is None else images
+        with torch.no_grad():
+            return told(found, given)
+
+    world.book.attempt(label, run)
+
+
+def learned(model: Any, images: Any) -> dict[str, Any]:
+    """A traced pass with gradients, and the state of the random numbers after it."""
+    import torch
+
+    images = images.requires_grad_()
+    found = told(model, images)
+    found.update(gradients(model, found["logits"].square().sum(), **{"gradient of images": images}))
+    return {**found, "random numbers after": torch.rand(2)}
+
+
+@group
+def grad(world: World) -> None:
+    """In eval mode: float32 on "class", float64 on another."""
+    import torch
+
+    for index, name, data in world.each():
+        for kind, dtype in (("class", torch.float32), (kinds_for(world, index)[1], torch.float64)):
+
+            def run(kind=kind, dtype=dtype, data=data) -> dict[str, Any]:
+                return learned(reduced(vit(kind, dtype=dtype), (PLACES, data)), pictures(3, dtype=dtype))
+
+            world.book.attempt(f"{name} | {kind}", run)
+
+
+def _dropping(world: World, *, checkpointing: bool) -> None:
+    rates = {"drop_path_rate": 0.3, "proj_drop_rate": 0.2, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1}
+    for _, name, data in world.each():
+
+        def run(data=data) -> dict[str, Any]:
+            model = reduced(vit(**rates), (PLACES, data)).train()
+            model.base.set_grad_checkpointing(checkpointing)
+            return learned(model, pictures(2))
+
+        world.book.attempt(name, run)
+
+
+@group
+def dropout(world: World) -> None:
+    """In training mode, on "class"."""
+    _dropping(world, checkpointing=False)
+
+
+@group
+def checkpoint(world: World) -> None:
+    """As `dropout`."""
+    _dropping(world, checkpointing=True)
+
+
+_OBJECTIVE = ("ablations.measure.finetune.objective",)
+_RECIPE = ("ablations.trial.recipe",)
+SHARES = (0.0, 0.3, 0.6, 0.95)  # of a training: curricula train one part after the other
+
+
+class Lesson:
+    """A reduced model in training, and what its training minimises."""
+
+    def __init__(self, data: dict[str, Any], kind: str) -> None:
+        from reducers import at
+
+        recipe = _recipe({"epochs": 1, "images": 16, "batch": 8, "smoothing": 0.0})
+        depth = DEPTH + 1  # so that another block reads what the last reducer leaves
+        self.model = public("TrainingViT", *_OBJECTIVE)(vit(kind, depth=depth), at(PLACES, reducer_of(data))).train()
+        shake(self.model.reducers, 0.1)
+        asked = public("needs_teacher", *_OBJECTIVE)(self.model, recipe)
+        teacher = vit(kind, depth=depth, mlp_ratio=2) if asked else None
+        self.objective = public("Objective", *_OBJECTIVE)(recipe, teacher, classes=7)
+
+    @property
+    def is_taught(self) -> bool:
+        return next(self.model.reducers.parameters(), None) is not None or bool(self.model.losing())
+
+    def at_share(self, share: float) -> dict[str, Any]:
+        import torch
+
+        for member in self.model.reducing():
+            step = getattr(member, "train_phase", None)
+            if step is not None:
+                step(share, self.model.base)
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        parts = self.objective.parts(self.model, pictures(6), torch.arange(6) % 7)
+        found = {"frozen": frozen, "parts": list(parts), **{f"loss {name}": part for name, part in parts.items()}}
+        return {**found, **gradients(self.model, torch.stack(list(parts.values())).sum())}
+
+
+@group
+def training(world: World) -> None:
+    """On "class", and "registers" in the first phase; what teaches nothing of its own in the first phase alone."""
+    for _, name, data in world.each():
+        lessons: list[Lesson] = []
+        for kind, share in (("registers", 0.0), *(("class", share) for share in SHARES)):
+
+            def run(kind=kind, share=share, data=data, lessons=lessons) -> dict[str, Any]:
+                lessons[:] = [Lesson(data, kind)]
+                return lessons[0].at_share(share)
+
+            if not world.book.attempt(f"{name} | {kind} | {share}", run) or not lessons[0].is_taught:
+                break
+
+
+@group
+def random(world: World) -> None:
+    """Each image alone, and all five; two that draw in one block draw other numbers."""
+    drop, ats = {"name": "random", "budget": {"ratio": 0.6}}, {"name": "ats", "budget": {"ratio": 0.7}}
+    drawing = {
+        "random": drop,
+        "random, seed 3": {**drop, "seed": 3},
+        "ats random": {**ats, "score": "random"},
+        "ats random, seed 3": {**ats, "score": "random", "seed": 3},
+        "ats gumbel": {**ats, "variant": "gumbel"},
+        "topk random": {"name": "topk", "budget": {"ratio": 0.6}, "score": "random"},
+        "evit random": {"name": "evit", "budget": {"ratio": 0.6}, "score": "random"},
+        "two": {"name": "stack", "stack": [drop, drop]},
+        "three": {"name": "stack", "stack": [drop, {**ats, "variant": "gumbel"}, drop]},
+    }
+    images = pictures()
+    for name, data in drawing.items():
+        for kind in ("class", "registers", "qk_norm"):
+            model = functools.partial(still, kind)
+            tell(world, f"{name} | {kind}", model, (PLACES, data))
+            for index in range(5 if kind == "class" else 0):
+                tell(world, f"{name} | image {index}", model, (PLACES, data), images=images[index : index + 1])
+
+
+@group
+def half(world: World) -> None:
+    """On "class" and, under autocast, on "registers" too."""
+    import torch
+
+    for _, name, data in world.each():
+        tell(world, f"{name} | bfloat16", lambda: still("class", torch.bfloat16), (PLACES, data))
+        for kind in ("class", "registers"):
+            with torch.autocast("cpu", torch.bfloat16):
+                tell(world, f"{name} | autocast | {kind}", functools.partial(still, kind), (PLACES, data))
+
+
+@group
+def shared(world: World) -> None:
+    """On "class" and "map", all cases one after another on the same `Shared`."""
+    import torch
+
+    from reducers import Placement, Shared, reduce_tokens
+
+    for kind in ("class", "map"):
+        images, common = pictures(4), Shared()
+        found = {"nothing": reduce_tokens(still(kind), Placement())}
+        for name, data in world.contract.items():
+            with contextlib.suppress(Exception):  # those refused are told by `contract`
+                for blocks in (PLACES, 2) if kind == "class" else (PLACES,):
+                    found[f"{name} at {blocks}"] = reduced(still(kind), (blocks, data))
+        for name, model in sorted(found.items(), key=lambda item: (item[1].first_block, item[0])):
+
+            def run(model=model, images=images, common=common) -> dict[str, Any]:
+                with torch.no_grad():
+                    return {**told(model, images, shared=common), "cost()": model.cost(images, shared=common)}
+
+            world.book.attempt(f"{name} | {kind}", run)
+
+
+@group
+def sizes(world: World) -> None:
+    """Float32: models of any size at one of three, at one that is padded, and behind a smaller input."""
+    for index, name, data in world.each():
+        size = ((96, 96), (48, 72), (56, 56))[index % 3]
+        tell(world, f"{name} | {size}", lambda: still("dynamic"), (PLACES, data), images=pictures(2, *size))
+        smaller = {"name": "small_input", "budget": {"count": 20}}
+        tell(world, f"{name} | behind small_input", lambda: still("registers"), (0, smaller), (PLACES, data))
+        if data["name"] == name:
+            padding = functools.partial(vit, "dynamic", dynamic_img_pad=True)
+            tell(world, f"{name} | padded", padding, (PLACES, data), images=pictures(2, 41, 60))
+    for budget in ({"count": 16}, {"ratio": 0.5}, {"ratio": 0.3, "of": "initial"}, {"count": 36}):
+        for kind in KINDS:
+            for size in ((48, 48), (64, 80)):
+                stage = (0, {"name": "small_input", "budget": budget})
+                model = functools.partial(still, kind)
+                tell(world, f"small_input {budget} | {kind} | {size}", model, stage, images=pictures(2, *size))
+
+
+@group
+def earlier(world: World) -> None:
+    """The reducers of tests/data, beside this file: on "class" and "registers", and after ATS."""
+    path = HERE.parent / "data" / "reducer_3d191f9.py"
+
+    def imported() -> dict[str, Any]:
+        spec = importlib.util.spec_from_file_location("reducer_3d191f9", path)
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        return {"imported": True}
+
+    if not world.book.attempt("import", imported):
+        return
+    written: dict[str, dict[str, Any]] = {
+        "longest_keys": {"budget": {"count": 10}},
+        "largest": {"budget": {"ratio": 0.5, "of": "initial"}},
+        "by_score": {"budget": {"drop": 20}, "score": "random", "seed": 3},
+        "pair_up": {"pool": "max"},
+        "brighter": {},
+        "half_input": {},
+        "asking": {"budget": {"count": 5}, "weight": 0.25},
+    }
+    ats = {"name": "ats", "budget": {"ratio": 0.8}}
+    for name, settings in written.items():
+        data = {"name": name, **settings}
+        for kind in ("class", "registers"):
+            model = functools.partial(still, kind)
+            tell(world, f"{name} | {kind}", model, (PLACES, data))
+            tell(world, f"{name} after ats | {kind}", model, (0, ats), (PLACES, data))
+
+
+@group
+def changed(world: World) -> None:
+    """What is done to a model after it was wrapped: taken up, or refused by the same type of exception."""
+    import torch
+    from timm.layers import GluMlp
+    from torch import nn
+
+    changes: dict[str, Callable[[Any], Any]] = {
+        "weights": lambda base: shake(base, 0.1),
+        "pool": lambda base: setattr(base, "global_pool", "avg"),
+        "head": lambda base: base.reset_classifier(3),
+        "float64": lambda base: base.double(),
+        "an MLP": lambda base: setattr(base.blocks[2], "mlp", GluMlp(32, 64)),
+        "LayerScale": lambda base: setattr(base.blocks[2], "ls1", nn.Linear(32, 32)),
+        "a block": lambda base: base.blocks.__setitem__(1, nn.Identity()),
+        "a deeper model": lambda base: base.blocks.append(copy.deepcopy(base.blocks[0])),
+        "qkv": lambda base: setattr(base.blocks[0].attn, "qkv", nn.Identity()),
+        "forward of a block": lambda base: setattr(base.blocks[0], "forward", base.blocks[1].forward),
+        "a hook that is run": lambda base: base.blocks[0].norm1.register_forward_hook(lambda *all_: 2 * all_[2]),
+        "a hook that is refused": lambda base: base.blocks[0].register_forward_hook(lambda *all_: 2 * all_[2]),
+        "a pool that is refused": lambda base: setattr(base, "global_pool", "prr"),
+        "patch dropout": lambda base: setattr(base, "patch_drop", nn.Dropout()),
+        "unfused attention": lambda base: setattr(base.blocks[1].attn, "fused_attn", False),
+        "no class token": lambda base: setattr(base, "has_class_token", False),
+    }
+    for name, data in methods(world).items():
+        if name not in ("evit", "ats", "tome", "dynamicvit", "fixed_pattern"):
+            continue
+        for what, change in changes.items():
+
+            def run(data=data, change=change, what=what) -> dict[str, Any]:
+                model = reduced(vit(), (PLACES, data))
+                torch.manual_seed(0)
+                change(model.base)
+                try:
+                    with torch.no_grad():
+                        return told(model, pictures(dtype=torch.float64 if what == "float64" else None))
+                except Exception as error:  # noqa: BLE001  # the message lists what is supported, which may grow
+                    return {"refused": type(error).__name__}
+
+            world.book.attempt(f"{name} | {what}", run)
+
+
+@group
+def deit(world: World) -> None:
+    """Every method in blocks 3, 6 and 9 of twelve, on six images of 224 px (more than 1024 rows), float32."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    shake(model, 0.02)
+    every = methods(world)
+    for index, (name, data) in enumerate(every.items()):
+        tell(world, name, lambda: model, ([3, 6, 9], data), images=pictures(6, 224, 224))
+        world.book.progress(index + 1, len(every))
+
+
+_LOOP, _CACHE = ("ablations.measure.finetune.loop",), ("ablations.measure.finetune.cache",)
+LESSONS: dict[str, dict[str, Any]] = {
+    "ats, all that draws or keeps a state": {
+        "stages": [{"at": [1, 2], "stack": [{"name": "ats", "budget": {"count": 24}}]}],
+        "images": 24, "batch": 4, "accumulate": 2, "lr": 1e-3, "clip": 1.0, "mixup": 0.4, "cutmix": 0.4,
+        "drop_path": 0.2, "ema": 0.9, "keep_shrink": 1.0, "distill": {"alpha": 0.3, "tau": 2.0}, "holdout": 8,
+        "warmup": 0.5,
+    },
+    **{
+        name: {"stages": [{"at": [1, 2], "stack": [data]}], "images": 12, "batch": 4, "lr": 1e-3}
+        for name, data in {
+            "dynamicvit": {"name": "dynamicvit", "budget": {"ratio": 0.6}},
+            "tps": {"name": "tps", "budget": {"ratio": 0.6}},
+            "avit": {"name": "avit"},
+            "ia_red2": {"name": "ia_red2"},
+            "diffrate": {"name": "diffrate"},
+            "sttabt": {"name": "sttabt", "budget": {"ratio": 0.6}},
+            "sinkhorn": {"name": "sinkhorn", "budget": {"count": 9}},
+            "stack patch_merger, evit": {"name": "stack", "stack": [
+                {"name": "patch_merger", "budget": {"count": 16}},
+                {"name": "evit", "budget": {"ratio": 0.8}},
+            ]},
+        }.items()
+    },
+}  # fmt: skip
+INTERRUPTED = 4  # of the six updates, the one after which the checkpoint still holds the one before
+
+
+@group
+def loading(world: World) -> None:
+    """Two epochs of three updates on the embedded scenes, to the end and interrupted in the middle."""
+    shutil.rmtree(world.folder / "loading", ignore_errors=True)  # of a run that was broken off
+    for index, (name, settings) in enumerate(LESSONS.items()):
+        own, theirs = (side / "loading" / str(index) for side in (world.folder, world.old))
+        world.book.attempt(f"{name} | trained here", functools.partial(_train_and_write, settings, own))
+        world.book.attempt(f"{name} | weights of OLD", functools.partial(_evaluate, settings, theirs))
+        world.book.attempt(f"{name} | checkpoint of OLD", functools.partial(_go_on, settings, theirs, own))
+        world.book.progress(index + 1, len(LESSONS))
+
+
+def _recipe(settings: dict[str, Any]) -> Any:
+    whole_recipe = {"epochs": 2, "holdout": 0, **settings}
+    return public("parse_recipe", *_RECIPE)(whole_recipe, workload="embedded")
+
+
+def _pupil() -> Any:
+    return vit(img_size=64, in_chans=1, num_classes=10, proj_drop_rate=0.1, attn_drop_rate=0.1)
+
+
+def _finetuning(settings: dict[str, Any], scenes: Path) -> Any:
+    import torch
+
+    recipe = _recipe(settings)
+    drawn = public("Scenes", "ablations.workloads.training")(
+        scenes, count=48, augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed
+    )
+    return public("Finetuning", *_LOOP)(recipe, _pupil(), drawn, device=torch.device("cpu"))
+
+
+def _result(begun: Any) -> dict[str, Any]:
+    """What a training ends with, without the times."""
+    model, reducers = begun.trained()
+    curve = [{key: value for key, value in row.items() if key not in ("seconds", "eta")} for row in begun.curve]
+    weights = {**{f"base {key}": value for key, value in model.items()}, **{f"own {k}": v for k, v in reducers.items()}}
+    return {"curve": curve, "updates": begun.update, "order": list(weights), **weights}
+
+
+def _train_and_write(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A finished training, its weights, and the checkpoint that it had in the middle of its second epoch."""
+    folder.mkdir(parents=True)
+    through, done, path = _finetuning(settings, folder.parent / "scenes"), itertools.count(1), folder / "checkpoint"
+
+    def beat() -> None:
+        if next(done) == INTERRUPTED:
+            shutil.copy(path, folder / "unfinished")
+
+    through.run(path=path, identity={}, every=0, report=lambda row: None, beat=beat)
+    model, reducers = through.trained()
+    dense = _pupil()
+    dense.load_state_dict(model)
+    public("Finetuned", *_CACHE)(dense, reducers, {}).save(folder)
+    return _result(through)
+
+
+def _evaluate(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The finished weights of OLD, in a model made here."""
+    import torch
+    from safetensors.torch import load_file
+
+    from reducers import reduce_tokens
+
+    dense, own = _pupil(), folder / "reducers.safetensors"
+    dense.load_state_dict(load_file(folder / "finetuned.safetensors"))
+    tensors = load_file(own) if own.exists() else {}
+    placement = public("Finetuned", *_CACHE)(dense, tensors, {}).load_reducers(_recipe(settings).placement(DEPTH))
+    with torch.no_grad():
+        found = told(reduce_tokens(dense, placement), pictures(5, 64, 64, channels=1))
+    return {**found, "tensors": sorted(tensors)}
+
+
+def _go_on(settings: dict[str, Any], theirs: Path, own: Path) -> dict[str, Any]:
+    """The interrupted training of OLD, to its end."""
+    begun = _finetuning(settings, own.parent / "scenes")
+    path = own / "going on"
+    path.write_bytes((theirs / "unfinished").read_bytes())
+    begun.run(path=path, identity={}, every=1e9, report=lambda row: None)
+    return _result(begun)
 
 
 # --- start -----------------------------------------------------------------------------------------------------------
