@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from reducers import Placement
 from reducers.base import State
 from reducers.errors import ReducerError
+from reducers.hosts.adapter import check_model
 from reducers.maps import Keep
 from reducers.signals import Signals
 from reducers.tokens import Layout
-from reducers.vit.adapter import check_model
 
 _OFFERS = (
     "the padded run carries out selections only, by class attention, keys and values; another reducer's contrast needs "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.errors import ReducerError
-from reducers.vit.adapter import check_model
+from reducers.hosts.adapter import check_model
 
 
 class ReferenceToMe(nn.Module):

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from reducers import EViT, Ratio, ReducerError, at, reduce_tokens
-from reducers.export import export_onnx
+from reducers.runtime.export import export_onnx
 
 try:
     import onnxruntime

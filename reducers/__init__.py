@@ -6,18 +6,19 @@
 >>> fast = reduce_tokens(model, at(range(3, 12), ATS(Ratio(0.5, of="initial"))))
 """
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Count, Drop, Ratio, parse_budget
+from reducers.decision import Decision
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.maps import Keep, Merge, Mix, TokenMap
 from reducers.methods import ATS, EViT, Identity, RandomDrop, ToMe, TopK
 from reducers.placement import Placement, at, every, parse_blocks, placement_from
 from reducers.registry import available, build, register
+from reducers.runtime import ReducedViT, Shared, reduce_tokens
 from reducers.scores import SCORES
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Trace
-from reducers.vit import ReducedViT, Shared, reduce_tokens
 
 __all__ = [
     "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Identity", "Keep", "Layout", "Merge", "Mix", "Placement",

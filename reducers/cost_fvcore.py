@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reducers.vit.driver import ReducedViT
+from reducers.runtime.driver import ReducedViT
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:

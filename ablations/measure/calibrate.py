@@ -20,7 +20,7 @@ from ablations.measure.failures import halving
 from ablations.trial.free_settings import free_kinds, ladder, setting_label, settle
 from ablations.trial.trial import Solution, Trial, TrialError, canonical_stages
 from reducers import Placement, placement_from, reduce_tokens
-from reducers.vit import ReducedViT, Shared
+from reducers.runtime import ReducedViT, Shared
 
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat

@@ -32,7 +32,7 @@ from ablations.measure.failures import DeviceError, again, device_lost, in_words
 from ablations.measure.metrics import batch_columns, finite, image_columns, summary
 from ablations.trial.trial import Solution, Trial, TrialResult, base_row, failed
 from reducers import Identity, at, reduce_tokens
-from reducers.vit import ReducedViT, Shared
+from reducers.runtime import ReducedViT, Shared
 
 if TYPE_CHECKING:
     from ablations.measure.finetune import Finetuned

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from reducers.base import State
 from reducers.errors import ReducerError
+from reducers.hosts.head import classify
+from reducers.hosts.host import Listener, embed
+from reducers.runtime.block import run_block
 from reducers.tokens import TokenBatch
-from reducers.vit.block import run_block
-from reducers.vit.head import classify
-from reducers.vit.host import Listener, embed
 
 _EPS = 1e-6  # of the norms, as in timm's
 

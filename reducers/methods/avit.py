@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.checks import checked_choice, checked_flag, checked_number, checked_share, checked_weight, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.maps import keep_rows
 from reducers.methods.halting import Halting, Rule, Sums

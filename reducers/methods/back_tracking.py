@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_share
+from reducers.decision import Decision
 from reducers.maps import keep_rows
 from reducers.methods.topk import first_of
 from reducers.registry import register

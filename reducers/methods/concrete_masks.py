@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reducers.runtime.attention import PackedAttention
+from reducers.runtime.block import drop_path
 from reducers.tokens import Layout, TokenBatch
-from reducers.vit.attention import PackedAttention
-from reducers.vit.block import drop_path
 
 MIXING = 0.1  # how much a row's own importance weighs its attention
 TEMPERATURE = 0.1

@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape, linear_macs
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.methods.ranked_merge import merge_ranked, soft_merge
 from reducers.methods.topk import keep_highest, rank_patches

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State
+from reducers.base import State
 from reducers.budget import Budget
 from reducers.checks import checked_choice, checked_weight
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Mask
 from reducers.methods.keep_predictor import PredictedKeep, Stage, divergence

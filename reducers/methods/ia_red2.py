@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight
+from reducers.decision import Decision
 from reducers.maps import keep_patches
 from reducers.placement import Placement
 from reducers.registry import register
+from reducers.runtime.driver import ReducedViT
 from reducers.signals import Signals
-from reducers.vit.driver import ReducedViT
 
 _SURE = 1e-6  # no probability is nearer to 0 or 1 than this: its logarithm stays finite
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.decision import Decision
 from reducers.registry import register
 from reducers.signals import Signals
 

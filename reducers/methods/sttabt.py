@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer, advance
+from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.maps import Keep
 from reducers.methods.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
 from reducers.methods.back_tracking import back_track
 from reducers.methods.concrete_masks import MIXING, concrete_masks, masked_block
 from reducers.registry import register
+from reducers.runtime.block import run_block
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
-from reducers.vit.block import run_block
 
 
 @dataclass(frozen=True)

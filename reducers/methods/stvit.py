@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer, advance
+from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.maps import Mix
 from reducers.methods.small_input import smaller_grid

@@ -178,7 +178,7 @@ def test_the_place_of_a_stall_is_in_this_projects_code(tmp_path: Path) -> None:
         '  File "/usr/lib/python3/threading.py", line 320 in wait\n\n'
         "Thread 0x0001 (most recent call first):\n"
         '  File "/site-packages/torch/nn/modules/linear.py", line 125 in forward\n'
-        '  File "/code/reducers/vit/attention.py", line 88 in attend\n'
+        '  File "/code/reducers/runtime/attention.py", line 88 in attend\n'
         '  File "/code/ablations/measure/evaluate.py", line 200 in batch\n'
     )
     assert place_of_stall(path) == "attention.py:88 in attend"

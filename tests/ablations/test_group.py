@@ -19,7 +19,7 @@ from ablations.spec.model import parse_spec
 from ablations.trial.trial import Trial, TrialError
 from reducers import TokenReducer
 from reducers import registry as known_reducers
-from reducers.vit import ReducedViT
+from reducers.runtime import ReducedViT
 from tests.ablations.runs import SPEC
 
 STAGES = {

@@ -198,8 +198,8 @@ def test_attaching_leaves_the_modes_of_the_base_alone():
 
 @torch.no_grad()
 def test_class_attention_is_not_rounded_in_half_precision(images):
+    from reducers.runtime.attention import PackedAttention
     from reducers.tokens import Layout
-    from reducers.vit.attention import PackedAttention
 
     attn = make_vit().blocks[0].attn.bfloat16()
     x = torch.randn(37, 32).bfloat16()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reducers import ATS, EViT, Ratio, ReducerError, Stack, ToMe, TopK, at, build, reduce_tokens
-from reducers.export import export_onnx
+from reducers.runtime.export import export_onnx
 from tests.samples import sampled
 
 from .conftest import make_vit

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from reducers import Drop, ReducerError, TokenReducer, ToMe, at, reduce_tokens
-from reducers.base import Decision, advance
+from reducers.decision import Decision, advance
 from reducers.maps import Mask, Merge, Mix, keep_rows
+from reducers.runtime.attention import PackedAttention, masked_softmax
 from reducers.tokens import Layout, TokenBatch
-from reducers.vit.attention import PackedAttention, masked_softmax
 
 from .conftest import make_vit
 

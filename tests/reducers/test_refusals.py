@@ -24,8 +24,8 @@ from reducers import (
     reduce_tokens,
 )  # fmt: skip
 from reducers.checks import checked_share, checked_weight, checked_whole, checked_within
+from reducers.hosts.host import Host
 from reducers.placement import parse_blocks
-from reducers.vit.host import Host
 
 from .conftest import make_vit
 

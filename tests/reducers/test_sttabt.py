@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
+from reducers.hosts.host import Host
 from reducers.methods import STTABT, SmallInput
 from reducers.methods.approx_net import ApproxNet, Guess, watch
 from reducers.methods.back_tracking import back_track
 from reducers.methods.concrete_masks import concrete_masks, evened, masked_block
 from reducers.methods.sttabt import Plan, keep_nested
 from reducers.tokens import Layout, TokenBatch
-from reducers.vit.host import Host
 
 from .conftest import DEPTH, make_vit
 from .test_evit_tome_topk import embed

@@ -13,7 +13,7 @@ from reducers import ATS, Count, Ratio, ReducerError, Stack, ToMe, TopK, at, red
 from reducers.budget import Drop
 from reducers.methods import DynamicViT, KMedoids, STViT
 from reducers.methods.stvit import bins, pool_grid
-from reducers.vit.cross import cross_block
+from reducers.runtime.cross import cross_block
 
 from .conftest import KINDS, make_vit
 from .test_evit_tome_topk import attention_parts, embed, feed_forward

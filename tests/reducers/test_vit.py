@@ -12,7 +12,7 @@ import torch
 from timm.models import vision_transformer as vit_module
 
 from reducers import ATS, Count, EViT, Identity, Ratio, ToMe, TopK, UnsupportedModel, at, reduce_tokens
-from reducers.vit.adapter import check_model
+from reducers.hosts.adapter import check_model
 
 TRANSFORMER_MODULES = [
     "vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "cait", "xcit", "tnt",

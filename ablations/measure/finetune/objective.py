@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ablations.trial.recipe import Distillation, Recipe
 from reducers import Placement, TokenReducer
 from reducers.base import State
+from reducers.runtime.driver import ReducedViT
 from reducers.tokens import TokenBatch
-from reducers.vit.driver import ReducedViT
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.lazy import cached_property
+from reducers.runtime.kernels import packed_attention
 from reducers.tokens import Layout
-from reducers.vit.kernels import packed_attention
 
 
 class PackedAttention:

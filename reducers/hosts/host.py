@@ -13,13 +13,14 @@ from timm.layers.format import Format
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.base import State, TokenReducer
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.runtime.block import run_block
+from reducers.runtime.cross import cross_block
 from reducers.signals import Signals
 from reducers.tokens import TokenBatch
 from reducers.trace import Tracer
-from reducers.vit.block import run_block
-from reducers.vit.cross import cross_block
 
 Grid = tuple[int, int]
 

@@ -9,9 +9,9 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
+from reducers.runtime.attention import PackedAttention
+from reducers.runtime.block import drop_path
 from reducers.tokens import Layout
-from reducers.vit.attention import PackedAttention
-from reducers.vit.block import drop_path
 
 
 def cross_block(block: Block, asking: Tensor, asked: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -11,16 +11,17 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer, advance
+from reducers.base import State, TokenReducer
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.lazy import cached_property
 from reducers.maps import Keep
+from reducers.runtime.attention import PackedAttention
 from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Tracer
-from reducers.vit.attention import PackedAttention
 
 
 class BlockSignals(Signals):

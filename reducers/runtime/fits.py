@@ -6,9 +6,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from reducers.base import TokenReducer
 from reducers.errors import ReducerError
+from reducers.hosts.host import Host
 from reducers.placement import Placement
 from reducers.stack import Stack
-from reducers.vit.host import Host
 
 
 def check_placement(base: VisionTransformer, placement: Placement) -> None:

@@ -14,17 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from reducers.base import State, TokenReducer
 from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
+from reducers.hosts.adapter import check_model
+from reducers.hosts.head import classify, head_macs
+from reducers.hosts.host import Host, carriers, embed, entrance, grid_of
 from reducers.noise import image_keys
 from reducers.placement import Placement
+from reducers.runtime.block import account, run_block, run_plain, runs_as_it_is
+from reducers.runtime.fits import check_placement
+from reducers.runtime.shared import Shared
 from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
-from reducers.vit.adapter import check_model
-from reducers.vit.block import account, run_block, run_plain, runs_as_it_is
-from reducers.vit.fits import check_placement
-from reducers.vit.head import classify, head_macs
-from reducers.vit.host import Host, carriers, embed, entrance, grid_of
-from reducers.vit.shared import Shared
 
 
 def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
