@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from reducers import Placement
 from reducers.base import State
 from reducers.errors import ReducerError
-from reducers.hosts.adapter import check_model
+from reducers.hosts import host_of
 from reducers.maps import Keep
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -78,7 +78,7 @@ class PaddedViT(nn.Module):
 
     def __init__(self, base: Any, placement: Placement, *, compact: bool) -> None:
         super().__init__()
-        check_model(base)
+        host_of(base)
         gated = any(block.attn.gate is not None for block in base.blocks)
         if base.global_pool != "token" or gated or hasattr(base, "head_dist"):
             raise ReducerError("the padded run is for models with a class token, one head and no attention gate")

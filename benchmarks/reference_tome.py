@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.errors import ReducerError
-from reducers.hosts.adapter import check_model
+from reducers.hosts import host_of
 
 
 class ReferenceToMe(nn.Module):
@@ -22,7 +22,7 @@ class ReferenceToMe(nn.Module):
 
     def __init__(self, base: Any, r: int, *, fused: bool = True) -> None:
         super().__init__()
-        check_model(base)
+        host_of(base)
         if base.num_prefix_tokens != 1 or base.global_pool != "token":
             raise ReducerError("the reference ToMe is for models with a class token and no other prefix token")
         self.base: Any = base

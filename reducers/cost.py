@@ -16,20 +16,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """The widths of one block that its cost depends on."""
+class BlockCost:
+    """Multiply-adds of one block, by the rows that each part of it computes."""
 
-    width: int  # D
-    attention_width: int  # heads x head width
-    gated: bool
-    mlp_row: int  # multiply-adds of the MLP for one token
-
-    @classmethod
-    def of(cls, block: Any) -> BlockShape:
-        """Read off a timm block."""
-        attention = block.attn
-        mlp_row = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
-        return cls(attention.qkv.in_features, attention.attn_dim, attention.gate is not None, mlp_row)
+    query_row: int  # projection of one query
+    key_row: int  # of one key and its value
+    pair: int  # of a query with one key, and of that key's value into the sum: heads x head width
+    output_row: int  # gate and projection of one token's sum
+    mlp_row: int
 
     def macs(self, *, queries: Tensor, keys: Tensor, outputs: Tensor, mlp: Tensor) -> Tensor:
         """Multiply-adds of one block, (B,) float64, from the rows each part computes (B,).
@@ -38,10 +32,9 @@ class BlockShape:
         rows are summed over the values, gated and projected; ``mlp`` rows pass the MLP.
         """
         queries, keys, outputs, mlp = queries.double(), keys.double(), outputs.double(), mlp.double()
-        linear = self.width * self.attention_width
-        logits = queries * (linear + keys * self.attention_width)
-        summed = outputs * (linear * (2 if self.gated else 1) + keys * self.attention_width)
-        return logits + 2 * linear * keys + summed + self.mlp_row * mlp
+        logits = queries * (self.query_row + keys * self.pair)
+        summed = outputs * (self.output_row + keys * self.pair)
+        return logits + self.key_row * keys + summed + self.mlp_row * mlp
 
 
 class CostMeter:
@@ -58,16 +51,23 @@ class CostMeter:
         self.reference = self.reference + macs
 
     def block(
-        self, shape: BlockShape, *, entering: Tensor, queries: Tensor, leaving: Tensor, cut_before_values: bool
+        self,
+        cost: BlockCost,
+        *,
+        entering: Tensor,
+        keys: Tensor,
+        queries: Tensor,
+        leaving: Tensor,
+        cut_before_values: bool = False,
     ) -> None:
         """One block: as executed (``queries`` rows computed), and in the published order of work.
 
         Published methods compute all queries and attention rows, then cut: ATS before the rows meet the values
         (``cut_before_values``), the others after the attention residual.
         """
-        self.executed = self.executed + shape.macs(queries=queries, keys=entering, outputs=queries, mlp=leaving)
+        self.executed = self.executed + cost.macs(queries=queries, keys=keys, outputs=queries, mlp=leaving)
         outputs = leaving if cut_before_values else entering
-        self.reference = self.reference + shape.macs(queries=entering, keys=entering, outputs=outputs, mlp=leaving)
+        self.reference = self.reference + cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=leaving)
 
     def spend(self, macs: Tensor) -> None:
         """A reducer's own work."""

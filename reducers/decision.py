@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from reducers.errors import ReducerError
 from reducers.maps import Keep, Mask, TokenMap
-from reducers.tokens import TokenBatch
+from reducers.tokens import Carry, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -31,47 +32,78 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     token_map = decision.map
     if x is None:
         x = decision.features if decision.features is not None else token_map.apply(batch.x)
-    size = token_map.total(batch.size)
-    bias, biased = _bias_after(batch, decision, size, x.dtype)
-    pos = batch.pos
-    if pos is not None:
-        source = token_map.source
-        pos = pos[source.clamp(min=0)].masked_fill(source < 0, -1)
-    received = None if batch.received is None else token_map.total(batch.received)
-    class_rows = class_rows_after(batch.cls, token_map)
-    return replace(
-        batch, x=x, layout=token_map.new, size=size, cls=class_rows, pos=pos, key_bias=bias, biased=biased,
-        received=received, alive=_alive_after(batch.alive, token_map),
-    )  # fmt: skip
+    carried = {
+        name: carry(token_map, value, batch) for name, carry in _CARRIED if (value := getattr(batch, name)) is not None
+    }
+    if isinstance(token_map, Mask) and batch.alive is None:
+        carried["alive"] = token_map.weight
+    after = replace(batch, x=x, layout=token_map.new, **carried)
+    return _weighed_by_size(after, token_map) if decision.proportional else after
 
 
-def _bias_after(
-    batch: TokenBatch, decision: Decision, size: Tensor, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the logits of the tokens that are left, and in which images (``TokenBatch.biased``)."""
-    token_map, bias, biased = decision.map, batch.key_bias, batch.biased
-    new = token_map.new
-    if bias is not None:  # exp(bias) is a number of tokens, so members add up
-        bias = token_map.total(bias.exp()).log()
-        if biased is not None:  # but an image that has none gets none, whatever the others of its batch have
-            bias = bias.masked_fill(~biased[new.row_image], 0)
-    if not decision.proportional:
-        return bias, biased
-    by_size = size.to(torch.promote_types(dtype, torch.float32)).log()
+def _weighed_by_size(after: TokenBatch, token_map: TokenMap) -> TokenBatch:
+    """From here on, attention to a token is weighted by its size, in the images of which something was merged."""
+    new, bias, biased = token_map.new, after.key_bias, after.biased
+    by_size = after.size.to(torch.promote_types(after.x.dtype, torch.float32)).log()
     if new.uniform is not None:
-        return by_size, None
+        return replace(after, key_bias=by_size, biased=None)
     changed = new.lengths < token_map.old.lengths  # images of which nothing was merged keep the attention they had
     by_size = torch.where(changed[new.row_image], by_size, torch.zeros_like(by_size) if bias is None else bias)
-    return by_size, changed if bias is None else None if biased is None else biased | changed
+    biased = changed if bias is None else None if biased is None else biased | changed
+    return replace(after, key_bias=by_size, biased=biased)
 
 
-def _alive_after(alive: Tensor | None, token_map: TokenMap) -> Tensor | None:
+# --- how maps carry what travels with the tokens ----------------------------------------------------------------------
+
+
+def _summed(token_map: TokenMap, values: Tensor, batch: TokenBatch) -> Tensor:
+    return token_map.total(values)
+
+
+def _log_of_the_sum(token_map: TokenMap, values: Tensor, batch: TokenBatch) -> Tensor:
+    """exp(bias) is a number of tokens, so members add up; but an image that has none gets none, whatever the others of
+    its batch have.
+    """
+    bias = token_map.total(values.exp()).log()
+    return bias if batch.biased is None else bias.masked_fill(~batch.biased[token_map.new.row_image], 0)
+
+
+def _of_the_heaviest(token_map: TokenMap, values: Tensor, batch: TokenBatch) -> Tensor:
+    source = token_map.source
+    return values[source.clamp(min=0)].masked_fill(source < 0, -1)
+
+
+def _destinations(token_map: TokenMap, rows: Tensor, batch: TokenBatch) -> Tensor:
+    """Rows of tokens, of any shape; -1 stays, and is what becomes of those dropped."""
+    if not token_map.old.rows:
+        return rows
+    return token_map.destination[rows.clamp(min=0)].masked_fill(rows < 0, -1)
+
+
+def _class_rows(token_map: TokenMap, rows: Tensor, batch: TokenBatch) -> Tensor:
+    return class_rows_after(rows, token_map)
+
+
+def _what_lives(token_map: TokenMap, alive: Tensor, batch: TokenBatch) -> Tensor:
     """What is left of the tokens that a mask let live."""
     if isinstance(token_map, Mask):
-        return token_map.weight if alive is None else alive * token_map.weight
-    if alive is None or isinstance(token_map, Keep):
-        return None if alive is None else token_map.apply(alive)
+        return alive * token_map.weight
+    if isinstance(token_map, Keep):
+        return token_map.apply(alive)
     raise ReducerError("tokens under a training mask can be masked again or gathered, not merged; train them apart")
+
+
+_RULES: dict[Carry, Callable[[TokenMap, Tensor, TokenBatch], Tensor]] = {
+    "sum": _summed,
+    "log of the sum": _log_of_the_sum,
+    "heaviest": _of_the_heaviest,
+    "destination": _destinations,
+    "class row": _class_rows,
+    "what lives": _what_lives,
+}
+_CARRIED = tuple(
+    (each.name, _RULES[each.metadata["carried"]]) for each in fields(TokenBatch) if "carried" in each.metadata
+)
 
 
 def class_rows_after(rows: Tensor, token_map: TokenMap) -> Tensor:

@@ -90,9 +90,7 @@ class Placement:
         if not self.is_resolved:
             known = ((w.within(depth) if isinstance(w, Onwards) else w, reducer) for w, reducer in self.parts)
             placement = Placement(parts=known)
-        for block in placement.blocks:
-            if not 0 <= block < depth:
-                raise _outside(block, depth)
+        check_blocks(placement.blocks, depth)
         return placement
 
     def spec(self) -> list[dict[str, Any]]:
@@ -119,6 +117,13 @@ def _stack_of(reducer: TokenReducer) -> list[dict[str, Any]]:
     data = reducer.spec()
     stack: list[dict[str, Any]] = data["stack"] if data["name"] == "stack" else [data]
     return stack
+
+
+def check_blocks(blocks: Iterable[int], depth: int) -> None:
+    """Refuse blocks outside a network of ``depth``."""
+    for block in blocks:
+        if not 0 <= block < depth:
+            raise _outside(block, depth)
 
 
 def _outside(block: int, depth: int) -> ReducerError:

@@ -7,7 +7,8 @@ gives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -210,19 +211,40 @@ class Layout:
         return torch.zeros(self.images, dtype=values.dtype, device=values.device).index_add_(0, self.row_image, values)
 
 
+Carry = Literal["sum", "log of the sum", "heaviest", "destination", "class row", "what lives"]
+"""How a map carries a field: by the members of each new token their sum (of logarithms: of what they are logarithms
+of), or what the heaviest of them has; rows of tokens, which go where the tokens go; and the like (``decision``)."""
+
+
+def _how(carry: Carry) -> dict[str, Carry]:
+    return {"carried": carry}
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """All images' tokens, packed, and what every later step must know of them."""
+    """All images' tokens, packed, and what every later step must know of them.
+
+    A field says itself how maps carry it; one that does not belong to tokens stays as it is.
+    """
 
     x: Tensor  # (T, D)
     layout: Layout
-    size: Tensor  # (T,) float32: how many original tokens each stands for
-    cls: Tensor  # (B,) packed row of the class token, -1 where there is none
-    pos: Tensor | None = None  # (T,) original patch a token still is, else -1; kept while tracing or on demand
-    key_bias: Tensor | None = None  # (T,) float32, added to the attention logits of every later block
+    # (T,) float32: how many original tokens each stands for
+    size: Tensor = field(metadata=_how("sum"))
+    # (B,) packed row of the class token, -1 where there is none
+    cls: Tensor = field(metadata=_how("class row"))
+    # (T,) original patch a token still is, else -1; kept while tracing or on demand
+    pos: Tensor | None = field(default=None, metadata=_how("heaviest"))
+    # (T,) float32, added to the attention logits of every later block
+    key_bias: Tensor | None = field(default=None, metadata=_how("log of the sum"))
     biased: Tensor | None = None  # (B,) bool: images that have such a bias; None: all, if any
-    received: Tensor | None = None  # (T,) attention received in the block before, kept where the next block asks for it
-    alive: Tensor | None = None  # (T,) float32 in [0, 1], under a training mask alone: what is left of a token as a key
+    # (T,) attention received in the block before, kept where the next block asks for it
+    received: Tensor | None = field(default=None, metadata=_how("sum"))
+    # (T,) float32 in [0, 1], under a training mask alone: what is left of a token as a key
+    alive: Tensor | None = field(default=None, metadata=_how("what lives"))
+    # (B, N0) packed row that carries each original patch, -1 = dropped; kept while tracing
+    origin: Tensor | None = field(default=None, metadata=_how("destination"))
+    tables: Any = None  # what a host has made for its blocks in this pass, such as a table of rotations by place
 
     @classmethod
     def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:
@@ -235,6 +257,18 @@ class TokenBatch:
             pos = (layout.row_index - prefix).clamp(min=-1)
         size = torch.ones(images * tokens, dtype=torch.float32, device=x.device)
         return cls(x.flatten(0, 1), layout, size, class_rows, pos)
+
+    def with_origin(self, carrier: Tensor | None = None) -> TokenBatch:
+        """With provenance from here on, nothing having been reduced yet.
+
+        ``carrier`` (N0,): where the images came in smaller than their own size, the patch that covers each original
+        one.
+        """
+        layout = self.layout
+        assert layout.uniform is not None
+        if carrier is None:
+            carrier = torch.arange(layout.uniform[0] - layout.uniform[1], device=self.x.device)
+        return replace(self, origin=(layout.starts + layout.uniform[1])[:, None] + carrier)
 
     @property
     def lengths(self) -> Tensor:

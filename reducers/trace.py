@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from reducers.cost import CostMeter
-from reducers.maps import TokenMap
 from reducers.tokens import TokenBatch
 
 
@@ -56,41 +55,22 @@ class Tracer:
         self._kept: list[Tensor] = []
         self._class_kept: list[Tensor] = []
 
-    def start(self, batch: TokenBatch, carrier: Tensor | None = None) -> None:
-        """Before the first block that runs, with nothing reduced yet.
-
-        ``carrier`` (N0,): where the image came in smaller than the model's own, the patch that covers each original
-        one.
+    def start(self, batch: TokenBatch) -> None:
+        """Before the first block that runs, with nothing reduced yet; where details are asked for, the batch has
+        places and provenance.
         """
-        layout = batch.layout
-        assert layout.uniform is not None
-        self.cost = CostMeter(layout.images, batch.x.device)
-        columns = torch.arange(layout.uniform[0] - layout.uniform[1], device=batch.x.device)
-        columns = columns if carrier is None else carrier
-        self.initial = len(columns)  # original patches
-        # (B, N0) packed row that carries each original patch, -1 = dropped
-        self._row_of_patch = (layout.starts + layout.uniform[1])[:, None] + columns
-        self._tokens.append(layout.lengths)
-
-    def moved(self, token_map: TokenMap) -> None:
-        """The tokens went through a map."""
-        if not self.detail:
-            return
-        destination = token_map.destination
-        gone = self._row_of_patch < 0
-        if token_map.old.rows:
-            self._row_of_patch = destination[self._row_of_patch.clamp(min=0)].masked_fill(gone, -1)
+        self.cost = CostMeter(batch.layout.images, batch.x.device)
+        self._tokens.append(batch.layout.lengths)
 
     def after_block(self, batch: TokenBatch) -> None:
         """A block is done."""
         if not self.detail:
             return
-        assert batch.pos is not None
-        layout = batch.layout
+        layout, origin = batch.layout, batch.origin
+        assert batch.pos is not None and origin is not None
         self._tokens.append(layout.lengths)
-        gone = self._row_of_patch < 0
-        self._owner.append((self._row_of_patch - layout.starts[:, None]).masked_fill(gone, -1))
-        kept = torch.zeros(layout.images, self.initial, dtype=torch.bool, device=batch.x.device)
+        self._owner.append((origin - layout.starts[:, None]).masked_fill(origin < 0, -1))
+        kept = torch.zeros(layout.images, origin.shape[1], dtype=torch.bool, device=batch.x.device)
         own = (batch.pos >= 0).nonzero().squeeze(1)
         kept[layout.row_image[own], batch.pos[own]] = True
         self._kept.append(kept)

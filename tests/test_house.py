@@ -135,20 +135,50 @@ def test_object_stores_are_opened_and_files_are_locked_in_one_room() -> None:
     assert set(named) <= {f"ablations/records/{name}.py" for name in ("files", "locks", "storage")}
 
 
-def test_within_the_reducers_timm_is_imported_below_hosts_and_runtime_only() -> None:
-    rooms = ("reducers/hosts/", "reducers/runtime/")
-    assert [where for where in importing({"timm"}, "reducers") if not where[0].startswith(rooms)] == []
+KNOWING = ("reducers/hosts/", "reducers/backbones/")  # the rooms in which the reducers know a library of models
 
 
-# methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass
-RUN_BLOCKS = {f"reducers/methods/{name}.py" for name in ("approx_net", "concrete_masks", "sttabt", "ia_red2")}
+def test_within_the_reducers_hosts_and_backbones_alone_know_a_model_library() -> None:
+    libraries = {"timm", "transformers", "torchvision"}
+    assert [where for where in importing(libraries, "reducers") if not where[0].startswith(KNOWING)] == []
+    docstrings = {
+        ast.get_docstring(node, clean=False)
+        for path in sources("reducers")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    }
+    named = [
+        (relative(path), node.lineno, node.value)
+        for path in sources("reducers")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings
+        and any(library in node.value for library in libraries)
+    ]  # fmt: skip
+    assert [where for where in named if not where[0].startswith(KNOWING)] == []
 
 
-def test_methods_do_not_know_the_host_model() -> None:
-    rooms = ("reducers.runtime", "reducers.hosts")
-    knowing = [where for where in imports("reducers/methods") if where[2].startswith(rooms)]
-    assert [where for where in knowing if where[0] not in RUN_BLOCKS] == []
-    assert {where[0] for where in knowing} == RUN_BLOCKS, "an exception that is no longer needed"
+def test_a_host_knows_the_protocol_and_no_runtime_and_its_library_comes_with_its_model() -> None:
+    behind = ("reducers.runtime", "reducers.methods")
+    assert [where for where in imports("reducers/hosts") if where[2].startswith(behind)] == []
+    others = [where for where in imports(*PACKAGES) if where[2].startswith("reducers.hosts.")]
+    assert {where[2] for where in others if not where[0].startswith("reducers/hosts/")} == {"reducers.hosts.protocol"}
+
+
+def test_no_circle_leads_from_file_to_file_of_the_reducers() -> None:
+    assert circle(imported_modules("reducers")) == []
+
+
+# methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass,
+# semantic tokens that ask the patches
+RUN_BLOCKS = {f"reducers/methods/{name}.py" for name in ("approx_net", "concrete_masks", "sttabt", "ia_red2", "stvit")}
+# and those that are given the model in training, of which they ask its host
+ASK_HOSTS = {f"reducers/methods/{name}.py" for name in ("concrete_masks", "dynamicvit", "ia_red2")}
+
+
+def test_methods_ask_the_host_and_run_blocks_where_it_is_said() -> None:
+    for room, known in (("reducers.runtime", RUN_BLOCKS), ("reducers.hosts", ASK_HOSTS)):
+        knowing = {where[0] for where in imports("reducers/methods") if where[2].startswith(room)}
+        assert knowing == known, f"{room}: an exception is missing, or no longer needed"
 
 
 def test_library_code_prints_nothing() -> None:
@@ -297,13 +327,18 @@ def test_few_files_lie_at_the_root_of_the_ablations() -> None:
 # what may be missing where, from the innermost part outwards, in one process: importing torch and timm takes seconds
 WITHOUT = """
 import sys
-everywhere = {"ray", "rich", "fvcore", "seaborn", "matplotlib"}
-by_trials = everywhere | {"pydantic", "pyarrow", "pandas"}
+everywhere = {"ray", "fvcore", "seaborn", "matplotlib"}
+by_trials = everywhere | {"pydantic", "pyarrow", "pandas", "rich"}
 for name in by_trials | {"yaml", "sklearn", "scipy"}:
     sys.modules[name] = None  # importing it fails
 
-import reducers
-assert reducers.available()
+libraries = {"timm", "transformers", "torchvision"}
+for name in libraries:
+    sys.modules[name] = None
+import reducers, reducers.cost_fvcore
+assert reducers.available(), "no library of models is imported until a model of it comes"
+for name in libraries:
+    del sys.modules[name]
 
 for name in {"yaml", "sklearn", "scipy"}:
     del sys.modules[name]

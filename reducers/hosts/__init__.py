@@ -1,1 +1,69 @@
-"""What the runtime knows of a library's models."""
+"""Hosts: what the runtime knows of each library's models. A library is imported when a model of it comes.
+
+This table is all that a new host needs beside its own file: exact type -> module, whose ``HOST`` is the class.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NoReturn
+
+from torch import nn
+
+from reducers.errors import UnsupportedModel
+from reducers.hosts.protocol import Host
+
+TYPES: dict[str, str] = {
+    "timm.models.vision_transformer.VisionTransformer": "reducers.hosts.timm_vit",
+    "timm.models.deit.VisionTransformerDistilled": "reducers.hosts.timm_vit",
+}
+
+SUPPORTED = (
+    "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
+    "DINOv2, hybrids, ViTamin, …) whose blocks are plain Block with Attention"
+)
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host of a model, which is chosen by its exact type.
+
+    Raises:
+        UnsupportedModel: no host knows the type, or the model could not be run exactly.
+    """
+    module = TYPES.get(_name(type(model)))
+    if module is None:
+        refuse_type(model)
+    host: Host = import_module(module).HOST(model)
+    host.check()
+    return host
+
+
+def hosts() -> list[type[Host]]:
+    """Every host, each once; their libraries are imported."""
+    return [import_module(module).HOST for module in dict.fromkeys(TYPES.values())]
+
+
+def refuse_type(model: nn.Module) -> NoReturn:
+    """Say why a type is not driven, and what to do instead."""
+    name, parts = type(model).__name__, model._modules
+    if "_orig_mod" in parts:
+        raise UnsupportedModel(
+            "the model is compiled already, and its blocks cannot be reached; reduce the plain model and compile the "
+            "reduced one: torch.compile(reduce_tokens(model, placement)). The plain model of a compiled one is its "
+            "_orig_mod"
+        )
+    if isinstance(parts.get("module"), nn.Module):
+        raise UnsupportedModel(
+            f"{name} wraps another model; reduce the model inside, and wrap the reduced one: "
+            f"{name}(reduce_tokens(wrapped.module, placement))"
+        )
+    if name.startswith(("Parametrized", "FSDP")) and any(_name(kind) in TYPES for kind in type(model).__mro__):
+        raise UnsupportedModel(
+            f"the model has become a {name}, whose own steps would be bypassed; remove the parametrization, or shard "
+            f"the reduced model in place of the plain one. {SUPPORTED}."
+        )
+    raise UnsupportedModel(f"{name} is not supported. {SUPPORTED}.")
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

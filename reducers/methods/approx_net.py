@@ -7,19 +7,15 @@ it is asked for are its attention scores. It learns by distillation from the mod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State
 from reducers.errors import ReducerError
-from reducers.hosts.head import classify
-from reducers.hosts.host import Listener, embed
-from reducers.runtime.block import run_block
-from reducers.tokens import TokenBatch
+from reducers.runtime.plain import Listener, run_unreduced
 
 _EPS = 1e-6  # of the norms, as in timm's
 
@@ -82,19 +78,17 @@ class ApproxNet(nn.Module):
 
     def __init__(self, host: Any, *, shrink: int) -> None:
         super().__init__()
-        patches = host.base.patch_embed
         self.grid: tuple[int, int] = host.grid
         self.prefix: int = host.prefix
         self.width = host.heads * max(1, host.width // (shrink * host.heads))
-        size = patches.img_size
+        size = host.image_size
         patch = (size[0] // self.grid[0], size[1] // self.grid[1])
-        channels = next(layer.in_channels for layer in patches.modules() if isinstance(layer, nn.Conv2d))
-        self.patch_embed = nn.Conv2d(channels, self.width, patch, stride=patch)
+        self.patch_embed = nn.Conv2d(host.channels, self.width, patch, stride=patch)
         self.prefix_tokens = nn.Parameter(0.02 * torch.randn(1, self.prefix, self.width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.prefix + host.patches, self.width))
         self.blocks = nn.ModuleList(ApproxBlock(self.width, host.heads) for _ in range(host.depth))
         self.norm = nn.LayerNorm(self.width, eps=_EPS)
-        self.head = nn.Linear(self.width, host.base.num_classes)
+        self.head = nn.Linear(self.width, host.classes)
 
     def forward(self, images: Tensor, *, whole: bool = True) -> Guess:
         """What the network says of images (B, C, H, W).
@@ -138,17 +132,13 @@ class ApproxNet(nn.Module):
 @torch.no_grad()
 def watch(host: Any, images: Tensor) -> Dense:
     """Run the model unreduced and tell what ApproxNet is to guess."""
-    base, watcher = host.base, Listener(lambda signals: signals.attention())
-    entering = embed(base, images)
-    batch = TokenBatch.from_images(
-        entering, prefix=host.prefix, has_class_token=base.has_class_token, track=False
-    )  # fmt: skip
-    state = State(0, host.depth, entering.shape[1] - host.prefix, training=base.training)
+    watcher, batch = Listener(lambda signals: signals.attention()), host.embed(images)
+    entering = batch.layout.pad(batch.x)
     hidden: list[Tensor] = []
-    for index, block in enumerate(base.blocks):
-        batch = run_block(block, batch, watcher, replace(state, block=index), None)
+    for after in run_unreduced(host, batch, watcher):
+        batch = after
         hidden.append(batch.x.view(entering.shape))
-    logits = classify(base, batch, base.norm(batch.x))
+    logits = host.classify(batch)
     assert isinstance(logits, Tensor)
     return Dense(watcher.heard, entering, hidden, logits)
 

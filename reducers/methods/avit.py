@@ -118,9 +118,8 @@ class AViT(TokenReducer):
     def plan(self, images: Tensor, host: Any) -> Halting:
         """Nothing added up yet."""
         gamma, beta = published_constants(self.constants, host.width)
-        read = host.prefix - getattr(host.base, "num_reg_tokens", 0) if host.reads_prefix_alone else None
         gamma, beta = gamma if self.gamma is None else self.gamma, beta if self.beta is None else self.beta
-        return Halting(Rule(gamma, beta, self.epsilon, host.prefix, read))
+        return Halting(Rule(gamma, beta, self.epsilon, host.prefix, host.read_prefix))
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         if state.block == 0:

@@ -7,14 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from reducers.hosts.protocol import Core, HostBlock
 from reducers.runtime.attention import PackedAttention
-from reducers.runtime.block import drop_path
-from reducers.tokens import Layout, TokenBatch
+from reducers.tokens import TokenBatch
 
 MIXING = 0.1  # how much a row's own importance weighs its attention
 TEMPERATURE = 0.1
@@ -66,11 +65,9 @@ class WeighedAttention(PackedAttention):
     made to sum to one again; queries times ``write`` (T,).
     """
 
-    def __init__(
-        self, attn: Any, x: Tensor, layout: Layout, key_bias: Tensor | None, read: Tensor, write: Tensor
-    ) -> None:
+    def __init__(self, core: Core, key_bias: Tensor | None, read: Tensor, write: Tensor) -> None:
         bias = read.clamp(min=torch.finfo(torch.float32).tiny).log()
-        super().__init__(attn, x, layout, bias if key_bias is None else key_bias + bias)
+        super().__init__(core, bias if key_bias is None else key_bias + bias)
         self.read, self.write = read[:, None, None], write[:, None, None]
 
     @property
@@ -100,17 +97,15 @@ def outputs_times(module: nn.Module, weight: Tensor) -> Iterator[None]:
             handle.remove()
 
 
-def masked_block(block: Any, batch: TokenBatch, read: Tensor, write: Tensor) -> Tensor:
+def masked_block(block: HostBlock, batch: TokenBatch, read: Tensor, write: Tensor) -> Tensor:
     """A block's computation under concrete masks (T,), ``read`` of its input and ``write`` of its output: (T, D).
 
     The outputs of the attention's projection and of both linear layers of the MLP are multiplied by ``write``. A token
     that is not updated so keeps its value; the masks of later blocks see to it that nobody reads it.
     """
     layout, weight = batch.layout, write[:, None].to(batch.x.dtype)
-    core = WeighedAttention(block.attn, block.norm1(batch.x), layout, batch.key_bias, read, write)
-    core.use_all_queries()
-    added = block.ls1(core.rows_out(None, layout) * weight)
-    x = batch.x + drop_path(block.drop_path1, added, layout)
+    attention = WeighedAttention(block.core(batch), batch.key_bias, read, write)
+    attention.use_all_queries()
+    x = block.after_attention(batch.x, attention.rows_out(None, layout) * weight, layout)
     with outputs_times(block.mlp, weight):
-        added = block.ls2(block.mlp(block.norm2(x)))
-    return x + drop_path(block.drop_path2, added, layout)
+        return block.after_mlp(x, layout)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight, checked_whole
-from reducers.cost import BlockShape, linear_macs
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.methods.ranked_merge import merge_ranked, soft_merge
@@ -102,8 +101,8 @@ class DiffRate(TokenReducer):
         self.logits = nn.Parameter(torch.zeros(len(blocks), 2, len(choices), device=like.device, dtype=like.dtype))
         mean = math.ceil(sum(choices) / len(choices) - _SLACK)  # what zeros say
         self._counts, self._seen = [(mean, mean)] * len(blocks), _version(self.logits)
-        self._shapes = [BlockShape.of(block) for block in host.base.blocks]
-        self._outside = _macs_outside(host.base, like)
+        self._shapes = [host.block(index).cost for index in range(host.depth)]
+        self._outside = _macs_outside(host, like)
 
     def kept_counts(self) -> list[tuple[int, int]]:
         """What pruning and then merging leave in each block, read from the logits whenever they have changed."""
@@ -202,10 +201,7 @@ def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
-def _macs_outside(base: Any, like: Tensor) -> float:
-    """Multiply-adds of one image's patch embedding and of the head's linear layers."""
-    patches = base.patch_embed
-    channels = next(layer.in_channels for layer in patches.modules() if isinstance(layer, nn.Conv2d))
-    image = torch.zeros(1, channels, *patches.img_size, device=like.device, dtype=like.dtype)
-    heads = [getattr(base, name, None) for name in ("head", "head_dist")]
-    return linear_macs(patches, image) + sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+def _macs_outside(host: Any, like: Tensor) -> float:
+    """Multiply-adds of one image's embedding and of the head's linear layers."""
+    image = torch.zeros(1, host.channels, *host.image_size, device=like.device, dtype=like.dtype)
+    return float(host.embed_macs(image) + host.classifier_macs)

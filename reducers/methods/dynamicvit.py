@@ -14,6 +14,7 @@ from reducers.budget import Budget
 from reducers.checks import checked_choice, checked_weight
 from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.hosts import host_of
 from reducers.maps import Keep, Mask
 from reducers.methods.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.registry import register
@@ -84,11 +85,11 @@ class DynamicViT(PredictedKeep):
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """One predictor for each stage."""
         super().attach(host, blocks)
-        self._norm = (host.base.norm,)
+        self._norm = (host.final_norm,)
 
     def train_phase(self, share: float, base: Any) -> None:
         """Know the model in training: its final norm makes the tokens comparable to the teacher's."""
-        self._norm = (base.norm,)
+        self._norm = (host_of(base).final_norm,)
 
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
         return Decision(kept)

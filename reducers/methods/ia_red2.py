@@ -6,7 +6,7 @@ There is no public code: what is said here of the method rests on memory of the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight
 from reducers.decision import Decision
+from reducers.hosts import host_of
 from reducers.maps import keep_patches
 from reducers.placement import Placement
 from reducers.registry import register
@@ -94,15 +95,6 @@ def at_least_one(chosen: Tensor, score: Tensor, valid: Tensor) -> Tensor:
     return chosen | (best & valid & ~chosen.any(1, keepdim=True))
 
 
-def behind(base: Any, block: int) -> Iterator[nn.Module]:
-    """What a model computes from this block on: its blocks, the final norm, pool and head."""
-    yield base.blocks[block:]
-    for name in ("norm", "attn_pool", "fc_norm", "head", "head_dist"):
-        module = getattr(base, name, None)
-        if isinstance(module, nn.Module):
-            yield module
-
-
 @register("ia_red2")
 class IARED2(TokenReducer):
     """At the start of each group of blocks an interpreter scores the patches; those below ``threshold`` are discarded.
@@ -155,7 +147,7 @@ class IARED2(TokenReducer):
         phase = self._phase = phase_at(share, groups=len(groups), interpreter_share=self.interpreter_share)
         base.requires_grad_(False)
         if not phase.interpreter:
-            for module in behind(base, groups[phase.group]):
+            for module in host_of(base).behind(groups[phase.group]):
                 module.requires_grad_(True)
         for group, interpreter in enumerate(self.interpreters.values()):
             interpreter.requires_grad_(phase.interpreter and group == phase.group)
@@ -172,7 +164,7 @@ class IARED2(TokenReducer):
         assert self._phase is not None
         greedy = copy.copy(self)  # shares every parameter
         greedy._phase = Phase(self._phase.group, interpreter=False)
-        return ReducedViT(host.base, Placement(dict.fromkeys(self.groups, greedy)))(images).argmax(1)
+        return ReducedViT(host.model, Placement(dict.fromkeys(self.groups, greedy)))(images).argmax(1)
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout, group = signals.layout, self.groups.index(state.block)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
-from reducers.cost import BlockShape
 from reducers.decision import Decision, advance
 from reducers.maps import Keep
 from reducers.methods.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
@@ -182,8 +181,7 @@ class STTABT(TokenReducer):
         """The multiply-adds of planning: ApproxNet, and at each step back a row times a map."""
         tokens = host.prefix + host.patches
         macs = self.approx.macs() + ((steps - 1) * tokens + host.prefix) * tokens
-        spent = torch.full((images,), float(macs), dtype=torch.float64, device=host.like.device)
-        host.spent = spent if host.spent is None else host.spent + spent
+        host.spend(torch.full((images,), float(macs), dtype=torch.float64, device=host.like.device))
 
     def block(self, block: Any, batch: TokenBatch, state: State) -> TokenBatch:
         """A block that reads some of the tokens and updates fewer."""
@@ -198,14 +196,10 @@ class STTABT(TokenReducer):
         *read, update = keep_nested(layout, needed)
         for cut in read:
             batch = advance(batch, Decision(cut))
-            if tracer is not None:
-                tracer.moved(cut)
         after = run_block(block, batch, _Update(Decision(update)), state, None)
         if tracer is not None:
-            tracer.moved(update)
             entering, leaving = batch.layout.lengths, update.new.lengths
-            shape = BlockShape.of(block)
-            tracer.cost.both(shape.macs(queries=leaving, keys=entering, outputs=leaving, mlp=leaving))
+            tracer.cost.both(block.cost.macs(queries=leaving, keys=entering, outputs=leaving, mlp=leaving))
         return after
 
     def _masked(self, block: Any, batch: TokenBatch, state: State, plan: Plan) -> TokenBatch:
@@ -215,7 +209,7 @@ class STTABT(TokenReducer):
             read = torch.minimum(read, batch.alive)
         if state.tracer is not None:
             rows = batch.layout.lengths
-            state.tracer.cost.both(BlockShape.of(block).macs(queries=rows, keys=rows, outputs=rows, mlp=rows))
+            state.tracer.cost.both(block.cost.macs(queries=rows, keys=rows, outputs=rows, mlp=rows))
         return replace(batch, x=masked_block(block, batch, read, write), alive=write)
 
     def finish(self, batch: TokenBatch, state: State) -> TokenBatch:

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
-from reducers.cost import BlockShape
 from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.maps import Mix
 from reducers.methods.small_input import smaller_grid
 from reducers.registry import register
+from reducers.runtime.cross import cross_block
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
 
@@ -107,7 +107,6 @@ class STViT(TokenReducer):
                 f"STViT(class_token='pool') drops the class token and the model has {host.prefix} prefix tokens; use "
                 "class_token='query', under which they all stay"
             )
-        self._cross_block = host.cross_block
         rows, columns = self._shape = self._shape_of(host.grid)
         for block in sorted(blocks)[1:]:
             centre = nn.Parameter(torch.empty(rows * columns, host.width))
@@ -138,7 +137,7 @@ class STViT(TokenReducer):
         asking = torch.cat([lead, pooled], dim=1)
         asked = torch.cat([asking if self.pooled_keys else lead, patches], dim=1)
         residual = asking if self.residual else torch.cat([lead, torch.zeros_like(pooled)], dim=1)
-        x = self._cross_block(block, asking, asked, residual)
+        x = cross_block(block, asking, asked, residual, patches=patches.shape[1], of=batch)
         _book(block, state, asking, asked)
 
         new = Layout.alike(old.images, asking.shape[1], lead.shape[1], x.device)
@@ -149,8 +148,6 @@ class STViT(TokenReducer):
             weights = F.pad(weights, (prefix, 0))
         token_map = Mix(old, new, weights.expand(old.images, -1, -1))
         batch = advance(batch, Decision(token_map, x.flatten(0, 1)))
-        if state.tracer is not None:
-            state.tracer.moved(token_map)
         return replace(batch, received=None, pos=None if batch.pos is None else torch.full_like(batch.pos, -1))
 
     def _refine(self, block: Any, batch: TokenBatch, state: State, patches: Tensor) -> TokenBatch:
@@ -166,7 +163,7 @@ class STViT(TokenReducer):
         tokens = layout.pad(batch.x)
         asking = tokens + F.pad(centre, (0, 0, layout.uniform[1], 0)).to(tokens.dtype)
         asked = torch.cat([tokens, patches], dim=1)
-        x = self._cross_block(block, asking, asked)
+        x = cross_block(block, asking, asked, patches=patches.shape[1], of=batch)
         _book(block, state, asking, asked)
         return replace(batch, x=x.flatten(0, 1), received=None)
 
@@ -188,4 +185,4 @@ def _book(block: Any, state: State, asking: Tensor, asked: Tensor) -> None:
         return
     queries = torch.full((asking.shape[0],), float(asking.shape[1]), dtype=torch.float64, device=asking.device)
     keys = torch.full_like(queries, float(asked.shape[1]))
-    state.tracer.cost.both(BlockShape.of(block).macs(queries=queries, keys=keys, outputs=queries, mlp=queries))
+    state.tracer.cost.both(block.cost.macs(queries=queries, keys=keys, outputs=queries, mlp=queries))

@@ -1,4 +1,4 @@
-"""The one restatement of timm's attention, on packed tokens; it honours every optional part timm's has.
+"""Attention on packed tokens: what all models have in common, on top of what is a model's own (``Core``).
 
 Keys and values come first, for all tokens; queries, attention rows and the projection only for the rows asked for.
 Selecting rows before ``A @ V`` equals gathering them after the projection, so a pure selection never computes what
@@ -8,10 +8,11 @@ it will throw away.
 from __future__ import annotations
 
 import torch
-from timm.layers.attention import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
+from reducers.errors import ReducerError
+from reducers.hosts.protocol import Core
 from reducers.lazy import cached_property
 from reducers.runtime.kernels import packed_attention
 from reducers.tokens import Layout
@@ -20,48 +21,39 @@ from reducers.tokens import Layout
 class PackedAttention:
     """One block's attention over one batch: its parts computed when asked for, each at most once."""
 
-    def __init__(
-        self, attn: Attention, x: Tensor, layout: Layout, key_bias: Tensor | None, alive: Tensor | None = None
-    ) -> None:
-        self.attn = attn
-        self.x = x  # (T, D), normed
-        self.layout = layout
+    def __init__(self, core: Core, key_bias: Tensor | None, alive: Tensor | None = None) -> None:
+        self.core = core
+        self.x = core.x  # (T, D), normed
+        self.layout = core.layout
+        self.keys_layout = core.keys_layout
+        if self.keys_layout is not self.layout and (key_bias is not None or alive is not None):
+            raise ReducerError(
+                "the keys of this model are no tokens, so attention to a token cannot be weighed by its size or a "
+                "mask: use proportional=False, and train without masks"
+            )
         self.key_bias = key_bias
         self.alive = alive  # (T,) under a training mask
         self._given: Tensor | None = None  # a map to attend with, in place of the softmax
-        self._fused_qkv: Tensor | None = None
+        self._fused: tuple[Tensor, ...] | None = None  # query, key and value of all rows, where all will be asked for
         self._all_queries: Tensor | None = None
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
-
-    @property
-    def scale(self) -> float:
-        """What logits are multiplied by; timm's fused kernel goes by the head's width whatever ``attn.scale`` says."""
-        attn = self.attn
-        return float(attn.head_dim**-0.5 if attn.fused_attn else attn.scale)
 
     def _gradients(self) -> torch.set_grad_enabled:
         """As they were when the block began."""
         return torch.set_grad_enabled(self._differentiable)
 
-    def _project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows ``first`` … ``last`` (of query, key, value) of the fused projection, (T, last - first, H, d)."""
-        qkv, width, parts = self.attn.qkv, self.attn.attn_dim, last - first
-        bias = None if qkv.bias is None else qkv.bias.narrow(0, first * width, parts * width)
-        out = F.linear(x, qkv.weight.narrow(0, first * width, parts * width), bias)
-        return out.view(x.shape[0], parts, self.attn.num_heads, self.attn.head_dim)
-
     def use_all_queries(self) -> None:
         """Say that every row will be asked for, so that queries, keys and values take one projection."""
         if "_keys_values" not in self.__dict__:
             with self._gradients():
-                self._fused_qkv = self._project(self.x, 0, 3)
+                self._fused = self.core.project(self.x, 0, 3)
 
     @cached_property
     def _keys_values(self) -> tuple[Tensor, Tensor]:
         with self._gradients():
-            both = self._project(self.x, 1, 3) if self._fused_qkv is None else self._fused_qkv[:, 1:]
-            return self.attn.k_norm(both[:, 0]), both[:, 1]
+            keys, values = self.core.project(self.x, 1, 3) if self._fused is None else self._fused[1:]
+            return self.core.mix(keys, values)
 
     @property
     def keys(self) -> Tensor:
@@ -71,19 +63,32 @@ class PackedAttention:
     def values(self) -> Tensor:
         return self._keys_values[1]
 
-    def queries(self, rows: Tensor | None = None) -> Tensor:
-        """(Tq, H, d) of the given packed rows, or of all."""
+    @cached_property
+    def turned_keys(self) -> Tensor:
+        """Keys as the logits take them."""
         with self._gradients():
-            if rows is None or self._fused_qkv is not None or self._all_queries is not None:
+            return self.core.turn(self.keys, None)
+
+    @cached_property
+    def pair_bias(self) -> Tensor | None:
+        """As ``Core.pair_bias``."""
+        with self._gradients():
+            return self.core.pair_bias()
+
+    def queries(self, rows: Tensor | None = None) -> Tensor:
+        """(Tq, H, d) of the given packed rows, or of all, as the logits take them."""
+        with self._gradients():
+            if rows is None or self._fused is not None or self._all_queries is not None:
                 if self._all_queries is None:
-                    q = self._project(self.x, 0, 1) if self._fused_qkv is None else self._fused_qkv
-                    self._all_queries = self.attn.q_norm(q[:, 0])
+                    (q, *_) = self.core.project(self.x, 0, 1) if self._fused is None else self._fused
+                    self._all_queries = self.core.turn(q, None)
                 return self._all_queries if rows is None else self._all_queries.index_select(0, rows)
-            return self.attn.q_norm(self._project(self.x.index_select(0, rows), 0, 1)[:, 0])
+            (q,) = self.core.project(self.x.index_select(0, rows), 0, 1)
+            return self.core.turn(q, rows)
 
     @property
     def computed_all_queries(self) -> bool:
-        return self._fused_qkv is not None or self._all_queries is not None
+        return self._fused is not None or self._all_queries is not None
 
     def row(self, rows: Tensor) -> Tensor:
         """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at
@@ -93,66 +98,81 @@ class PackedAttention:
             images = torch.arange(self.layout.images, device=rows.device)
             given = self._given[images, :, (rows - self.layout.starts).clamp(min=0)]  # (B, H, L)
             return self.layout.unpad(given.transpose(1, 2))
-        layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
-        q, keys = self.queries(rows).to(wide), self.keys.to(wide)  # q: (B, H, d)
+        layout, wide = self.keys_layout, torch.promote_types(self.x.dtype, torch.float32)
+        q, keys = self.queries(rows).to(wide), self.turned_keys.to(wide)  # q: (B, H, d)
         if layout.uniform is not None:
             by_image = keys.view(layout.images, layout.uniform[0], *keys.shape[1:])
-            padded = (by_image * q[:, None]).sum(-1) * self.scale
+            padded = (by_image * q[:, None]).sum(-1) * self.core.scale
             if self.key_bias is not None:
                 padded = padded + self.key_bias.view(layout.images, layout.uniform[0], 1)
         else:
-            logits = (keys * q[layout.row_image]).sum(-1) * self.scale
+            logits = (keys * q[layout.row_image]).sum(-1) * self.core.scale
             if self.key_bias is not None:
                 logits = logits + self.key_bias[:, None]
             padded = layout.pad(logits, fill=-torch.inf)
+        if self.pair_bias is not None:
+            place = (rows - self.layout.starts).clamp(min=0)
+            padded = padded + _rows_of(self.pair_bias, place[:, None])[:, :, 0].transpose(1, 2)
         if self.alive is None:
-            return layout.unpad(padded.softmax(dim=1))
+            return self.core.to_tokens(layout.unpad(padded.softmax(dim=1)), "share")
         seen = layout.pad(self.alive.to(wide))[..., None]
         return layout.unpad(masked_softmax(padded, seen, layout.valid[..., None], 1))
 
     def attend_with(self, attention: Tensor) -> None:
         """Sum the values by this map (B, H, L, L), whose padded places are 0, instead of the softmax."""
+        if self.keys_layout is not self.layout:
+            raise ReducerError("the keys of this model are no tokens, so it cannot attend with another map")
         self._given = attention
 
     def map(self) -> Tensor:
-        """The whole attention map (B, H, L, L), after the softmax, at least float32; padded places are 0."""
+        """The whole attention map (B, H, L, K) over the keys, after the softmax, at least float32; padded places are
+        0.
+        """
         if self._given is not None:
             return self._given
-        layout, wide = self.layout, torch.promote_types(self.x.dtype, torch.float32)
-        q, k = self.queries().to(wide), self.keys.to(wide)
+        layout, keys, wide = self.layout, self.keys_layout, torch.promote_types(self.x.dtype, torch.float32)
+        q, k = self.queries().to(wide), self.turned_keys.to(wide)
         with torch.autocast(self.x.device.type, enabled=False):  # else the product would be in half precision
-            logits = layout.pad(q).transpose(1, 2) @ layout.pad(k).permute(0, 2, 3, 1) * self.scale
+            logits = layout.pad(q).transpose(1, 2) @ keys.pad(k).permute(0, 2, 3, 1) * self.core.scale
         if self.key_bias is not None:
-            logits = logits + layout.pad(self.key_bias)[:, None, None]
-        valid = layout.valid
+            logits = logits + keys.pad(self.key_bias)[:, None, None]
+        if self.pair_bias is not None:
+            logits = logits + self.pair_bias
+        valid = keys.valid
         if self.alive is not None:
             seen = layout.pad(self.alive.to(wide))[:, None, None]  # (B, 1, 1, L)
             seen = seen + (1 - seen) * torch.eye(seen.shape[-1], dtype=wide, device=seen.device)
             return masked_softmax(logits, seen, valid[:, None, None], -1) * valid[:, None, :, None]
-        if layout.uniform is not None:
+        if layout.uniform is not None and keys.uniform is not None:
             return logits.softmax(dim=-1)
         logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
-        return logits.softmax(dim=-1) * (valid[:, None, :, None] & valid[:, None, None])
+        return logits.softmax(dim=-1) * (layout.valid[:, None, :, None] & valid[:, None, None])
+
+    def token_map(self) -> Tensor:
+        """The map between tokens (B, H, L, L): where keys are no tokens, their columns are shared out."""
+        found, layout = self.map(), self.layout
+        if self.keys_layout is layout:
+            return found
+        columns = self.keys_layout.unpad(found.permute(0, 3, 1, 2))  # (K, H, L)
+        return layout.pad(self.core.to_tokens(columns, "share")).permute(0, 2, 3, 1)
 
     def rows_out(self, rows: Tensor | None, queries: Layout, of: PackedAttention | None = None) -> Tensor:
         """What the attention branch adds for the given packed rows (or all), before LayerScale and DropPath: (Tq, D).
 
-        ``of``: whose keys and values are asked, where those are another sequence's.
+        ``of``: whose keys and values are asked, where those are another sequence's; no pair has a bias then.
         """
-        attn, asked = self.attn, self if of is None else of
-        drops = attn.training if attn.fused_attn else attn.attn_drop.training
-        dropout = attn.attn_drop.p if drops else 0.0
+        asked = self if of is None else of
         if self.alive is not None or self._given is not None:
-            out = self._by_map(rows, dropout)
+            out = self._by_map(rows, self.core.dropout)
         else:
+            pair_bias = self.pair_bias if of is None else None
+            if pair_bias is not None and rows is not None:
+                pair_bias = _rows_of(pair_bias, queries.pad(self.layout.row_index[rows]))
             out = packed_attention(
-                self.queries(rows), asked.keys, asked.values, queries, asked.layout,
-                scale=self.scale, key_bias=asked.key_bias, dropout=dropout,
+                self.queries(rows), asked.turned_keys, asked.values, queries, asked.keys_layout,
+                scale=self.core.scale, key_bias=asked.key_bias, dropout=self.core.dropout, pair_bias=pair_bias,
             ).flatten(1)  # fmt: skip
-        out = attn.norm(out)
-        if attn.gate is not None:
-            out = out * attn.gate(self.x if rows is None else self.x.index_select(0, rows)).sigmoid()
-        return attn.proj_drop(attn.proj(out))
+        return self.core.out(out, rows)
 
     def _by_map(self, rows: Tensor | None, dropout: float) -> Tensor:
         """``A @ V`` by the whole map, under a training mask or with a given map: (Tq, H d)."""
@@ -160,6 +180,13 @@ class PackedAttention:
         weights = F.dropout(self.map().to(v.dtype), dropout)
         out = layout.unpad((weights @ layout.pad(v).transpose(1, 2)).transpose(1, 2)).flatten(1)
         return out if rows is None else out.index_select(0, rows)
+
+
+def _rows_of(pair_bias: Tensor, places: Tensor) -> Tensor:
+    """The rows (B, H, Q, L) of a pair bias at some places (B, Q) of each image."""
+    images, heads, keys = len(places), pair_bias.shape[1], pair_bias.shape[3]
+    index = places[:, None, :, None].expand(-1, heads, -1, keys)
+    return pair_bias.expand(images, -1, -1, -1).gather(2, index)
 
 
 _EPS = 1e-6

@@ -5,28 +5,43 @@ With both the same it is the plain block: all its parts are honoured as in ``run
 
 from __future__ import annotations
 
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
+from dataclasses import replace
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from reducers.hosts.protocol import HostBlock
 from reducers.runtime.attention import PackedAttention
-from reducers.runtime.block import drop_path
-from reducers.tokens import Layout
+from reducers.tokens import TokenBatch
 
 
-def cross_block(block: Block, asking: Tensor, asked: Tensor, residual: Tensor | None = None) -> Tensor:
+def cross_block(
+    block: HostBlock,
+    asking: Tensor,
+    asked: Tensor,
+    residual: Tensor | None = None,
+    *,
+    patches: int = 0,
+    of: TokenBatch | None = None,
+) -> Tensor:
     """Attention of ``asking`` (B, Q, D) over ``asked`` (B, K, D), then the MLP: (B, Q, D).
 
-    ``residual`` (B, Q, D) is what the attention is added to; left out, it is ``asking``.
+    ``residual`` (B, Q, D) is what the attention is added to; left out, it is ``asking``. The last ``patches`` of what
+    is asked are all patches of the image in their places, no other token has one; where the batch ``of`` which all is
+    made knows places, the block is told.
     """
-    attn = block.attn
-    assert isinstance(attn, Attention)  # check_model saw to it
-    queries, keys = (Layout.alike(x.shape[0], x.shape[1], 0, x.device) for x in (asking, asked))
     own, other = (
-        PackedAttention(attn, block.norm1(x.flatten(0, 1)), layout, None)
-        for x, layout in ((asking, queries), (asked, keys))
+        PackedAttention(block.core(_batch(x, placed, of)), None) for x, placed in ((asking, 0), (asked, patches))
     )
     x = (asking if residual is None else residual).flatten(0, 1)
-    x = x + drop_path(block.drop_path1, block.ls1(own.rows_out(None, queries, of=other)), queries)
-    x = x + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), queries)
-    return x.view(asking.shape)
+    x = block.after_attention(x, own.rows_out(None, own.layout, of=other), own.layout)
+    return block.after_mlp(x, own.layout).view(asking.shape)
+
+
+def _batch(x: Tensor, patches: int, of: TokenBatch | None) -> TokenBatch:
+    batch = TokenBatch.from_images(x, prefix=0, has_class_token=False, track=False)
+    if of is None or of.pos is None:
+        return batch
+    places = F.pad(torch.arange(patches, device=x.device), (x.shape[1] - patches, 0), value=-1)
+    return replace(batch, pos=places.repeat(len(x)), tables=of.tables)

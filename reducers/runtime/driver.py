@@ -1,34 +1,33 @@
-"""The loop over blocks: holds an untouched timm model and drives it, with reducers where they were placed."""
+"""The loop over blocks: holds an untouched model and drives it, with reducers where they were placed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reducers.base import State, TokenReducer
-from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
-from reducers.hosts.adapter import check_model
-from reducers.hosts.head import classify, head_macs
-from reducers.hosts.host import Host, carriers, embed, entrance, grid_of
+from reducers.hosts import host_of
+from reducers.hosts.protocol import Grid, Host
 from reducers.noise import image_keys
 from reducers.placement import Placement
-from reducers.runtime.block import account, run_block, run_plain, runs_as_it_is
-from reducers.runtime.fits import check_placement
+from reducers.runtime.block import account, run_block, runs_as_it_is
+from reducers.runtime.fits import check_plan
+from reducers.runtime.plain import PlainModel, carriers
+from reducers.runtime.plan import Plan
 from reducers.runtime.shared import Shared
-from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 
 
 def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
-    """Drive a plain timm ViT with reducers in it.
+    """Drive a plain vision transformer with reducers in it.
 
     The model is neither copied nor changed: it stays usable, and every variant of it shares its weights. What is done
     to it afterwards counts at the next call: other weights, parts, modes or settings. There is one mode, the model's:
@@ -43,8 +42,8 @@ def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
 
 
 class ReducedViT(nn.Module):
-    """A timm ViT and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and what
-    it cost.
+    """A vision transformer and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and
+    what it cost.
 
     ``training`` is the base's own, and the reducers follow it at each call. With ``base.set_grad_checkpointing()``
     every block keeps only its input for the backward pass and runs again there, with the random numbers it had, but
@@ -58,19 +57,36 @@ class ReducedViT(nn.Module):
             raise UnsupportedModel(
                 "the model is reduced already; join the placements: reduce_tokens(model.base, first | second)"
             )
-        check_model(base)
-        assert isinstance(base, VisionTransformer)
+        host = host_of(base)
         if not isinstance(placement, Placement):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
-        placement = placement.resolve(len(base.blocks))
-        self.base = base
-        self.reducers = nn.ModuleDict()
-        check_placement(base, placement)
-        self.reducers.update({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
+        placement = placement.resolve(host.depth)
+        self.base: Any = base
+        reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
+        plan = Plan.of(reducers)
+        check_plan(host, plan)
+        self.reducers = reducers
         self.reducers.train(base.training)
+        self._host, self._plan = host, plan  # of this base and these reducers; ask ``host`` and ``plan``
         self._embed_macs: dict[tuple[int, ...], int] = {}
+
+    @property
+    def host(self) -> Host:
+        """The base as the runtime drives it."""
+        base = self.__dict__["_modules"]["base"]  # by attribute, an exporter may give a stand-in of another type
+        if self._host.model is not base:  # a replica's, or put in its place
+            self._host = host_of(base)
+        return self._host
+
+    @property
+    def plan(self) -> Plan:
+        """What the placement fixes, read off ``reducers``, which alone owns it: so copies use their own."""
+        reducers: Any = self.__dict__["_modules"]["reducers"]
+        if not self._plan.fits(reducers):
+            self._plan = Plan.of(reducers)
+        return self._plan
 
     @property
     def placement(self) -> Placement:
@@ -119,145 +135,154 @@ class ReducedViT(nn.Module):
     @property
     def first_block(self) -> int:
         """The first block that does not compute what the plain model computes there; the depth if there is none."""
-        return min(self._acting(), default=len(self.base.blocks))
-
-    def _acting(self) -> set[int]:
-        """Blocks with a reducer in them, or before one that asks for what happened there."""
-        placed = self.placement.blocks
-        return {*placed, *(block - 1 for block, reducer in placed.items() if _asks_previous(reducer))}
+        return self.plan.first(self.host.depth)
 
     def members(self) -> list[TokenReducer]:
         """Every reducer that acts, a stack's members one by one."""
-        found: list[TokenReducer] = []
-        for reducer in self.placement.blocks.values():
-            for member in reducer.members if isinstance(reducer, Stack) else [reducer]:
-                if not any(member is known for known in found):
-                    found.append(member)
-        return found
+        return list(self.plan.members)
 
     def _run(
         self, images: Tensor, tracer: Tracer | None, shared: Shared | None = None, *, cost_only: bool = False
     ) -> Any:
-        base, acting = self.base, self._acting()
-        self._check()
-        if any(member.prepare is not None or member.plan is not None for member in self.members()):
+        host, plan = self._check()
+        members = self.members()
+        if any(member.prepare is not None or member.plan is not None for member in members):
             shared = None  # they look at the images in their own way first
-        index, batch, state = self._begin(images, tracer, shared)
-        depth = end = len(base.blocks)
-        first = min(acting, default=depth)
+        run = _Pass(host, plan, members, tracer, shared)
+        index, batch, state = self._begin(run, images)
+        depth = end = host.depth
         if cost_only:  # the last reducer only decides, and nothing runs after it
-            end = max((int(block) for block in self.reducers), default=-1) + 1
-        while index < end:
-            if shared is not None and index == first:
-                shared.put(index, batch)
-            idle = min((block for block in acting if block >= index), default=end)
-            if idle > index and runs_as_it_is(batch):
-                batch = run_plain(base.blocks[index:idle], batch, tracer)
-                index = idle
-            else:
-                batch = self._block(batch, replace(state, block=index), decide_only=cost_only and index == end - 1)
-                index += 1
+            end = max(plan.at, default=-1) + 1
+        batch = self._blocks(run, range(index, end), batch, state, decide_last=cost_only)
         if tracer is not None:
-            account(base.blocks[index:], batch, tracer)
-            tracer.cost.both(head_macs(base, batch.layout))
+            account(host, range(max(index, end), depth), batch, tracer)
+            tracer.cost.both(host.head_macs(batch.layout))
         if cost_only:
             return None
-        for finish in _steps(self.members(), "finish"):
+        for finish in _steps(members, "finish"):
             batch = finish(batch, replace(state, block=depth))
-        return classify(base, batch, base.norm(batch.x))
+        return host.classify(batch)
 
-    def _begin(self, images: Tensor, tracer: Tracer | None, shared: Shared | None) -> tuple[int, TokenBatch, State]:
+    def _blocks(self, run: _Pass, blocks: range, batch: TokenBatch, state: State, *, decide_last: bool) -> TokenBatch:
+        """Some blocks one after another; ``decide_last``: of the last one's reducer only the decision is asked for."""
+        host, plan, index, end = run.host, run.plan, blocks.start, blocks.stop
+        first, borders = plan.first(host.depth), [stage.first for stage in host.stages[1:]]
+        while index < end:
+            if index in borders:
+                if run.tracer is not None:
+                    run.tracer.cost.both(host.enter_macs(index, batch))
+                batch = host.enter(index, batch)
+            if run.shared is not None and index == first:
+                run.shared.put(index, batch)
+            idle = plan.next(index, end)
+            if borders:
+                idle = min(idle, *(border for border in (*borders, end) if border > index))
+            after = host.plain(index, idle, batch) if idle > index and runs_as_it_is(batch) else None
+            if after is None:
+                batch = self._block(
+                    run, batch, replace(state, block=index), decide_only=decide_last and index == end - 1
+                )
+                index += 1
+                continue
+            batch = after
+            if run.tracer is not None:
+                account(host, range(index, idle), batch, run.tracer)
+            index = idle
+        return batch
+
+    def _begin(self, run: _Pass, images: Tensor) -> tuple[int, TokenBatch, State]:
         """All that comes before the blocks: the first one to run, the tokens that enter it, what reducers may know."""
-        base, members = self.base, self.members()
+        host, members, shared = run.host, run.members, run.shared
         if shared is not None:
-            shared.claim(base, images)
-        keys = self._image_keys(images, shared)
-        host, asked, grid = Host(base), images.shape, grid_of(base, images)
+            shared.claim(self.base, images)
+        keys = None
+        if any(member.uses_random for member in members):
+            keys = image_keys(images) if shared is None else shared.image_keys(images)
+        plain, asked, grid = PlainModel(host), images.shape, host.grid_of(images)
         for prepare in _steps(members, "prepare"):
-            images = prepare(images, host)
-        plans = {id(member): member.plan(images, host) for member in members if member.plan is not None}
-        index, batch = self._enter(images, shared, tracer, resized=grid if images.shape != asked else None)
+            images = prepare(images, plain)
+        plans = {id(member): member.plan(images, plain) for member in members if member.plan is not None}
+        index, batch = self._enter(run, images, resized=grid if images.shape != asked else None)
         assert batch.layout.uniform is not None
-        if tracer is not None and host.spent is not None:
-            tracer.cost.spend(host.spent)
-        initial = batch.layout.uniform[0] - base.num_prefix_tokens
+        if run.tracer is not None and plain.spent is not None:
+            run.tracer.cost.spend(plain.spent)
+        initial = batch.layout.uniform[0] - host.prefix
         return index, batch, State(
-            0, len(base.blocks), initial, grid, keys, self.training, plans, tracer=tracer, notes={}
+            0, host.depth, initial, grid, keys, self.training, plans, tracer=run.tracer, notes={}
         )  # fmt: skip
 
-    def _image_keys(self, images: Tensor, shared: Shared | None) -> Tensor | None:
-        if not any(member.uses_random for member in self.members()):
-            return None
-        return image_keys(images) if shared is None else shared.image_keys(images)
-
-    def _enter(
-        self, images: Tensor, shared: Shared | None, tracer: Tracer | None, *, resized: tuple[int, int] | None
-    ) -> tuple[int, TokenBatch]:
+    def _enter(self, run: _Pass, images: Tensor, *, resized: Grid | None) -> tuple[int, TokenBatch]:
         """The first block to run and the tokens that enter it; ``resized``: the grid of the images as they came, where
         they now have another.
         """
-        base, carrier = self.base, None
-        front = entrance(base, resized=resized is not None)
-        known = None if shared is None else shared.latest(self.first_block)
+        host, tracer, carrier = run.host, run.tracer, None
+        known = None if run.shared is None else run.shared.latest(run.plan.first(host.depth))
         if known is None:
-            embedded = embed(front, images)
-            track = shared is not None or (tracer is not None and tracer.detail)
-            track = track or any(member.uses_positions for member in self.members())
-            known = (
-                0,
-                TokenBatch.from_images(
-                    embedded, prefix=base.num_prefix_tokens, has_class_token=base.has_class_token, track=track
-                ),
-            )
+            detailed = run.shared is not None or (tracer is not None and tracer.detail)
+            track = detailed or any(member.uses_positions for member in run.members)
+            batch = host.embed(images, resized=resized is not None, track=track)
+            if resized is not None and track:  # told in the patches of the image as it was given
+                carrier, batch = _as_given(batch, resized, host.grid_of(images))
+            known = 0, batch.with_origin(carrier) if detailed else batch
         start, batch = known
-        if (
-            resized is not None and batch.pos is not None
-        ):  # provenance is told in the patches of the image as it was given
-            carrier, original = carriers(resized, grid_of(base, images), images.device)
-            place = original[batch.pos.clamp(min=0)]
-            batch = replace(batch, pos=place.where(batch.pos >= 0, batch.pos))
         if tracer is not None:
-            tracer.start(batch, carrier)
-            tracer.cost.both(float(self._embedding_macs(front, images)))
-            account(base.blocks[:start], batch, tracer)
+            tracer.start(batch)
+            tracer.cost.both(float(self._embedding_macs(images, resized=resized is not None)))
+            account(host, range(start), batch, tracer)
         return start, batch
 
-    def _check(self) -> None:
+    def _check(self) -> tuple[Host, Plan]:
         """At each call: what was checked when the model was wrapped may have been changed since."""
-        check_model(self.__dict__["_modules"]["base"])  # by attribute, an exporter may give a stand-in of another type
-        check_placement(self.base, self.placement)
+        host, plan = self.host, self.plan
+        host.check()
+        check_plan(host, plan)
         if self.reducers.training != self.base.training:
             self.reducers.train(self.base.training)
+        return host, plan
 
-    def _at(self, block: int) -> TokenReducer | None:
-        reducer = self.reducers._modules.get(str(block))
-        assert reducer is None or isinstance(reducer, TokenReducer)
-        return reducer
-
-    def _block(self, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
+    def _block(self, run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
         """One block with what was placed in it."""
-        reducer = self._at(state.block)
-        runs_again = self.base.grad_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        reducer = run.plan.at.get(state.block)
+        runs_again = run.host.checkpoints and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if runs_again and (reducer is None or reducer.only_decides):
-            return checkpointed(self._run_block, batch, state)
-        return self._run_block(batch, state, decide_only=decide_only)
+            return checkpointed(partial(_run_block, run), batch, state)
+        return _run_block(run, batch, state, decide_only=decide_only)
 
-    def _run_block(self, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
-        block, reducer = self.base.blocks[state.block], self._at(state.block)
-        assert isinstance(block, Block)  # check_model saw to it
-        if reducer is not None and reducer.block is not None:
-            batch = reducer.block(block, batch, state)
-            if state.tracer is not None:
-                state.tracer.after_block(batch)
-            return batch
-        recorded = _asks_previous(self._at(state.block + 1))
-        return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
-
-    def _embedding_macs(self, front: VisionTransformer, images: Tensor) -> int:
+    def _embedding_macs(self, images: Tensor, *, resized: bool) -> int:
         shape = tuple(images.shape[1:])
         if shape not in self._embed_macs:
-            self._embed_macs[shape] = linear_macs(front.patch_embed, images[:1])
+            self._embed_macs[shape] = self.host.embed_macs(images, resized=resized)
         return self._embed_macs[shape]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one forward pass goes by."""
+
+    host: Host
+    plan: Plan
+    members: list[TokenReducer]
+    tracer: Tracer | None
+    shared: Shared | None
+
+
+def _as_given(batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:
+    """Which patch covers each of the images as they were given (N0,), and the tokens with places among those."""
+    assert batch.pos is not None
+    carrier, original = carriers(given, run, batch.x.device)
+    place = original[batch.pos.clamp(min=0)]
+    return carrier, replace(batch, pos=place.where(batch.pos >= 0, batch.pos))
+
+
+def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
+    block, reducer = run.host.block(state.block), run.plan.at.get(state.block)
+    if reducer is not None and reducer.block is not None:
+        batch = reducer.block(block, batch, state)
+        if state.tracer is not None:
+            state.tracer.after_block(batch)
+        return batch
+    recorded = state.block in run.plan.recorded
+    return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
 
 
 def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBatch, state: State) -> TokenBatch:
@@ -283,11 +308,6 @@ def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBat
 
 def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
     return [getattr(member, step) for member in members if getattr(member, step) is not None]
-
-
-def _asks_previous(reducer: TokenReducer | None) -> bool:
-    members = reducer.members if isinstance(reducer, Stack) else [reducer]
-    return any(member is not None and member.uses_previous_attention for member in members)
 
 
 def check_exportable(fast: ReducedViT) -> None:

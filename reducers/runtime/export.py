@@ -34,12 +34,10 @@ def export_onnx(fast: ReducedViT, path: str | Path, *, image_size: int | tuple[i
         raise ReducerError(
             f"exporting to ONNX needs the package {error.name}; install the extra: pip install 'sievit[export]'"
         ) from error
-    size = image_size or fast.base.patch_embed.img_size
+    size = image_size or fast.host.image_size
     height, width = (size, size) if isinstance(size, int) else size
     weight = next(fast.base.parameters())
-    images = torch.zeros(
-        2, fast.base.patch_embed.proj.in_channels, height, width, dtype=weight.dtype, device=weight.device
-    )
+    images = torch.zeros(2, fast.host.channels, height, width, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         program = torch.export.export(fast, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
         exported = torch.onnx.export(

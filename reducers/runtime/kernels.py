@@ -27,18 +27,25 @@ def packed_attention(
     scale: float,
     key_bias: Tensor | None = None,
     dropout: float = 0.0,
+    pair_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq,
     H, d).
+
+    Added to the logits: ``key_bias`` (Tk,) of each key, ``pair_bias`` (B or 1, H or 1, Lq, Lk), padded, of each pair.
     """
     if queries.uniform is not None and keys.uniform is not None:
         faster = _products_are_faster(q, keys.uniform[0], dropout)
         if faster and keys.images == 1:
             bias = None if key_bias is None else key_bias.to(q.dtype)
+            if pair_bias is not None:
+                bias = _sum(bias, pair_bias[0].to(q.dtype))
             return _one_by_products(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), bias, scale).transpose(
                 0, 1
             )
         mask = None if key_bias is None else key_bias.view(keys.images, 1, 1, keys.uniform[0]).to(q.dtype)
+        if pair_bias is not None:
+            mask = _sum(mask, pair_bias.to(q.dtype)).expand(keys.images, -1, -1, -1)
         by_image = (
             q.view(queries.images, queries.uniform[0], *q.shape[1:]),
             k.view(keys.images, keys.uniform[0], *k.shape[1:]),
@@ -48,8 +55,9 @@ def packed_attention(
             return _by_products(*by_image, mask, scale).view(q.shape)
         return _fused(*by_image, mask, scale, dropout).reshape(q.shape)
     if q.device.type == "cpu":
-        return _image_by_image(q, k, v, queries, keys, scale, key_bias, dropout)
-    if key_bias is None and dropout == 0 and _varlen_takes(q):
+        biases = _by_image(key_bias, pair_bias, queries, keys, q.dtype)
+        return _image_by_image(q, k, v, queries, keys, scale, biases, dropout)
+    if key_bias is None and pair_bias is None and dropout == 0 and _varlen_takes(q):
         return _varlen(q, k, v, queries, keys, scale)
     valid = keys.valid
     bias = (
@@ -57,7 +65,27 @@ def packed_attention(
     )
     # a finished image has no key at all: leaving its (padded, unread) rows open keeps the softmax free of NaN
     mask = bias.masked_fill(~valid & (keys.lengths > 0)[:, None], -torch.inf)[:, None, None]
+    if pair_bias is not None:
+        mask = mask + pair_bias.to(q.dtype)
     return queries.unpad(_fused(queries.pad(q), keys.pad(k), keys.pad(v), mask, scale, dropout))
+
+
+def _sum(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one + other
+
+
+def _by_image(
+    key_bias: Tensor | None, pair_bias: Tensor | None, queries: Layout, keys: Layout, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """What is added to each image's logits: (K,), (H, Q, K) or nothing."""
+    found: list[Tensor | None] = [None] * keys.images
+    if key_bias is not None:
+        found = [*key_bias.to(dtype).split(keys.counts)]
+    if pair_bias is not None:
+        padded = pair_bias.to(dtype).expand(keys.images, -1, -1, -1)
+        pairs = (padded[i, :, :q, :k] for i, (q, k) in enumerate(zip(queries.counts, keys.counts, strict=True)))
+        found = [_sum(own, pair) for own, pair in zip(found, pairs, strict=True)]
+    return found
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
@@ -129,7 +157,14 @@ with padding and a key mask was slower than either."""
 
 @torch.compiler.disable  # it would be written out once for every image, and again for every new set of lengths
 def _image_by_image(
-    q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float, bias: Tensor | None, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Layout,
+    keys: Layout,
+    scale: float,
+    biases: list[Tensor | None],
+    dropout: float,
 ) -> Tensor:
     """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in
     vain.
@@ -138,7 +173,6 @@ def _image_by_image(
     by_head = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, d)
     counts = queries.counts, keys.counts, keys.counts
     parts = zip(*(x.split(n, dim=1) for x, n in zip(by_head, counts, strict=True)), strict=True)
-    biases = [None] * keys.images if bias is None else bias.to(q.dtype).split(keys.counts)
     if not plain:
         out = [_fused_one(qi, ki, vi, mask, scale, dropout) for (qi, ki, vi), mask in zip(parts, biases, strict=True)]
         return torch.cat(out, dim=1).transpose(0, 1) if out else q
@@ -156,5 +190,5 @@ def _fused_one(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     """One image, (H, N, d) in and out; an image without tokens has none to give."""
     if q.shape[1] == 0:
         return q
-    mask = None if bias is None else bias.expand(1, 1, q.shape[1], -1)
+    mask = None if bias is None else bias.expand(1, 1 if bias.dim() == 1 else -1, q.shape[1], -1)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, dropout_p=dropout, scale=scale)[0]

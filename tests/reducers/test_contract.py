@@ -27,7 +27,9 @@ from reducers import (
     build,
     reduce_tokens,
 )
-from reducers.trace import Tracer
+from reducers.decision import advance
+from reducers.methods import sttabt, stvit
+from reducers.runtime import block as block_module
 from tests.samples import methods_first
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
@@ -217,8 +219,13 @@ def test_from_data_and_back(reducer, images):
 def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images, monkeypatch):
     """Who is dropped stays dropped, who shares a token goes on to share it, and prefix tokens stay in their order."""
     maps: list[TokenMap] = []
-    book = Tracer.moved
-    monkeypatch.setattr(Tracer, "moved", lambda tracer, token_map: (maps.append(token_map), book(tracer, token_map)))
+
+    def noted(batch, decision, *features):
+        maps.append(decision.map)
+        return advance(batch, decision, *features)
+
+    for module in (block_module, stvit, sttabt):
+        monkeypatch.setattr(module, "advance", noted)
     model = reduced(reducer)
     _, trace = model.trace(images.double())
     for token_map in maps:

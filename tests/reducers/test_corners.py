@@ -198,12 +198,13 @@ def test_attaching_leaves_the_modes_of_the_base_alone():
 
 @torch.no_grad()
 def test_class_attention_is_not_rounded_in_half_precision(images):
+    from reducers.hosts.timm_vit import TimmCore
     from reducers.runtime.attention import PackedAttention
     from reducers.tokens import Layout
 
     attn = make_vit().blocks[0].attn.bfloat16()
     x = torch.randn(37, 32).bfloat16()
-    core = PackedAttention(attn, x, Layout.alike(1, 37, 1, x.device), None)
+    core = PackedAttention(TimmCore(attn, x, Layout.alike(1, 37, 1, x.device)), None)
     q, k = core.queries()[:1].float(), core.keys.float()
     exact = ((k * q).sum(-1) * attn.scale).softmax(0)
     torch.testing.assert_close(core.row(torch.tensor([0])), exact, rtol=1e-5, atol=1e-7)

@@ -83,9 +83,9 @@ def test_the_upper_bounds_of_ats_at_block_3(small, points, bound):
 
 def test_hvt_published_costs_follow_from_the_counting_rule():
     """Methods 0.4: the rule gives HVT-S-1 … 4 their published 2.40/1.94/1.62/1.39 from their token counts alone."""
-    from reducers.cost import BlockShape
+    from reducers.cost import BlockCost
 
-    shape = BlockShape(384, 384, False, 8 * 384 * 384)
+    shape = BlockCost(384 * 384, 2 * 384 * 384, 384, 384 * 384, 8 * 384 * 384)
     for pooled, published in {(0,): 2.402, (0, 6): 1.941, (0, 4, 8): 1.620, (0, 3, 6, 9): 1.394}.items():
         tokens, total = 196, 196 * 768 * 384 + 1000 * 384.0
         for block in range(12):

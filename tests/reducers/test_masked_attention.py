@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reducers import Drop, ReducerError, TokenReducer, ToMe, at, reduce_tokens
 from reducers.decision import Decision, advance
+from reducers.hosts.timm_vit import TimmCore
 from reducers.maps import Mask, Merge, Mix, keep_rows
 from reducers.runtime.attention import PackedAttention, masked_softmax
 from reducers.tokens import Layout, TokenBatch
@@ -100,7 +101,7 @@ def test_a_token_counts_as_a_key_by_its_weight_and_always_sees_itself(ragged, bi
     attn = make_vit("qk_norm").double().blocks[0].attn
     x, weight = torch.randn(layout.rows, 32, dtype=torch.float64), random_weight(layout)
     bias = torch.rand(layout.rows, dtype=torch.float64) if biased else None
-    core = PackedAttention(attn, x, layout, bias, weight)
+    core = PackedAttention(TimmCore(attn, x, layout), bias, weight)
     attention, out = core.map(), core.rows_out(None, layout)
     rows = torch.arange(layout.rows)[::2]
     torch.testing.assert_close(core.rows_out(rows, layout), out[rows])
@@ -135,7 +136,7 @@ def test_probabilities_are_in_single_precision(automatic, masked):
     attn, x = make_vit().to(dtype).blocks[0].attn, torch.randn(layout.rows, 32).to(dtype)
     weight = random_weight(layout).float() if masked else None
     with torch.autocast("cpu", torch.bfloat16, enabled=automatic):
-        core = PackedAttention(attn, x, layout, None, weight)
+        core = PackedAttention(TimmCore(attn, x, layout), None, weight)
         attention, class_rows = core.map(), core.row(layout.starts)
         q, k = (layout.pad(part.double()).transpose(1, 2) for part in (core.queries(), core.keys))
         assert q.dtype == torch.float64 and core.keys.dtype == torch.bfloat16

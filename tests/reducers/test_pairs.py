@@ -15,10 +15,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from reducers import Placement, Ratio, ReducedViT, Stack, TokenReducer, at, available, reduce_tokens
-from reducers.hosts.host import Listener
 from reducers.methods.fixed_pattern import ring_counts
 from reducers.methods.hvt_pool import pooled_length
 from reducers.methods.shrinking_pattern import counts_within, radius_at
+from reducers.runtime.plain import Listener
 
 from .conftest import make_vit
 from .test_contract import KEEP_ALL, NEVER_THE_IDENTITY, settings

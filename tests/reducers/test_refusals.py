@@ -24,7 +24,7 @@ from reducers import (
     reduce_tokens,
 )  # fmt: skip
 from reducers.checks import checked_share, checked_weight, checked_whole, checked_within
-from reducers.hosts.host import Host
+from reducers.hosts import host_of
 from reducers.placement import parse_blocks
 
 from .conftest import make_vit
@@ -113,7 +113,7 @@ def test_a_model_without_an_image_size_has_no_grid_to_ask_for():
     model = make_vit()
     model.patch_embed.grid_size = None
     with pytest.raises(ReducerError, match="create it with img_size="):
-        _ = Host(model).grid
+        _ = host_of(model).grid
 
 
 def test_images_are_resized_only_where_it_is_known_how_patches_are_cut(images):

@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
-from reducers.hosts.host import Host
+from reducers.hosts import host_of
 from reducers.methods import STTABT, SmallInput
 from reducers.methods.approx_net import ApproxNet, Guess, watch
 from reducers.methods.back_tracking import back_track
 from reducers.methods.concrete_masks import concrete_masks, evened, masked_block
 from reducers.methods.sttabt import Plan, keep_nested
+from reducers.runtime.plain import PlainModel
 from reducers.tokens import Layout, TokenBatch
 
 from .conftest import DEPTH, make_vit
@@ -286,7 +287,7 @@ def test_costs_are_those_of_the_rows(images):
 def test_a_small_deits_network_costs_a_thirteenth_of_it():
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
-        net = ApproxNet(Host(model), shrink=4)
+        net = ApproxNet(PlainModel(host_of(model)), shrink=4)
     assert net.width == 96 and net.blocks[0].heads == 6
     assert net.macs() == pytest.approx(0.338e9, rel=0.002)
 
@@ -329,9 +330,9 @@ def test_after_another_method_it_keeps_what_is_left_of_its_choice(images):
 def test_what_is_watched_is_the_plain_model(images):
     base = make_vit("registers").double()
     images = images.double()
-    dense = watch(Host(base), images)
+    dense = watch(PlainModel(host_of(base)), images)
     torch.testing.assert_close(dense.logits, base(images), rtol=0, atol=1e-9)
-    for whole, mean in zip(dense.maps, Host(base).attention_maps(images), strict=True):
+    for whole, mean in zip(dense.maps, PlainModel(host_of(base)).attention_maps(images), strict=True):
         torch.testing.assert_close(whole.mean(1), mean)
     x = embed(base, images)
     torch.testing.assert_close(dense.embedding, x)
@@ -342,7 +343,7 @@ def test_what_is_watched_is_the_plain_model(images):
 
 def test_distillation_losses_are_those_of_the_formulas(images):
     reducer, base = learned(STTABT()), make_vit()
-    dense, guess = watch(Host(base), images), reducer.approx(images)
+    dense, guess = watch(PlainModel(host_of(base)), images), reducer.approx(images)
     found = reducer.mimicry(guess, dense, hidden=0.01, prediction=200.0)
     rows = []
     for scores, seen in zip(guess.scores, dense.maps, strict=True):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reducers import Keep, Layout, Merge
-from reducers.hosts.host import carriers
 from reducers.methods.ats import cumulative, even_points, sample_inverse, sample_nearest, sample_official, significance
 from reducers.methods.clusters import nearest_centre
 from reducers.methods.evit import fuse_the_rest
@@ -20,6 +19,7 @@ from reducers.methods.pitome import merge_by_rank
 from reducers.methods.tome import bipartite_pairs, merge_pairs
 from reducers.methods.topk import first_of, keep_highest, rank_patches
 from reducers.noise import image_keys, stream, uniform
+from reducers.runtime.plain import carriers
 
 CPU = torch.device("cpu")
 SHARES = (0.0, 0.25, 0.5)  # few values, so that most draws tie

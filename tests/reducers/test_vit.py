@@ -12,7 +12,7 @@ import torch
 from timm.models import vision_transformer as vit_module
 
 from reducers import ATS, Count, EViT, Identity, Ratio, ToMe, TopK, UnsupportedModel, at, reduce_tokens
-from reducers.hosts.adapter import check_model
+from reducers.hosts import host_of
 
 TRANSFORMER_MODULES = [
     "vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "cait", "xcit", "tnt",
@@ -79,7 +79,7 @@ def is_giant(model: torch.nn.Module) -> bool:
 def is_refused(name: str, probe: torch.nn.Module) -> bool:
     """Whether the runtime refuses the model, which it must do with a word on what is supported."""
     try:
-        check_model(probe)
+        host_of(probe)
     except UnsupportedModel as error:
         if "Supported" not in str(error) and "create" not in str(error):
             pytest.fail(f"{name} is refused without saying what is supported: {error}")
@@ -152,7 +152,7 @@ def test_every_transformer_of_timm_is_equal_or_refused():
         except (RuntimeError, NotImplementedError, TypeError):
             probe = timm.create_model(name)  # some cannot be made on the meta device
         try:
-            check_model(probe)
+            host_of(probe)
         except UnsupportedModel:
             continue
         _check_full_depth(name)

@@ -1,0 +1,420 @@
+"""What the runtime asks of a model: the one door between it and a library.
+
+A ``Host`` is made once for a model and holds nothing of a pass; a ``HostBlock`` is a view of one of its blocks, made
+when it is asked for; a ``Core`` is what that block's attention is over one batch. A library's models come in by one
+file that implements these three, and one line in the table of ``reducers.hosts``. ``docs/hosts.md`` writes one.
+
+Everything here reads the model as it is now, so that what its user changes after wrapping counts at the next call.
+Defaults do nothing and cost nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reducers.cost import BlockCost
+from reducers.errors import ReducerError
+from reducers.tokens import Layout, TokenBatch
+
+Grid = tuple[int, int]
+Spread = Literal["share", "mean"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks in a row that work at one width, on one grid."""
+
+    first: int
+    last: int  # the last of them, not the one behind
+    grid: Grid | None  # rows and columns of patches; None where the model has no image size of its own
+    width: int  # D, features of a token
+    heads: int
+    prefix: int  # class, distillation and register tokens that lead each image
+    has_class_token: bool
+
+
+class Core(ABC):
+    """One block's attention over one batch, as far as it is the model's own; the runtime does the rest.
+
+    Parts are numbered query 0, key 1, value 2, and have the shape (T, H, d). ``x`` are the normed features (T, D).
+    """
+
+    def __init__(self, x: Tensor, layout: Layout) -> None:
+        self.x = x
+        self.layout = layout
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What logits are multiplied by."""
+
+    @property
+    def dropout(self) -> float:
+        """The share of attention weights that is dropped now."""
+        return 0.0
+
+    @abstractmethod
+    def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Parts ``first`` … ``last - 1`` of the given rows of ``x``, norms of queries and keys included.
+
+        Keys and values are those of ``keys_layout``, whatever rows they come from.
+        """
+
+    @abstractmethod
+    def out(self, summed: Tensor, rows: Tensor | None) -> Tensor:
+        """From the values summed for the given packed rows (or all), (Tq, H d), to what the block adds: (Tq, D)."""
+
+    def turn(self, part: Tensor, rows: Tensor | None) -> Tensor:
+        """Queries or keys of the given packed rows (or all) as the logits take them: turned by their places (rope).
+
+        What reducers are shown as keys is not turned: a similarity must not see places.
+        """
+        return part
+
+    def mix(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values after an exchange between tokens (a shift in time); reducers see what comes of it."""
+        return keys, values
+
+    def pair_bias(self) -> Tensor | None:
+        """Added to the logits of each pair: (B or 1, H or 1, L, L) padded, rows are queries; relative places."""
+        return None
+
+    @property
+    def keys_layout(self) -> Layout:
+        """Where keys and values lie, where they are not the tokens' own (cells of a coarser grid)."""
+        return self.layout
+
+    def to_tokens(self, cells: Tensor, how: Spread) -> Tensor:
+        """From keys (K, ...) to tokens (T, ...): a cell's attention shared out, its key or value averaged."""
+        return cells
+
+
+class HostBlock(ABC):
+    """A view of one block: what is computed, in parts between which reducers decide."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @property
+    @abstractmethod
+    def cost(self) -> BlockCost:
+        """The widths that its cost depends on."""
+
+    def fixed_macs(self, batch: TokenBatch) -> Tensor | None:
+        """Multiply-adds beside attention and MLP, (B,) float64: ``before``, convolutions; None: there are none."""
+        return None
+
+    def key_counts(self, batch: TokenBatch) -> Tensor:
+        """(B,) keys of each image, as ``Core.keys_layout`` would have them."""
+        return batch.layout.lengths
+
+    def before(self, batch: TokenBatch) -> TokenBatch:
+        """Work that no reducer at the attention site sees (attention over time)."""
+        return batch
+
+    @abstractmethod
+    def core(self, batch: TokenBatch) -> Core:
+        """The attention over the tokens that enter it."""
+
+    @abstractmethod
+    def after_attention(self, x: Tensor, added: Tensor, layout: Layout) -> Tensor:
+        """x (T, D) and what attention adds: residual, its scale, stochastic depth. May write into ``added``."""
+
+    def settle(self, batch: TokenBatch) -> TokenBatch:
+        """After the reducers' decisions, before the MLP (class tokens that several frames share made equal)."""
+        return batch
+
+    @abstractmethod
+    def after_mlp(self, x: Tensor, layout: Layout) -> Tensor:
+        """x (T, D) through the MLP, residual included."""
+
+    @property
+    @abstractmethod
+    def mlp(self) -> nn.Module:
+        """The module that ``after_mlp`` calls token by token; STTABT masks its linear layers."""
+
+
+@dataclass(frozen=True)
+class StochasticDepth:
+    """A whole image's branch is dropped at once."""
+
+    rate: float
+    scale_by_keep: bool = True
+
+    def __call__(self, x: Tensor, layout: Layout) -> Tensor:
+        keep = 1 - self.rate
+        images = torch.empty(layout.images, dtype=x.dtype, device=x.device).bernoulli_(keep)
+        if keep > 0 and self.scale_by_keep:
+            images = images / keep
+        return x * images[layout.row_image, None]
+
+
+class PreNormBlock(HostBlock):
+    """``x + s0(core(norm0 x)); x + s1(mlp(norm1 x))``, the one place where it is written.
+
+    A host maps its library's names onto ``norm``, ``scale`` (LayerScale, gamma), ``depth`` and ``mlp``. Branch 0 is the
+    attention, branch 1 the MLP.
+    """
+
+    trusted: ClassVar[tuple[str, ...]] = ("torch.nn.modules.",)  # modules of these packages keep none of their output
+
+    @abstractmethod
+    def norm(self, branch: int) -> nn.Module:
+        """Before the branch."""
+
+    def scale(self, branch: int) -> Callable[[Tensor], Tensor] | None:
+        """Of what the branch adds; None: as it is."""
+        return None
+
+    def depth(self, branch: int) -> StochasticDepth | None:
+        """What drops the branch of some images now."""
+        return None
+
+    @abstractmethod
+    def attention(self, x: Tensor, batch: TokenBatch) -> Core:
+        """Over the normed features x (T, D) of a batch."""
+
+    @abstractmethod
+    def attention_ends(self) -> tuple[nn.Module, ...]:
+        """The modules one of which gave what ``Core.out`` returned."""
+
+    def core(self, batch: TokenBatch) -> Core:
+        return self.attention(self.norm(0)(batch.x), batch)
+
+    def after_attention(self, x: Tensor, added: Tensor, layout: Layout) -> Tensor:
+        return self._add(0, x, added, layout, self.attention_ends())
+
+    def after_mlp(self, x: Tensor, layout: Layout) -> Tensor:
+        mlp = self.mlp
+        return self._add(1, x, mlp(self.norm(1)(x)), layout, (mlp,))
+
+    def _add(self, branch: int, x: Tensor, added: Tensor, layout: Layout, ends: tuple[nn.Module, ...]) -> Tensor:
+        scale, drop = self.scale(branch), self.depth(branch)
+        if scale is not None:
+            added = scale(added)
+            if isinstance(scale, nn.Module):
+                ends = (*ends, scale)
+        if drop is not None:
+            added = drop(added, layout)
+        return add_residual(x, added, ends, self.trusted)
+
+
+def add_residual(x: Tensor, added: Tensor, sources: tuple[nn.Module, ...], trusted: tuple[str, ...]) -> Tensor:
+    """x + added, in the memory of ``added`` where no one can ask for it again: no gradient, and none of ``sources``,
+    whose output it is.
+    """
+    if torch.is_grad_enabled() or added.dtype != x.dtype:  # autocast: the sum keeps the wider type
+        return x + added
+    if torch.compiler.is_compiling() or any(_may_keep(source, trusted) for source in sources):
+        return x + added
+    return added.add_(x)
+
+
+def _may_keep(module: nn.Module, trusted: tuple[str, ...]) -> bool:
+    """Whether a hook on the module, or code of its user's own in it, may hold on to its output."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return True
+    if not type(module).__module__.startswith(trusted):
+        return True
+    return any(_may_keep(part, trusted) for part in module._modules.values() if part is not None)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of a library that a host drives: a row of docs/families.md."""
+
+    name: str  # as the library's module has it
+    about: str
+    travels: str = "nothing beside the features"  # what a token takes along for the model's sake
+    refused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # why -> entry points
+
+
+class Host(ABC):
+    """A model of a library, as the runtime drives it and as reducers may ask of it."""
+
+    library: ClassVar[str] = ""
+    families: ClassVar[tuple[Family, ...]] = ()
+
+    @classmethod
+    def entry_points(cls, family: Family) -> list[str]:
+        """The models of a family by the names under which the library makes them, refused ones included."""
+        return []
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+
+    # --- whether it can be driven ---
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse a model that could not be run exactly, with ``UnsupportedModel``: the cause, and what is supported.
+
+        Asked when the model is wrapped and again at each call, as its user may change it in between.
+        """
+
+    # --- facts ---
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """The blocks, first to last; most models have one stage."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks at which a reducer may be placed, through all stages."""
+        return self.stages[-1].last + 1
+
+    def stage_of(self, block: int) -> Stage:
+        """The stage that a block belongs to."""
+        return next(stage for stage in self.stages if block <= stage.last)
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Logits of an image."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """What tokens pass between the last block and the head, each by itself."""
+
+    @property
+    @abstractmethod
+    def read_prefix(self) -> int | None:
+        """How many prefix tokens the head reads, the first ones, where it reads no patch; None where it does."""
+
+    @property
+    def head_words(self) -> str:
+        """What the head reads, in the library's words: for messages."""
+        return "its head reads " + ("patches" if self.read_prefix is None else "prefix tokens")
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Of an image."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that the model was made for."""
+
+    @property
+    def width(self) -> int:
+        """Features of a token that enters block 0."""
+        return self.stages[0].width
+
+    @property
+    def heads(self) -> int:
+        return self.stages[0].heads
+
+    @property
+    def prefix(self) -> int:
+        """Prefix tokens that enter block 0."""
+        return self.stages[0].prefix
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.stages[0].has_class_token
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches that the model was made for."""
+        grid = self.stages[0].grid
+        if grid is None:
+            raise ReducerError("the model has no image size of its own; create it with img_size=…")
+        return grid
+
+    @property
+    def patches(self) -> int:
+        """Patch tokens that enter block 0 at the size the model was made for."""
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def reads_prefix_alone(self) -> bool:
+        """The head reads prefix tokens (class, distillation) and no patch."""
+        return self.read_prefix is not None
+
+    @property
+    def like(self) -> Tensor:
+        """A parameter of the model: its dtype and device are those of parameters a reducer adds."""
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What a reducer's parameters may depend on."""
+        return self.width, self.heads, self.depth, self.prefix, self.grid
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the model's user asked for gradient checkpointing."""
+        return False
+
+    # --- images ---
+
+    @abstractmethod
+    def grid_of(self, images: Tensor) -> Grid:
+        """Rows and columns of patches of these images, which may have another size."""
+
+    def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
+        """Rows and columns of patches of images that are to be resized, and the pixels of a patch; images that the
+        model does not take are refused.
+        """
+        raise ReducerError(f"images cannot be resized for {type(self.model).__name__}")
+
+    @abstractmethod
+    def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
+        """Images -> the tokens that enter block 0. ``resized``: a reducer made them smaller, so positions must be
+        interpolated; ``track``: each token's place is asked for. A host whose blocks ask for places always tracks them.
+        """
+
+    @abstractmethod
+    def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:
+        """Multiply-adds of ``embed`` for one image."""
+
+    # --- blocks ---
+
+    @abstractmethod
+    def block(self, index: int) -> HostBlock:
+        """A view of a block as it is now."""
+
+    def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
+        """Blocks ``first`` … ``last - 1`` of one stage by the library's own code; None where it would not compute the
+        same. Asked only where all images are alike and nothing but features and places travels.
+        """
+        return None
+
+    def enter(self, block: int, batch: TokenBatch) -> TokenBatch:
+        """What lies before the first block of a later stage; the whole map of patches is needed."""
+        return batch
+
+    def enter_macs(self, block: int, batch: TokenBatch) -> Tensor | float:
+        """Multiply-adds of it for each image, (B,) float64 or one number."""
+        return 0.0
+
+    # --- the head ---
+
+    @abstractmethod
+    def classify(self, batch: TokenBatch) -> Any:
+        """Logits (B, classes) of the tokens that leave the last block: final norm, pool and head."""
+
+    def head_macs(self, layout: Layout) -> Tensor:
+        """Multiply-adds of pool and head for each image, (B,) float64."""
+        macs = float(self.classifier_macs)
+        return torch.full((layout.images,), macs, dtype=torch.float64, device=layout.lengths.device)
+
+    @property
+    @abstractmethod
+    def classifier_macs(self) -> int:
+        """Multiply-adds of the linear layers that make logits, for one image."""
+
+    @abstractmethod
+    def behind(self, block: int) -> Iterable[nn.Module]:
+        """The modules that compute from this block on: blocks, final norm, pool and head."""
