@@ -141,13 +141,27 @@ def test_within_the_reducers_timm_is_imported_below_vit_only() -> None:
 
 
 # methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass
-RUN_BLOCKS = {f"reducers/methods/{name}.py" for name in ("approx_net", "concrete_masks", "sttabt", "ia_red2")}
+RUN_BLOCKS = {
+    f"reducers/methods/{name}.py" for name in ("sttabt/approx_net", "sttabt/concrete_masks", "sttabt/method", "ia_red2")
+}
 
 
 def test_methods_do_not_know_the_host_model() -> None:
     knowing = [where for where in imports("reducers/methods") if where[2].startswith("reducers.vit")]
     assert [where for where in knowing if where[0] not in RUN_BLOCKS] == []
     assert {where[0] for where in knowing} == RUN_BLOCKS, "an exception that is no longer needed"
+
+
+def test_methods_share_through_the_kit_alone() -> None:
+    """A method of several files is a folder, whose files may lean on each other; the kit knows no method."""
+    leaning = [
+        (file, name)
+        for file, _, name in imports("reducers/methods", "reducers/kit")
+        if name.startswith("reducers.methods") and file != "reducers/methods/__init__.py"
+    ]
+    inside = {(file, name) for file, name in leaning if name.startswith(f"{file.rpartition('/')[0].replace('/', '.')}.")}
+    assert [where for where in leaning if where not in inside or where[0].count("/") < 3] == []
+    assert any(file.startswith("reducers/methods/sttabt/") for file, _ in inside), "the test no longer sees any"
 
 
 def test_library_code_prints_nothing() -> None:
@@ -278,6 +292,7 @@ def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
     elsewhere = [
         (relative(path), node.lineno, f"{node.module}:{alias.name}")
         for path in sources(*PACKAGES, "tests")
+        if path.parent != ROOT / "tests" / "data"  # a user's files, of an earlier version
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and node.module in made
         for alias in node.names

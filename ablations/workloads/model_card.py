@@ -18,7 +18,7 @@ from ablations.workloads.base import Workload
 from ablations.workloads.embedded import embedded_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
 from reducers.base import State
-from reducers.methods.topk import keep_highest
+from reducers.kit.selection import keep_highest
 from reducers.signals import Signals
 
 BLOCK = 3

@@ -18,17 +18,8 @@ from torch.nn import functional as F
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
-from reducers.methods.clusters import (
-    busy,
-    count_each,
-    keeps_all,
-    labels_of,
-    merge_labels,
-    nearest_centre,
-    squared_distances,
-)
-from reducers.methods.dpc_knn import density_peaks
-from reducers.methods.topk import keep_count, rank_patches
+from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
+from reducers.kit.selection import busy, count_each, keep_count, keeps_all, rank_patches
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals

@@ -17,8 +17,8 @@ from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape, linear_macs
 from reducers.errors import ReducerError
-from reducers.methods.ranked_merge import merge_ranked, soft_merge
-from reducers.methods.topk import keep_highest, rank_patches
+from reducers.kit.ranked_merge import merge_ranked, soft_merge
+from reducers.kit.selection import keep_highest, rank_patches
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals

@@ -15,52 +15,13 @@ from torch import Tensor, nn
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
-from reducers.methods.clusters import (
-    Site,
-    busy,
-    count_each,
-    keeps_all,
-    labels_of,
-    merge_labels,
-    nearest_centre,
-    squared_distances,
-)
-from reducers.methods.topk import first_of, keep_count
+from reducers.kit.clustering import Site, density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
+from reducers.kit.selection import busy, count_each, keep_count, keeps_all
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
 Weights = Literal["equal", "learned"]
-
-
-def log_density(squared: Tensor, valid: Tensor, neighbours: int) -> Tensor:
-    """Minus the mean squared distance to the k nearest tokens, the token itself included. (B, N, N) -> (B, N)
-
-    The density is the exponential of it; the logarithm ranks alike and cannot underflow. Of fewer than k tokens, all
-    count. Padding gets -inf.
-    """
-    nearest = squared.topk(min(neighbours, squared.shape[2]), dim=2, largest=False).values
-    there = nearest.isfinite()
-    mean = nearest.masked_fill(~there, 0).sum(2) / there.sum(2).clamp(min=1)
-    return (-mean).masked_fill(~valid, -torch.inf)
-
-
-def density_peaks(squared: Tensor, valid: Tensor, count: Tensor, *, neighbours: int) -> Tensor:
-    """The ``count`` (B,) tokens with the largest density x distance to the nearest denser token, (B, N) bool.
-
-    squared (B, N, N): squared distances. Of equally dense tokens the first counts as denser [D: the authors add noise
-    instead]; the densest of all gets the largest distance there is. Products are compared by their logarithms.
-    """
-    density = log_density(squared, valid, neighbours)
-    place = torch.arange(squared.shape[1], device=squared.device)
-    ours, theirs = density[:, :, None], density[:, None, :]
-    denser = (theirs > ours) | ((theirs == ours) & (place < place[:, None]))
-    denser = denser & valid[:, None, :]
-    gap = squared.masked_fill(~denser, torch.inf).amin(dim=2)
-    widest = squared.masked_fill(squared.isinf(), 0).amax(dim=(1, 2))
-    gap = torch.where(denser.any(dim=2), gap, widest[:, None])
-    peak = (density + 0.5 * gap.log()).masked_fill(~valid, -torch.inf)
-    return first_of(peak.sort(dim=1, descending=True, stable=True).indices, count) & valid
 
 
 def learned_weights(logits: Tensor, layout: Layout) -> Tensor:

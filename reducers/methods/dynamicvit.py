@@ -13,8 +13,8 @@ from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_choice, checked_weight
 from reducers.errors import ReducerError
+from reducers.kit.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.maps import Keep, Mask
-from reducers.methods.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -11,9 +11,8 @@ from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
 from reducers.errors import ReducerError
+from reducers.kit.selection import count_each, first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
-from reducers.methods.clusters import count_each
-from reducers.methods.topk import first_of, keep_count, keep_highest, rank_patches
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,12 +11,10 @@ from torch import Tensor
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice
-from reducers.methods.clusters import count_each, keeps_all
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.kit.grid import Norm, keep_middle
+from reducers.kit.selection import count_each, keep_count
 from reducers.registry import register
 from reducers.signals import Signals
-
-Norm = Literal["l1", "l2", "linf"]
 
 
 @functools.cache
@@ -42,20 +39,6 @@ def nearest_ring(target: Tensor, counts: tuple[int, ...]) -> Tensor:
     """The count nearest to each target, of two equally near ones the smaller. (B,) int64 -> (B,)"""
     offered = torch.tensor(counts, device=target.device)
     return offered[(offered - target[:, None]).abs().argmin(dim=1)]
-
-
-def keep_middle(signals: Signals, far: tuple[float, ...], count: Tensor | int) -> Decision | None:
-    """Keep the ``count`` tokens of each image that lie nearest to its centre; None where that is all of them.
-
-    ``far``: the distance of every original patch. A token that is no single patch's continuation goes first.
-    """
-    if keeps_all(signals.layout, count):
-        return None
-    pos = signals.positions()
-    table = torch.tensor(far, dtype=torch.float32, device=pos.device)
-    middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
-    kept = keep_highest(signals.layout, middle, count)
-    return None if kept is None else Decision(kept)
 
 
 @register("fixed_pattern")

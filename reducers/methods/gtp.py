@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_share
+from reducers.kit.selection import busy, count_each, keep_count, keep_highest, keeps_all
 from reducers.maps import Mix
-from reducers.methods.clusters import busy, count_each, keeps_all
-from reducers.methods.topk import keep_count, keep_highest
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

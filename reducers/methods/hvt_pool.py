@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_flag
 from reducers.errors import ReducerError
+from reducers.kit.clustering import Site
 from reducers.maps import Mix
-from reducers.methods.clusters import Site
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

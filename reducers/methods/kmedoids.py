@@ -12,9 +12,9 @@ from torch import Tensor
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
+from reducers.kit.clustering import Site, Weights, nearest_centre, squared_distances
+from reducers.kit.selection import busy, count_each, first_of, keep_count, keeps_all
 from reducers.maps import keep_patches, keep_ranked
-from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, nearest_centre, squared_distances
-from reducers.methods.topk import first_of, keep_count
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_whole
-from reducers.methods.clusters import merge_labels
-from reducers.methods.tome import ToMe
+from reducers.kit.clustering import merge_labels
+from reducers.kit.pairs import PairMerging
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -80,7 +80,7 @@ def merge_best_pairs(layout: Layout, metric: Tensor, order: Tensor, pairs: Tenso
 
 
 @register("pitome")
-class PiToMe(ToMe):
+class PiToMe(PairMerging):
     """Merge the tokens of highest energy pairwise, protect the others.
 
     Metric: cosine of the patches' head-mean keys. Of the 2r tokens of highest energy each second one, by rank, is
@@ -103,7 +103,7 @@ class PiToMe(ToMe):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        pairs = self._pairs(layout, state)
+        pairs = self.pairs(layout, state)
         if isinstance(pairs, int) and pairs == 0:
             return None
         pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs

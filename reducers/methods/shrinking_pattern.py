@@ -15,7 +15,7 @@ from torch import Tensor
 from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_whole
 from reducers.errors import ReducerError
-from reducers.methods.fixed_pattern import Norm, keep_middle
+from reducers.kit.grid import Norm, keep_middle
 from reducers.registry import register
 from reducers.signals import Signals
 

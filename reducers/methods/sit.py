@@ -14,7 +14,7 @@ from reducers.base import State
 from reducers.budget import Budget
 from reducers.checks import checked_weight
 from reducers.errors import ReducerError
-from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
 from reducers.registry import register
 
 

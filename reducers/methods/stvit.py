@@ -19,8 +19,8 @@ from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
 from reducers.cost import BlockShape
 from reducers.errors import ReducerError
+from reducers.kit.grid import smaller_grid
 from reducers.maps import Mix
-from reducers.methods.small_input import smaller_grid
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch

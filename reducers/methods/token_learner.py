@@ -15,7 +15,7 @@ from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_choice
 from reducers.errors import ReducerError
-from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
 from reducers.registry import register
 from reducers.signals import Signals
 

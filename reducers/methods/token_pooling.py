@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
-from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, merge_labels
-from reducers.methods.topk import keep_count
+from reducers.kit.clustering import Site, Weights, merge_labels
+from reducers.kit.selection import busy, count_each, keep_count, keeps_all
 from reducers.registry import register
 from reducers.signals import Signals
 

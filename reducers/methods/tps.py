@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.base import Decision, State
+from reducers.kit.keep_predictor import PredictedKeep
+from reducers.kit.selection import Ranked, busy
 from reducers.maps import Keep, Mask, Merge
-from reducers.methods.clusters import busy
-from reducers.methods.keep_predictor import PredictedKeep
-from reducers.methods.topk import Ranked
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

@@ -15,8 +15,7 @@ from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
 from reducers.errors import ReducerError
-from reducers.methods.clusters import busy, count_each, keeps_all
-from reducers.methods.topk import first_of, keep_count, keep_highest
+from reducers.kit.selection import busy, count_each, first_of, keep_count, keep_highest, keeps_all
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -9,9 +9,9 @@ import torch
 
 from ablations.measure.finetune.objective import Objective, TrainingViT
 from reducers import ATS, Drop, Ratio, ReducerError, Stack, ToMe, TopK, at, build, reduce_tokens
+from reducers.kit.halting import halt, halting_score
 from reducers.methods import AViT
 from reducers.methods.avit import depth_prior, prior_penalty, published_constants
-from reducers.methods.halting import halt, halting_score
 from tests.finetune.conftest import recipe_of
 
 from .conftest import DEPTH, assert_same_alone_and_in_a_batch, make_vit

@@ -14,10 +14,10 @@ from ablations.measure.finetune.schedule import make_optimizer
 from ablations.trial.recipe import parse_recipe
 from reducers import ATS, Count, Mix, Ratio, ReducerError, ToMe, TopK, at, reduce_tokens
 from reducers.budget import Drop
+from reducers.kit.clustering import merge_labels
+from reducers.kit.learned_pooling import LearnedPooling, pooled_features, pooled_map
 from reducers.methods import DPCKNN, PatchMerger, Sinkhorn, SiT, TokenLearner
-from reducers.methods.clusters import merge_labels
 from reducers.methods.dpc_knn import learned_weights
-from reducers.methods.learned_pooling import LearnedPooling, pooled_features, pooled_map
 from reducers.methods.patch_merger import Merger
 from reducers.methods.sinkhorn import Prototypes, transport_plan
 from reducers.methods.sit import Slimming

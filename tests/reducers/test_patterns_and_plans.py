@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, EViT, Ratio, ReducerError, Stack, ToMe, TopK, at, every, reduce_tokens
+from reducers.kit.back_tracking import back_track
+from reducers.kit.grid import smaller_grid
 from reducers.methods import BackTracking, FixedPattern, HVTPool, SmallInput
-from reducers.methods.back_tracking import back_track
 from reducers.methods.fixed_pattern import nearest_ring, radii, ring_counts
 from reducers.methods.hvt_pool import max_pool, pool_windows, pooled_length
-from reducers.methods.small_input import smaller_grid
 from reducers.tokens import Layout
 
 from .conftest import assert_same_alone_and_in_a_batch, make_vit, nested_squares

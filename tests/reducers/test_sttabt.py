@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
+from reducers.kit.back_tracking import back_track
 from reducers.methods import STTABT, SmallInput
-from reducers.methods.approx_net import ApproxNet, Guess, watch
-from reducers.methods.back_tracking import back_track
-from reducers.methods.concrete_masks import concrete_masks, evened, masked_block
-from reducers.methods.sttabt import Plan, keep_nested
+from reducers.methods.sttabt.approx_net import ApproxNet, Guess, watch
+from reducers.methods.sttabt.concrete_masks import concrete_masks, evened, masked_block
+from reducers.methods.sttabt.method import Plan, keep_nested
 from reducers.tokens import Layout, TokenBatch
 from reducers.vit.host import Host
 

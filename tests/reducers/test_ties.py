@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reducers import Keep, Layout, Merge
+from reducers.kit.clustering import nearest_centre
+from reducers.kit.pairs import bipartite_pairs, merge_pairs
+from reducers.kit.selection import first_of, keep_highest, rank_patches
 from reducers.methods.ats import cumulative, even_points, sample_inverse, sample_nearest, sample_official, significance
-from reducers.methods.clusters import nearest_centre
 from reducers.methods.evit import fuse_the_rest
 from reducers.methods.pitome import merge_by_rank
-from reducers.methods.tome import bipartite_pairs, merge_pairs
-from reducers.methods.topk import first_of, keep_highest, rank_patches
 from reducers.noise import image_keys
 from reducers.vit.host import carriers
 

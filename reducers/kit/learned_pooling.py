@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.kit.selection import busy
 from reducers.maps import Mix
-from reducers.methods.clusters import busy
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

@@ -11,31 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reducers.kit.selection import first_of
 from reducers.maps import Merge
 from reducers.tokens import Layout
 
 Site = Literal["input", "attention"]
 Weights = Literal["attention", "equal"]
-
-
-def keeps_all(layout: Layout, count: Tensor | int) -> bool:
-    """No image has more patches than it may keep."""
-    if isinstance(count, int):
-        assert layout.uniform is not None
-        return count >= layout.uniform[0] - layout.uniform[1]
-    return bool((count >= layout.patches).all())
-
-
-def count_each(layout: Layout, count: Tensor | int) -> Tensor:
-    """The count of every image, (B,) int64."""
-    if isinstance(count, int):
-        return torch.full_like(layout.lengths, count)
-    return count
-
-
-def busy(layout: Layout, count: Tensor | int) -> Tensor:
-    """(B,) float64: 1 for images that have something to reduce, 0 for those left as they are, which cost nothing."""
-    return (count_each(layout, count) < layout.patches).double()
 
 
 def squared_distances(x: Tensor, valid: Tensor) -> Tensor:
@@ -63,6 +44,36 @@ def nearest_centre(distance: Tensor, centre: Tensor) -> Tensor:
     """
     place = torch.arange(centre.shape[1], device=centre.device)
     return torch.where(centre, place, distance.masked_fill(~centre[:, None], torch.inf).argmin(dim=2))
+
+
+def log_density(squared: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+    """Minus the mean squared distance to the k nearest tokens, the token itself included. (B, N, N) -> (B, N)
+
+    The density is the exponential of it; the logarithm ranks alike and cannot underflow. Of fewer than k tokens, all
+    count. Padding gets -inf.
+    """
+    nearest = squared.topk(min(neighbours, squared.shape[2]), dim=2, largest=False).values
+    there = nearest.isfinite()
+    mean = nearest.masked_fill(~there, 0).sum(2) / there.sum(2).clamp(min=1)
+    return (-mean).masked_fill(~valid, -torch.inf)
+
+
+def density_peaks(squared: Tensor, valid: Tensor, count: Tensor, *, neighbours: int) -> Tensor:
+    """The ``count`` (B,) tokens with the largest density x distance to the nearest denser token, (B, N) bool.
+
+    squared (B, N, N): squared distances. Of equally dense tokens the first counts as denser [D: the authors add noise
+    instead]; the densest of all gets the largest distance there is. Products are compared by their logarithms.
+    """
+    density = log_density(squared, valid, neighbours)
+    place = torch.arange(squared.shape[1], device=squared.device)
+    ours, theirs = density[:, :, None], density[:, None, :]
+    denser = (theirs > ours) | ((theirs == ours) & (place < place[:, None]))
+    denser = denser & valid[:, None, :]
+    gap = squared.masked_fill(~denser, torch.inf).amin(dim=2)
+    widest = squared.masked_fill(squared.isinf(), 0).amax(dim=(1, 2))
+    gap = torch.where(denser.any(dim=2), gap, widest[:, None])
+    peak = (density + 0.5 * gap.log()).masked_fill(~valid, -torch.inf)
+    return first_of(peak.sort(dim=1, descending=True, stable=True).indices, count) & valid
 
 
 def labels_of(owner: Tensor, centre: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, Ratio, checked_budget, rounded_share
 from reducers.checks import checked_share, checked_weight
 from reducers.errors import ReducerError
+from reducers.kit.selection import busy, count_each, first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
-from reducers.methods.clusters import busy, count_each
-from reducers.methods.topk import first_of, keep_highest, rank_patches
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

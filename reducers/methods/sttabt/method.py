@@ -17,10 +17,10 @@ from reducers.base import Decision, State, TokenReducer, advance
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape
+from reducers.kit.back_tracking import back_track
 from reducers.maps import Keep
-from reducers.methods.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
-from reducers.methods.back_tracking import back_track
-from reducers.methods.concrete_masks import MIXING, concrete_masks, masked_block
+from reducers.methods.sttabt.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
+from reducers.methods.sttabt.concrete_masks import MIXING, concrete_masks, masked_block
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
