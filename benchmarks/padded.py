@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers import Placement
-from reducers.base import State
 from reducers.errors import ReducerError
 from reducers.maps import Keep
+from reducers.reducer import State
 from reducers.signals import Signals
 from reducers.tokens import Layout
 from reducers.vit.adapter import check_model

@@ -16,7 +16,8 @@ from benchmarks.speed import DENSE
 from benchmarks.subjects import Subject, ats, packed
 from benchmarks.timing import Run, Turns, take_turns
 from reducers import Drop, EViT, Placement, Ratio, ToMe, at, every, reduce_tokens
-from reducers.base import Decision, State, TokenReducer
+from reducers.decision import Decision
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 
 

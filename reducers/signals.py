@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, class_rows_after
+from reducers.decision import Decision, class_rows_after
 from reducers.errors import ReducerError
 from reducers.tokens import Layout, TokenBatch
 

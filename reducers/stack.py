@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

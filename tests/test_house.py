@@ -159,7 +159,9 @@ def test_methods_share_through_the_kit_alone() -> None:
         for file, _, name in imports("reducers/methods", "reducers/kit")
         if name.startswith("reducers.methods") and file != "reducers/methods/__init__.py"
     ]
-    inside = {(file, name) for file, name in leaning if name.startswith(f"{file.rpartition('/')[0].replace('/', '.')}.")}
+    inside = {
+        (file, name) for file, name in leaning if name.startswith(f"{file.rpartition('/')[0].replace('/', '.')}.")
+    }
     assert [where for where in leaning if where not in inside or where[0].count("/") < 3] == []
     assert any(file.startswith("reducers/methods/sttabt/") for file, _ in inside), "the test no longer sees any"
 

@@ -17,8 +17,8 @@ from ablations.workloads import digits
 from ablations.workloads.base import Workload
 from ablations.workloads.embedded import embedded_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
-from reducers.base import State
 from reducers.kit.selection import keep_highest
+from reducers.reducer import State
 from reducers.signals import Signals
 
 BLOCK = 3

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reducers.base import Decision
+from reducers.decision import Decision
 from reducers.kit.selection import keep_highest, keeps_all
 from reducers.signals import Signals
 

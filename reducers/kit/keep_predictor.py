@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, Ratio, checked_budget, rounded_share
 from reducers.checks import checked_share, checked_weight
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import busy, count_each, first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.decision import Decision
 from reducers.kit.selection import busy
 from reducers.maps import Mix
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag
 from reducers.maps import Merge
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

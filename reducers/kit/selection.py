@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Rounding, checked_budget
 from reducers.checks import checked_seed
 from reducers.maps import Keep, keep_patches, keep_ranked
+from reducers.reducer import State, TokenReducer
 from reducers.scores import find_score
 from reducers.signals import Signals
 from reducers.tokens import Layout

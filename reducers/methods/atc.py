@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag
+from reducers.decision import Decision
 from reducers.kit.clustering import labels_of, merge_labels
 from reducers.kit.selection import busy, count_each, keep_count, keeps_all
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

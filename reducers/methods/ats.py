@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from reducers import noise
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag, checked_seed
+from reducers.decision import Decision
 from reducers.maps import keep_patches, keep_rows
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_flag, checked_number, checked_share, checked_weight, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.halting import Halting, Rule, Sums
 from reducers.maps import keep_rows
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_share
+from reducers.decision import Decision
 from reducers.kit.back_tracking import back_track
 from reducers.maps import keep_rows
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
+from reducers.decision import Decision
 from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import busy, count_each, keep_count, keeps_all, rank_patches
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals

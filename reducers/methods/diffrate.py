@@ -13,12 +13,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape, linear_macs
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.ranked_merge import merge_ranked, soft_merge
 from reducers.kit.selection import keep_highest, rank_patches
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals

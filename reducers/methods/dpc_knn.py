@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
+from reducers.decision import Decision
 from reducers.kit.clustering import Site, density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import busy, count_each, keep_count, keeps_all
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

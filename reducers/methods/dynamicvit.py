@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_choice, checked_weight
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.maps import Keep, Mask
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import count_each, first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals

@@ -8,11 +8,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice
+from reducers.decision import Decision
 from reducers.kit.grid import Norm, keep_middle
 from reducers.kit.selection import count_each, keep_count
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

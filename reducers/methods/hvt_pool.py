@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_flag
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.clustering import Site
 from reducers.maps import Mix
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

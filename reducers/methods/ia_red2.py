@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_share, checked_weight
+from reducers.decision import Decision
 from reducers.maps import keep_patches
 from reducers.placement import Placement
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.vit.driver import ReducedViT

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.decision import Decision
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
+from reducers.decision import Decision
 from reducers.kit.clustering import Site, Weights, nearest_centre, squared_distances
 from reducers.kit.selection import busy, count_each, first_of, keep_count, keeps_all
 from reducers.maps import keep_patches, keep_ranked
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_whole
+from reducers.decision import Decision
 from reducers.kit.clustering import merge_labels
 from reducers.kit.pairs import PairMerging
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
+from reducers.decision import Decision
 from reducers.kit.selection import Ranked
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 

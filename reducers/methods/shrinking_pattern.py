@@ -12,10 +12,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.grid import Norm, keep_middle
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

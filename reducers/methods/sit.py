@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State
 from reducers.budget import Budget
 from reducers.checks import checked_weight
 from reducers.errors import ReducerError
 from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.reducer import State
 from reducers.registry import register
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.decision import Decision
 from reducers.kit.grid import smaller_grid
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

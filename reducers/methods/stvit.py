@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer, advance
 from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.kit.grid import smaller_grid
 from reducers.maps import Mix
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch

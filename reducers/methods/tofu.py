@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_share
+from reducers.decision import Decision
 from reducers.kit.pairs import PairMerging
 from reducers.maps import Keep, Merge
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from reducers.base import Decision, State
+from reducers.decision import Decision
 from reducers.kit.pairs import PairMerging
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 

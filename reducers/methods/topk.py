@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from reducers.base import Decision, State
+from reducers.decision import Decision
 from reducers.kit import selection
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -32,6 +33,5 @@ def __getattr__(name: str) -> Any:
     """What stood here before ``reducers.kit`` was there."""
     if name not in ("first_of", "keep_count", "keep_highest", "rank_patches"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    moved = f"reducers.methods.topk.{name} is now reducers.kit.selection.{name}"
-    warnings.warn(moved, DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{name} of the top-K's file is now in reducers.kit.selection", DeprecationWarning, stacklevel=2)
     return getattr(selection, name)

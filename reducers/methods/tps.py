@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State
+from reducers.decision import Decision
 from reducers.kit.keep_predictor import PredictedKeep
 from reducers.kit.selection import Ranked, busy
 from reducers.maps import Keep, Mask, Merge
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout

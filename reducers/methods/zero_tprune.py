@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import busy, count_each, first_of, keep_count, keep_highest, keeps_all
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 

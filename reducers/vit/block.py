@@ -11,11 +11,12 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer, advance
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.lazy import cached_property
 from reducers.maps import Keep
+from reducers.reducer import State, TokenReducer
 from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch

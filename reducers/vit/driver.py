@@ -11,11 +11,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reducers.base import State, TokenReducer
 from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.noise import image_keys
 from reducers.placement import Placement
+from reducers.reducer import State, TokenReducer
 from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from timm.models.vision_transformer import VisionTransformer
 
-from reducers.base import TokenReducer
 from reducers.errors import ReducerError
 from reducers.placement import Placement
+from reducers.reducer import TokenReducer
 from reducers.stack import Stack
 from reducers.vit.host import Host
 

@@ -13,8 +13,9 @@ from timm.layers.format import Format
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 from reducers.tokens import TokenBatch
 from reducers.trace import Tracer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reducers import Drop, ReducerError, TokenReducer, ToMe, at, reduce_tokens
-from reducers.base import Decision, advance
+from reducers.decision import Decision, advance
 from reducers.maps import Mask, Merge, Mix, keep_rows
 from reducers.tokens import Layout, TokenBatch
 from reducers.vit.attention import PackedAttention, masked_softmax

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ablations.trial.recipe import Distillation, Recipe
 from reducers import Placement, TokenReducer
-from reducers.base import State
+from reducers.reducer import State
 from reducers.tokens import TokenBatch
 from reducers.vit.driver import ReducedViT
 

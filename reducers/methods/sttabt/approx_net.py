@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State
 from reducers.errors import ReducerError
+from reducers.reducer import State
 from reducers.tokens import TokenBatch
 from reducers.vit.block import run_block
 from reducers.vit.head import classify

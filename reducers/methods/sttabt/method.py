@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer, advance
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.cost import BlockShape
+from reducers.decision import Decision, advance
 from reducers.kit.back_tracking import back_track
 from reducers.maps import Keep
 from reducers.methods.sttabt.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
 from reducers.methods.sttabt.concrete_masks import MIXING, concrete_masks, masked_block
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
