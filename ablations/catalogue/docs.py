@@ -158,10 +158,10 @@ def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, sou
     needs = [
         words
         for words, asked in (
-            ("a class token", reducer.needs_class_token),
-            ("the attention of the block before", reducer.uses_previous_attention),
-            ("the place of each patch", reducer.uses_positions),
-            ("random numbers, of the seed and the image", reducer.uses_random),
+            ("a class token", reducer.traits.needs_class_token),
+            ("the attention of the block before", reducer.traits.uses_previous_attention),
+            ("the place of each patch", reducer.traits.uses_positions),
+            ("random numbers, of the seed and the image", reducer.traits.uses_random),
         )
         if asked
     ]
@@ -171,7 +171,7 @@ def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, sou
         ["weights", _weights(about)],
         ["trained as published", cls.trained_as],
         ["asks of its training", ", ".join(f"`{name}` {value}" for name, value in reducer.schedule.items())],
-        ["teacher", "the dense model" if reducer.needs_teacher else ""],
+        ["teacher", "the dense model" if reducer.traits.needs_teacher else ""],
         ["acts", _SITES[about.site]],
         ["needs", ", ".join(needs)],
         ["in one block with others", "yes, with any other that stacks" if about.stacks else f"no: {about.why_not}"],

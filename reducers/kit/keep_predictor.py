@@ -22,7 +22,7 @@ from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import busy, count_each, first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
@@ -183,8 +183,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
 class PredictedKeep(TokenReducer):
     """What DynamicViT and dTPS have in common; they differ in what becomes of the dropped patches."""
 
-    trained = True
-    site = "input"
+    traits = Traits(trained=True, site="input")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 100.0, "freeze": 0.167}
 
     def __init__(
@@ -198,18 +197,14 @@ class PredictedKeep(TokenReducer):
         super().__init__()
         self.budget = checked_budget(budget, type(self).__name__)
         self.threshold = None if threshold is None else checked_share(threshold, f"{type(self).__name__}(threshold=…)")
-        self.adaptive = threshold is not None  # type: ignore[misc]  # of this instance, not of the method
         self.ratio_weight = checked_weight(ratio_weight, f"{type(self).__name__}(ratio_weight=…)")
         self.distill_weight = checked_weight(distill_weight, f"{type(self).__name__}(distill_weight=…)")
         self.predictors = nn.ModuleDict()
+        self.traits = replace(self.traits, adaptive=threshold is not None, needs_teacher=self.distill_weight > 0)
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """One predictor for each stage."""
         self.predictors = nn.ModuleDict({str(block): KeepPredictor(host.width) for block in blocks})
-
-    @property
-    def needs_teacher(self) -> bool:  # type: ignore[override]  # of this instance, not of the method
-        return self.distill_weight > 0
 
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
         """Inference: what becomes of the patches that ``kept`` leaves out."""
@@ -259,7 +254,7 @@ class PredictedKeep(TokenReducer):
 
     def _refuse_others(self, state: State, layout: Layout, before: Stage | None) -> None:
         """A mask of one's own is all that a training pass may hold."""
-        others = (noted for owner, notes in state.notes.items() if owner != id(self) for noted in notes)
+        others = (noted for owner, notes in state.notes.items() if owner is not self for noted in notes)
         if any(isinstance(noted, Stage) and noted.alive is not None for noted in others):
             raise ReducerError(
                 f"{self.name} is trained with all its stages in one reducer, so that each knows what those before it "

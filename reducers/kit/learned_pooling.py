@@ -17,7 +17,7 @@ from reducers.budget import Budget, checked_budget
 from reducers.decision import Decision
 from reducers.kit.selection import busy
 from reducers.maps import Mix
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
@@ -107,8 +107,7 @@ class LearnedPooling(TokenReducer):
     that are nearly alike, and at the model's own rate they part too slowly.
     """
 
-    trained = True
-    site = "input"
+    traits = Traits(trained=True, site="input")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
 
     def __init__(self, budget: Budget) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -73,8 +75,9 @@ class Ranked(TokenReducer):
         self.score = score
         self.seed = checked_seed(seed)
         self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random
+        self.traits = replace(
+            self.traits, needs_class_token=self._score.needs_class_token, uses_random=self._score.uses_random
+        )
 
     def highest(self, signals: Signals, state: State, rounding: Rounding) -> Keep | None:
         """The selection of the patches that stay; None where all do, which then costs no score."""

@@ -8,6 +8,7 @@ choosing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag, checked_seed
 from reducers.decision import Decision
 from reducers.maps import keep_patches, keep_rows
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals
@@ -140,8 +141,7 @@ class ATS(TokenReducer):
 
     summary = "sample tokens by inverse transform over significance scores"
     source = "Fayyaz et al., ECCV 2022 (arXiv 2111.15667)"
-    adaptive = True
-    cuts_before_values = True
+    traits = Traits(adaptive=True, cuts_before_values=True)
 
     def __init__(
         self,
@@ -163,12 +163,12 @@ class ATS(TokenReducer):
         self.keep_class_token = checked_flag(keep_class_token, "ATS(keep_class_token=…)")
         self.seed = checked_seed(seed)
         self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random or variant == "gumbel"
-
-    @property
-    def may_drop_class_token(self) -> bool:
-        return not self.keep_class_token
+        self.traits = replace(
+            self.traits,
+            needs_class_token=self._score.needs_class_token,
+            may_drop_class_token=not self.keep_class_token,
+            uses_random=self._score.uses_random or variant == "gumbel",
+        )
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

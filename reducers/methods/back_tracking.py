@@ -7,6 +7,7 @@ costs more than it saves, and says how good a choice of tokens by attention coul
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from reducers.checks import checked_flag, checked_share
 from reducers.decision import Decision
 from reducers.kit.back_tracking import back_track
 from reducers.maps import keep_rows
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -35,14 +36,13 @@ class BackTracking(TokenReducer):
 
     summary = "keep what attention, traced back from the output, will read (oracle)"
     source = "Lee et al., ICLR 2023 (STTABT), oracle form"
-    adaptive = True
-    needs_class_token = True
-    uses_positions = True
+    traits = Traits(adaptive=True, needs_class_token=True, uses_positions=True)
 
     def __init__(self, budget: Budget, *, count_planning: bool = True, mixing: float = 0.1) -> None:
         super().__init__()
         self.budget = checked_budget(budget, "BackTracking")
         self.count_planning = checked_flag(count_planning, "BackTracking(count_planning=…)")
+        self.traits = replace(self.traits, oracle=not count_planning)
         self.mixing = checked_share(mixing, "BackTracking(mixing=…)")
 
     def plan(self, images: Tensor, host: Any) -> list[Tensor]:
@@ -57,6 +57,6 @@ class BackTracking(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout, pos = signals.layout, signals.positions()
-        needed = state.plans[id(self)][state.block + 1]
+        needed = state.plans[self][state.block + 1]
         stays = needed[layout.row_image, pos.clamp(min=0)] | (pos < 0)  # a token that is no one patch's is not known
         return Decision(keep_rows(layout, stays | layout.is_prefix))

@@ -20,7 +20,7 @@ from reducers.checks import checked_share, checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import busy, count_each, keep_count, keeps_all, rank_patches
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
@@ -123,7 +123,7 @@ class BAT(TokenReducer):
 
     summary = "keep attentive tokens, merge alike ones, cluster the rest"
     source = "Long et al., CVPR 2023 (arXiv 2211.11315), from its description"
-    needs_class_token = True
+    traits = Traits(needs_class_token=True)
 
     def __init__(self, budget: Budget, *, clusters: int = 10, alike: float = 0.1) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.ranked_merge import merge_ranked, soft_merge
 from reducers.kit.selection import keep_highest, rank_patches
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
@@ -80,8 +80,7 @@ class DiffRate(TokenReducer):
 
     summary = "prune and merge by class attention, as many in each block as gradients have found best"
     source = "Chen et al., ICCV 2023 (arXiv 2305.17997)"
-    trained = True
-    needs_class_token = True
+    traits = Traits(trained=True, needs_class_token=True)
     schedule: ClassVar[Mapping[str, Any]] = {"lr": 0.01, "weight_decay": 0.0, "freeze": 1.0}
     trained_as = "3 epochs [R] for the counts alone, AdamW lr 0.01, the model's weights as they are; no teacher"
 

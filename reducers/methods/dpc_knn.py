@@ -7,6 +7,7 @@ The members of a cluster weigh alike, or by a weight that is learned for each to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -62,16 +63,16 @@ class DPCKNN(TokenReducer):
         self.budget = checked_budget(budget, "DPCKNN")
         self.neighbours = checked_whole(neighbours, "DPCKNN(neighbours=…)", least=1)
         self.weights = checked_choice(weights, Weights, "DPCKNN(weights=…)")
-        self.trained = self.weights == "learned"  # type: ignore[misc]  # of this instance, not of the method
         self.weighers = nn.ModuleDict()  # by block
-        self.site = checked_choice(site, Site, "DPCKNN(site=…)")  # type: ignore[assignment,misc]  # of this instance
+        self.site = checked_choice(site, Site, "DPCKNN(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, trained=self.weights == "learned")
 
-    @property
-    def attach(self) -> Any:
-        """Makes a linear layer for each block, where weights are learned."""
-        return self._make_weighers if self.weights == "learned" else None
+    def join(self, host: Any, blocks: tuple[int, ...]) -> None:
+        if self.weights == "learned":  # else it has no parameters, and any model will do
+            super().join(host, blocks)
 
-    def _make_weighers(self, host: Any, blocks: tuple[int, ...]) -> None:
+    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """A linear layer for each block."""
         self.weighers = nn.ModuleDict({str(block): nn.Linear(host.width, 1, bias=False) for block in blocks})
 
     def decide(self, signals: Signals, state: State) -> Decision | None:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import count_each, first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals
@@ -72,7 +74,7 @@ class EViT(TokenReducer):
         super().__init__()
         if select is not None and (not isinstance(select, TokenReducer) or select.name == "stack"):
             raise ReducerError(f"EViT(select={select!r}): the selector is one reducer, such as ATS(Ratio(0.7))")
-        if select is not None and (not select.only_decides or select.may_drop_class_token):
+        if select is not None and (not select.only_decides or select.traits.may_drop_class_token):
             raise ReducerError(f"EViT(select={select.name}): the selector must only decide, and keep the class token")
         self.budget = checked_budget(budget, "EViT")
         self.fuse = checked_flag(fuse, "EViT(fuse=…)")
@@ -80,10 +82,14 @@ class EViT(TokenReducer):
         self.score = score
         self.seed = checked_seed(seed)
         self._score = find_score(score)
-        self.needs_class_token = fuse or self._score.needs_class_token or bool(select and select.needs_class_token)
-        self.uses_random = self._score.uses_random or bool(select and select.uses_random)
-        self.uses_previous_attention = bool(select and select.uses_previous_attention)
-        self.adaptive = bool(select and select.adaptive)  # type: ignore[misc]  # of this instance, not of the method
+        chooser = Traits() if select is None else select.traits
+        self.traits = replace(
+            self.traits,
+            needs_class_token=fuse or self._score.needs_class_token or chooser.needs_class_token,
+            uses_random=self._score.uses_random or chooser.uses_random,
+            uses_previous_attention=chooser.uses_previous_attention,
+            adaptive=chooser.adaptive,
+        )
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

@@ -13,7 +13,7 @@ from reducers.checks import checked_choice
 from reducers.decision import Decision
 from reducers.kit.grid import Norm, keep_middle
 from reducers.kit.selection import count_each, keep_count
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -56,7 +56,7 @@ class FixedPattern(TokenReducer):
 
     summary = "keep the middle of the image, whatever it shows"
     source = "Haurum et al., ICCVW 2023 (baseline)"
-    uses_positions = True
+    traits = Traits(uses_positions=True)
 
     def __init__(self, budget: Budget, *, norm: Norm = "l2") -> None:
         super().__init__()

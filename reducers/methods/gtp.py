@@ -4,6 +4,7 @@ methods 13).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
@@ -110,7 +111,7 @@ class GTP(TokenReducer):
         self.alpha = checked_share(alpha, "GTP(alpha=…)")
         self.theta = checked_share(theta, "GTP(theta=…)", above=True)
         self.graph = checked_choice(graph, Graph, "GTP(graph=…)")
-        self.uses_positions = graph == "spatial"
+        self.traits = replace(self.traits, uses_positions=graph == "spatial")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

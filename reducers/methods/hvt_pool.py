@@ -7,6 +7,7 @@ On an average-pooled model without a class token, with learned positions and tra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,17 +91,17 @@ class HVTPool(TokenReducer):
 
     def __init__(self, *, site: Site = "attention", positions: bool = False) -> None:
         super().__init__()
-        self.site = checked_choice(site, Site, "HVTPool(site=…)")  # type: ignore[assignment,misc]  # of this instance
+        self.site = checked_choice(site, Site, "HVTPool(site=…)")  # type: ignore[assignment]
         self.positions = checked_flag(positions, "HVTPool(positions=…)")
-        self.trained = self.positions  # type: ignore[misc]  # of this instance
+        self.traits = replace(self.traits, trained=self.positions)
         self.tables = nn.ParameterDict()  # by block: (patches left, D)
 
-    @property
-    def attach(self) -> Any:
-        """Makes the tables, for those that have positions."""
-        return self._make_tables if self.positions else None
+    def join(self, host: Any, blocks: tuple[int, ...]) -> None:
+        if self.positions:  # else it has no parameters, and any model will do
+            super().join(host, blocks)
 
-    def _make_tables(self, host: Any, blocks: tuple[int, ...]) -> None:
+    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """A table for each block that pools."""
         left = host.patches
         for block in blocks:
             if left < _WINDOW:

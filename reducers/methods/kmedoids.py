@@ -6,6 +6,8 @@ distances the new medoid: the objective, the weighted distance of all tokens to 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -77,8 +79,8 @@ class KMedoids(TokenReducer):
         self.budget = checked_budget(budget, "KMedoids")
         self.weights = checked_choice(weights, Weights, "KMedoids(weights=…)")
         self.iterations = checked_whole(iterations, "KMedoids(iterations=…)", least=0)
-        self.site = checked_choice(site, Site, "KMedoids(site=…)")  # type: ignore[assignment,misc]  # of this instance
-        self.uses_previous_attention = weights == "attention"
+        self.site = checked_choice(site, Site, "KMedoids(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, uses_previous_attention=weights == "attention")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

@@ -16,7 +16,7 @@ from reducers.checks import checked_choice, checked_whole
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.grid import Norm, keep_middle
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -65,7 +65,7 @@ class ShrinkingPattern(TokenReducer):
 
     summary = "keep the middle of the image within a radius that shrinks from block to block"
     source = "Haurum et al., ICCVW 2023 (baseline, contiguous)"
-    uses_positions = True
+    traits = Traits(uses_positions=True)
 
     def __init__(self, *, norm: Norm = "l2", start: int = 0, end: int | None = None) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ al., ECCV 2022; methods 13).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class SiT(LearnedPooling):
     def __init__(self, budget: Budget, *, recalibration: float = 1.0) -> None:
         super().__init__(budget)
         self.recalibration = checked_weight(recalibration, "SiT(recalibration=…)")
-        self.needs_teacher = recalibration > 0  # type: ignore[misc]  # of this instance, not of the method
+        self.traits = replace(self.traits, needs_teacher=recalibration > 0)
 
     def pooler(self, width: int, count: int) -> Slimming:
         return Slimming(width, count)

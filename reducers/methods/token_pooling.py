@@ -6,6 +6,8 @@ Its account here rests on memory [R]; how it starts and what becomes of empty cl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -96,8 +98,8 @@ class TokenPooling(TokenReducer):
         self.budget = checked_budget(budget, "TokenPooling")
         self.weights = checked_choice(weights, Weights, "TokenPooling(weights=…)")
         self.iterations = checked_whole(iterations, "TokenPooling(iterations=…)", least=1)
-        self.site = checked_choice(site, Site, "TokenPooling(site=…)")  # type: ignore[assignment,misc]
-        self.uses_previous_attention = weights == "attention"
+        self.site = checked_choice(site, Site, "TokenPooling(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, uses_previous_attention=weights == "attention")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout

@@ -129,7 +129,7 @@ def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State
             carried = decisions[-1]
             signals = signals.through(carried)
         decision = member.decide(signals, state)
-        if member.uses_random:
+        if member.traits.uses_random:
             state = replace(state, draw=state.draw + 1)
         if decision is not None:
             decisions.append(decision)
@@ -186,7 +186,7 @@ def run_block(
     if tracer is not None:
         tracer.cost.block(
             BlockShape.of(block), entering=entering, queries=queries, leaving=batch.layout.lengths,
-            cut_before_values=reducer is not None and reducer.cuts_before_values,
+            cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
         )  # fmt: skip
         tracer.after_block(batch)
     return batch
@@ -231,10 +231,10 @@ def _attend(
 
     Queries, keys and values are free again when it returns: held through the MLP they would set the peak of memory.
     """
-    first = [member for member in members if member.site == "input"]
+    first = [member for member in members if member.traits.site == "input"]
     if first:
         batch = _reduce_input(first, batch, state, tracer)
-        state = replace(state, draw=sum(member.uses_random for member in first))
+        state = replace(state, draw=sum(member.traits.uses_random for member in first))
     entering = batch.layout.lengths
     signals = BlockSignals(block, batch, tracer)
     decisions = decisions_of(members[len(first) :], signals, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -15,7 +15,7 @@ from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.noise import image_keys
 from reducers.placement import Placement
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
 from reducers.stack import Stack
 from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
@@ -140,7 +140,7 @@ class ReducedViT(nn.Module):
     ) -> Any:
         base, acting = self.base, self._acting()
         self._check()
-        if any(member.prepare is not None or member.plan is not None for member in self.members()):
+        if any(member.steps.prepares or member.steps.plans for member in self.members()):
             shared = None  # they look at the images in their own way first
         index, batch, state = self._begin(images, tracer, shared)
         depth = end = len(base.blocks)
@@ -162,8 +162,9 @@ class ReducedViT(nn.Module):
             tracer.cost.both(head_macs(base, batch.layout))
         if cost_only:
             return None
-        for finish in _steps(self.members(), "finish"):
-            batch = finish(batch, replace(state, block=depth))
+        for member in self.members():
+            if member.steps.finishes:
+                batch = cast(Finishes, member).finish(batch, replace(state, block=depth))
         return classify(base, batch, base.norm(batch.x))
 
     def _begin(self, images: Tensor, tracer: Tracer | None, shared: Shared | None) -> tuple[int, TokenBatch, State]:
@@ -173,9 +174,10 @@ class ReducedViT(nn.Module):
             shared.claim(base, images)
         keys = self._image_keys(images, shared)
         host, asked, grid = Host(base), images.shape, grid_of(base, images)
-        for prepare in _steps(members, "prepare"):
-            images = prepare(images, host)
-        plans = {id(member): member.plan(images, host) for member in members if member.plan is not None}
+        for member in members:
+            if member.steps.prepares:
+                images = cast(Prepares, member).prepare(images, host)
+        plans = plans_of(members, images, host, training=self.training)
         index, batch = self._enter(images, shared, tracer, resized=grid if images.shape != asked else None)
         assert batch.layout.uniform is not None
         if tracer is not None and host.spent is not None:
@@ -186,7 +188,7 @@ class ReducedViT(nn.Module):
         )  # fmt: skip
 
     def _image_keys(self, images: Tensor, shared: Shared | None) -> Tensor | None:
-        if not any(member.uses_random for member in self.members()):
+        if not any(member.traits.uses_random for member in self.members()):
             return None
         return image_keys(images) if shared is None else shared.image_keys(images)
 
@@ -202,7 +204,7 @@ class ReducedViT(nn.Module):
         if known is None:
             embedded = embed(front, images)
             track = shared is not None or (tracer is not None and tracer.detail)
-            track = track or any(member.uses_positions for member in self.members())
+            track = track or any(member.traits.uses_positions for member in self.members())
             known = (
                 0,
                 TokenBatch.from_images(
@@ -245,8 +247,8 @@ class ReducedViT(nn.Module):
     def _run_block(self, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
         block, reducer = self.base.blocks[state.block], self._at(state.block)
         assert isinstance(block, Block)  # check_model saw to it
-        if reducer is not None and reducer.block is not None:
-            batch = reducer.block(block, batch, state)
+        if reducer is not None and reducer.steps.runs_blocks:
+            batch = cast(RunsBlocks, reducer).block(block, batch, state)
             if state.tracer is not None:
                 state.tracer.after_block(batch)
             return batch
@@ -281,18 +283,25 @@ def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBat
     return found
 
 
-def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
-    return [getattr(member, step) for member in members if getattr(member, step) is not None]
+def plans_of(members: list[TokenReducer], images: Tensor, host: Host, *, training: bool) -> ByReducer[Any]:
+    """What each reducer plans ahead; in training also what it will compare its losses with."""
+    plans: ByReducer[Any] = ByReducer()
+    for member in members:
+        if member.steps.plans:
+            plans[member] = cast(Plans, member).plan(images, host)
+        elif training and member.steps.plans_training:
+            plans[member] = cast(PlansTraining, member).plan_training(images, host)
+    return plans
 
 
 def _asks_previous(reducer: TokenReducer | None) -> bool:
     members = reducer.members if isinstance(reducer, Stack) else [reducer]
-    return any(member is not None and member.uses_previous_attention for member in members)
+    return any(member is not None and member.traits.uses_previous_attention for member in members)
 
 
 def check_exportable(fast: ReducedViT) -> None:
     """Refuse what no exported graph can hold, and say what could be exported instead."""
-    adaptive = sorted({member.name for member in fast.members() if member.adaptive})
+    adaptive = sorted({member.name for member in fast.members() if member.traits.adaptive})
     if adaptive:
         raise ReducerError(
             f"{', '.join(adaptive)} keeps a different number of tokens in each image, and a graph that is exported or "

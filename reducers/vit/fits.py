@@ -34,18 +34,18 @@ def _check_class_token(base: VisionTransformer, placement: Placement) -> None:
     dropper: tuple[int, TokenReducer] | None = None
     for block, reducer in sorted(placement.blocks.items()):
         for member in reducer.members if isinstance(reducer, Stack) else [reducer]:
-            if member.needs_class_token and not base.has_class_token:
+            if member.traits.needs_class_token and not base.has_class_token:
                 raise ReducerError(
                     f"{member.name} needs a class token and this model has none (global_pool={base.global_pool!r}); "
                     "use a score that needs none: score='attention_received', 'value_norm' or 'random', or ToMe"
                 )
-            if member.needs_class_token and dropper is not None:
+            if member.traits.needs_class_token and dropper is not None:
                 raise ReducerError(
                     f"{member.name} at block {block} needs the class token, which {dropper[1].name} at block "
                     f"{dropper[0]} may have dropped; keep it there ({dropper[1].keeps_class_token_by}) or use "
                     "score='attention_received' here"
                 )
-            if member.may_drop_class_token:
+            if member.traits.may_drop_class_token:
                 if not base.has_class_token:
                     raise ReducerError(
                         f"{member.name} is asked to drop the class token, and this model has none "

@@ -124,7 +124,7 @@ def test_inference_and_training_agree_and_weights_sum_to_one(kind, blocks, image
     reducer = AViT(**HALTING)
     model, outputs, state = observed(reducer, images, kind=kind, blocks=blocks)
     torch.testing.assert_close(model.eval()(images.double()), outputs.logits, rtol=0, atol=1e-9)
-    sums = state.plans[id(reducer)].sums
+    sums = state.plans[reducer].sums
     assert not sums.running.any()
     assert 1 <= float(sums.ponder) / sums.home.rows <= DEPTH + 1
     assert [block for block, _ in sums.scores] == [*(block - 1 for block in blocks), DEPTH - 1]

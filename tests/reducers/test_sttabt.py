@@ -392,7 +392,7 @@ def test_first_the_network_is_distilled_and_then_everything_learns(images):
     assert parts.keys() == {"teacher", "thresholds", "occupancy"}
     student, known = outputs.logits.softmax(1), Teacher.logits.softmax(1)
     torch.testing.assert_close(parts["teacher"], 0.5 * (known * (known / student).log()).sum(1).mean())
-    masks = state.plans[id(reducer)].masks
+    masks = state.plans[reducer].masks
     share = torch.stack([mask.mean() for mask in masks[:-1]]).mean()
     wanted = torch.tensor(-0.5).sigmoid()
     torch.testing.assert_close(parts["occupancy"], 1e-3 * (share - wanted).square())
