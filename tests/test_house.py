@@ -166,6 +166,24 @@ def test_methods_share_through_the_kit_alone() -> None:
     assert any(file.startswith("reducers/methods/sttabt/") for file, _ in inside), "the test no longer sees any"
 
 
+TRAITS = {
+    "adaptive", "trained", "cuts_before_values", "needs_class_token", "may_drop_class_token", "needs_teacher",
+    "uses_random", "uses_previous_attention", "uses_positions", "oracle",
+}  # fmt: skip
+NOT_REDUCERS = {"score", "_score", "real", "progress", "training"}  # scores have some of these names, trainings another
+
+
+def test_who_asks_what_a_reducer_is_asks_its_traits() -> None:
+    otherwise = [
+        (relative(path), node.lineno, ast.unparse(node))
+        for path in sources("reducers", "ablations", "benchmarks")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr in TRAITS and isinstance(node.ctx, ast.Load)
+        if ast.unparse(node.value).rpartition(".")[2] not in {"traits", "told", "chooser", "one", *NOT_REDUCERS}
+    ]
+    assert otherwise == []
+
+
 def test_library_code_prints_nothing() -> None:
     commands = ("__main__.py", "train_embedded.py")  # programs, which may talk
     printing = [

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reducers.counts import Counts
 from reducers.kit.selection import first_of
 from reducers.maps import Merge
 from reducers.tokens import Layout
@@ -81,18 +82,13 @@ def labels_of(owner: Tensor, centre: Tensor) -> Tensor:
     return (centre.long().cumsum(1) - 1).gather(1, owner)
 
 
-def merge_labels(layout: Layout, label: Tensor, count: Tensor | int, weight: Tensor) -> Merge:
+def merge_labels(layout: Layout, label: Tensor, counts: Counts, weight: Tensor) -> Merge:
     """The patches of each cluster become one token, their mean by ``weight`` (T,); prefix tokens stay.
 
-    label (B, N): cluster numbers 0 … M - 1 in each image, none of them empty; count: M of each image. The new tokens
+    label (B, N): cluster numbers 0 … M - 1 in each image, none of them empty; counts: M of each image. The new tokens
     stand behind the prefix in the order of their numbers.
     """
-    if layout.uniform is not None and isinstance(count, int):
-        prefix = layout.uniform[1]
-        new = Layout.alike(layout.images, prefix + count, prefix, label.device)
-    else:
-        lengths = layout.prefix + count
-        new = Layout.ragged(lengths, layout.prefix)
+    new = layout.leaving(counts)
     behind = layout.prefix[layout.row_image] + layout.spread(label, prefix=0)
     group = new.starts[layout.row_image] + torch.where(layout.is_prefix, layout.row_index, behind)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))

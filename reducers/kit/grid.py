@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
+from reducers.counts import Counts
 from reducers.decision import Decision
-from reducers.kit.selection import keep_highest, keeps_all
+from reducers.kit.selection import keep_highest
 from reducers.signals import Signals
 
 Norm = Literal["l1", "l2", "linf"]
 
 
-def keep_middle(signals: Signals, far: tuple[float, ...], count: Tensor | int) -> Decision | None:
-    """Keep the ``count`` tokens of each image that lie nearest to its centre; None where that is all of them.
+def keep_middle(signals: Signals, far: tuple[float, ...], counts: Counts) -> Decision | None:
+    """Keep the ``counts`` tokens of each image that lie nearest to its centre; None where that is all of them.
 
     ``far``: the distance of every original patch. A token that is no single patch's continuation goes first.
     """
-    if keeps_all(signals.layout, count):
+    if counts.keep_all:
         return None
     pos = signals.positions()
     table = torch.tensor(far, dtype=torch.float32, device=pos.device)
     middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
-    kept = keep_highest(signals.layout, middle, count)
+    kept = keep_highest(signals.layout, middle, counts)
     return None if kept is None else Decision(kept)
 
 

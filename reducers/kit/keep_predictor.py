@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, Ratio, checked_budget, rounded_share
 from reducers.checks import checked_share, checked_weight
+from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.kit.selection import busy, count_each, first_of, keep_highest, rank_patches
+from reducers.kit.selection import first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
@@ -131,7 +132,7 @@ def _powered(budget: Ratio, number: int, patches: Number, layout: Layout) -> Num
     if layout.uniform is not None:
         prefix: Number = layout.uniform[1] if budget.count_prefix else 0
     else:
-        patches = count_each(layout, patches)
+        patches = Counts.of(layout, patches).each
         prefix = layout.prefix if budget.count_prefix else torch.zeros_like(layout.prefix)
     kept: Number = rounded_share(patches + prefix, numerator, denominator, budget.rounding or "floor") - prefix
     return _one(kept)
@@ -140,13 +141,13 @@ def _powered(budget: Ratio, number: int, patches: Number, layout: Layout) -> Num
 def _counted(budget: Budget, patches: Number, layout: Layout, initial: int) -> Number:
     if layout.uniform is not None and isinstance(patches, int):
         return budget.count(patches, initial=initial, prefix=layout.uniform[1], rounding="floor")
-    return budget.resolve(count_each(layout, patches), initial=initial, prefix=layout.prefix, rounding="floor")
+    return budget.resolve(Counts.of(layout, patches).each, initial=initial, prefix=layout.prefix, rounding="floor")
 
 
 def _fewer(layout: Layout, a: Number, b: Number) -> Number:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
-    return torch.minimum(count_each(layout, a), count_each(layout, b))
+    return torch.minimum(Counts.of(layout, a).each, Counts.of(layout, b).each)
 
 
 def _one(number: Number) -> Number:
@@ -226,11 +227,11 @@ class PredictedKeep(TokenReducer):
         alone, x = patches_of(layout, signals.output())
         predictor = self._predictor(state)
         if signals.counting:
-            asked = busy(layout, stage.count) if self.threshold is None else 1.0
+            asked = Counts.of(layout, stage.count).busy if self.threshold is None else 1.0
             signals.spend(asked * layout.patches * predictor.macs)
         scores = layout.spread(alone.pad(predictor(x, alone)[:, 0]), prefix=0)
         if self.threshold is None:
-            kept = keep_highest(layout, scores, stage.count)
+            kept = keep_highest(layout, scores, Counts.of(layout, stage.count))
         else:
             kept = keep_likely(layout, scores, self.threshold)
         return None if kept is None else self.dropped(signals, kept)

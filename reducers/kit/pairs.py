@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag
+from reducers.counts import Counts
 from reducers.maps import Merge
 from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
@@ -47,21 +48,19 @@ def bipartite_pairs(metric: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     return best, partner
 
 
-def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | int, size: Tensor) -> Merge:
-    """Merge the ``count`` best pairs of each image into their odd-placed member, a mean weighted by size.
+def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, pairs: Counts, size: Tensor) -> Merge:
+    """Merge the ``pairs`` best pairs of each image into their odd-placed member, a mean weighted by size.
 
     The result is ordered [prefix, unmerged even places, odd places], each in the order it had: merging depends on
     order, and this is the published one. best, partner: (B, A); size: (T,) float32.
     """
     order = best.sort(dim=1, descending=True, stable=True).indices
-    if isinstance(count, int) and layout.uniform is not None and layout.uniform[1] <= 1:
-        new = Layout.alike(layout.images, layout.uniform[0] - count, layout.uniform[1], order.device)
-        target = _places_of_alike(order, partner, count, layout.uniform[0])
-        return _weighted(layout, new, target, size)
+    new = layout.leaving(pairs.left)
+    if pairs.alike is not None and (layout.lead or 0) <= 1:
+        return _weighted(layout, new, _places_of_alike(order, partner, pairs.alike, layout.longest), size)
     ranks = torch.arange(order.shape[1], device=order.device)
-    limit = count if isinstance(count, int) else count[:, None]
     merged = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
-    merged.scatter_(1, order, (ranks < limit).expand(order.shape))  # (B, A)
+    merged.scatter_(1, order, (ranks < pairs.each[:, None]).expand(order.shape))  # (B, A)
 
     width = layout.longest
     place = torch.arange(width, device=order.device)
@@ -70,16 +69,11 @@ def merge_pairs(layout: Layout, best: Tensor, partner: Tensor, count: Tensor | i
     new_even = layout.prefix[:, None] + even.long().cumsum(1) - 1
     new_odd = (layout.prefix + even.sum(1))[:, None] + odd.long().cumsum(1) - 1
     new_even = torch.where(merged, new_odd.gather(1, partner), new_even)
-    if not isinstance(count, int):  # an image that merges nothing keeps its order, as it would alone
-        movable = movable & (count > 0)[:, None]
+    if pairs.alike is None:  # an image that merges nothing keeps its order, as it would alone
+        movable = movable & (pairs.each > 0)[:, None]
     target = place.expand(layout.images, -1).clone()  # prefix tokens stay where they are
     target[:, 0::2] = torch.where(movable[:, 0::2], new_even, target[:, 0::2])
     target[:, 1::2] = torch.where(movable[:, 1::2], new_odd, target[:, 1::2])
-
-    if layout.uniform is not None and isinstance(count, int):
-        new = Layout.alike(layout.images, layout.uniform[0] - count, layout.uniform[1], order.device)
-    else:
-        new = Layout.ragged(layout.lengths - count, layout.prefix)
     return _weighted(layout, new, target, size)
 
 
@@ -122,38 +116,28 @@ class PairMerging(TokenReducer):
     def matched(self, signals: Signals, state: State) -> Merge | None:
         """The most similar pairs of neighbouring sets, by the head-mean keys, as a merge; None where none merges."""
         layout = signals.layout
-        count = self.pairs(layout, state)
-        if isinstance(count, int) and count == 0:
+        pairs = self.pairs(layout, state)
+        if pairs.most == 0:
             return None
         with torch.no_grad():
             metric = sum_of_heads(signals.keys().detach())
             best, partner = bipartite_pairs(metric, layout)
             size = signals.size.to(torch.promote_types(metric.dtype, torch.float32))
-            merge = merge_pairs(layout, best, partner, count, size)
+            merge = merge_pairs(layout, best, partner, pairs, size)
         if signals.counting:
-            tokens = layout.lengths.double() * (torch.as_tensor(count, device=metric.device) > 0)
+            tokens = layout.lengths.double() * (pairs.each > 0)
             signals.spend((tokens / 2).ceil() * (tokens / 2).floor() * metric.shape[1])
             signals.spend(tokens * signals.values().shape[1:].numel())
         return merge
 
-    def pairs(self, layout: Layout, state: State) -> Tensor | int:
-        """How many pairs merge in each image: one int where all images are alike."""
-        if layout.uniform is not None:
-            tokens, prefix = layout.uniform
-            patches = tokens - prefix
-            wanted = patches - self.budget.count(patches, initial=state.initial, prefix=prefix, rounding="ceil")
-            self._warn_if_cut(wanted > patches // 2, state.block)
-            return min(wanted, patches // 2)
-        patches_each = layout.patches
-        stay = self.budget.resolve(patches_each, initial=state.initial, prefix=layout.prefix, rounding="ceil")
-        on_host = [  # the same once more on the host, where the counts are known already
-            (n, n - self.budget.count(n, initial=state.initial, prefix=prefix, rounding="ceil"))
-            for n, prefix in layout.kinds
-        ]
-        self._warn_if_cut(any(pairs > n // 2 for n, pairs in on_host), state.block)
-        if not any(min(pairs, n // 2) for n, pairs in on_host):
-            return 0
-        return torch.minimum(patches_each - stay, patches_each // 2)
+    def pairs(self, layout: Layout, state: State) -> Counts:
+        """How many pairs merge in each image."""
+
+        def too_many(patches: int, prefix: int) -> int:
+            return patches - self.budget.count(patches, initial=state.initial, prefix=prefix, rounding="ceil")
+
+        self._warn_if_cut(any(too_many(*kind) > kind[0] // 2 for kind in layout.kinds), state.block)
+        return Counts.by(layout, lambda patches, prefix: min(too_many(patches, prefix), patches // 2))
 
     def _warn_if_cut(self, cut: bool, block: int) -> None:
         if cut and not self._warned:

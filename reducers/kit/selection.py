@@ -9,6 +9,7 @@ from torch import Tensor
 
 from reducers.budget import Budget, Rounding, checked_budget
 from reducers.checks import checked_seed
+from reducers.counts import Counts
 from reducers.maps import Keep, keep_patches, keep_ranked
 from reducers.reducer import State, TokenReducer
 from reducers.scores import find_score
@@ -29,41 +30,26 @@ def first_of(order: Tensor, count: Tensor) -> Tensor:
     return chosen.scatter_(1, order, ranks < count[:, None])
 
 
-def keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Tensor | int:
-    """How many patches each image keeps: one int where all images are alike, else (B,)."""
-    if layout.uniform is not None:
-        tokens, prefix = layout.uniform
-        return budget.count(tokens - prefix, initial=state.initial, prefix=prefix, rounding=rounding)
-    return budget.resolve(layout.patches, initial=state.initial, prefix=layout.prefix, rounding=rounding)
+def keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Counts:
+    """How many patches of each image stay by a budget; ``rounding`` where it names none."""
+    return Counts.by(
+        layout,
+        lambda patches, prefix: budget.count(patches, initial=state.initial, prefix=prefix, rounding=rounding),
+    )
 
 
-def keep_highest(layout: Layout, scores: Tensor, count: Tensor | int) -> Keep | None:
-    """Keep the ``count`` highest-scoring patches of each image; None where that is all of them."""
-    if isinstance(count, int):
-        if count >= layout.uniform[0] - layout.uniform[1]:  # type: ignore[index]  # an int count means uniform
-            return None
-        return keep_ranked(layout, rank_patches(layout, scores), count)
-    return keep_patches(layout, first_of(rank_patches(layout, scores), count))
+def at_most(layout: Layout, count: int) -> Counts:
+    """So many patches of each image, or all it has."""
+    return Counts.by(layout, lambda patches, _: min(patches, count))
 
 
-def keeps_all(layout: Layout, count: Tensor | int) -> bool:
-    """No image has more patches than it may keep."""
-    if isinstance(count, int):
-        assert layout.uniform is not None
-        return count >= layout.uniform[0] - layout.uniform[1]
-    return bool((count >= layout.patches).all())
-
-
-def count_each(layout: Layout, count: Tensor | int) -> Tensor:
-    """The count of every image, (B,) int64."""
-    if isinstance(count, int):
-        return torch.full_like(layout.lengths, count)
-    return count
-
-
-def busy(layout: Layout, count: Tensor | int) -> Tensor:
-    """(B,) float64: 1 for images that have something to reduce, 0 for those left as they are, which cost nothing."""
-    return (count_each(layout, count) < layout.patches).double()
+def keep_highest(layout: Layout, scores: Tensor, counts: Counts) -> Keep | None:
+    """Keep the highest-scoring patches of each image; None where images are alike and that is all of them."""
+    if counts.alike is None:
+        return keep_patches(layout, first_of(rank_patches(layout, scores), counts.each))
+    if counts.keep_all:
+        return None
+    return keep_ranked(layout, rank_patches(layout, scores), counts.alike)
 
 
 class Ranked(TokenReducer):
@@ -81,7 +67,7 @@ class Ranked(TokenReducer):
 
     def highest(self, signals: Signals, state: State, rounding: Rounding) -> Keep | None:
         """The selection of the patches that stay; None where all do, which then costs no score."""
-        count = keep_count(signals.layout, self.budget, state, rounding)
-        if isinstance(count, int) and keeps_all(signals.layout, count):
+        counts = keep_count(signals.layout, self.budget, state, rounding)
+        if counts.alike is not None and counts.keep_all:
             return None
-        return keep_highest(signals.layout, self._score.compute(signals, state, "concat", self.seed), count)
+        return keep_highest(signals.layout, self._score.compute(signals, state, "concat", self.seed), counts)

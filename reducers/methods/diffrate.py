@@ -18,7 +18,7 @@ from reducers.cost import BlockShape, linear_macs
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.ranked_merge import merge_ranked, soft_merge
-from reducers.kit.selection import keep_highest, rank_patches
+from reducers.kit.selection import at_most, keep_highest, rank_patches
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
@@ -154,7 +154,7 @@ class DiffRate(TokenReducer):
             return None
         prune = min(prune, patches)
         if prune == merge:
-            kept = keep_highest(layout, scores, merge if layout.uniform else layout.patches.clamp(max=merge))
+            kept = keep_highest(layout, scores, at_most(layout, merge))
             return None if kept is None else Decision(kept)
         merged = merge_ranked(layout, signals.output(), rank_patches(layout, scores), prune=prune, merge=merge)
         if signals.counting:

@@ -17,7 +17,7 @@ from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import Site, density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
-from reducers.kit.selection import busy, count_each, keep_count, keeps_all
+from reducers.kit.selection import keep_count
 from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
@@ -77,21 +77,21 @@ class DPCKNN(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
         x, valid = signals.output(), layout.valid_patches
         with torch.no_grad():
             squared = squared_distances(layout.pad_patches(x), valid) / x.shape[1]
-            centre = density_peaks(squared, valid, count_each(layout, count), neighbours=self.neighbours)
+            centre = density_peaks(squared, valid, counts.each, neighbours=self.neighbours)
             label = labels_of(nearest_centre(squared, centre), centre)
         if self.weights == "learned":
             weight = learned_weights(self.weighers[str(state.block)](x).squeeze(1), layout)
         else:
             weight = torch.ones_like(signals.size)
-        merge = merge_labels(layout, label, count, weight)
+        merge = merge_labels(layout, label, counts, weight)
         if signals.counting:
             patches = layout.patches.double()
             weighers = patches * (self.weights == "learned")
-            signals.spend(busy(layout, count) * (patches**2 + patches + weighers) * x.shape[1])  # distances, means
+            signals.spend(counts.busy * (patches**2 + patches + weighers) * x.shape[1])  # distances, means
         return Decision(merge)

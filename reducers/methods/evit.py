@@ -11,9 +11,10 @@ from torch import Tensor
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
+from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.kit.selection import count_each, first_of, keep_count, keep_highest, rank_patches
+from reducers.kit.selection import first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
@@ -33,11 +34,7 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
     kept = layout.sum_rows(stays.long())
     fused = (kept < layout.lengths).long()
     lengths = kept + fused
-    if count is not None and layout.uniform is not None:
-        prefix = layout.uniform[1]
-        new = Layout.alike(layout.images, prefix + count + 1, prefix, stays.device)
-    else:
-        new = Layout.ragged(lengths, layout.prefix)
+    new = Layout.ragged(lengths, layout.prefix) if count is None else layout.leaving(Counts(layout, count + 1))
     before = stays.long().cumsum(0) - 1  # kept rows so far over all images …
     place = before - (kept.cumsum(0) - kept)[layout.row_image]  # … and within the image
     place = torch.where(stays, place, kept[layout.row_image])
@@ -93,23 +90,23 @@ class EViT(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "ceil")
-        if self.select is None and isinstance(count, int) and count >= layout.longest - layout.uniform[1]:  # type: ignore[index]
+        counts = keep_count(layout, self.budget, state, "ceil")
+        if self.select is None and counts.alike is not None and counts.keep_all:
             return None
         scores = self._score.compute(signals, state, "concat", self.seed)
         selected = self._selected(signals, state)
         if selected is not None:
             scores = torch.where(selected, scores, -torch.inf)
-            counts = layout.sum_rows((selected & ~layout.is_prefix).long())
-            count = torch.minimum(counts, count_each(layout, count))
+            chosen_by_it = layout.sum_rows((selected & ~layout.is_prefix).long())
+            counts = Counts.of(layout, torch.minimum(chosen_by_it, counts.each))
         if not self.fuse:
-            kept = keep_highest(layout, scores, count)
+            kept = keep_highest(layout, scores, counts)
             return None if kept is None else Decision(kept)
-        chosen = first_of(rank_patches(layout, scores), count_each(layout, count))
+        chosen = first_of(rank_patches(layout, scores), counts.each)
         weights = class_attention(signals.class_attention())
-        merged = fuse_the_rest(layout, chosen, weights, count=count if isinstance(count, int) else None)
+        merged = fuse_the_rest(layout, chosen, weights, count=counts.alike)
         if signals.counting:
-            left_out = layout.lengths - (layout.prefix + count)
+            left_out = layout.lengths - (layout.prefix + counts.each)
             signals.spend(left_out * signals.values().shape[1:].numel())
         signals.output()  # fused features are those after the attention residual: every row is needed
         return Decision(merged)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 
-import torch
-from torch import Tensor
-
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice
 from reducers.decision import Decision
 from reducers.kit.grid import Norm, keep_middle
-from reducers.kit.selection import count_each, keep_count
+from reducers.kit.selection import keep_count
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
@@ -36,10 +33,9 @@ def ring_counts(grid: tuple[int, int], norm: Norm) -> tuple[int, ...]:
     return tuple(i + 1 for i in range(len(ordered)) if i + 1 == len(ordered) or ordered[i] != ordered[i + 1])
 
 
-def nearest_ring(target: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The count nearest to each target, of two equally near ones the smaller. (B,) int64 -> (B,)"""
-    offered = torch.tensor(counts, device=target.device)
-    return offered[(offered - target[:, None]).abs().argmin(dim=1)]
+def nearest_ring(target: int, counts: tuple[int, ...]) -> int:
+    """The count nearest to the target, of two equally near ones the smaller."""
+    return min(counts, key=lambda offered: abs(offered - target))
 
 
 @register("fixed_pattern")
@@ -64,11 +60,7 @@ class FixedPattern(TokenReducer):
         self.norm: Norm = checked_choice(norm, Norm, "FixedPattern(norm=…)")  # type: ignore[assignment]
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        layout, counts = signals.layout, ring_counts(state.grid, self.norm)
+        layout, rings = signals.layout, ring_counts(state.grid, self.norm)
         wanted = keep_count(layout, self.budget, state, "floor")
-        count: Tensor | int
-        if isinstance(wanted, int):
-            count = min(counts, key=lambda offered: abs(offered - wanted))
-        else:
-            count = torch.minimum(nearest_ring(count_each(layout, wanted), counts), layout.patches)
-        return keep_middle(signals, radii(state.grid, self.norm), count)
+        kept = wanted.map(lambda patches, count: min(nearest_ring(count, rings), patches))
+        return keep_middle(signals, radii(state.grid, self.norm), kept)

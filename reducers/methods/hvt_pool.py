@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.checks import checked_choice, checked_flag
+from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.clustering import Site
@@ -39,19 +40,12 @@ def pool_windows(layout: Layout) -> Mix:
     Overlapping windows make it dense; the last token of an even number is in no window and so is dropped. Each row of
     weights sums to one: a pooled token stands for one, as in HVT's head.
     """
-    if layout.uniform is not None:
-        tokens, prefix = layout.uniform
-        new = Layout.alike(layout.images, prefix + pooled_length(tokens - prefix), prefix, layout.lengths.device)
-    else:
-        pooled = ((layout.patches - _WINDOW).div(_STRIDE, rounding_mode="floor") + 1).where(
-            layout.patches >= _WINDOW, layout.patches
-        )
-        new = Layout.ragged(layout.prefix + pooled, layout.prefix)
+    new = layout.leaving(Counts.by(layout, lambda patches, _: pooled_length(patches)))
     old_place = torch.arange(layout.longest, device=layout.lengths.device)
     new_place = torch.arange(new.longest, device=layout.lengths.device)
-    lead = layout.prefix[:, None, None]
-    offset = (old_place - lead) - _STRIDE * (new_place[:, None] - lead)  # (B, M, N) place within the window
-    patch = (old_place >= lead) & (new_place[:, None] >= lead)
+    prefix = layout.prefix[:, None, None]
+    offset = (old_place - prefix) - _STRIDE * (new_place[:, None] - prefix)  # (B, M, N) place within the window
+    patch = (old_place >= prefix) & (new_place[:, None] >= prefix)
     pooled_here = (layout.patches >= _WINDOW)[:, None, None]
     window = 0.5 * (offset == 0) + 0.25 * ((offset == 1) | (offset == 2))
     same = (old_place == new_place[:, None]).to(window.dtype)
@@ -115,7 +109,7 @@ class HVTPool(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        if layout.longest - (layout.uniform[1] if layout.uniform else 0) < _WINDOW:
+        if layout.width_from(layout.prefix) < _WINDOW:
             return None
         pooled = pool_windows(layout)
         features = max_pool(signals.output(), pooled)
@@ -131,5 +125,4 @@ class HVTPool(TokenReducer):
                 f"hvt_pool(positions=True) has no positions for the patches that arrive at block {block}: place one "
                 "reducer at all its blocks, let no other remove patches before it, and keep the model's image size"
             )
-        lead = layout.uniform[1]
-        return layout.unpad(layout.pad(features) + F.pad(table, (0, 0, lead, 0)))
+        return layout.unpad(layout.pad(features) + F.pad(table, (0, 0, layout.uniform[1], 0)))

@@ -105,9 +105,8 @@ class PiToMe(PairMerging):
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         pairs = self.pairs(layout, state)
-        if isinstance(pairs, int) and pairs == 0:
+        if pairs.most == 0:
             return None
-        pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs
         with torch.no_grad():
             keys = layout.pad_patches(signals.keys().detach().mean(dim=1))
             metric = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
@@ -115,11 +114,10 @@ class PiToMe(PairMerging):
             redundant = energy(metric, valid, margin=margin_at(state.block, state.depth))
             order = redundant.sort(dim=1, descending=True, stable=True).indices
             merging = merge_best_pairs if state.block < self.bipartite else merge_by_rank
-            label = merging(layout, metric, order, pairs_each)
-            kept = layout.uniform[0] - layout.uniform[1] - pairs if isinstance(pairs, int) else layout.patches - pairs  # type: ignore[index]  # an int means uniform
-            merge = merge_labels(layout, label, kept, signals.size)
+            label = merging(layout, metric, order, pairs.each)
+            merge = merge_labels(layout, label, pairs.left, signals.size)
         if signals.counting:
-            patches = layout.patches.double() * (pairs_each > 0)
+            patches = layout.patches.double() * (pairs.each > 0)
             halves = (patches / 2).ceil() * (patches / 2).floor()
             signals.spend((patches**2 + halves) * metric.shape[2])
             signals.spend(patches * signals.values().shape[1:].numel())

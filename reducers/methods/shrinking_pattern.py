@@ -10,12 +10,11 @@ import itertools
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-
 from reducers.checks import checked_choice, checked_whole
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.grid import Norm, keep_middle
+from reducers.kit.selection import at_most
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
@@ -82,8 +81,4 @@ class ShrinkingPattern(TokenReducer):
             )
         radius = radius_at(state.block, self.start, end, state.grid, self.norm)
         within = counts_within(state.grid, self.norm, radius)
-        layout = signals.layout
-        count: Tensor | int = within
-        if layout.uniform is None:
-            count = layout.patches.clamp(max=within)
-        return keep_middle(signals, distances(state.grid, self.norm), count)
+        return keep_middle(signals, distances(state.grid, self.norm), at_most(signals.layout, within))

@@ -5,11 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from torch import Tensor
+
+from reducers.budget import Budget, Rounding
+from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.kit import selection
+from reducers.maps import Keep
 from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
+from reducers.tokens import Layout
 
 
 @register("topk")
@@ -29,9 +35,20 @@ class TopK(selection.Ranked):
         return None if kept is None else Decision(kept)
 
 
+def _keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Tensor | int:
+    """As it was: one number where all images are alike, else (B,)."""
+    counts = selection.keep_count(layout, budget, state, rounding)
+    return counts.each if counts.alike is None else counts.alike
+
+
+def _keep_highest(layout: Layout, scores: Tensor, count: Counts | Tensor | int) -> Keep | None:
+    return selection.keep_highest(layout, scores, Counts.of(layout, count))
+
+
 def __getattr__(name: str) -> Any:
-    """What stood here before ``reducers.kit`` was there."""
-    if name not in ("first_of", "keep_count", "keep_highest", "rank_patches"):
+    """What stood here before ``reducers.kit`` was there; counts were tensors or numbers then."""
+    old: dict[str, Any] = {"keep_count": _keep_count, "keep_highest": _keep_highest}
+    if name not in ("first_of", "rank_patches", *old):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"{name} of the top-K's file is now in reducers.kit.selection", DeprecationWarning, stacklevel=2)
-    return getattr(selection, name)
+    return old[name] if name in old else getattr(selection, name)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from reducers.decision import Decision
 from reducers.kit.keep_predictor import PredictedKeep
-from reducers.kit.selection import Ranked, busy
+from reducers.kit.selection import Ranked
 from reducers.maps import Keep, Mask, Merge
 from reducers.reducer import State
 from reducers.registry import register
@@ -134,7 +134,7 @@ def spend_squeeze(signals: Signals, kept: Keep) -> None:
     if signals.counting:
         patches, stay = kept.old.patches.double(), kept.new.patches.double()
         width = signals.output().shape[1]
-        signals.spend(busy(kept.old, kept.new.patches) * ((patches - stay) * (stay + 1) + stay) * width)
+        signals.spend((kept.new.patches < kept.old.patches).double() * ((patches - stay) * (stay + 1) + stay) * width)
 
 
 @register("tps")

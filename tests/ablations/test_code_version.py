@@ -272,7 +272,7 @@ UNUSED = {
     "reducers/cost_fvcore.py": "*: another count, for the tests",
     "reducers/export.py": "_translations export_onnx: exported graphs are evaluated by nobody",
     "reducers/placement.py": "every parse_blocks: for who places by hand; a trial's stages name their blocks",
-    "reducers/methods/topk.py": "__getattr__: names that moved, for users' files",
+    "reducers/methods/topk.py": "_keep_count _keep_highest __getattr__: names that moved, for users' files",
     "reducers/registry.py": "available: for who lists the methods",
     "reducers/checks.py": "_named: words",
     EVALUATE: "try_trial: run_group for one trial, for reproduce",
