@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.padded import PaddedSignals
 from reducers import ATS, Count, at, reduce_tokens
-from reducers.base import State
+from reducers.reducer import State
 from reducers.scores import SCORES, Heads, Score
 from reducers.signals import Signals
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers import Placement
-from reducers.base import State
 from reducers.errors import ReducerError
 from reducers.hosts import host_of
 from reducers.maps import Keep
+from reducers.reducer import State
 from reducers.signals import Signals
 from reducers.tokens import Layout
 

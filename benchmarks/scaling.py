@@ -16,8 +16,8 @@ from benchmarks.speed import DENSE
 from benchmarks.subjects import Subject, ats, packed
 from benchmarks.timing import Run, Turns, take_turns
 from reducers import Drop, EViT, Placement, Ratio, ToMe, at, every, reduce_tokens
-from reducers.base import State, TokenReducer
 from reducers.decision import Decision
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
 
 
@@ -51,10 +51,11 @@ class Decided(TokenReducer):
     def __init__(self, inner: TokenReducer) -> None:
         super().__init__()
         self.inner = inner
-        self.needs_class_token = inner.needs_class_token
-        self.cuts_before_values = inner.cuts_before_values
-        self.uses_random = inner.uses_random
-        self.uses_previous_attention = inner.uses_previous_attention
+        told = inner.traits
+        self.traits = Traits(
+            needs_class_token=told.needs_class_token, cuts_before_values=told.cuts_before_values,
+            uses_random=told.uses_random, uses_previous_attention=told.uses_previous_attention,
+        )  # fmt: skip
         self._known: dict[int, Decision | None] = {}
 
     def decide(self, signals: Signals, state: State) -> Decision | None:

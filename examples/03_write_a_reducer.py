@@ -5,7 +5,7 @@ import torch
 
 from reducers import Decision, Ratio, TokenReducer, at, reduce_tokens
 from reducers.budget import Budget
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.kit.selection import keep_count, keep_highest
 
 
 class KeepLongestKeys(TokenReducer):

@@ -6,13 +6,13 @@
 >>> fast = reduce_tokens(model, at(range(3, 12), ATS(Ratio(0.5, of="initial"))))
 """
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Count, Drop, Ratio, parse_budget
 from reducers.decision import Decision
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.maps import Keep, Merge, Mix, TokenMap
 from reducers.methods import ATS, EViT, Identity, RandomDrop, ToMe, TopK
 from reducers.placement import Placement, at, every, parse_blocks, placement_from
+from reducers.reducer import State, TokenReducer
 from reducers.registry import available, build, register
 from reducers.runtime import ReducedViT, Shared, reduce_tokens
 from reducers.scores import SCORES

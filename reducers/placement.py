@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reducers.base import TokenReducer
 from reducers.checks import whole_number
 from reducers.errors import ReducerError
 from reducers.lazy import cached_property
+from reducers.reducer import TokenReducer
 from reducers.registry import build
 from reducers.stack import Stack
 

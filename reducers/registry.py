@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from reducers.base import TokenReducer
 from reducers.budget import parse_budget
 from reducers.errors import ReducerError
+from reducers.reducer import TokenReducer
 
 _METHODS: dict[str, type[TokenReducer]] = {}
 R = TypeVar("R", bound=type[TokenReducer])

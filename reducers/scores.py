@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reducers import noise
-from reducers.base import State
 from reducers.errors import ReducerError
+from reducers.reducer import State
 from reducers.signals import Signals
 
 Heads = Literal["concat", "per_head"]

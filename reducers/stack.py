@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from reducers.base import State, TokenReducer
 from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -36,36 +36,17 @@ class Stack(TokenReducer):
         for reducer in parts:
             if not reducer.only_decides:
                 raise ReducerError(f"{reducer.name} does more than decide and cannot be stacked at one block")
-        sites = [reducer.site for reducer in parts]
+        sites = [reducer.traits.site for reducer in parts]
         if sites != sorted(sites, key="input attention".index):
             raise ReducerError(
                 "reducers at the input site act before the block's attention: put them first in the stack"
             )
         self.reducers = nn.ModuleList(parts)
+        self.traits = Traits.merged(reducer.traits for reducer in parts)
 
     @property
     def members(self) -> list[TokenReducer]:
         return list(self.reducers)  # type: ignore[arg-type]  # a ModuleList of reducers
-
-    @property
-    def adaptive(self) -> bool:  # type: ignore[override]
-        return any(reducer.adaptive for reducer in self.members)
-
-    @property
-    def needs_class_token(self) -> bool:  # type: ignore[override]
-        return any(reducer.needs_class_token for reducer in self.members)
-
-    @property
-    def uses_random(self) -> bool:  # type: ignore[override]
-        return any(reducer.uses_random for reducer in self.members)
-
-    @property
-    def cuts_before_values(self) -> bool:  # type: ignore[override]
-        return all(reducer.cuts_before_values for reducer in self.members)
-
-    @property
-    def may_drop_class_token(self) -> bool:
-        return any(reducer.may_drop_class_token for reducer in self.members)
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         raise AssertionError("the runtime asks the members of a stack one by one")

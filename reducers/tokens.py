@@ -8,12 +8,15 @@ gives.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from reducers.lazy import cached_property
+
+if TYPE_CHECKING:
+    from reducers.counts import Counts
 
 
 def _known(extent: int | Tensor) -> int:
@@ -56,6 +59,19 @@ class Layout:
             uniform = (rows, leads[0])
         return cls(lengths, prefix, rows, uniform, (counts, leads))
 
+    def leaving(self, counts: Counts) -> Layout:
+        """The layout in which so many patches of each image are left behind its prefix."""
+        if counts.alike is not None:
+            assert self.uniform is not None
+            prefix = self.uniform[1]
+            return Layout.alike(self.images, prefix + counts.alike, prefix, self.lengths.device)
+        lengths = self.prefix + counts.each
+        if self.on_host is None or not counts.known:
+            return Layout.ragged(lengths, self.prefix)
+        leads = self.on_host[1]
+        tokens = [prefix + count for prefix, count in zip(leads, counts.on_host, strict=True)]
+        return Layout(lengths, self.prefix, sum(tokens), None, (tokens, leads))
+
     @property
     def images(self) -> int:
         return self.lengths.shape[0]
@@ -75,6 +91,14 @@ class Layout:
             return [self.uniform[0] - self.uniform[1]] * self.images
         assert self.on_host is not None
         return [length - lead for length, lead in zip(*self.on_host, strict=True)]
+
+    @cached_property
+    def kind_of_each(self) -> list[tuple[int, int]]:
+        """(patches, prefix tokens) of each image, on the host."""
+        if self.uniform is not None:
+            return [(self.uniform[0] - self.uniform[1], self.uniform[1])] * self.images
+        assert self.on_host is not None
+        return [(length - lead, lead) for length, lead in zip(*self.on_host, strict=True)]
 
     @cached_property
     def kinds(self) -> set[tuple[int, int]]:

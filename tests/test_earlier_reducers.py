@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,10 @@ def written(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("reducer_3d191f9", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        spec.loader.exec_module(module)
+    assert [str(one.message) for one in told if "is now" not in str(one.message)] == []
     return module
 
 
@@ -94,10 +98,12 @@ def test_the_file_registers_its_reducers_in_a_process_of_its_own() -> None:
         "print(json.dumps({name: build(one).spec() for name, one in data.items() if name in available()}))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:mine", "-c", program, FILE, json.dumps(DATA)],
+        [sys.executable, "-W", "always::DeprecationWarning", "-c", program, FILE, json.dumps(DATA)],
         cwd=FILE.parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "Warning: " in line]
+    assert [line for line in told if "is now" not in line] == [], "each says where the thing is by now"
     assert json.loads(done.stdout) == {name: {"name": name, **settings} for name, settings in DATA.items()}
 
 

@@ -170,15 +170,50 @@ def test_no_circle_leads_from_file_to_file_of_the_reducers() -> None:
 
 # methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass,
 # semantic tokens that ask the patches
-RUN_BLOCKS = {f"reducers/methods/{name}.py" for name in ("approx_net", "concrete_masks", "sttabt", "ia_red2", "stvit")}
+RUN_BLOCKS = {
+    f"reducers/methods/{name}.py"
+    for name in ("sttabt/approx_net", "sttabt/concrete_masks", "sttabt/method", "ia_red2", "stvit")
+}
 # and those that are given the model in training, of which they ask its host
-ASK_HOSTS = {f"reducers/methods/{name}.py" for name in ("concrete_masks", "dynamicvit", "ia_red2")}
+ASK_HOSTS = {f"reducers/methods/{name}.py" for name in ("sttabt/concrete_masks", "ia_red2")}
 
 
 def test_methods_ask_the_host_and_run_blocks_where_it_is_said() -> None:
     for room, known in (("reducers.runtime", RUN_BLOCKS), ("reducers.hosts", ASK_HOSTS)):
         knowing = {where[0] for where in imports("reducers/methods") if where[2].startswith(room)}
         assert knowing == known, f"{room}: an exception is missing, or no longer needed"
+
+
+def test_methods_share_through_the_kit_alone() -> None:
+    """A method of several files is a folder, whose files may lean on each other; the kit knows no method."""
+    leaning = [
+        (file, name)
+        for file, _, name in imports("reducers/methods", "reducers/kit")
+        if name.startswith("reducers.methods") and file != "reducers/methods/__init__.py"
+    ]
+    inside = {
+        (file, name) for file, name in leaning if name.startswith(f"{file.rpartition('/')[0].replace('/', '.')}.")
+    }
+    assert [where for where in leaning if where not in inside or where[0].count("/") < 3] == []
+    assert any(file.startswith("reducers/methods/sttabt/") for file, _ in inside), "the test no longer sees any"
+
+
+TRAITS = {
+    "adaptive", "trained", "cuts_before_values", "needs_class_token", "may_drop_class_token", "needs_teacher",
+    "uses_random", "uses_previous_attention", "uses_positions", "oracle",
+}  # fmt: skip
+NOT_REDUCERS = {"score", "_score", "real", "progress", "training"}  # scores have some of these names, trainings another
+
+
+def test_who_asks_what_a_reducer_is_asks_its_traits() -> None:
+    otherwise = [
+        (relative(path), node.lineno, ast.unparse(node))
+        for path in sources("reducers", "ablations", "benchmarks")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr in TRAITS and isinstance(node.ctx, ast.Load)
+        if ast.unparse(node.value).rpartition(".")[2] not in {"traits", "told", "chooser", "one", *NOT_REDUCERS}
+    ]
+    assert otherwise == []
 
 
 def test_library_code_prints_nothing() -> None:
@@ -312,6 +347,7 @@ def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
     elsewhere = [
         (relative(path), node.lineno, f"{node.module}:{alias.name}")
         for path in sources(*PACKAGES, "tests")
+        if path.parent != ROOT / "tests" / "data"  # a user's files, of an earlier version
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and node.module in made
         for alias in node.names

@@ -11,11 +11,11 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 import torch
 
-from ablations.catalogue.docstrings import functions, markdown, statements
+from ablations.catalogue.docstrings import described, functions, markdown, statements, tagged
 from ablations.catalogue.methods import (
     ADAPTIVE,
     TRAINED,
@@ -34,6 +34,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 INDEX = "README.md"
 _MODEL, _DEPTH = "deit_tiny_patch16_224", 12  # on which a method's own work and weights are counted
 _METHODS = "reducers.methods."  # a method that somebody registers beside them is not the package's
+_KIT = "reducers.kit."
 _MADE = "<!-- made by `sievit docs`: change the docstrings of {source} instead -->\n"
 _SITES = {
     "attention": "after the attention residual of its blocks, before their MLP",
@@ -108,7 +109,8 @@ def _index(methods: list[Properties]) -> str:
 
 def _page(cls: type[TokenReducer], about: Properties) -> str:
     modules = _modules(cls)
-    source = f"reducers/methods/{cls.__module__.rsplit('.', 1)[-1]}.py"
+    shared = _shared(modules)
+    source = f"{cls.__module__.replace('.', '/')}.py"
     placement = example_placement(about.name, depth=_DEPTH)
     parts = [
         _MADE.format(source=source),
@@ -121,24 +123,33 @@ def _page(cls: type[TokenReducer], about: Properties) -> str:
         "## Example",
         _example(about, placement),
     ]
-    tagged = list(dict.fromkeys(statement for module in modules for statement in statements(module)))
-    if tagged:
+    said = dict.fromkeys(statement for module in modules for statement in statements(module))
+    said |= dict.fromkeys(tagged(function.__doc__ or "" for function in shared))
+    if said:
         parts += [
             "## What it rests on",
             "[R]: from memory of the paper, not checked against its text. [D]: our decision, where the source is "
             "silent or a plain ViT forces a choice.",
-            "\n".join(f"* {statement}" for statement in tagged),
+            "\n".join(f"* {statement}" for statement in said),
         ]
     mathematics = [part for module in modules for part in functions(module)]
+    mathematics += [part for function in shared for part in described(function)]
     if mathematics:
         parts += ["## The mathematics, function by function", *mathematics]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def _modules(cls: type[TokenReducer]) -> list[ModuleType]:
-    """The method's own file, and those of the methods or parts that it builds on."""
-    names = [base.__module__ for base in cls.__mro__ if base.__module__.startswith(_METHODS)]
+    """The method's own file, and those of the parts that it builds on."""
+    names = [base.__module__ for base in cls.__mro__ if base.__module__.startswith((_METHODS, _KIT))]
     return [sys.modules[name] for name in dict.fromkeys(names)]
+
+
+def _shared(modules: list[ModuleType]) -> list[FunctionType]:
+    """The mathematics that the method's own file takes from the kit; how many tokens are kept is none."""
+    beside = {module.__name__ for module in modules} | {f"{_KIT}selection"}
+    taken = (each for each in vars(modules[0]).values() if isinstance(each, FunctionType))
+    return [each for each in taken if each.__module__.startswith(_KIT) and each.__module__ not in beside]
 
 
 def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, source: str) -> list[list[str]]:
@@ -147,10 +158,10 @@ def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, sou
     needs = [
         words
         for words, asked in (
-            ("a class token", reducer.needs_class_token),
-            ("the attention of the block before", reducer.uses_previous_attention),
-            ("the place of each patch", reducer.uses_positions),
-            ("random numbers, of the seed and the image", reducer.uses_random),
+            ("a class token", reducer.traits.needs_class_token),
+            ("the attention of the block before", reducer.traits.uses_previous_attention),
+            ("the place of each patch", reducer.traits.uses_positions),
+            ("random numbers, of the seed and the image", reducer.traits.uses_random),
         )
         if asked
     ]
@@ -160,7 +171,7 @@ def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, sou
         ["weights", _weights(about)],
         ["trained as published", cls.trained_as],
         ["asks of its training", ", ".join(f"`{name}` {value}" for name, value in reducer.schedule.items())],
-        ["teacher", "the dense model" if reducer.needs_teacher else ""],
+        ["teacher", "the dense model" if reducer.traits.needs_teacher else ""],
         ["acts", _SITES[about.site]],
         ["needs", ", ".join(needs)],
         ["in one block with others", "yes, with any other that stacks" if about.stacks else f"no: {about.why_not}"],

@@ -6,7 +6,7 @@ import inspect
 import io
 import re
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 _TAG = re.compile(r"\[[RD](?:/[RD])*\]|\[[RD]: [^\]]+\]")
@@ -15,8 +15,13 @@ _SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`(\[])")
 
 def statements(module: ModuleType) -> Iterator[str]:
     """Every sentence of the module that carries a tag, once."""
+    yield from tagged(_texts(module))
+
+
+def tagged(texts: Iterable[str]) -> Iterator[str]:
+    """Every sentence that carries a tag, once."""
     said: dict[str, None] = {}
-    for text in _texts(module):
+    for text in texts:
         for sentence in _SENTENCE.split(" ".join(text.split())):
             if _TAG.search(sentence):
                 said[markdown(sentence[:1].upper() + sentence[1:])] = None
@@ -52,15 +57,14 @@ def _texts(module: ModuleType) -> Iterator[str]:
 
 def functions(module: ModuleType) -> list[str]:
     """The public functions of the module: their names, arguments and docstrings, a paragraph each."""
-    parts: list[str] = []
-    for name, function in vars(module).items():
-        if not inspect.isfunction(function) or function.__module__ != module.__name__ or name.startswith("_"):
-            continue
-        parts += [
-            f"**`{name}({', '.join(_arguments(function))})`**",
-            markdown(inspect.cleandoc(function.__doc__ or "")),
-        ]
-    return parts
+    own = (each for each in vars(module).values() if inspect.isfunction(each) and each.__module__ == module.__name__)
+    return [part for each in own if not each.__name__.startswith("_") for part in described(each)]
+
+
+def described(function: Callable[..., object]) -> list[str]:
+    """A function's name and arguments, and its docstring."""
+    title = f"**`{function.__name__}({', '.join(_arguments(function))})`**"
+    return [title, markdown(inspect.cleandoc(function.__doc__ or ""))]
 
 
 def _arguments(function: Callable[..., object]) -> Iterator[str]:

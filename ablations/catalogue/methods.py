@@ -14,10 +14,10 @@ FIXED, ADAPTIVE = "fixed", "adaptive"
 OFF_THE_SHELF, TRAINED = "off the shelf", "trained"
 
 _STEPS = {
-    "prepare": "it changes the input image",
-    "plan": "it plans all blocks ahead",
-    "block": "it replaces the computation of its blocks",
-    "finish": "it has an output of its own",
+    "prepares": "it changes the input image",
+    "plans": "it plans all blocks ahead",
+    "runs_blocks": "it replaces the computation of its blocks",
+    "finishes": "it has an output of its own",
 }
 
 
@@ -45,15 +45,15 @@ def properties_of(name: str, cls: type[TokenReducer]) -> Properties:
     """One method, as its example in the shipped specs has it."""
     reducer = example(name)
     settings = [p.name if p.default is p.empty else f"{p.name}={_default(p.default)}" for p in cls.settings()]
-    why_not = " and ".join(reason for step, reason in _STEPS.items() if getattr(reducer, step) is not None)
+    why_not = " and ".join(reason for step, reason in _STEPS.items() if getattr(reducer.steps, step))
     return Properties(
         name=name,
         settings=", ".join(settings),
-        count=ADAPTIVE if reducer.adaptive else FIXED,
-        weights=TRAINED if reducer.trained else OFF_THE_SHELF,
+        count=ADAPTIVE if reducer.traits.adaptive else FIXED,
+        weights=TRAINED if reducer.traits.trained else OFF_THE_SHELF,
         stacks=reducer.only_decides,
         why_not="" if reducer.only_decides else why_not,
-        site="image" if reducer.prepare is not None else reducer.site,
+        site="image" if reducer.steps.prepares else reducer.traits.site,
         summary=cls.summary,
         source=cls.source,
     )

@@ -111,7 +111,7 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> floa
     """
     use_exact_float32()
     fast = reduce_tokens(context.model, placement).to(context.device).eval()
-    if not any(member.adaptive for member in fast.members()):
+    if not any(member.traits.adaptive for member in fast.members()):
         return _cost(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
     return halving(
         lambda at_once: _cost(fast, calibration_batches(context, at_once=at_once), seed=seed),

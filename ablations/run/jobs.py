@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ablations.trial.labels import blocks_of
 from ablations.trial.trial import ModelFacts, Trial, estimated_cost
 from reducers import available
+from reducers.reducer import Plans, Prepares
 
 LARGEST = 6  # computations in a group: the gain of each further one is small, and so is what an interruption loses
 SPEED = "speed"
@@ -149,7 +150,7 @@ def _computation(trial: Trial, answers: tuple[Trial, ...], facts: ModelFacts) ->
     stages, dense = trial.stage_list(), estimated_cost([], facts)
     blocks = blocks_of(stages)
     methods = [available()[reducer["name"]] for stage in stages for reducer in stage["stack"]]
-    shares = all(method.prepare is None and method.plan is None for method in methods)
+    shares = not any(issubclass(method, (Prepares, Plans)) for method in methods)
     cost = estimated_cost(stages, facts, trial.target)
     prefix = min(cost, dense * (blocks[0] if blocks else facts.depth) / facts.depth) if shares else 0.0
     if trial.target is not None:

@@ -136,7 +136,7 @@ def _trained(placement: Placement) -> Iterator[tuple[int, TokenReducer]]:
     """Every reducer that must be trained, selectors and members of stacks included, with its block."""
     for block, reducer in placement.blocks.items():
         for member in with_nested(reducer):
-            if member.trained:
+            if member.traits.trained:
                 yield block, member
 
 

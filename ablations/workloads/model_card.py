@@ -17,8 +17,9 @@ from ablations.workloads import digits
 from ablations.workloads.base import Workload
 from ablations.workloads.embedded import embedded_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
-from reducers.base import State
-from reducers.methods.topk import keep_highest
+from reducers.counts import Counts
+from reducers.kit.selection import keep_highest
+from reducers.reducer import State
 from reducers.signals import Signals
 
 BLOCK = 3
@@ -55,7 +56,7 @@ class KeepMarked(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         scores = signals.layout.spread(self.marked.to(torch.float32), prefix=0.0)
-        kept = keep_highest(signals.layout, scores, self.count)
+        kept = keep_highest(signals.layout, scores, Counts.of(signals.layout, self.count))
         return None if kept is None else Decision(kept)
 
 

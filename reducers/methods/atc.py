@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag
-from reducers.methods.clusters import busy, count_each, keeps_all, labels_of, merge_labels
-from reducers.methods.topk import keep_count
+from reducers.decision import Decision
+from reducers.kit.clustering import labels_of, merge_labels
+from reducers.kit.selection import keep_count
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -121,21 +122,20 @@ class ATC(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
-        valid, counts = layout.valid_patches, count_each(layout, count)
+        valid = layout.valid_patches
         with torch.no_grad():
             metric = layout.pad_patches(signals.keys().detach().mean(dim=1))
-            steps = (layout.patches - counts).clamp(min=0)
-            most = layout.uniform[0] - layout.uniform[1] - count if isinstance(count, int) else int(steps.max())  # type: ignore[index]  # an int count means uniform
-            owner = agglomerate(cosine_distances(metric, valid), steps, most, self.linkage)
+            steps = counts.left
+            owner = agglomerate(cosine_distances(metric, valid), steps.each, steps.most, self.linkage)
             alive = (owner == torch.arange(owner.shape[1], device=owner.device)) & valid
-            merge = merge_labels(layout, labels_of(owner, alive), count, signals.size)
+            merge = merge_labels(layout, labels_of(owner, alive), counts, signals.size)
         if signals.counting:
-            patches, reduces = layout.patches.double(), busy(layout, count)
+            patches, reduces = layout.patches.double(), counts.busy
             signals.spend(reduces * patches**2 * metric.shape[2])
             if self.linkage == "average":  # a weighted sum of two rows at each step
-                signals.spend(2 * steps * patches)
+                signals.spend(2 * steps.each * patches)
             signals.spend(reduces * patches * signals.values().shape[1:].numel())  # means
         return Decision(merge, proportional=self.proportional)

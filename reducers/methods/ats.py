@@ -8,16 +8,19 @@ choosing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reducers import noise
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag, checked_seed
+from reducers.counts import Counts
+from reducers.decision import Decision
 from reducers.maps import keep_patches, keep_rows
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals
@@ -139,8 +142,7 @@ class ATS(TokenReducer):
 
     summary = "sample tokens by inverse transform over significance scores"
     source = "Fayyaz et al., ECCV 2022 (arXiv 2111.15667)"
-    adaptive = True
-    cuts_before_values = True
+    traits = Traits(adaptive=True, cuts_before_values=True)
 
     def __init__(
         self,
@@ -162,20 +164,21 @@ class ATS(TokenReducer):
         self.keep_class_token = checked_flag(keep_class_token, "ATS(keep_class_token=…)")
         self.seed = checked_seed(seed)
         self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random or variant == "gumbel"
-
-    @property
-    def may_drop_class_token(self) -> bool:
-        return not self.keep_class_token
+        self.traits = replace(
+            self.traits,
+            needs_class_token=self._score.needs_class_token,
+            may_drop_class_token=not self.keep_class_token,
+            uses_random=self._score.uses_random or variant == "gumbel",
+        )
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
         scores = self._score.compute(signals, state, self.heads, self.seed).detach()
         if self.keep_class_token:
             padded = layout.pad_patches(scores)
-            if layout.uniform is not None and padded.shape[1] and (self.variant, self.lookup) == ("paper", "inverse"):
-                kept = keep_patches(layout, self._sample_alike(padded, layout.uniform, state))
+            points = self._points(layout, state).alike
+            if points is not None and padded.shape[1] and (self.variant, self.lookup) == ("paper", "inverse"):
+                kept = keep_patches(layout, self._sample_alike(padded, points))
                 if all(kept.new.patch_counts):  # else an image has no score above 0
                     return Decision(kept)
             return Decision(keep_patches(layout, self._sample(padded, layout.valid_patches, signals, state)))
@@ -186,12 +189,10 @@ class ATS(TokenReducer):
         chosen = self._sample(layout.pad(scores), candidates, signals, state)
         return Decision(keep_rows(layout, layout.unpad(chosen | (layout.valid & ~candidates))))
 
-    def _sample_alike(self, scores: Tensor, uniform: tuple[int, int], state: State) -> Tensor:
+    def _sample_alike(self, scores: Tensor, points: int) -> Tensor:
         """The usual case in the few steps it needs: the published rule where all images have the same number of tokens,
         so that nothing is padding. Of an image whose scores are all zero nothing is sampled. (B, N) bool
         """
-        tokens, prefix = uniform
-        points = self.budget.point_count(tokens - prefix, initial=state.initial, prefix=prefix, rounding="floor")
         sums = scores.to(torch.promote_types(scores.dtype, torch.float32)).cumsum(dim=1)
         return sample_inverse(sums / sums[:, -1:], points)
 
@@ -200,7 +201,8 @@ class ATS(TokenReducer):
         layout = signals.layout
         if scores.shape[1] == 0:  # no image has a candidate left
             return valid
-        points = self.budget.points(layout.patches, initial=state.initial, prefix=layout.prefix, rounding="floor")
+        each = self._points(layout, state)
+        points, most = each.each, each.most
         if self.variant == "paper" and self.lookup == "inverse":
             return sample_inverse(cumulative(scores, valid), points) & valid
         shares = significance(scores, valid)
@@ -209,7 +211,6 @@ class ATS(TokenReducer):
             return sample_official(shares, valid, int(fixed))
         if self.variant == "gumbel":
             assert state.image_keys is not None
-            most = self._most_points(layout, state)
             pairs = torch.arange(most * shares.shape[1], device=shares.device)
             # numbered by draw first, so that padding does not renumber another image's draws
             pairs = pairs // shares.shape[1] + (pairs % shares.shape[1]) * 2**20
@@ -219,13 +220,13 @@ class ATS(TokenReducer):
             return sample_gumbel(shares, valid, points, draws.view(shares.shape[0], most, shares.shape[1]))
         cdf = cumulative(scores, valid)
         if self.variant == "unsorted":
-            grid, used = even_points(points, self._most_points(layout, state), cdf.dtype)
+            grid, used = even_points(points, most, cdf.dtype)
             last = grid >= grid.gather(1, points[:, None] - 1)
             last = last & (points > 1)[:, None]  # of one point, that one stays
             return sample_nearest(cdf, valid, grid, used & ~last)
-        return sample_nearest(cdf, valid, *even_points(points, self._most_points(layout, state), cdf.dtype))
+        return sample_nearest(cdf, valid, *even_points(points, most, cdf.dtype))
 
-    def _most_points(self, layout: Layout, state: State) -> int:
-        """The most points that any image has, from what is known on the host."""
+    def _points(self, layout: Layout, state: State) -> Counts:
+        """How many points each image has."""
         count = self.budget.point_count
-        return max(count(n, initial=state.initial, prefix=prefix, rounding="floor") for n, prefix in layout.kinds)
+        return Counts.by(layout, lambda n, prefix: count(n, initial=state.initial, prefix=prefix, rounding="floor"))

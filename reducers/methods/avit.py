@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reducers.base import State, TokenReducer
 from reducers.checks import checked_choice, checked_flag, checked_number, checked_share, checked_weight, checked_whole
 from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.kit.halting import Halting, Rule, Sums
 from reducers.maps import keep_rows
-from reducers.methods.halting import Halting, Rule, Sums
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch
@@ -85,9 +85,7 @@ class AViT(TokenReducer):
 
     summary = "each token halts when its halting scores add up to one"
     source = "Yin et al., CVPR 2022 (arXiv 2112.07658)"
-    adaptive = True
-    trained = True
-    site = "input"
+    traits = Traits(adaptive=True, trained=True, site="input")
     trained_as = (
         "100 epochs from DeiT, a cosine with 5 epochs of warm-up, mixup and cutmix; learning rate 5e-4 (Ti, 512 images)"
         " or 3e-4 (S, 384 images) at DeiT's scaling by batch / 512"
@@ -124,7 +122,7 @@ class AViT(TokenReducer):
     def decide(self, signals: Signals, state: State) -> Decision | None:
         if state.block == 0:
             return None
-        halting: Halting = state.plans[id(self)]
+        halting: Halting = state.plans[self]
         layout, counting = signals.layout, signals.counting
         if halting.sums is None:
             halting.sums = Sums.begin(halting.rule, signals)
@@ -144,7 +142,7 @@ class AViT(TokenReducer):
 
     def finish(self, batch: TokenBatch, state: State) -> TokenBatch:
         """The tokens the head reads, each the weighted mean of what left the blocks it passed."""
-        sums = state.plans[id(self)].sums
+        sums = state.plans[self].sums
         if sums is None:  # it stood at block 0 alone
             return batch
         sums.check(batch.layout)
@@ -164,7 +162,7 @@ class AViT(TokenReducer):
 
     def losses(self, state: State, outputs: Any, targets: Tensor, teacher: Any) -> dict[str, Tensor]:
         """``ponder`` asks for few blocks, ``prior`` for halting around a depth."""
-        sums = state.plans[id(self)].sums
+        sums = state.plans[self].sums
         parts: dict[str, Tensor] = {}
         if sums is None:
             return parts

@@ -7,43 +7,19 @@ costs more than it saves, and says how good a choice of tokens by attention coul
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_share
 from reducers.decision import Decision
+from reducers.kit.back_tracking import back_track
 from reducers.maps import keep_rows
-from reducers.methods.topk import first_of
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
-
-
-def back_track(maps: list[Tensor], *, prefix: int, count: int, mixing: float = 0.1) -> list[Tensor]:
-    """Masks m_0 … m_L: m_i are the tokens block i must read, m_{i+1} those it must update; each holds the next one.
-
-    maps: head-mean attention of each block, (B, T, T), rows are queries; of the last, those of the prefix will do.
-    From m_L, the prefix tokens, backwards: score s = the column mean of the rows in m_{i+1}, each row weighed by
-    (mixing w + 1 - mixing) with w its own score, which sum to 1 over m_{i+1} (all 1 at the start); m_i adds the
-    ``count`` patches of highest score to m_{i+1}.
-    """
-    mask = torch.zeros_like(maps[0][:, 0], dtype=torch.bool)
-    mask[:, :prefix] = True
-    impact = mask.to(maps[0].dtype)
-    masks = [mask]
-    for attention in reversed(maps):
-        weight = (mixing * impact + 1 - mixing) * mask
-        score = (weight[:, None, : attention.shape[1]] @ attention).squeeze(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        order = score[:, prefix:].sort(dim=1, descending=True, stable=True).indices
-        chosen = first_of(order, torch.full_like(order[:, 0], count))
-        mask = mask | torch.cat([torch.zeros_like(mask[:, :prefix]), chosen], dim=1)
-        impact = score * mask
-        impact = impact / impact.sum(1, keepdim=True).clamp(min=torch.finfo(impact.dtype).tiny)
-        masks.append(mask)
-    return masks[::-1]
 
 
 @register("back_tracking")
@@ -60,14 +36,13 @@ class BackTracking(TokenReducer):
 
     summary = "keep what attention, traced back from the output, will read (oracle)"
     source = "Lee et al., ICLR 2023 (STTABT), oracle form"
-    adaptive = True
-    needs_class_token = True
-    uses_positions = True
+    traits = Traits(adaptive=True, needs_class_token=True, uses_positions=True)
 
     def __init__(self, budget: Budget, *, count_planning: bool = True, mixing: float = 0.1) -> None:
         super().__init__()
         self.budget = checked_budget(budget, "BackTracking")
         self.count_planning = checked_flag(count_planning, "BackTracking(count_planning=…)")
+        self.traits = replace(self.traits, oracle=not count_planning)
         self.mixing = checked_share(mixing, "BackTracking(mixing=…)")
 
     def plan(self, images: Tensor, host: Any) -> list[Tensor]:
@@ -82,6 +57,6 @@ class BackTracking(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout, pos = signals.layout, signals.positions()
-        needed = state.plans[id(self)][state.block + 1]
+        needed = state.plans[self][state.block + 1]
         stays = needed[layout.row_image, pos.clamp(min=0)] | (pos < 0)  # a token that is no one patch's is not known
         return Decision(keep_rows(layout, stays | layout.is_prefix))

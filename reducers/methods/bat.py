@@ -9,59 +9,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
-from reducers.methods.clusters import (
-    busy,
-    count_each,
-    keeps_all,
-    labels_of,
-    merge_labels,
-    nearest_centre,
-    squared_distances,
-)
-from reducers.methods.dpc_knn import density_peaks
-from reducers.methods.topk import keep_count, rank_patches
+from reducers.counts import Counts
+from reducers.decision import Decision
+from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
+from reducers.kit.selection import keep_count, rank_patches
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
 from reducers.tokens import Layout
-
-N = TypeVar("N", Tensor, int)  # counts of each image (B,), or of one on the host
 
 _NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How an image's patches are dealt with, numbers or (B,) int64; ``attentive - pairs + clusters`` are left."""
+    """How each image's patches are dealt with; ``attentive - pairs + clusters`` are left."""
 
-    attentive: Tensor | int  # the patches of highest class attention
-    pairs: Tensor | int  # how many of them merge into another one of them
-    clusters: Tensor | int  # what the inattentive ones become
+    attentive: Counts  # the patches of highest class attention
+    pairs: Counts  # how many of them merge into another one of them
+    clusters: Counts  # what the inattentive ones become
 
 
-def share_out(patches: N, count: N, *, clusters: int, alike: Fraction) -> Shares:
+class Split(NamedTuple):
+    """The same for one image."""
+
+    attentive: int
+    pairs: int
+    clusters: int
+
+
+def share_out(patches: int, count: int, *, clusters: int, alike: Fraction) -> Split:
     """So that ``count`` of ``patches`` tokens are left: at most half of them clusters, and of the others a share
     ``alike`` has taken one in, as far as there are patches for it.
     """
-    clustered = _least((count + 1) // 2, clusters)
+    clustered = min((count + 1) // 2, clusters)
     alone = count - clustered
-    pairs = _least(alone * alike.numerator // alike.denominator, patches - count)
-    return Shares(alone + pairs, pairs, clustered)
+    pairs = min(alone * alike.numerator // alike.denominator, patches - count)
+    return Split(alone + pairs, pairs, clustered)
 
 
-def _least(first: N, second: N | int) -> N:
-    if isinstance(first, Tensor):
-        return torch.minimum(first, torch.as_tensor(second, device=first.device))
-    return min(first, int(second))
+def shares_of(counts: Counts, *, clusters: int, alike: Fraction) -> Shares:
+    """How ``counts`` tokens of each image come to be left."""
+
+    def part(which: int) -> Counts:
+        return counts.map(lambda patches, count: share_out(patches, count, clusters=clusters, alike=alike)[which])
+
+    return Shares(part(0), part(1), part(2))
 
 
 def alike_pairs(x: Tensor, attentive: Tensor, pairs: Tensor) -> Tensor:
@@ -94,9 +96,9 @@ def decouple(layout: Layout, x: Tensor, order: Tensor, shares: Shares) -> tuple[
     """
     rank = torch.arange(order.shape[1], device=order.device)
     ranked = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-    attentive, pairs, clusters = (count_each(layout, n) for n in (shares.attentive, shares.pairs, shares.clusters))
-    known = isinstance(shares.attentive, int)  # then the ranks fall into two parts; else each is looked at by both ways
-    last, first = (shares.attentive, shares.attentive) if isinstance(shares.attentive, int) else (order.shape[1], 0)
+    attentive, pairs, clusters = shares.attentive.each, shares.pairs.each, shares.clusters.each
+    known = shares.attentive.alike  # then the ranks fall into two parts; else each is looked at by both ways
+    last, first = (order.shape[1], 0) if known is None else (known, known)
 
     target = alike_pairs(ranked[:, :last], attentive, pairs)
     stays = torch.zeros_like(order, dtype=torch.bool)
@@ -110,7 +112,7 @@ def decouple(layout: Layout, x: Tensor, order: Tensor, shares: Shares) -> tuple[
     far = (attentive - pairs)[:, None] + labels_of(nearest_centre(squared, centre), centre)
 
     inattentive = (rank >= attentive[:, None]).expand(order.shape)
-    label = torch.cat([near, far], dim=1) if known else torch.where(inattentive, far, near)
+    label = torch.where(inattentive, far, near) if known is None else torch.cat([near, far], dim=1)
     back = torch.zeros_like(order).scatter(1, order, rank.expand(order.shape))  # the rank of each patch
     return label.gather(1, back), inattentive.gather(1, back)
 
@@ -131,7 +133,7 @@ class BAT(TokenReducer):
 
     summary = "keep attentive tokens, merge alike ones, cluster the rest"
     source = "Long et al., CVPR 2023 (arXiv 2211.11315), from its description"
-    needs_class_token = True
+    traits = Traits(needs_class_token=True)
 
     def __init__(self, budget: Budget, *, clusters: int = 10, alike: float = 0.1) -> None:
         super().__init__()
@@ -141,29 +143,22 @@ class BAT(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "ceil")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "ceil")
+        if counts.keep_all:
             return None
         attention, x = class_attention(signals.class_attention()), signals.output()
-        shares = self._shares(layout, count)
+        alike = Fraction(str(self.alike)).limit_denominator(1000)
+        shares = shares_of(counts, clusters=self.clusters, alike=alike)
         with torch.no_grad():
             label, inattentive = decouple(layout, layout.pad_patches(x), rank_patches(layout, attention), shares)
-            if not isinstance(count, int):  # an image that keeps all keeps its order, as it would alone
+            if counts.alike is None:  # an image that keeps all keeps its order, as it would alone
                 place = torch.arange(label.shape[1], device=label.device)
-                label = label.where((count < layout.patches)[:, None], place)
+                label = label.where((counts.each < layout.patches)[:, None], place)
             weight = torch.where(layout.spread(inattentive, prefix=False), attention, signals.size)
-            merge = merge_labels(layout, label, count, weight)
+            merge = merge_labels(layout, label, counts, weight)
         if signals.counting:
             patches = layout.patches.double()
-            attentive = count_each(layout, shares.attentive).double()
+            attentive = shares.attentive.each.double()
             pairs = (attentive / 2).ceil() * (attentive / 2).floor()
-            signals.spend(busy(layout, count) * ((patches - attentive) ** 2 + pairs + patches) * x.shape[1])
+            signals.spend(counts.busy * ((patches - attentive) ** 2 + pairs + patches) * x.shape[1])
         return Decision(merge)
-
-    def _shares(self, layout: Layout, count: Tensor | int) -> Shares:
-        """For each image alike where all are."""
-        alike = Fraction(str(self.alike)).limit_denominator(1000)
-        if isinstance(count, int):
-            patches = layout.width_from(layout.prefix)
-            return share_out(patches, count, clusters=self.clusters, alike=alike)
-        return share_out(layout.patches, count, clusters=self.clusters, alike=alike)

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight, checked_whole
 from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.methods.ranked_merge import merge_ranked, soft_merge
-from reducers.methods.topk import keep_highest, rank_patches
+from reducers.kit.ranked_merge import merge_ranked, soft_merge
+from reducers.kit.selection import at_most, keep_highest, rank_patches
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
@@ -79,8 +79,7 @@ class DiffRate(TokenReducer):
 
     summary = "prune and merge by class attention, as many in each block as gradients have found best"
     source = "Chen et al., ICCV 2023 (arXiv 2305.17997)"
-    trained = True
-    needs_class_token = True
+    traits = Traits(trained=True, needs_class_token=True)
     schedule: ClassVar[Mapping[str, Any]] = {"lr": 0.01, "weight_decay": 0.0, "freeze": 1.0}
     trained_as = "3 epochs [R] for the counts alone, AdamW lr 0.01, the model's weights as they are; no teacher"
 
@@ -154,7 +153,7 @@ class DiffRate(TokenReducer):
             return None
         prune = min(prune, patches)
         if prune == merge:
-            kept = keep_highest(layout, scores, merge if layout.uniform else layout.patches.clamp(max=merge))
+            kept = keep_highest(layout, scores, at_most(layout, merge))
             return None if kept is None else Decision(kept)
         merged = merge_ranked(layout, signals.output(), rank_patches(layout, scores), prune=prune, merge=merge)
         if signals.counting:

@@ -7,60 +7,23 @@ The members of a cluster weigh alike, or by a weight that is learned for each to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
-from reducers.methods.clusters import (
-    Site,
-    busy,
-    count_each,
-    keeps_all,
-    labels_of,
-    merge_labels,
-    nearest_centre,
-    squared_distances,
-)
-from reducers.methods.topk import first_of, keep_count
+from reducers.decision import Decision
+from reducers.kit.clustering import Site, density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
+from reducers.kit.selection import keep_count
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
 Weights = Literal["equal", "learned"]
-
-
-def log_density(squared: Tensor, valid: Tensor, neighbours: int) -> Tensor:
-    """Minus the mean squared distance to the k nearest tokens, the token itself included. (B, N, N) -> (B, N)
-
-    The density is the exponential of it; the logarithm ranks alike and cannot underflow. Of fewer than k tokens, all
-    count. Padding gets -inf.
-    """
-    nearest = squared.topk(min(neighbours, squared.shape[2]), dim=2, largest=False).values
-    there = nearest.isfinite()
-    mean = nearest.masked_fill(~there, 0).sum(2) / there.sum(2).clamp(min=1)
-    return (-mean).masked_fill(~valid, -torch.inf)
-
-
-def density_peaks(squared: Tensor, valid: Tensor, count: Tensor, *, neighbours: int) -> Tensor:
-    """The ``count`` (B,) tokens with the largest density x distance to the nearest denser token, (B, N) bool.
-
-    squared (B, N, N): squared distances. Of equally dense tokens the first counts as denser [D: the authors add noise
-    instead]; the densest of all gets the largest distance there is. Products are compared by their logarithms.
-    """
-    density = log_density(squared, valid, neighbours)
-    place = torch.arange(squared.shape[1], device=squared.device)
-    ours, theirs = density[:, :, None], density[:, None, :]
-    denser = (theirs > ours) | ((theirs == ours) & (place < place[:, None]))
-    denser = denser & valid[:, None, :]
-    gap = squared.masked_fill(~denser, torch.inf).amin(dim=2)
-    widest = squared.masked_fill(squared.isinf(), 0).amax(dim=(1, 2))
-    gap = torch.where(denser.any(dim=2), gap, widest[:, None])
-    peak = (density + 0.5 * gap.log()).masked_fill(~valid, -torch.inf)
-    return first_of(peak.sort(dim=1, descending=True, stable=True).indices, count) & valid
 
 
 def learned_weights(logits: Tensor, layout: Layout) -> Tensor:
@@ -100,35 +63,35 @@ class DPCKNN(TokenReducer):
         self.budget = checked_budget(budget, "DPCKNN")
         self.neighbours = checked_whole(neighbours, "DPCKNN(neighbours=…)", least=1)
         self.weights = checked_choice(weights, Weights, "DPCKNN(weights=…)")
-        self.trained = self.weights == "learned"  # type: ignore[misc]  # of this instance, not of the method
         self.weighers = nn.ModuleDict()  # by block
-        self.site = checked_choice(site, Site, "DPCKNN(site=…)")  # type: ignore[assignment,misc]  # of this instance
+        self.site = checked_choice(site, Site, "DPCKNN(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, trained=self.weights == "learned")
 
-    @property
-    def attach(self) -> Any:
-        """Makes a linear layer for each block, where weights are learned."""
-        return self._make_weighers if self.weights == "learned" else None
+    def join(self, host: Any, blocks: tuple[int, ...]) -> None:
+        if self.weights == "learned":  # else it has no parameters, and any model will do
+            super().join(host, blocks)
 
-    def _make_weighers(self, host: Any, blocks: tuple[int, ...]) -> None:
+    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """A linear layer for each block."""
         self.weighers = nn.ModuleDict({str(block): nn.Linear(host.width, 1, bias=False) for block in blocks})
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
         x, valid = signals.output(), layout.valid_patches
         with torch.no_grad():
             squared = squared_distances(layout.pad_patches(x), valid) / x.shape[1]
-            centre = density_peaks(squared, valid, count_each(layout, count), neighbours=self.neighbours)
+            centre = density_peaks(squared, valid, counts.each, neighbours=self.neighbours)
             label = labels_of(nearest_centre(squared, centre), centre)
         if self.weights == "learned":
             weight = learned_weights(self.weighers[str(state.block)](x).squeeze(1), layout)
         else:
             weight = torch.ones_like(signals.size)
-        merge = merge_labels(layout, label, count, weight)
+        merge = merge_labels(layout, label, counts, weight)
         if signals.counting:
             patches = layout.patches.double()
             weighers = patches * (self.weights == "learned")
-            signals.spend(busy(layout, count) * (patches**2 + patches + weighers) * x.shape[1])  # distances, means
+            signals.spend(counts.busy * (patches**2 + patches + weighers) * x.shape[1])  # distances, means
         return Decision(merge)

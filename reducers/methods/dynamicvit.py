@@ -4,19 +4,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reducers.base import State
 from reducers.budget import Budget
 from reducers.checks import checked_choice, checked_weight
 from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.hosts import host_of
+from reducers.kit.keep_predictor import PredictedKeep, Stage, divergence
 from reducers.maps import Keep, Mask
-from reducers.methods.keep_predictor import PredictedKeep, Stage, divergence
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -75,21 +75,7 @@ class DynamicViT(PredictedKeep):
         super().__init__(budget, threshold=threshold, ratio_weight=ratio_weight, distill_weight=distill_weight)
         self.token_weight = checked_weight(token_weight, "DynamicViT(token_weight=…)")
         self.token_distance = checked_choice(token_distance, Distance, "DynamicViT(token_distance=…)")
-        # the final norm of the model in training, in a tuple: it is the model's and has no place in this one's state
-        self._norm: tuple[nn.Module, ...] = ()
-
-    @property
-    def needs_teacher(self) -> bool:  # type: ignore[override]  # of this instance, not of the method
-        return self.distill_weight > 0 or self.token_weight > 0
-
-    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
-        """One predictor for each stage."""
-        super().attach(host, blocks)
-        self._norm = (host.final_norm,)
-
-    def train_phase(self, share: float, base: Any) -> None:
-        """Know the model in training: its final norm makes the tokens comparable to the teacher's."""
-        self._norm = (host_of(base).final_norm,)
+        self.traits = replace(self.traits, needs_teacher=self.distill_weight > 0 or self.token_weight > 0)
 
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
         return Decision(kept)
@@ -102,11 +88,11 @@ class DynamicViT(PredictedKeep):
         parts = super().losses(state, outputs, targets, teacher)
         stages = state.noted(self)
         if self.token_weight > 0 and stages:
-            parts["tokens"] = self.token_weight * self._tokens_apart(stages[-1], outputs.batch, teacher.tokens)
+            parts["tokens"] = self.token_weight * self._tokens_apart(stages[-1], outputs, teacher.tokens)
         return parts
 
-    def _tokens_apart(self, last: Stage, batch: Any, theirs: Tensor) -> Tensor:
-        layout = batch.layout
+    def _tokens_apart(self, last: Stage, outputs: Any, theirs: Tensor) -> Tensor:
+        layout = outputs.batch.layout
         if layout is not last.layout or layout.uniform is None or layout.uniform[0] != theirs.shape[1]:
             raise ReducerError(
                 "DynamicViT compares each token with the teacher's, and another reducer removed some; set "
@@ -115,5 +101,5 @@ class DynamicViT(PredictedKeep):
         counts = ~layout.is_prefix
         if last.alive is not None:
             counts = counts & (last.alive > 0.5)
-        ours = self._norm[0](batch.x)
+        ours = outputs.norm(outputs.batch.x)
         return token_distance(ours, theirs.flatten(0, 1), counts, distance=self.token_distance)  # type: ignore[arg-type]

@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
+from reducers.counts import Counts
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.kit.selection import first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
-from reducers.methods.clusters import count_each
-from reducers.methods.topk import first_of, keep_count, keep_highest, rank_patches
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals
@@ -31,11 +34,7 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
     kept = layout.sum_rows(stays.long())
     fused = (kept < layout.lengths).long()
     lengths = kept + fused
-    if count is not None and layout.uniform is not None:
-        prefix = layout.uniform[1]
-        new = Layout.alike(layout.images, prefix + count + 1, prefix, stays.device)
-    else:
-        new = Layout.ragged(lengths, layout.prefix)
+    new = Layout.ragged(lengths, layout.prefix) if count is None else layout.leaving(Counts(layout, count + 1))
     before = stays.long().cumsum(0) - 1  # kept rows so far over all images …
     place = before - (kept.cumsum(0) - kept)[layout.row_image]  # … and within the image
     place = torch.where(stays, place, kept[layout.row_image])
@@ -72,7 +71,7 @@ class EViT(TokenReducer):
         super().__init__()
         if select is not None and (not isinstance(select, TokenReducer) or select.name == "stack"):
             raise ReducerError(f"EViT(select={select!r}): the selector is one reducer, such as ATS(Ratio(0.7))")
-        if select is not None and (not select.only_decides or select.may_drop_class_token):
+        if select is not None and (not select.only_decides or select.traits.may_drop_class_token):
             raise ReducerError(f"EViT(select={select.name}): the selector must only decide, and keep the class token")
         self.budget = checked_budget(budget, "EViT")
         self.fuse = checked_flag(fuse, "EViT(fuse=…)")
@@ -80,30 +79,34 @@ class EViT(TokenReducer):
         self.score = score
         self.seed = checked_seed(seed)
         self._score = find_score(score)
-        self.needs_class_token = fuse or self._score.needs_class_token or bool(select and select.needs_class_token)
-        self.uses_random = self._score.uses_random or bool(select and select.uses_random)
-        self.uses_previous_attention = bool(select and select.uses_previous_attention)
-        self.adaptive = bool(select and select.adaptive)  # type: ignore[misc]  # of this instance, not of the method
+        chooser = Traits() if select is None else select.traits
+        self.traits = replace(
+            self.traits,
+            needs_class_token=fuse or self._score.needs_class_token or chooser.needs_class_token,
+            uses_random=self._score.uses_random or chooser.uses_random,
+            uses_previous_attention=chooser.uses_previous_attention,
+            adaptive=chooser.adaptive,
+        )
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "ceil")
-        if self.select is None and isinstance(count, int) and count >= layout.longest - layout.uniform[1]:  # type: ignore[index]
+        counts = keep_count(layout, self.budget, state, "ceil")
+        if self.select is None and counts.alike is not None and counts.keep_all:
             return None
         scores = self._score.compute(signals, state, "concat", self.seed)
         selected = self._selected(signals, state)
         if selected is not None:
             scores = torch.where(selected, scores, -torch.inf)
-            counts = layout.sum_rows((selected & ~layout.is_prefix).long())
-            count = torch.minimum(counts, count_each(layout, count))
+            chosen_by_it = layout.sum_rows((selected & ~layout.is_prefix).long())
+            counts = Counts.of(layout, torch.minimum(chosen_by_it, counts.each))
         if not self.fuse:
-            kept = keep_highest(layout, scores, count)
+            kept = keep_highest(layout, scores, counts)
             return None if kept is None else Decision(kept)
-        chosen = first_of(rank_patches(layout, scores), count_each(layout, count))
+        chosen = first_of(rank_patches(layout, scores), counts.each)
         weights = class_attention(signals.class_attention())
-        merged = fuse_the_rest(layout, chosen, weights, count=count if isinstance(count, int) else None)
+        merged = fuse_the_rest(layout, chosen, weights, count=counts.alike)
         if signals.counting:
-            left_out = layout.lengths - (layout.prefix + count)
+            left_out = layout.lengths - (layout.prefix + counts.each)
             signals.spend(left_out * signals.values().shape[1:].numel())
         signals.output()  # fused features are those after the attention residual: every row is needed
         return Decision(merged)

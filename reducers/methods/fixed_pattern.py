@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Literal
 
-import torch
-from torch import Tensor
-
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice
-from reducers.methods.clusters import count_each, keeps_all
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.decision import Decision
+from reducers.kit.grid import Norm, keep_middle
+from reducers.kit.selection import keep_count
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
-
-Norm = Literal["l1", "l2", "linf"]
 
 
 @functools.cache
@@ -38,24 +33,9 @@ def ring_counts(grid: tuple[int, int], norm: Norm) -> tuple[int, ...]:
     return tuple(i + 1 for i in range(len(ordered)) if i + 1 == len(ordered) or ordered[i] != ordered[i + 1])
 
 
-def nearest_ring(target: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """The count nearest to each target, of two equally near ones the smaller. (B,) int64 -> (B,)"""
-    offered = torch.tensor(counts, device=target.device)
-    return offered[(offered - target[:, None]).abs().argmin(dim=1)]
-
-
-def keep_middle(signals: Signals, far: tuple[float, ...], count: Tensor | int) -> Decision | None:
-    """Keep the ``count`` tokens of each image that lie nearest to its centre; None where that is all of them.
-
-    ``far``: the distance of every original patch. A token that is no single patch's continuation goes first.
-    """
-    if keeps_all(signals.layout, count):
-        return None
-    pos = signals.positions()
-    table = torch.tensor(far, dtype=torch.float32, device=pos.device)
-    middle = (-table[pos.clamp(min=0)]).masked_fill(pos < 0, torch.finfo(torch.float32).min)
-    kept = keep_highest(signals.layout, middle, count)
-    return None if kept is None else Decision(kept)
+def nearest_ring(target: int, counts: tuple[int, ...]) -> int:
+    """The count nearest to the target, of two equally near ones the smaller."""
+    return min(counts, key=lambda offered: abs(offered - target))
 
 
 @register("fixed_pattern")
@@ -72,7 +52,7 @@ class FixedPattern(TokenReducer):
 
     summary = "keep the middle of the image, whatever it shows"
     source = "Haurum et al., ICCVW 2023 (baseline)"
-    uses_positions = True
+    traits = Traits(uses_positions=True)
 
     def __init__(self, budget: Budget, *, norm: Norm = "l2") -> None:
         super().__init__()
@@ -80,11 +60,7 @@ class FixedPattern(TokenReducer):
         self.norm: Norm = checked_choice(norm, Norm, "FixedPattern(norm=…)")  # type: ignore[assignment]
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        layout, counts = signals.layout, ring_counts(state.grid, self.norm)
+        layout, rings = signals.layout, ring_counts(state.grid, self.norm)
         wanted = keep_count(layout, self.budget, state, "floor")
-        count: Tensor | int
-        if isinstance(wanted, int):
-            count = min(counts, key=lambda offered: abs(offered - wanted))
-        else:
-            count = torch.minimum(nearest_ring(count_each(layout, wanted), counts), layout.patches)
-        return keep_middle(signals, radii(state.grid, self.norm), count)
+        kept = wanted.map(lambda patches, count: min(nearest_ring(count, rings), patches))
+        return keep_middle(signals, radii(state.grid, self.norm), kept)

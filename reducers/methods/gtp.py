@@ -4,6 +4,7 @@ methods 13).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
@@ -11,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_share
+from reducers.decision import Decision
+from reducers.kit.selection import keep_count, keep_highest
 from reducers.maps import Mix
-from reducers.methods.clusters import busy, count_each, keeps_all
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -110,12 +111,12 @@ class GTP(TokenReducer):
         self.alpha = checked_share(alpha, "GTP(alpha=…)")
         self.theta = checked_share(theta, "GTP(theta=…)", above=True)
         self.graph = checked_choice(graph, Graph, "GTP(graph=…)")
-        self.uses_positions = graph == "spatial"
+        self.traits = replace(self.traits, uses_positions=graph == "spatial")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "ceil")
-        stays = keeps_all(layout, count)
+        counts = keep_count(layout, self.budget, state, "ceil")
+        stays = counts.keep_all
         if stays and self.theta == 1:
             return None
         attention = signals.attention()
@@ -126,7 +127,7 @@ class GTP(TokenReducer):
             return None
         attention, x = attention.detach(), signals.output()
         with torch.no_grad():
-            keep = keep_highest(layout, layout.unpad(token_rank(attention)), count)
+            keep = keep_highest(layout, layout.unpad(token_rank(attention)), counts)
             assert keep is not None
             if self.graph == "spatial":
                 graph = spatial_graph(layout.pad(signals.positions(), fill=-1), state.grid)
@@ -136,14 +137,14 @@ class GTP(TokenReducer):
             passed = keep.new.pad(keep.apply(layout.unpad(self.alpha * graph * gone[:, None])))  # (B, M, L)
             itself = torch.eye(layout.longest, dtype=passed.dtype, device=passed.device)[layout.row_index]
             weights = passed + keep.new.pad(keep.apply(itself))
-            most = layout.uniform[0] - keep.new.uniform[0] if layout.uniform and keep.new.uniform else layout.longest
+            most = counts.left.most if counts.alike is not None else layout.longest
             movers = gone.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :most]  # (B, P)
             passed = passed.gather(2, movers[:, None].expand(-1, passed.shape[1], -1)).to(x.dtype)
         moved = layout.pad(x).gather(1, movers[..., None].expand(-1, -1, x.shape[1]))
         features = keep.apply(x) + keep.new.unpad(passed @ moved)
         if signals.counting:
-            reduces = busy(layout, count)
-            kept = count_each(layout, count).double() + layout.prefix
+            reduces = counts.busy
+            kept = counts.each.double() + layout.prefix
             signals.spend(reduces * kept * (layout.lengths - kept) * x.shape[1])
             if self.graph == "cosine":
                 signals.spend(reduces * layout.lengths.double() ** 2 * x.shape[1])

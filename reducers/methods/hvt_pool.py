@@ -7,17 +7,20 @@ On an average-pooled model without a class token, with learned positions and tra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_flag
+from reducers.counts import Counts
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.kit.clustering import Site
 from reducers.maps import Mix
-from reducers.methods.clusters import Site
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -37,19 +40,12 @@ def pool_windows(layout: Layout) -> Mix:
     Overlapping windows make it dense; the last token of an even number is in no window and so is dropped. Each row of
     weights sums to one: a pooled token stands for one, as in HVT's head.
     """
-    if layout.uniform is not None:
-        tokens, prefix = layout.uniform
-        new = Layout.alike(layout.images, prefix + pooled_length(tokens - prefix), prefix, layout.lengths.device)
-    else:
-        pooled = ((layout.patches - _WINDOW).div(_STRIDE, rounding_mode="floor") + 1).where(
-            layout.patches >= _WINDOW, layout.patches
-        )
-        new = Layout.ragged(layout.prefix + pooled, layout.prefix)
+    new = layout.leaving(Counts.by(layout, lambda patches, _: pooled_length(patches)))
     old_place = torch.arange(layout.longest, device=layout.lengths.device)
     new_place = torch.arange(new.longest, device=layout.lengths.device)
-    lead = layout.prefix[:, None, None]
-    offset = (old_place - lead) - _STRIDE * (new_place[:, None] - lead)  # (B, M, N) place within the window
-    patch = (old_place >= lead) & (new_place[:, None] >= lead)
+    prefix = layout.prefix[:, None, None]
+    offset = (old_place - prefix) - _STRIDE * (new_place[:, None] - prefix)  # (B, M, N) place within the window
+    patch = (old_place >= prefix) & (new_place[:, None] >= prefix)
     pooled_here = (layout.patches >= _WINDOW)[:, None, None]
     window = 0.5 * (offset == 0) + 0.25 * ((offset == 1) | (offset == 2))
     same = (old_place == new_place[:, None]).to(window.dtype)
@@ -89,17 +85,17 @@ class HVTPool(TokenReducer):
 
     def __init__(self, *, site: Site = "attention", positions: bool = False) -> None:
         super().__init__()
-        self.site = checked_choice(site, Site, "HVTPool(site=…)")  # type: ignore[assignment,misc]  # of this instance
+        self.site = checked_choice(site, Site, "HVTPool(site=…)")  # type: ignore[assignment]
         self.positions = checked_flag(positions, "HVTPool(positions=…)")
-        self.trained = self.positions  # type: ignore[misc]  # of this instance
+        self.traits = replace(self.traits, trained=self.positions)
         self.tables = nn.ParameterDict()  # by block: (patches left, D)
 
-    @property
-    def attach(self) -> Any:
-        """Makes the tables, for those that have positions."""
-        return self._make_tables if self.positions else None
+    def join(self, host: Any, blocks: tuple[int, ...]) -> None:
+        if self.positions:  # else it has no parameters, and any model will do
+            super().join(host, blocks)
 
-    def _make_tables(self, host: Any, blocks: tuple[int, ...]) -> None:
+    def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
+        """A table for each block that pools."""
         left = host.patches
         for block in blocks:
             if left < _WINDOW:
@@ -113,7 +109,7 @@ class HVTPool(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        if layout.longest - (layout.uniform[1] if layout.uniform else 0) < _WINDOW:
+        if layout.width_from(layout.prefix) < _WINDOW:
             return None
         pooled = pool_windows(layout)
         features = max_pool(signals.output(), pooled)
@@ -129,5 +125,4 @@ class HVTPool(TokenReducer):
                 f"hvt_pool(positions=True) has no positions for the patches that arrive at block {block}: place one "
                 "reducer at all its blocks, let no other remove patches before it, and keep the model's image size"
             )
-        lead = layout.uniform[1]
-        return layout.unpad(layout.pad(features) + F.pad(table, (0, 0, lead, 0)))
+        return layout.unpad(layout.pad(features) + F.pad(table, (0, 0, layout.uniform[1], 0)))

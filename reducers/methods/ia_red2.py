@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reducers.base import State, TokenReducer
 from reducers.checks import checked_share, checked_weight
 from reducers.decision import Decision
 from reducers.hosts import host_of
 from reducers.maps import keep_patches
 from reducers.placement import Placement
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.runtime.driver import ReducedViT
 from reducers.signals import Signals
@@ -114,9 +114,7 @@ class IARED2(TokenReducer):
 
     summary = "discard what a rewarded interpreter finds uninformative"
     source = "Pan et al., NeurIPS 2021 (arXiv 2106.12620)"
-    adaptive = True
-    trained = True
-    site = "input"
+    traits = Traits(adaptive=True, trained=True, site="input")
     schedule: ClassVar[Mapping[str, Any]] = {"mixup": 0.0, "cutmix": 0.0}
     trained_as = (
         "from DeiT, group after group, 30 epochs each: 10 for the interpreter by REINFORCE, 20 for the blocks from "
@@ -152,16 +150,11 @@ class IARED2(TokenReducer):
         for group, interpreter in enumerate(self.interpreters.values()):
             interpreter.requires_grad_(phase.interpreter and group == phase.group)
 
-    @property
-    def plan(self) -> Any:
-        """The greedy decision's predictions, while a draw is to be compared with them."""
-        learning = self.training and self._phase is not None and self._phase.interpreter
-        return self._greedy_predictions if learning else None
-
     @torch.no_grad()
-    def _greedy_predictions(self, images: Tensor, host: Any) -> Tensor:
-        """(B,) the class that the model predicts after the greedy decision."""
-        assert self._phase is not None
+    def plan_training(self, images: Tensor, host: Any) -> Tensor | None:
+        """(B,) the class that the model predicts after the greedy decision, while a draw is to be compared with it."""
+        if self._phase is None or not self._phase.interpreter:
+            return None
         greedy = copy.copy(self)  # shares every parameter
         greedy._phase = Phase(self._phase.group, interpreter=False)
         return ReducedViT(host.model, Placement(dict.fromkeys(self.groups, greedy)))(images).argmax(1)
@@ -200,5 +193,5 @@ class IARED2(TokenReducer):
         (draw,) = draws
         labels = targets.argmax(1) if targets.ndim == 2 else targets
         ours = reward(draw.kept, outputs.logits.argmax(1) == labels, penalty=self.penalty)
-        greedy = reward(draw.greedy, state.plans[id(self)] == labels, penalty=self.penalty)
+        greedy = reward(draw.greedy, state.plans[self] == labels, penalty=self.penalty)
         return {"policy": -((ours - greedy) * draw.log_probability).mean()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from reducers.base import Decision, State, TokenReducer
+from reducers.decision import Decision
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -13,7 +14,7 @@ class Identity(TokenReducer):
 
     summary = "no reduction"
     source = "control"
-    cuts_before_values = True  # it cuts nothing, so a stack is counted as its other members are
+    traits = Traits(cuts_before_values=True)  # it cuts nothing, so a stack is counted as its other members are
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         return None

@@ -6,15 +6,18 @@ distances the new medoid: the objective, the weighted distance of all tokens to 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
+from reducers.decision import Decision
+from reducers.kit.clustering import Site, Weights, nearest_centre, squared_distances
+from reducers.kit.selection import first_of, keep_count
 from reducers.maps import keep_patches, keep_ranked
-from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, nearest_centre, squared_distances
-from reducers.methods.topk import first_of, keep_count
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -76,32 +79,31 @@ class KMedoids(TokenReducer):
         self.budget = checked_budget(budget, "KMedoids")
         self.weights = checked_choice(weights, Weights, "KMedoids(weights=…)")
         self.iterations = checked_whole(iterations, "KMedoids(iterations=…)", least=0)
-        self.site = checked_choice(site, Site, "KMedoids(site=…)")  # type: ignore[assignment,misc]  # of this instance
-        self.uses_previous_attention = weights == "attention"
+        self.site = checked_choice(site, Site, "KMedoids(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, uses_previous_attention=weights == "attention")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
-        valid, counts = layout.valid_patches, count_each(layout, count)
+        valid = layout.valid_patches
         x = layout.pad_patches(signals.output())
         with torch.no_grad():
             distance = squared_distances(x, valid).sqrt()
             if self.weights == "attention":
                 weight = layout.pad_patches(signals.previous_attention()).to(distance.dtype)
-                medoid = heaviest(weight, valid, counts)
+                medoid = heaviest(weight, valid, counts.each)
             else:
                 weight = valid.to(distance.dtype)
-                most = count if isinstance(count, int) else int(count.max())
-                medoid = far_apart(distance, valid, counts, most)
+                medoid = far_apart(distance, valid, counts.each, counts.most)
             for _ in range(self.iterations):
                 medoid = better_medoids(distance, weight, valid, medoid)
         if signals.counting:
             patches = layout.patches.double()
             work = patches**2 * (x.shape[2] + self.iterations)  # distances, weighted sums
-            signals.spend(busy(layout, count) * work)
-        if isinstance(count, int):
+            signals.spend(counts.busy * work)
+        if counts.alike is not None:
             order = medoid.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-            return Decision(keep_ranked(layout, order, count))
+            return Decision(keep_ranked(layout, order, counts.alike))
         return Decision(keep_patches(layout, medoid))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
 from reducers.registry import register
 
 

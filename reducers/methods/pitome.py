@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_whole
-from reducers.methods.clusters import merge_labels
-from reducers.methods.tome import ToMe
+from reducers.decision import Decision
+from reducers.kit.clustering import merge_labels
+from reducers.kit.pairs import PairMerging
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -80,7 +81,7 @@ def merge_best_pairs(layout: Layout, metric: Tensor, order: Tensor, pairs: Tenso
 
 
 @register("pitome")
-class PiToMe(ToMe):
+class PiToMe(PairMerging):
     """Merge the tokens of highest energy pairwise, protect the others.
 
     Metric: cosine of the patches' head-mean keys. Of the 2r tokens of highest energy each second one, by rank, is
@@ -103,10 +104,9 @@ class PiToMe(ToMe):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        pairs = self._pairs(layout, state)
-        if isinstance(pairs, int) and pairs == 0:
+        pairs = self.pairs(layout, state)
+        if pairs.most == 0:
             return None
-        pairs_each = torch.full_like(layout.lengths, pairs) if isinstance(pairs, int) else pairs
         with torch.no_grad():
             keys = layout.pad_patches(signals.keys().detach().mean(dim=1))
             metric = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
@@ -114,11 +114,10 @@ class PiToMe(ToMe):
             redundant = energy(metric, valid, margin=margin_at(state.block, state.depth))
             order = redundant.sort(dim=1, descending=True, stable=True).indices
             merging = merge_best_pairs if state.block < self.bipartite else merge_by_rank
-            label = merging(layout, metric, order, pairs_each)
-            kept = layout.uniform[0] - layout.uniform[1] - pairs if isinstance(pairs, int) else layout.patches - pairs  # type: ignore[index]  # an int means uniform
-            merge = merge_labels(layout, label, kept, signals.size)
+            label = merging(layout, metric, order, pairs.each)
+            merge = merge_labels(layout, label, pairs.left, signals.size)
         if signals.counting:
-            patches = layout.patches.double() * (pairs_each > 0)
+            patches = layout.patches.double() * (pairs.each > 0)
             halves = (patches / 2).ceil() * (patches / 2).floor()
             signals.spend((patches**2 + halves) * metric.shape[2])
             signals.spend(patches * signals.values().shape[1:].numel())

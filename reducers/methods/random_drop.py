@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from reducers.budget import Budget
-from reducers.methods.topk import TopK
+from reducers.decision import Decision
+from reducers.kit.selection import Ranked
+from reducers.reducer import State
 from reducers.registry import register
+from reducers.signals import Signals
 
 
 @register("random")
-class RandomDrop(TopK):
+class RandomDrop(Ranked):
     """Keep a uniformly random subset of the patch tokens, nested across blocks.
 
     The subset belongs to (seed, image): the same alone and in any batch. ``Ratio`` rounds down.
@@ -19,3 +22,7 @@ class RandomDrop(TopK):
 
     def __init__(self, budget: Budget, *, seed: int = 0) -> None:
         super().__init__(budget, score="random", seed=seed)
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        kept = self.highest(signals, state, "floor")
+        return None if kept is None else Decision(kept)

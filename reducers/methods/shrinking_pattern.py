@@ -10,12 +10,12 @@ import itertools
 import math
 from collections.abc import Callable
 
-from torch import Tensor
-
-from reducers.base import Decision, State, TokenReducer
 from reducers.checks import checked_choice, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.methods.fixed_pattern import Norm, keep_middle
+from reducers.kit.grid import Norm, keep_middle
+from reducers.kit.selection import at_most
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -64,7 +64,7 @@ class ShrinkingPattern(TokenReducer):
 
     summary = "keep the middle of the image within a radius that shrinks from block to block"
     source = "Haurum et al., ICCVW 2023 (baseline, contiguous)"
-    uses_positions = True
+    traits = Traits(uses_positions=True)
 
     def __init__(self, *, norm: Norm = "l2", start: int = 0, end: int | None = None) -> None:
         super().__init__()
@@ -81,8 +81,4 @@ class ShrinkingPattern(TokenReducer):
             )
         radius = radius_at(state.block, self.start, end, state.grid, self.norm)
         within = counts_within(state.grid, self.norm, radius)
-        layout = signals.layout
-        count: Tensor | int = within
-        if layout.uniform is None:
-            count = layout.patches.clamp(max=within)
-        return keep_middle(signals, distances(state.grid, self.norm), count)
+        return keep_middle(signals, distances(state.grid, self.norm), at_most(signals.layout, within))

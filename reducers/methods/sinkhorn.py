@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget
 from reducers.checks import checked_weight, checked_whole
-from reducers.methods.learned_pooling import LearnedPooling, Pooler
+from reducers.kit.learned_pooling import LearnedPooling, Pooler
 from reducers.registry import register
 
 

@@ -4,17 +4,18 @@ al., ECCV 2022; methods 13).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State
 from reducers.budget import Budget
 from reducers.checks import checked_weight
 from reducers.errors import ReducerError
-from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.reducer import State
 from reducers.registry import register
 
 
@@ -76,7 +77,7 @@ class SiT(LearnedPooling):
     def __init__(self, budget: Budget, *, recalibration: float = 1.0) -> None:
         super().__init__(budget)
         self.recalibration = checked_weight(recalibration, "SiT(recalibration=…)")
-        self.needs_teacher = recalibration > 0  # type: ignore[misc]  # of this instance, not of the method
+        self.traits = replace(self.traits, needs_teacher=recalibration > 0)
 
     def pooler(self, width: int, count: int) -> Slimming:
         return Slimming(width, count)

@@ -8,27 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.decision import Decision
+from reducers.kit.grid import smaller_grid
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
-
-
-def smaller_grid(grid: tuple[int, int], count: int) -> tuple[int, int]:
-    """Rows and columns of about ``count`` patches, of nearly the same shape.
-
-    Sides are rounded to whole patches each by itself, so that 13 x 14 lies between 13 x 13 and 14 x 14; of two grids
-    equally near to the count the smaller one.
-    """
-    height, width = grid
-    shapes = [
-        (rows, columns)
-        for rows in range(1, height + 1)
-        for columns in range(1, width + 1)
-        if abs(rows * width - columns * height) <= max(height, width)
-    ]
-    return min(shapes, key=lambda shape: (abs(shape[0] * shape[1] - count), shape[0] * shape[1], shape[0]))
 
 
 @register("small_input")

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
 from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
+from reducers.kit.grid import smaller_grid
 from reducers.maps import Mix
-from reducers.methods.small_input import smaller_grid
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.runtime.cross import cross_block
 from reducers.signals import Signals
@@ -76,9 +76,8 @@ class STViT(TokenReducer):
 
     summary = "a handful of semantic tokens asks the patches and replaces them"
     source = "Chang et al., CVPR 2023 (arXiv 2303.08685)"
-    trained = True
+    traits = Traits(trained=True, site="input")
     trained_as = "from scratch by the task loss: 300 epochs, AdamW, cosine, 20 epochs of warm-up, clipped at 5"
-    site = "input"
     keeps_class_token_by = "class_token='query'"
 
     def __init__(
@@ -94,11 +93,8 @@ class STViT(TokenReducer):
         self.class_token = checked_choice(class_token, ClassToken, "STViT(class_token=…)")
         self.pooled_keys = checked_flag(pooled_keys, "STViT(pooled_keys=…)")
         self.residual = checked_flag(residual, "STViT(residual=…)")
+        self.traits = replace(self.traits, may_drop_class_token=class_token == "pool")
         self.centres = nn.ParameterDict()  # by block, (M, D)
-
-    @property
-    def may_drop_class_token(self) -> bool:
-        return self.class_token == "pool"
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """Centres for each block but the first."""

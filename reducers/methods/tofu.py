@@ -7,16 +7,15 @@ account here rests on memory [R].
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_share
+from reducers.decision import Decision
+from reducers.kit.pairs import PairMerging
 from reducers.maps import Keep, Merge
-from reducers.methods.tome import ToMe
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -64,7 +63,7 @@ def without_sources(merge: Merge) -> Keep:
 
 
 @register("tofu")
-class ToFu(ToMe):
+class ToFu(PairMerging):
     """ToMe's matching; in early blocks the matched token is pruned, in later ones merged with its norm kept.
 
     Blocks before ``switch`` (a share of the depth) prune: the source is dropped, the destination unchanged. From there
@@ -82,15 +81,13 @@ class ToFu(ToMe):
         self.switch = checked_share(switch, "ToFu(switch=…)", of="the depth")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
-        decision = super().decide(signals, state)
-        if decision is None:
+        merge = self.matched(signals, state)
+        if merge is None:
             return None
-        merge = decision.map
-        assert isinstance(merge, Merge)
         if state.block < self.switch * state.depth:
-            return replace(decision, map=without_sources(merge))
+            return Decision(without_sources(merge), proportional=self.proportional)
         features = norm_preserving(signals.output(), merge)
         if signals.counting:  # norms of tokens and means, the stretch
             moved = (merge.new.lengths < merge.old.lengths).double()
             signals.spend(moved * (merge.old.lengths + 2 * merge.new.lengths) * features.shape[1])
-        return replace(decision, features=features)
+        return Decision(merge, features, proportional=self.proportional)

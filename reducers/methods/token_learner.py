@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State
 from reducers.budget import Budget
 from reducers.checks import checked_choice
+from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.methods.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.kit.learned_pooling import LearnedPooling, Pooler, softmax_over_tokens
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 

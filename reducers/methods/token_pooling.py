@@ -6,15 +6,18 @@ Its account here rests on memory [R]; how it starts and what becomes of empty cl
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_whole
-from reducers.methods.clusters import Site, Weights, busy, count_each, keeps_all, merge_labels
-from reducers.methods.topk import keep_count
+from reducers.decision import Decision
+from reducers.kit.clustering import Site, Weights, merge_labels
+from reducers.kit.selection import keep_count
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -95,26 +98,25 @@ class TokenPooling(TokenReducer):
         self.budget = checked_budget(budget, "TokenPooling")
         self.weights = checked_choice(weights, Weights, "TokenPooling(weights=…)")
         self.iterations = checked_whole(iterations, "TokenPooling(iterations=…)", least=1)
-        self.site = checked_choice(site, Site, "TokenPooling(site=…)")  # type: ignore[assignment,misc]
-        self.uses_previous_attention = weights == "attention"
+        self.site = checked_choice(site, Site, "TokenPooling(site=…)")  # type: ignore[assignment]
+        self.traits = replace(self.traits, uses_previous_attention=weights == "attention")
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
         valid, features = layout.valid_patches, signals.output()
         with torch.no_grad():
             x = layout.pad_patches(features.detach().to(torch.promote_types(features.dtype, torch.float32)))
             weight = signals.previous_attention() if self.weights == "attention" else torch.ones_like(signals.size)
-            most = count if isinstance(count, int) else int(count.max())
             label = weighted_kmeans(
-                x, layout.pad_patches(weight).to(x.dtype), valid, count_each(layout, count), most,
+                x, layout.pad_patches(weight).to(x.dtype), valid, counts.each, counts.most,
                 iterations=self.iterations,
             )  # fmt: skip
-            merge = merge_labels(layout, label, count, weight)
+            merge = merge_labels(layout, label, counts, weight)
         if signals.counting:
-            patches, kept = layout.patches.double(), count_each(layout, count).double()
+            patches, kept = layout.patches.double(), counts.each.double()
             distances, means = patches * kept * x.shape[2], patches * x.shape[2]  # the last mean is the merge itself
-            signals.spend(busy(layout, count) * self.iterations * (distances + means))
+            signals.spend(counts.busy * self.iterations * (distances + means))
         return Decision(merge)

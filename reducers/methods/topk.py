@@ -2,72 +2,24 @@
 
 from __future__ import annotations
 
-import torch
+import warnings
+from typing import Any
+
 from torch import Tensor
 
-from reducers.base import Decision, State, TokenReducer
-from reducers.budget import Budget, Rounding, checked_budget
-from reducers.checks import checked_seed
-from reducers.maps import Keep, keep_patches, keep_ranked
-from reducers.methods.clusters import keeps_all
+from reducers.budget import Budget, Rounding
+from reducers.counts import Counts
+from reducers.decision import Decision
+from reducers.kit import selection
+from reducers.maps import Keep
+from reducers.reducer import State
 from reducers.registry import register
-from reducers.scores import find_score
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
 
-def rank_patches(layout: Layout, scores: Tensor) -> Tensor:
-    """Patch indices from highest to lowest score; ties go to the lower index, padding comes last. (T,) -> (B, N)"""
-    padded = layout.pad_patches(scores, fill=-torch.inf)
-    return padded.sort(dim=1, descending=True, stable=True).indices
-
-
-def first_of(order: Tensor, count: Tensor) -> Tensor:
-    """Mark the first ``count`` (B,) entries of each ``order`` (B, N): (B, N) bool by patch index."""
-    chosen = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
-    ranks = torch.arange(order.shape[1], device=order.device)
-    return chosen.scatter_(1, order, ranks < count[:, None])
-
-
-def keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Tensor | int:
-    """How many patches each image keeps: one int where all images are alike, else (B,)."""
-    if layout.uniform is not None:
-        tokens, prefix = layout.uniform
-        return budget.count(tokens - prefix, initial=state.initial, prefix=prefix, rounding=rounding)
-    return budget.resolve(layout.patches, initial=state.initial, prefix=layout.prefix, rounding=rounding)
-
-
-def keep_highest(layout: Layout, scores: Tensor, count: Tensor | int) -> Keep | None:
-    """Keep the ``count`` highest-scoring patches of each image; None where that is all of them."""
-    if isinstance(count, int):
-        if count >= layout.uniform[0] - layout.uniform[1]:  # type: ignore[index]  # an int count means uniform
-            return None
-        return keep_ranked(layout, rank_patches(layout, scores), count)
-    return keep_patches(layout, first_of(rank_patches(layout, scores), count))
-
-
-class Ranked(TokenReducer):
-    """What methods have in common that keep the ``budget`` patches of highest score."""
-
-    def __init__(self, budget: Budget, *, score: str = "class_attention", seed: int = 0) -> None:
-        super().__init__()
-        self.budget = checked_budget(budget, type(self).__name__)
-        self.score = score
-        self.seed = checked_seed(seed)
-        self._score = find_score(score)
-        self.needs_class_token = self._score.needs_class_token
-        self.uses_random = self._score.uses_random
-
-    def highest(self, signals: Signals, state: State, rounding: Rounding) -> Keep | None:
-        """The selection of the patches that stay; None where all do, which then costs no score."""
-        count = keep_count(signals.layout, self.budget, state, rounding)
-        if isinstance(count, int) and keeps_all(signals.layout, count):
-            return None
-        return keep_highest(signals.layout, self._score.compute(signals, state, "concat", self.seed), count)
-
-
 @register("topk")
-class TopK(Ranked):
+class TopK(selection.Ranked):
     """Keep the ``budget`` patch tokens of highest score; the rest are dropped.
 
     The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n =
@@ -81,3 +33,22 @@ class TopK(Ranked):
     def decide(self, signals: Signals, state: State) -> Decision | None:
         kept = self.highest(signals, state, "floor")
         return None if kept is None else Decision(kept)
+
+
+def _keep_count(layout: Layout, budget: Budget, state: State, rounding: Rounding) -> Tensor | int:
+    """As it was: one number where all images are alike, else (B,)."""
+    counts = selection.keep_count(layout, budget, state, rounding)
+    return counts.each if counts.alike is None else counts.alike
+
+
+def _keep_highest(layout: Layout, scores: Tensor, count: Counts | Tensor | int) -> Keep | None:
+    return selection.keep_highest(layout, scores, Counts.of(layout, count))
+
+
+def __getattr__(name: str) -> Any:
+    """What stood here before ``reducers.kit`` was there; counts were tensors or numbers then."""
+    old: dict[str, Any] = {"keep_count": _keep_count, "keep_highest": _keep_highest}
+    if name not in ("first_of", "rank_patches", *old):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} of the top-K's file is now in reducers.kit.selection", DeprecationWarning, stacklevel=2)
+    return old[name] if name in old else getattr(selection, name)

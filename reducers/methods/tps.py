@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State
+from reducers.decision import Decision
+from reducers.kit.keep_predictor import PredictedKeep
+from reducers.kit.selection import Ranked
 from reducers.maps import Keep, Mask, Merge
-from reducers.methods.clusters import busy
-from reducers.methods.keep_predictor import PredictedKeep
-from reducers.methods.topk import Ranked
+from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -134,7 +134,7 @@ def spend_squeeze(signals: Signals, kept: Keep) -> None:
     if signals.counting:
         patches, stay = kept.old.patches.double(), kept.new.patches.double()
         width = signals.output().shape[1]
-        signals.spend(busy(kept.old, kept.new.patches) * ((patches - stay) * (stay + 1) + stay) * width)
+        signals.spend((kept.new.patches < kept.old.patches).double() * ((patches - stay) * (stay + 1) + stay) * width)
 
 
 @register("tps")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
+from reducers.decision import Decision
 from reducers.errors import ReducerError
-from reducers.methods.clusters import busy, count_each, keeps_all
-from reducers.methods.topk import first_of, keep_count, keep_highest
+from reducers.kit.selection import first_of, keep_count, keep_highest
+from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -109,8 +109,8 @@ class ZeroTPrune(TokenReducer):
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout = signals.layout
-        count = keep_count(layout, self.budget, state, "floor")
-        if keeps_all(layout, count):
+        counts = keep_count(layout, self.budget, state, "floor")
+        if counts.keep_all:
             return None
         rounds = rounds_at(state.block, state.depth) if self.iterations is None else self.iterations
         attention, keys = signals.attention().detach(), signals.keys().detach().mean(dim=1)
@@ -120,14 +120,14 @@ class ZeroTPrune(TokenReducer):
             score = combine_heads(ranks, layout.valid, low=self.low, high=self.high)
             importance = layout.pad_patches(layout.unpad(score), fill=-torch.inf)
             order = importance.sort(dim=1, descending=True, stable=True).indices
-            removed = (layout.patches - count_each(layout, count)).clamp(min=0)
+            removed = (layout.patches - counts.each).clamp(min=0)
             by_similarity = torch.minimum((removed * self.similar).floor().long(), layout.patches // 2)
             metric = layout.pad_patches(keys.to(score.dtype))
             alike = most_alike(metric, order, valid, by_similarity)
             left = layout.spread(importance.masked_fill(alike, -torch.inf), prefix=0.0)
-            kept = keep_highest(layout, left, count)
+            kept = keep_highest(layout, left, counts)
         if signals.counting:
-            patches, reduces = layout.patches.double(), busy(layout, count)
+            patches, reduces = layout.patches.double(), counts.busy
             signals.spend(reduces * attention.shape[1] * layout.lengths.double() ** 2 * rounds)
             signals.spend(reduces * (patches / 2).ceil() * (patches / 2).floor() * metric.shape[2])
         return None if kept is None else Decision(kept)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reducers.base import State, TokenReducer
 from reducers.cost import BlockCost
 from reducers.decision import Decision, advance
 from reducers.errors import ReducerError
 from reducers.hosts.protocol import Host, HostBlock
 from reducers.lazy import cached_property
 from reducers.maps import Keep
+from reducers.reducer import State, TokenReducer
 from reducers.runtime.attention import PackedAttention
 from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
@@ -121,7 +121,7 @@ def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State
             carried = decisions[-1]
             signals = signals.through(carried)
         decision = member.decide(signals, state)
-        if member.uses_random:
+        if member.traits.uses_random:
             state = replace(state, draw=state.draw + 1)
         if decision is not None:
             decisions.append(decision)
@@ -175,7 +175,7 @@ def run_block(
     if tracer is not None:
         tracer.cost.block(
             block.cost, entering=rows.entering, keys=rows.keys, queries=rows.queries, leaving=batch.layout.lengths,
-            cut_before_values=reducer is not None and reducer.cuts_before_values,
+            cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
         )  # fmt: skip
         tracer.after_block(batch)
     return batch
@@ -215,10 +215,10 @@ def _attend(
 
     Queries, keys and values are free again when it returns: held through the MLP they would set the peak of memory.
     """
-    first = [member for member in members if member.site == "input"]
+    first = [member for member in members if member.traits.site == "input"]
     if first:
         batch = _reduce_input(first, batch, state, tracer)
-        state = replace(state, draw=sum(member.uses_random for member in first))
+        state = replace(state, draw=sum(member.traits.uses_random for member in first))
     if tracer is not None and (fixed := block.fixed_macs(batch)) is not None:
         tracer.cost.both(fixed)
     batch = block.before(batch)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reducers.base import State, TokenReducer
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import host_of
 from reducers.hosts.protocol import Grid, Host
 from reducers.noise import image_keys
 from reducers.placement import Placement
+from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
 from reducers.runtime.block import account, run_block, runs_as_it_is
 from reducers.runtime.fits import check_plan
 from reducers.runtime.plain import PlainModel, carriers
@@ -146,7 +146,7 @@ class ReducedViT(nn.Module):
     ) -> Any:
         host, plan = self._check()
         members = self.members()
-        if any(member.prepare is not None or member.plan is not None for member in members):
+        if any(member.steps.prepares or member.steps.plans for member in members):
             shared = None  # they look at the images in their own way first
         run = _Pass(host, plan, members, tracer, shared)
         index, batch, state = self._begin(run, images)
@@ -159,8 +159,9 @@ class ReducedViT(nn.Module):
             tracer.cost.both(host.head_macs(batch.layout))
         if cost_only:
             return None
-        for finish in _steps(members, "finish"):
-            batch = finish(batch, replace(state, block=depth))
+        for member in members:
+            if member.steps.finishes:
+                batch = cast(Finishes, member).finish(batch, replace(state, block=depth))
         return host.classify(batch)
 
     def _blocks(self, run: _Pass, blocks: range, batch: TokenBatch, state: State, *, decide_last: bool) -> TokenBatch:
@@ -196,12 +197,13 @@ class ReducedViT(nn.Module):
         if shared is not None:
             shared.claim(self.base, images)
         keys = None
-        if any(member.uses_random for member in members):
+        if any(member.traits.uses_random for member in members):
             keys = image_keys(images) if shared is None else shared.image_keys(images)
         plain, asked, grid = PlainModel(host), images.shape, host.grid_of(images)
-        for prepare in _steps(members, "prepare"):
-            images = prepare(images, plain)
-        plans = {id(member): member.plan(images, plain) for member in members if member.plan is not None}
+        for member in members:
+            if member.steps.prepares:
+                images = cast(Prepares, member).prepare(images, plain)
+        plans = plans_of(members, images, plain, training=self.training)
         index, batch = self._enter(run, images, resized=grid if images.shape != asked else None)
         assert batch.layout.uniform is not None
         if run.tracer is not None and plain.spent is not None:
@@ -219,7 +221,7 @@ class ReducedViT(nn.Module):
         known = None if run.shared is None else run.shared.latest(run.plan.first(host.depth))
         if known is None:
             detailed = run.shared is not None or (tracer is not None and tracer.detail)
-            track = detailed or any(member.uses_positions for member in run.members)
+            track = detailed or any(member.traits.uses_positions for member in run.members)
             batch = host.embed(images, resized=resized is not None, track=track)
             if resized is not None and track:  # told in the patches of the image as it was given
                 carrier, batch = _as_given(batch, resized, host.grid_of(images))
@@ -276,8 +278,8 @@ def _as_given(batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenB
 
 def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
     block, reducer = run.host.block(state.block), run.plan.at.get(state.block)
-    if reducer is not None and reducer.block is not None:
-        batch = reducer.block(block, batch, state)
+    if reducer is not None and reducer.steps.runs_blocks:
+        batch = cast(RunsBlocks, reducer).block(block, batch, state)
         if state.tracer is not None:
             state.tracer.after_block(batch)
         return batch
@@ -306,13 +308,20 @@ def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBat
     return found
 
 
-def _steps(members: list[TokenReducer], step: str) -> list[Callable[..., Any]]:
-    return [getattr(member, step) for member in members if getattr(member, step) is not None]
+def plans_of(members: list[TokenReducer], images: Tensor, host: PlainModel, *, training: bool) -> ByReducer[Any]:
+    """What each reducer plans ahead; in training also what it will compare its losses with."""
+    plans: ByReducer[Any] = ByReducer()
+    for member in members:
+        if member.steps.plans:
+            plans[member] = cast(Plans, member).plan(images, host)
+        elif training and member.steps.plans_training:
+            plans[member] = cast(PlansTraining, member).plan_training(images, host)
+    return plans
 
 
 def check_exportable(fast: ReducedViT) -> None:
     """Refuse what no exported graph can hold, and say what could be exported instead."""
-    adaptive = sorted({member.name for member in fast.members() if member.adaptive})
+    adaptive = sorted({member.name for member in fast.members() if member.traits.adaptive})
     if adaptive:
         raise ReducerError(
             f"{', '.join(adaptive)} keeps a different number of tokens in each image, and a graph that is exported or "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reducers.base import TokenReducer
 from reducers.errors import ReducerError
 from reducers.hosts.protocol import Host
 from reducers.placement import check_blocks
+from reducers.reducer import TokenReducer
 from reducers.runtime.plain import PlainModel
 from reducers.runtime.plan import Plan
 
@@ -14,7 +14,7 @@ def check_plan(host: Host, plan: Plan) -> None:
     """Refuse what the model cannot do; reducers that have parameters make them, the first time."""
     check_blocks(plan.at, host.depth)
     _check_class_token(host, plan)
-    if any(member.attach is not None for member in plan.members):
+    if any(member.steps.attaches for member in plan.members):
         attach(host, plan)
 
 
@@ -29,7 +29,7 @@ def _check_class_token(host: Host, plan: Plan) -> None:
     """Refuse reducers that ask a class token the model has not, or that another reducer may have dropped by then."""
     dropper: tuple[int, TokenReducer] | None = None
     for block, member in plan.acts:
-        if member.needs_class_token:
+        if member.traits.needs_class_token:
             if not host.stage_of(block).has_class_token:
                 raise ReducerError(
                     f"{member.name} needs a class token and this model has none ({host.head_words}); "
@@ -41,7 +41,7 @@ def _check_class_token(host: Host, plan: Plan) -> None:
                     f"{dropper[0]} may have dropped; keep it there ({dropper[1].keeps_class_token_by}) or use "
                     "score='attention_received' here"
                 )
-        if member.may_drop_class_token:
+        if member.traits.may_drop_class_token:
             if not host.stage_of(block).has_class_token:
                 raise ReducerError(
                     f"{member.name} is asked to drop the class token, and this model has none "

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reducers.base import State, TokenReducer
 from reducers.decision import Decision
 from reducers.hosts.protocol import Grid, Host
+from reducers.reducer import State, TokenReducer
 from reducers.runtime.block import run_block
 from reducers.signals import Signals
 from reducers.tokens import TokenBatch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from reducers.base import TokenReducer
+from reducers.reducer import TokenReducer
 from reducers.runtime.block import members_of
 
 
@@ -31,7 +31,7 @@ class Plan:
         blocks: dict[TokenReducer, tuple[int, ...]] = {}
         for block, member in acts:
             blocks[member] = (*blocks.get(member, ()), block)
-        recorded = frozenset(block - 1 for block, member in acts if member.uses_previous_attention)
+        recorded = frozenset(block - 1 for block, member in acts if member.traits.uses_previous_attention)
         acting = tuple(sorted({*at, *recorded}))
         return cls(_parts(reducers), at, acts, tuple(blocks), blocks, acting, recorded)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import reducers.registry as registry
 from reducers import Budget, Decision, State, TokenReducer
-from reducers.methods.topk import keep_count, keep_highest
+from reducers.kit.selection import keep_count, keep_highest
 
 NAME = "taught_for_a_test"
 

@@ -15,6 +15,7 @@ from ablations.measure.finetune.schedule import make_optimizer
 from ablations.trial.recipe import Recipe, parse_recipe
 from reducers import ATS, Placement, Ratio, ReducerError, Stack, TokenReducer, at, available, reduce_tokens
 from reducers.methods import HVTPool
+from reducers.reducer import HasLosses, TrainsInPhases
 from tests.finetune.conftest import recipe_of
 from tests.reducers.conftest import DEPTH, make_vit
 from tests.reducers.test_contract import CASES, PLACES, fresh
@@ -29,7 +30,7 @@ def parts_of(reducer: TokenReducer) -> list[TokenReducer]:
 
 
 def is_trained(reducer: TokenReducer) -> bool:
-    return any(part.trained or part.attach is not None or part.losses is not None for part in parts_of(reducer))
+    return any(part.traits.trained or isinstance(part, HasLosses) for part in parts_of(reducer))
 
 
 TRAINED = {name: reducer for name, reducer in CASES.items() if is_trained(reducer)}
@@ -58,7 +59,7 @@ class Lesson:
     def enter(self, share: float) -> None:
         """What the loop does before an update."""
         for member in self.model.reducing():
-            if member.train_phase is not None:
+            if isinstance(member, TrainsInPhases):
                 member.train_phase(share, self.model.base)
 
     def frozen(self) -> set[str]:

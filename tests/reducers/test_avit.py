@@ -9,9 +9,9 @@ import torch
 
 from ablations.measure.finetune.objective import Objective, TrainingViT
 from reducers import ATS, Drop, Ratio, ReducerError, Stack, ToMe, TopK, at, build, reduce_tokens
+from reducers.kit.halting import halt, halting_score
 from reducers.methods import AViT
 from reducers.methods.avit import depth_prior, prior_penalty, published_constants
-from reducers.methods.halting import halt, halting_score
 from tests.finetune.conftest import recipe_of
 
 from .conftest import DEPTH, assert_same_alone_and_in_a_batch, make_vit
@@ -124,7 +124,7 @@ def test_inference_and_training_agree_and_weights_sum_to_one(kind, blocks, image
     reducer = AViT(**HALTING)
     model, outputs, state = observed(reducer, images, kind=kind, blocks=blocks)
     torch.testing.assert_close(model.eval()(images.double()), outputs.logits, rtol=0, atol=1e-9)
-    sums = state.plans[id(reducer)].sums
+    sums = state.plans[reducer].sums
     assert not sums.running.any()
     assert 1 <= float(sums.ponder) / sums.home.rows <= DEPTH + 1
     assert [block for block, _ in sums.scores] == [*(block - 1 for block in blocks), DEPTH - 1]

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from reducers import ATS, Count, Ratio, ReducerError, at, reduce_tokens
+from reducers.counts import Counts
 from reducers.methods import BAT
-from reducers.methods.bat import alike_pairs, decouple, share_out
+from reducers.methods.bat import alike_pairs, decouple, share_out, shares_of
 from reducers.tokens import Layout
 
 from .conftest import make_vit
@@ -18,17 +19,18 @@ from .test_clustering import slow_dpc
 
 @pytest.mark.parametrize("alike", [Fraction(0), Fraction(1, 10), Fraction(1)])
 @pytest.mark.parametrize("clusters", [1, 10])
-def test_shares_come_to_the_count_for_numbers_and_for_tensors(alike, clusters):
+def test_shares_come_to_the_count_for_images_alike_and_for_each_its_own(alike, clusters):
     cases = [(n, k) for n in range(1, 40) for k in range(1, n + 1)]
     patches, counts = torch.tensor(cases).T
-    together = share_out(patches, counts, clusters=clusters, alike=alike)
+    layout = Layout.ragged(patches + 1, torch.ones_like(patches))
+    together = shares_of(Counts.of(layout, counts), clusters=clusters, alike=alike)
     for row, (n, k) in enumerate(cases):
-        shares = share_out(n, k, clusters=clusters, alike=alike)
-        assert shares.attentive - shares.pairs + shares.clusters == k
-        assert 1 <= shares.clusters <= n - shares.attentive, "no cluster is empty"
-        assert 0 <= shares.pairs <= shares.attentive // 2, "each joins another one"
-        for name in ("attentive", "pairs", "clusters"):
-            assert int(getattr(together, name)[row]) == getattr(shares, name)
+        attentive, pairs, clustered = share_out(n, k, clusters=clusters, alike=alike)
+        assert attentive - pairs + clustered == k
+        assert 1 <= clustered <= n - attentive, "no cluster is empty"
+        assert 0 <= pairs <= attentive // 2, "each joins another one"
+        both = together.attentive.each[row], together.pairs.each[row], together.clusters.each[row]
+        assert both == (attentive, pairs, clustered)
 
 
 def slow_bat(x, attention, shares):
@@ -89,12 +91,15 @@ def test_images_of_different_lengths_are_decoupled_as_if_alone():
     scores = torch.rand(3, 14).masked_fill(~layout.valid_patches, -torch.inf)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     counts = torch.tensor([8, 6, 1])
-    shares = share_out(layout.patches, counts, clusters=3, alike=Fraction(1, 2))
+    shares = shares_of(Counts.of(layout, counts), clusters=3, alike=Fraction(1, 2))
     label, inattentive = decouple(layout, x, order, shares)
     for i, (n, k) in enumerate(zip(lengths, counts.tolist(), strict=True)):
         alone = Layout.alike(1, n + 1, 1, x.device)
         own, far = decouple(
-            alone, x[i : i + 1, :n], order[i : i + 1, :n], share_out(n, k, clusters=3, alike=Fraction(1, 2))
+            alone,
+            x[i : i + 1, :n],
+            order[i : i + 1, :n],
+            shares_of(Counts.of(alone, k), clusters=3, alike=Fraction(1, 2)),
         )
         assert torch.equal(own[0], label[i, :n])
         assert torch.equal(far[0], inattentive[i, :n])

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from reducers import ATS, Count, Ratio, ReducerError, at, reduce_tokens
+from reducers.kit.clustering import density_peaks, labels_of, nearest_centre, squared_distances
 from reducers.methods import DPCKNN, KMedoids, TokenPooling
-from reducers.methods.clusters import labels_of, nearest_centre, squared_distances
-from reducers.methods.dpc_knn import density_peaks
 from reducers.methods.kmedoids import better_medoids, far_apart, heaviest
 from reducers.methods.token_pooling import weighted_kmeans
 

@@ -29,6 +29,7 @@ from reducers import (
 )
 from reducers.decision import advance
 from reducers.methods import sttabt, stvit
+from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
 from tests.samples import methods_first
 
@@ -151,7 +152,7 @@ def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
     for kind in ("class", "distilled", "registers"):
         model = reduced(reducer, kind)
         prefix = model.base.num_prefix_tokens
-        may_finish = reducer.finish is not None  # an image whose output is accumulated may stop before the last block
+        may_finish = isinstance(reducer, Finishes)  # of an accumulated output an image may stop before the last block
         _, trace = model.trace(images.double())
         assert trace.tokens.shape == (len(images), DEPTH + 1)
         assert (trace.tokens.diff(dim=1) <= 0).all()
@@ -261,7 +262,7 @@ def test_trained_weights_go_from_one_reducer_to_its_twin(reducer, images):
     first.reducers.load_state_dict(second.reducers.state_dict())
 
 
-@pytest.mark.parametrize("reducer", [r for r in CASES.values() if r.attach is not None], ids=lambda r: str(r.spec()))
+@pytest.mark.parametrize("reducer", [r for r in CASES.values() if r.traits.trained], ids=lambda r: str(r.spec()))
 def test_parameters_belong_to_one_model_and_its_blocks(reducer):
     mine = fresh(reducer)
     model = make_vit()
@@ -302,7 +303,7 @@ def test_every_kind_of_model_runs_or_is_refused_by_name(name, images):
 
 @pytest.mark.parametrize(
     "reducer",
-    [r for r in CASES.values() if not isinstance(r, Stack) and r.only_decides and r.site == "attention"],
+    [r for r in CASES.values() if not isinstance(r, Stack) and r.only_decides and r.traits.site == "attention"],
     ids=lambda r: str(r.spec())[:60],
 )
 @torch.no_grad()

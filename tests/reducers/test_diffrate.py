@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Merge, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
+from reducers.kit.ranked_merge import SoftMerge, merge_ranked, soft_merge
+from reducers.kit.selection import rank_patches
 from reducers.methods import DiffRate
 from reducers.methods.diffrate import candidates, expected_count, kept_probability, learned_counts
-from reducers.methods.ranked_merge import SoftMerge, merge_ranked, soft_merge
-from reducers.methods.topk import rank_patches
 from reducers.tokens import Layout
 
 from .conftest import DEPTH, make_vit

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ablations.measure.finetune.objective import Objective, TeacherOutputs, TrainingViT
 from reducers import ATS, Count, Drop, Ratio, ReducerError, TopK, at, build, reduce_tokens
-from reducers.methods import DTPS, DynamicViT, keep_predictor
+from reducers.kit import keep_predictor
+from reducers.kit.keep_predictor import KeepPredictor, Stage, next_stage, patches_of, ratio_loss
+from reducers.methods import DTPS, DynamicViT
 from reducers.methods.dynamicvit import token_distance
-from reducers.methods.keep_predictor import KeepPredictor, Stage, next_stage, patches_of, ratio_loss
 from reducers.tokens import Layout
 from tests.finetune.conftest import recipe_of
 

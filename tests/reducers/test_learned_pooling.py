@@ -14,10 +14,11 @@ from ablations.measure.finetune.schedule import make_optimizer
 from ablations.trial.recipe import parse_recipe
 from reducers import ATS, Count, Mix, Ratio, ReducerError, ToMe, TopK, at, reduce_tokens
 from reducers.budget import Drop
+from reducers.counts import Counts
+from reducers.kit.clustering import merge_labels
+from reducers.kit.learned_pooling import LearnedPooling, pooled_features, pooled_map
 from reducers.methods import DPCKNN, PatchMerger, Sinkhorn, SiT, TokenLearner
-from reducers.methods.clusters import merge_labels
 from reducers.methods.dpc_knn import learned_weights
-from reducers.methods.learned_pooling import LearnedPooling, pooled_features, pooled_map
 from reducers.methods.patch_merger import Merger
 from reducers.methods.sinkhorn import Prototypes, transport_plan
 from reducers.methods.sit import Slimming
@@ -391,7 +392,7 @@ def test_learned_weights_of_dpc_knn_are_a_softmax_within_a_cluster():
     weight = learned_weights(logits, layout)
     assert torch.equal(weight[[0, 7]], torch.ones(2, dtype=torch.float64))
     label = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
-    merge = merge_labels(layout, label, torch.tensor([2, 1]), weight)
+    merge = merge_labels(layout, label, Counts.of(layout, torch.tensor([2, 1])), weight)
     x = torch.randn(10, 3, dtype=torch.float64)
     clusters = [[0], [1, 3, 6], [2, 4, 5], [7], [8, 9]]
     expected = []
@@ -427,7 +428,7 @@ def test_equal_weights_still_join_any_model(images):
     reducer = DPCKNN(Ratio(0.5))
     for width in (32, 48):
         reduce_tokens(make_vit(embed_dim=width), at([0, 1], reducer))(images)
-    assert reducer.attach is None
+    assert not reducer.traits.trained
 
 
 def test_a_pooling_is_stacked_at_the_input_and_merged_after(images):

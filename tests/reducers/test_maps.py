@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from reducers import Keep, Layout, Merge, Mix
+from reducers.counts import Counts
+from reducers.kit.pairs import bipartite_pairs, merge_pairs
 from reducers.maps import Mask, keep_patches, keep_ranked, keep_rows
 from reducers.methods.evit import fuse_the_rest
-from reducers.methods.tome import bipartite_pairs, merge_pairs
 
 
 def ragged(lengths=(6, 1, 4, 5), prefix=1) -> Layout:
@@ -27,7 +28,9 @@ def some_keep(layout: Layout) -> Keep:
 def some_merge(layout: Layout) -> Merge:
     metric = torch.randn(layout.rows, 5, dtype=torch.float64)
     best, partner = bipartite_pairs(metric, layout)
-    return merge_pairs(layout, best, partner, layout.patches // 2, torch.rand(layout.rows).double() + 0.5)
+    return merge_pairs(
+        layout, best, partner, Counts.of(layout, layout.patches // 2), torch.rand(layout.rows).double() + 0.5
+    )
 
 
 def some_fusion(layout: Layout) -> Merge:
@@ -80,7 +83,7 @@ def test_a_merge_conserves_sizes_and_the_weighted_sum_of_tokens():
     size = torch.rand(layout.rows, dtype=torch.float64) + 0.5
     metric = torch.randn(layout.rows, 5, dtype=torch.float64)
     best, partner = bipartite_pairs(metric, layout)
-    merge = merge_pairs(layout, best, partner, torch.tensor([3, 1, 5]), size)
+    merge = merge_pairs(layout, best, partner, Counts.of(layout, torch.tensor([3, 1, 5])), size)
     new_size = merge.total(size)
     x = torch.randn(layout.rows, 2, dtype=torch.float64)
     before = layout.sum_rows(size * x[:, 0])

@@ -33,7 +33,7 @@ PLACED = ("one block", "two blocks")
 def qualifies(name: str) -> bool:
     """Only decides, and needs no training."""
     reducer = settings(name)
-    return reducer.only_decides and not reducer.trained and reducer.attach is None
+    return reducer.only_decides and not reducer.traits.trained
 
 
 NAMES = [name for name in available() if qualifies(name)]

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, EViT, Ratio, ReducerError, Stack, ToMe, TopK, at, every, reduce_tokens
+from reducers.kit.back_tracking import back_track
+from reducers.kit.grid import smaller_grid
 from reducers.methods import BackTracking, FixedPattern, HVTPool, SmallInput
-from reducers.methods.back_tracking import back_track
 from reducers.methods.fixed_pattern import nearest_ring, radii, ring_counts
 from reducers.methods.hvt_pool import max_pool, pool_windows, pooled_length
-from reducers.methods.small_input import smaller_grid
 from reducers.tokens import Layout
 
 from .conftest import assert_same_alone_and_in_a_batch, make_vit, nested_squares
@@ -35,7 +35,7 @@ def test_radii_order_patches_as_the_published_coordinates_do(norm):
 
 
 def test_the_nearest_ring_and_of_two_the_smaller():
-    assert nearest_ring(torch.tensor([1, 5, 8, 9, 400]), (4, 12, 24)).tolist() == [4, 4, 4, 12, 24]
+    assert [nearest_ring(target, (4, 12, 24)) for target in (1, 5, 8, 9, 400)] == [4, 4, 4, 12, 24]
 
 
 @pytest.mark.parametrize("norm", NORMS)

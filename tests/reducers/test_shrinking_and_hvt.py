@@ -146,8 +146,7 @@ def test_positions_start_small_and_are_never_decayed():
     assert abs(float(values.detach().std()) - 0.02) < 0.002 and abs(float(values.detach().mean())) < 0.002
     assert reducer.no_weight_decay() == {"tables.1", "tables.4", "tables.7", "tables.10"}
     assert {name for name, _ in reducer.named_parameters()} == reducer.no_weight_decay()
-    assert reducer.trained and not HVTPool().trained
-    assert HVTPool().attach is None
+    assert reducer.traits.trained and not HVTPool().traits.trained
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from reducers import (
     build,
     reduce_tokens,
 )
-from reducers.base import advance
+from reducers.decision import advance
 from reducers.scores import find_score
 from reducers.signals import NO_PREVIOUS, Signals
 

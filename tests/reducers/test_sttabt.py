@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
 from reducers.hosts import host_of
+from reducers.kit.back_tracking import back_track
 from reducers.methods import STTABT, SmallInput
-from reducers.methods.approx_net import ApproxNet, Guess, watch
-from reducers.methods.back_tracking import back_track
-from reducers.methods.concrete_masks import concrete_masks, evened, masked_block
-from reducers.methods.sttabt import Plan, keep_nested
+from reducers.methods.sttabt.approx_net import ApproxNet, Guess, watch
+from reducers.methods.sttabt.concrete_masks import concrete_masks, evened, masked_block
+from reducers.methods.sttabt.method import Plan, keep_nested
 from reducers.runtime.plain import PlainModel
 from reducers.tokens import Layout, TokenBatch
 
@@ -393,7 +393,7 @@ def test_first_the_network_is_distilled_and_then_everything_learns(images):
     assert parts.keys() == {"teacher", "thresholds", "occupancy"}
     student, known = outputs.logits.softmax(1), Teacher.logits.softmax(1)
     torch.testing.assert_close(parts["teacher"], 0.5 * (known * (known / student).log()).sum(1).mean())
-    masks = state.plans[id(reducer)].masks
+    masks = state.plans[reducer].masks
     share = torch.stack([mask.mean() for mask in masks[:-1]]).mean()
     wanted = torch.tensor(-0.5).sigmoid()
     torch.testing.assert_close(parts["occupancy"], 1e-3 * (share - wanted).square())

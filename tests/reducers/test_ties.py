@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reducers import Keep, Layout, Merge
+from reducers.counts import Counts
+from reducers.kit.clustering import nearest_centre
+from reducers.kit.pairs import bipartite_pairs, merge_pairs
+from reducers.kit.selection import first_of, keep_highest, rank_patches
 from reducers.methods.ats import cumulative, even_points, sample_inverse, sample_nearest, sample_official, significance
-from reducers.methods.clusters import nearest_centre
 from reducers.methods.evit import fuse_the_rest
 from reducers.methods.pitome import merge_by_rank
-from reducers.methods.tome import bipartite_pairs, merge_pairs
-from reducers.methods.topk import first_of, keep_highest, rank_patches
 from reducers.noise import image_keys, stream, uniform
 from reducers.runtime.plain import carriers
 
@@ -79,7 +80,7 @@ def test_of_equal_scores_the_lower_index_ranks_first_however_many_there_are(layo
         assert order[image, :patches].tolist() == [*ones, *(i for i in range(patches) if i % 2)]
     count = torch.tensor([3, 3])
     assert chosen(first_of(order, count)) == [0, 2, 4]
-    kept = keep_highest(layout, scores, 3 if layout.uniform else count)
+    kept = keep_highest(layout, scores, Counts.of(layout, 3 if layout.uniform else count))
     assert isinstance(kept, Keep)
     assert layout.row_index[kept.rows].tolist() == [0, 1, 3, 5] * 2
 
@@ -180,7 +181,7 @@ def test_of_equal_pairs_the_lower_even_place_merges_into_the_lowest_odd_one(coun
     """All similarities are 1. Places 2 and 4 merge, and their partner is place 1, not a neighbour of their own."""
     layout = alike(7)
     best, partner = bipartite_pairs(torch.ones(7, 3), layout)
-    merge = merge_pairs(layout, best, partner, count, torch.ones(7))
+    merge = merge_pairs(layout, best, partner, Counts.of(layout, count), torch.ones(7))
     assert merge.group.tolist() == [0, 2, 2, 3, 2, 4, 1]
     assert merge.source.tolist() == [0, 6, 1, 3, 5]
     assert merge.weight.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1, 1 / 3, 1, 1])
@@ -205,7 +206,7 @@ def test_of_many_equal_pairs_the_lower_places_merge_first(layout):
 def test_equal_pairs_merge_alike_beside_another_image():
     layout = ragged(9, 7, 4)
     best, partner = bipartite_pairs(torch.ones(layout.rows, 3), layout)
-    merge = merge_pairs(layout, best, partner, torch.tensor([1, 2, 0]), torch.ones(layout.rows))
+    merge = merge_pairs(layout, best, partner, Counts.of(layout, torch.tensor([1, 2, 0])), torch.ones(layout.rows))
     assert (merge.group[9:16] - 8).tolist() == [0, 2, 2, 3, 2, 4, 1]
     assert (merge.group[16:] - 13).tolist() == [0, 1, 2, 3], "nothing to merge: the order stays"
 
@@ -215,10 +216,10 @@ def test_a_merged_pair_of_equal_sizes_is_continued_by_the_first_and_of_others_by
     layout = alike(5)
     metric = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [1.0, 0.0], [0.0, 0.9]])
     best, partner = bipartite_pairs(metric, layout)
-    equal = merge_pairs(layout, best, partner, 2, torch.ones(5))
+    equal = merge_pairs(layout, best, partner, Counts.of(layout, 2), torch.ones(5))
     assert equal.group.tolist() == [0, 1, 2, 2, 1]
     assert equal.source.tolist() == [0, 1, 2]
-    larger = merge_pairs(layout, best, partner, 2, torch.tensor([1.0, 1.0, 1.0, 3.0, 2.0]))
+    larger = merge_pairs(layout, best, partner, Counts.of(layout, 2), torch.tensor([1.0, 1.0, 1.0, 3.0, 2.0]))
     assert larger.source.tolist() == [0, 4, 3]
 
 

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, Keep, Merge, Ratio, ReducerError, ToMe, at, every, reduce_tokens
+from reducers.counts import Counts
+from reducers.kit.pairs import bipartite_pairs, merge_pairs
 from reducers.methods import PiToMe, ToFu
 from reducers.methods.pitome import energy, margin_at, merge_best_pairs, merge_by_rank
 from reducers.methods.tofu import group_peaks, norm_preserving, without_sources
-from reducers.methods.tome import bipartite_pairs, merge_pairs
 from reducers.tokens import Layout
 
 from .conftest import assert_same_alone_and_in_a_batch, make_vit
@@ -25,7 +26,7 @@ def some_merge(x, lengths, prefix=1, count=4):
     layout = Layout.ragged(lengths, torch.full_like(lengths, prefix))
     best, partner = bipartite_pairs(x, layout)
     pairs = torch.full((len(lengths),), count) if layout.uniform is None else count
-    return merge_pairs(layout, best, partner, pairs, torch.ones(len(x)))
+    return merge_pairs(layout, best, partner, Counts.of(layout, pairs), torch.ones(len(x)))
 
 
 def test_a_merged_token_has_the_norm_of_its_longest_member():

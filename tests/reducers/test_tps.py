@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, at, build, reduce_tokens
+from reducers.kit import keep_predictor
 from reducers.maps import Keep, Merge, keep_rows
-from reducers.methods import DTPS, ETPS, keep_predictor
+from reducers.methods import DTPS, ETPS
 from reducers.methods.tps import affinity, left_out, nearest_host, squeeze, squeeze_masked
 from reducers.tokens import Layout
 

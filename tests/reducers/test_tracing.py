@@ -54,7 +54,7 @@ def test_a_traced_graph_refuses_a_batch_of_another_size():
 @torch.no_grad()
 def test_adaptive_methods_refuse_to_be_traced_by_name(name):
     model = reduce_tokens(make_vit(), at([1, 3], fresh(CASES[name])))
-    adaptive = [member.name for member in model.members() if member.adaptive]
+    adaptive = [member.name for member in model.members() if member.traits.adaptive]
     with pytest.raises(ReducerError, match=f"{adaptive[0]}.*keeps a different number of tokens"):
         torch.jit.trace(model, torch.randn(1, 3, 48, 48))
 

@@ -267,7 +267,7 @@ def test_a_reducer_may_use_the_whole_lifecycle(images):
             return host.base.patch_embed(batch).norm(dim=2) > 0  # every patch
 
         def decide(self, signals, state):
-            chosen = state.plans[id(self)].clone()
+            chosen = state.plans[self].clone()
             chosen[:, 5:] = False
             return Decision(keep_patches(signals.layout, chosen))
 

@@ -119,7 +119,8 @@ def _evaluated(recipe: Recipe, context: TrialContext, *, trained: bool) -> dict[
     placements = {"dense": Placement()}
     if recipe.stages:
         reduced = recipe.placement(context.facts.depth)
-        if trained or not any(part.trained for reducer in reduced.blocks.values() for part in with_nested(reducer)):
+        parts = [part for reducer in reduced.blocks.values() for part in with_nested(reducer)]
+        if trained or not any(part.traits.trained for part in parts):
             placements["reduced"] = reduced
     target = target_of(context.facts, context.workload, None, batch=_AT_ONCE)
     found = {}

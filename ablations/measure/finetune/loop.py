@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.utils import ModelEmaV3
@@ -27,6 +27,7 @@ from ablations.models.stochastic_depth import set_drop_path
 from ablations.trial.recipe import Recipe
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingImages
+from reducers.reducer import TrainsInPhases
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +175,8 @@ class Finetuning:
         if self.recipe.freeze > 0:
             self.model.base.requires_grad_(share >= self.recipe.freeze)
         for member in self.model.reducing():
-            if member.train_phase is not None:
-                member.train_phase(share, self.model.base)
+            if member.steps.trains_in_phases:
+                cast(TrainsInPhases, member).train_phase(share, self.model.base)
 
     def _accumulate(self, images: Tensor, labels: Tensor) -> None:
         """Add one micro-batch's share to the gradient."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import Mixup
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ablations.trial.recipe import Distillation, Recipe
 from reducers import Placement, TokenReducer
-from reducers.base import State
+from reducers.reducer import HasLosses, State
 from reducers.runtime.driver import ReducedViT
 from reducers.tokens import TokenBatch
 
@@ -24,6 +24,7 @@ class Outputs:
 
     logits: Tensor  # (B, classes)
     batch: TokenBatch  # the tokens that leave the last block, before the final norm
+    norm: nn.Module  # that final norm, under which tokens are comparable to the teacher's
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TrainingViT(ReducedViT):
 
     def losing(self) -> list[TokenReducer]:
         """The reducers that have losses of their own."""
-        return [member for member in super().members() if member.losses is not None]
+        return [member for member in super().members() if member.steps.has_losses]
 
     def observed(self, images: Tensor) -> tuple[Outputs, State]:
         """A forward pass, with what it left behind."""
@@ -73,7 +74,7 @@ class TrainingViT(ReducedViT):
         assert witness.seen is not None
         batch, state = witness.seen
         witness.seen = None  # it holds the whole graph
-        return Outputs(logits, batch), state
+        return Outputs(logits, batch, self.host.final_norm), state
 
 
 class Objective:
@@ -108,7 +109,7 @@ class Objective:
             parts["task"] = (1 - alpha) * task
             parts["distill"] = alpha * softened_divergence(logits, teacher.logits.float(), tau=tau)
         for member in model.losing():
-            for name, value in member.losses(state, outputs, targets, teacher).items():
+            for name, value in cast(HasLosses, member).losses(state, outputs, targets, teacher).items():
                 label = f"{member.name}.{name}"
                 parts[label] = parts[label] + value if label in parts else value
         return parts
@@ -131,8 +132,8 @@ def softened_divergence(student: Tensor, teacher: Tensor, *, tau: float) -> Tens
 
 
 def needs_teacher(model: TrainingViT, recipe: Recipe) -> bool:
-    """Whether anything asks what the dense model says; reducers do by an attribute ``needs_teacher``."""
-    return recipe.distill is not None or any(member.needs_teacher for member in model.losing())
+    """Whether anything asks what the dense model says; reducers do by their traits."""
+    return recipe.distill is not None or any(member.traits.needs_teacher for member in model.losing())
 
 
 def _mixup(recipe: Recipe, classes: int) -> Mixup:

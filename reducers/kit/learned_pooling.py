@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, checked_budget
+from reducers.decision import Decision
+from reducers.kit.selection import at_most
 from reducers.maps import Mix
-from reducers.methods.clusters import busy
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
@@ -70,14 +71,14 @@ def pooled_map(layout: Layout, weights: Tensor) -> Mix:
         new_place = torch.arange(prefix + count, device=weights.device)
         stays = (new_place[:, None] == old_place) & (old_place < prefix)
         return Mix(layout, new, F.pad(weights, (prefix, 0, prefix, 0)) + stays)
-    new = Layout.ragged(layout.prefix + layout.patches.clamp(max=count), layout.prefix)
+    new = layout.leaving(at_most(layout, count))
     new_place = torch.arange(new.longest, device=weights.device)
-    lead = layout.prefix[:, None]
-    row = (new_place - lead).clamp(0, count - 1)  # (B, places) each image's patches begin behind its own prefix
-    column = (old_place - lead).clamp(0, weights.shape[2] - 1)
+    prefixes = layout.prefix[:, None]
+    row = (new_place - prefixes).clamp(0, count - 1)  # (B, places) each image's patches begin behind its own prefix
+    column = (old_place - prefixes).clamp(0, weights.shape[2] - 1)
     mixed = weights.gather(1, row[:, :, None].expand(-1, -1, weights.shape[2]))
     mixed = mixed.gather(2, column[:, None].expand(-1, row.shape[1], -1))
-    patch = (new_place >= lead)[:, :, None] & (old_place >= lead)[:, None]
+    patch = (new_place >= prefixes)[:, :, None] & (old_place >= prefixes)[:, None]
     pools = patch & (layout.patches > count)[:, None, None]
     whole = torch.where(pools, mixed, (new_place[:, None] == old_place).to(weights.dtype))
     return Mix(layout, new, whole.masked_fill(~(new.valid[:, :, None] & layout.valid[:, None]), 0))
@@ -106,8 +107,7 @@ class LearnedPooling(TokenReducer):
     that are nearly alike, and at the model's own rate they part too slowly.
     """
 
-    trained = True
-    site = "input"
+    traits = Traits(trained=True, site="input")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
 
     def __init__(self, budget: Budget) -> None:
@@ -134,7 +134,6 @@ class LearnedPooling(TokenReducer):
         x = signals.output()
         weights, tokens = pooler(layout.pad_patches(x), layout.valid_patches, state.grid)
         if signals.counting:
-            pools = busy(layout, pooler.count if layout.uniform is not None else layout.patches.clamp(max=pooler.count))
-            signals.spend(pools * pooler.macs(layout.patches.double()))
+            signals.spend(at_most(layout, pooler.count).busy * pooler.macs(layout.patches.double()))
         pooled = pooled_map(layout, weights)
         return Decision(pooled, None if tokens is None else pooled_features(pooled, x, tokens))

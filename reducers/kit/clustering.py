@@ -11,31 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reducers.counts import Counts
+from reducers.kit.selection import first_of
 from reducers.maps import Merge
 from reducers.tokens import Layout
 
 Site = Literal["input", "attention"]
 Weights = Literal["attention", "equal"]
-
-
-def keeps_all(layout: Layout, count: Tensor | int) -> bool:
-    """No image has more patches than it may keep."""
-    if isinstance(count, int):
-        assert layout.uniform is not None
-        return count >= layout.uniform[0] - layout.uniform[1]
-    return bool((count >= layout.patches).all())
-
-
-def count_each(layout: Layout, count: Tensor | int) -> Tensor:
-    """The count of every image, (B,) int64."""
-    if isinstance(count, int):
-        return torch.full_like(layout.lengths, count)
-    return count
-
-
-def busy(layout: Layout, count: Tensor | int) -> Tensor:
-    """(B,) float64: 1 for images that have something to reduce, 0 for those left as they are, which cost nothing."""
-    return (count_each(layout, count) < layout.patches).double()
 
 
 def squared_distances(x: Tensor, valid: Tensor) -> Tensor:
@@ -65,23 +47,48 @@ def nearest_centre(distance: Tensor, centre: Tensor) -> Tensor:
     return torch.where(centre, place, distance.masked_fill(~centre[:, None], torch.inf).argmin(dim=2))
 
 
+def log_density(squared: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+    """Minus the mean squared distance to the k nearest tokens, the token itself included. (B, N, N) -> (B, N)
+
+    The density is the exponential of it; the logarithm ranks alike and cannot underflow. Of fewer than k tokens, all
+    count. Padding gets -inf.
+    """
+    nearest = squared.topk(min(neighbours, squared.shape[2]), dim=2, largest=False).values
+    there = nearest.isfinite()
+    mean = nearest.masked_fill(~there, 0).sum(2) / there.sum(2).clamp(min=1)
+    return (-mean).masked_fill(~valid, -torch.inf)
+
+
+def density_peaks(squared: Tensor, valid: Tensor, count: Tensor, *, neighbours: int) -> Tensor:
+    """The ``count`` (B,) tokens with the largest density x distance to the nearest denser token, (B, N) bool.
+
+    squared (B, N, N): squared distances. Of equally dense tokens the first counts as denser [D: the authors add noise
+    instead]; the densest of all gets the largest distance there is. Products are compared by their logarithms.
+    """
+    density = log_density(squared, valid, neighbours)
+    place = torch.arange(squared.shape[1], device=squared.device)
+    ours, theirs = density[:, :, None], density[:, None, :]
+    denser = (theirs > ours) | ((theirs == ours) & (place < place[:, None]))
+    denser = denser & valid[:, None, :]
+    gap = squared.masked_fill(~denser, torch.inf).amin(dim=2)
+    widest = squared.masked_fill(squared.isinf(), 0).amax(dim=(1, 2))
+    gap = torch.where(denser.any(dim=2), gap, widest[:, None])
+    peak = (density + 0.5 * gap.log()).masked_fill(~valid, -torch.inf)
+    return first_of(peak.sort(dim=1, descending=True, stable=True).indices, count) & valid
+
+
 def labels_of(owner: Tensor, centre: Tensor) -> Tensor:
     """Owners (patch indices) as cluster numbers 0 … M - 1, in the order of the centres. (B, N) int64"""
     return (centre.long().cumsum(1) - 1).gather(1, owner)
 
 
-def merge_labels(layout: Layout, label: Tensor, count: Tensor | int, weight: Tensor) -> Merge:
+def merge_labels(layout: Layout, label: Tensor, counts: Counts, weight: Tensor) -> Merge:
     """The patches of each cluster become one token, their mean by ``weight`` (T,); prefix tokens stay.
 
-    label (B, N): cluster numbers 0 … M - 1 in each image, none of them empty; count: M of each image. The new tokens
+    label (B, N): cluster numbers 0 … M - 1 in each image, none of them empty; counts: M of each image. The new tokens
     stand behind the prefix in the order of their numbers.
     """
-    if layout.uniform is not None and isinstance(count, int):
-        prefix = layout.uniform[1]
-        new = Layout.alike(layout.images, prefix + count, prefix, label.device)
-    else:
-        lengths = layout.prefix + count
-        new = Layout.ragged(lengths, layout.prefix)
+    new = layout.leaving(counts)
     behind = layout.prefix[layout.row_image] + layout.spread(label, prefix=0)
     group = new.starts[layout.row_image] + torch.where(layout.is_prefix, layout.row_index, behind)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))

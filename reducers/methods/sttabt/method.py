@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import State, TokenReducer
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.decision import Decision, advance
+from reducers.kit.back_tracking import back_track
 from reducers.maps import Keep
-from reducers.methods.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
-from reducers.methods.back_tracking import back_track
-from reducers.methods.concrete_masks import MIXING, concrete_masks, masked_block
+from reducers.methods.sttabt.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
+from reducers.methods.sttabt.concrete_masks import MIXING, concrete_masks, masked_block
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.runtime.block import run_block
 from reducers.signals import Signals
@@ -103,11 +103,7 @@ class STTABT(TokenReducer):
 
     summary = "keep what guessed attention, traced back from the output, will read"
     source = "Lee et al., ICLR 2023 (STTABT)"
-    adaptive = True
-    trained = True
-    needs_class_token = True
-    needs_teacher = True
-    uses_positions = True
+    traits = Traits(adaptive=True, trained=True, needs_class_token=True, needs_teacher=True, uses_positions=True)
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
     trained_as = (
         "ApproxNet 30 epochs by distillation, AdamW lr 1e-4 without weight decay; then all 20 epochs, 14 of them "
@@ -185,7 +181,7 @@ class STTABT(TokenReducer):
 
     def block(self, block: Any, batch: TokenBatch, state: State) -> TokenBatch:
         """A block that reads some of the tokens and updates fewer."""
-        plan: Plan = state.plans[id(self)]
+        plan: Plan = state.plans[self]
         return self._masked(block, batch, state, plan) if plan.soft else self._gathered(block, batch, state, plan)
 
     def _gathered(self, block: Any, batch: TokenBatch, state: State, plan: Plan) -> TokenBatch:
@@ -214,7 +210,7 @@ class STTABT(TokenReducer):
 
     def finish(self, batch: TokenBatch, state: State) -> TokenBatch:
         """Under soft masks: an attention pool weighs tokens by what is left of them, as others do by ``alive``."""
-        plan: Plan = state.plans[id(self)]
+        plan: Plan = state.plans[self]
         if not plan.soft:
             return batch
         left = plan.rows(self._blocks[-1] + 1, batch)
@@ -226,7 +222,7 @@ class STTABT(TokenReducer):
 
         The occupancy is the mean of the masks over blocks, images and tokens.
         """
-        plan: Plan = state.plans[id(self)]
+        plan: Plan = state.plans[self]
         if plan.dense is not None:
             parts: dict[str, Tensor] = self.mimicry(
                 plan.guess, plan.dense, hidden=self.hidden, prediction=self.prediction

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reducers.kit.selection import at_most
 from reducers.lazy import cached_property
 from reducers.maps import Mask, Merge
 from reducers.tokens import Layout
@@ -87,11 +88,7 @@ def merge_ranked(layout: Layout, x: Tensor, order: Tensor, *, prune: int, merge:
     images, patches = order.shape
     rank = torch.zeros_like(order).scatter_(1, order, torch.arange(patches, device=order.device).expand_as(order))
     stays = layout.spread(rank < merge, prefix=True)
-    if layout.uniform is not None:
-        lead = layout.uniform[1]
-        new = Layout.alike(images, lead + min(merge, patches), lead, order.device)
-    else:
-        new = Layout.ragged(layout.prefix + layout.patches.clamp(max=merge), layout.prefix)
+    new = layout.leaving(at_most(layout, merge))
     place = stays.long().cumsum(0) - 1  # kept tokens stand one after another, over all images
     place = place.where(stays, new.rows)  # one row behind the last is for what is dropped
     own = layout.pad_patches(place)  # (B, N)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reducers.base import Decision, State, TokenReducer
 from reducers.budget import Budget, Ratio, checked_budget, rounded_share
 from reducers.checks import checked_share, checked_weight
+from reducers.counts import Counts
+from reducers.decision import Decision
 from reducers.errors import ReducerError
+from reducers.kit.selection import first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
-from reducers.methods.clusters import busy, count_each
-from reducers.methods.topk import first_of, keep_highest, rank_patches
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
 from reducers.tokens import Layout
 
@@ -131,7 +132,7 @@ def _powered(budget: Ratio, number: int, patches: Number, layout: Layout) -> Num
     if layout.uniform is not None:
         prefix: Number = layout.uniform[1] if budget.count_prefix else 0
     else:
-        patches = count_each(layout, patches)
+        patches = Counts.of(layout, patches).each
         prefix = layout.prefix if budget.count_prefix else torch.zeros_like(layout.prefix)
     kept: Number = rounded_share(patches + prefix, numerator, denominator, budget.rounding or "floor") - prefix
     return _one(kept)
@@ -140,13 +141,13 @@ def _powered(budget: Ratio, number: int, patches: Number, layout: Layout) -> Num
 def _counted(budget: Budget, patches: Number, layout: Layout, initial: int) -> Number:
     if layout.uniform is not None and isinstance(patches, int):
         return budget.count(patches, initial=initial, prefix=layout.uniform[1], rounding="floor")
-    return budget.resolve(count_each(layout, patches), initial=initial, prefix=layout.prefix, rounding="floor")
+    return budget.resolve(Counts.of(layout, patches).each, initial=initial, prefix=layout.prefix, rounding="floor")
 
 
 def _fewer(layout: Layout, a: Number, b: Number) -> Number:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
-    return torch.minimum(count_each(layout, a), count_each(layout, b))
+    return torch.minimum(Counts.of(layout, a).each, Counts.of(layout, b).each)
 
 
 def _one(number: Number) -> Number:
@@ -183,8 +184,7 @@ def divergence(ours: Tensor, theirs: Tensor) -> Tensor:
 class PredictedKeep(TokenReducer):
     """What DynamicViT and dTPS have in common; they differ in what becomes of the dropped patches."""
 
-    trained = True
-    site = "input"
+    traits = Traits(trained=True, site="input")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 100.0, "freeze": 0.167}
 
     def __init__(
@@ -198,18 +198,14 @@ class PredictedKeep(TokenReducer):
         super().__init__()
         self.budget = checked_budget(budget, type(self).__name__)
         self.threshold = None if threshold is None else checked_share(threshold, f"{type(self).__name__}(threshold=…)")
-        self.adaptive = threshold is not None  # type: ignore[misc]  # of this instance, not of the method
         self.ratio_weight = checked_weight(ratio_weight, f"{type(self).__name__}(ratio_weight=…)")
         self.distill_weight = checked_weight(distill_weight, f"{type(self).__name__}(distill_weight=…)")
         self.predictors = nn.ModuleDict()
+        self.traits = replace(self.traits, adaptive=threshold is not None, needs_teacher=self.distill_weight > 0)
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """One predictor for each stage."""
         self.predictors = nn.ModuleDict({str(block): KeepPredictor(host.width) for block in blocks})
-
-    @property
-    def needs_teacher(self) -> bool:  # type: ignore[override]  # of this instance, not of the method
-        return self.distill_weight > 0
 
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
         """Inference: what becomes of the patches that ``kept`` leaves out."""
@@ -231,11 +227,11 @@ class PredictedKeep(TokenReducer):
         alone, x = patches_of(layout, signals.output())
         predictor = self._predictor(state)
         if signals.counting:
-            asked = busy(layout, stage.count) if self.threshold is None else 1.0
+            asked = Counts.of(layout, stage.count).busy if self.threshold is None else 1.0
             signals.spend(asked * layout.patches * predictor.macs)
         scores = layout.spread(alone.pad(predictor(x, alone)[:, 0]), prefix=0)
         if self.threshold is None:
-            kept = keep_highest(layout, scores, stage.count)
+            kept = keep_highest(layout, scores, Counts.of(layout, stage.count))
         else:
             kept = keep_likely(layout, scores, self.threshold)
         return None if kept is None else self.dropped(signals, kept)
@@ -259,7 +255,7 @@ class PredictedKeep(TokenReducer):
 
     def _refuse_others(self, state: State, layout: Layout, before: Stage | None) -> None:
         """A mask of one's own is all that a training pass may hold."""
-        others = (noted for owner, notes in state.notes.items() if owner != id(self) for noted in notes)
+        others = (noted for owner, notes in state.notes.items() if owner is not self for noted in notes)
         if any(isinstance(noted, Stage) and noted.alive is not None for noted in others):
             raise ReducerError(
                 f"{self.name} is trained with all its stages in one reducer, so that each knows what those before it "
