@@ -221,7 +221,8 @@ class _Trait(Generic[T]):
     def __set__(self, instance: TokenReducer, value: T) -> None:
         own = vars(instance)
         told: Traits = own.get("traits") or own.get("_traits") or type(instance).traits  # without asking a property
-        instance.traits = replace(told, **{self.name: value})
+        said: dict[str, Any] = {self.name: value}
+        instance.traits = replace(told, **said)
 
 
 class _Live:
@@ -254,7 +255,7 @@ def _gather_traits(cls: type[TokenReducer]) -> None:
     for name in plain:
         delattr(cls, name)
     told = replace(cls.traits, **plain)
-    cls.traits = _Live(told, frozenset(live)) if live else told
+    cls.traits = _Live(told, frozenset(live)) if live else told  # type: ignore[assignment]  # reads as Traits
 
 
 class TokenReducer(nn.Module):
