@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from fractions import Fraction
@@ -246,6 +247,23 @@ def test_the_search_finds_the_nearest_rung_or_one_that_is_near_enough(steps: lis
     assert error <= max(0.002 * goal, float(np.abs(costs - goal).min()) + 1e-12)
     assert found.inside == (costs[0] <= goal <= costs[-1])
     assert found.probes == len(set(looked)) == len(looked) <= 2 + 2 * len(costs).bit_length()
+
+
+def test_the_search_finds_the_very_rung_where_steps_are_small_and_large_by_turns() -> None:
+    """Every ladder of eight rungs a per cent or a half apart, and every goal on either side of the middle of a step."""
+    for steps in itertools.product((1.01, 1.5), repeat=7):
+        costs = list(itertools.accumulate(steps, lambda cost, step: cost * step, initial=1.0))
+        for (rung, cost), above in zip(enumerate(costs), costs[1:], strict=False):
+            for share, nearest in ((0.4, rung), (0.6, rung + 1)):
+                found = search(costs.__getitem__, len(costs), cost + share * (above - cost))
+                assert (found.rung, found.cost) == (nearest, costs[nearest])
+
+
+def test_a_ladder_that_rises_late_is_searched_in_few_probes() -> None:
+    """A straight line through its ends says nothing of it: every second look halves what is left."""
+    for goal in (3e-9, 2e-4, 0.4):
+        found = search(lambda rung: (rung / 1024) ** 12 + rung * 1e-12, 1025, goal)
+        assert found.probes <= 2 + 2 * 10
 
 
 def test_of_two_rungs_equally_near_the_cheaper_is_taken() -> None:
