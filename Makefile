@@ -107,7 +107,7 @@ bench-gpu: ## the speed tables of one large GPU, in bfloat16, within eight minut
 	if [ -z "$$python" ]; then $(MAKE) --no-print-directory '$(STAMP)' && python='$(PY)' || exit $$?; fi; \
 	"$$python" -m benchmarks gpu $(BENCH_OPTIONS)
 
-docs: $(STAMP) ## make docs/methods again from the docstrings
+docs: $(STAMP) ## make docs/methods and docs/families.md again from docstrings and hosts
 	$(PY) -m ablations docs
 
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn.utils import prune
 
-from reducers import EViT, Identity, Ratio, ReducerError, ToMe, TopK, UnsupportedModel, at, build, reduce_tokens
+from reducers import EViT, Identity, Ratio, ReducerError, Stack, ToMe, TopK, UnsupportedModel, at, build, reduce_tokens
 
 from .conftest import DEPTH, make_vit
 
@@ -204,6 +204,23 @@ def test_a_placement_beyond_the_blocks_that_are_left_is_refused(images):
     model = make_vit()
     reduced = reduce_tokens(model, at(DEPTH - 1, Identity()))
     del model.blocks[DEPTH - 1]
+    with pytest.raises(ReducerError, match="outside the network"):
+        reduced(images)
+
+
+@torch.no_grad()
+def test_reducers_put_in_anothers_place_act_at_the_next_call(images):
+    """``reducers`` alone owns the placement: a reducer, a block, a member of a stack."""
+    model = make_vit()
+    reduced = reduce_tokens(model, at(1, Stack(TopK(Ratio(0.5)), Identity())))
+    assert reduced.trace(images)[1].tokens[0].tolist() == [37, 37, 19, 19, 19]
+    reduced.reducers["2"] = TopK(Ratio(0.5))
+    assert reduced.trace(images)[1].tokens[0].tolist() == [37, 37, 19, 10, 10]
+    reduced.reducers["1"].reducers[1] = TopK(Ratio(0.5))
+    assert reduced.trace(images)[1].tokens[0].tolist() == [37, 37, 10, 5, 5] and len(reduced.members()) == 3
+    del reduced.reducers["1"]
+    assert reduced.trace(images)[1].tokens[0].tolist() == [37, 37, 37, 19, 19] and reduced.first_block == 2
+    reduced.reducers["7"] = Identity()
     with pytest.raises(ReducerError, match="outside the network"):
         reduced(images)
 

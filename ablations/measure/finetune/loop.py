@@ -66,7 +66,7 @@ class Finetuning:
         self.per_epoch = images_per_epoch(recipe, len(images)) // (recipe.batch * recipe.accumulate)  # updates
         self.updates = self.per_epoch * recipe.epochs
         self.scheduler = make_scheduler(self.optimizer, recipe, updates_per_epoch=self.per_epoch)
-        self.keep = KeepSchedule(self.model.reducers, recipe, patches=base.patch_embed.num_patches)
+        self.keep = KeepSchedule(self.model.reducers, recipe, patches=self.model.host.patches)
         # parameters only: state_dict() lists a reducer that several blocks share once for each of them
         self.ema = ModelEmaV3(self.model, recipe.ema, use_warmup=True, exclude_buffers=True) if recipe.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16" and device.type == "cuda")
