@@ -17,10 +17,10 @@ from ablations.workloads import digits
 from ablations.workloads.base import Workload
 from ablations.workloads.embedded import embedded_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
-from reducers.counts import Counts
 from reducers.kit.selection import keep_highest
 from reducers.reducer import State
 from reducers.signals import Signals
+from reducers.tokens import Counts
 
 BLOCK = 3
 KEPT = (32, 12)  # of 64 patches

@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reducers.counts import Counts
 from reducers.kit.selection import first_of
 from reducers.maps import Merge
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 Site = Literal["input", "attention"]
 Weights = Literal["attention", "equal"]

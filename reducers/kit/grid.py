@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.kit.selection import keep_highest
 from reducers.signals import Signals
+from reducers.tokens import Counts
 
 Norm = Literal["l1", "l2", "linf"]
 

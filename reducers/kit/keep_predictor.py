@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, Ratio, checked_budget, rounded_share
 from reducers.checks import checked_share, checked_weight
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import first_of, keep_highest, rank_patches
 from reducers.maps import Keep, keep_patches
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 Number = Tensor | int  # of each image (B,), or one number where all images are alike
 

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag
-from reducers.counts import Counts
 from reducers.maps import Merge
 from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from reducers.budget import Budget, Rounding, checked_budget
 from reducers.checks import checked_seed
-from reducers.counts import Counts
 from reducers.maps import Keep, keep_patches, keep_ranked
 from reducers.reducer import State, TokenReducer
 from reducers.scores import find_score
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 
 def rank_patches(layout: Layout, scores: Tensor) -> Tensor:

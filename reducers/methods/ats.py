@@ -17,14 +17,13 @@ from torch import Tensor
 from reducers import noise
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag, checked_seed
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.maps import keep_patches, keep_rows
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 Variant = Literal["paper", "official", "unsorted", "gumbel"]
 Lookup = Literal["inverse", "nearest"]

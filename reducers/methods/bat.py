@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_share, checked_whole
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import keep_count, rank_patches
@@ -25,7 +24,7 @@ from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 _NEIGHBOURS = 5
 

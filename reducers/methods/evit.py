@@ -11,7 +11,6 @@ from torch import Tensor
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import first_of, keep_count, keep_highest, rank_patches
@@ -20,7 +19,7 @@ from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 
 def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int | None) -> Merge:

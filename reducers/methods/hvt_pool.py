@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.checks import checked_choice, checked_flag
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.clustering import Site
@@ -23,7 +22,7 @@ from reducers.maps import Mix
 from reducers.reducer import State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 _WINDOW = 3
 _STRIDE = 2

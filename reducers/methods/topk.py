@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from reducers.budget import Budget, Rounding
-from reducers.counts import Counts
 from reducers.decision import Decision
 from reducers.kit import selection
 from reducers.maps import Keep
 from reducers.reducer import State
 from reducers.registry import register
 from reducers.signals import Signals
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 
 @register("topk")

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from reducers import ATS, Count, Ratio, ReducerError, at, reduce_tokens
-from reducers.counts import Counts
 from reducers.methods import BAT
 from reducers.methods.bat import alike_pairs, decouple, share_out, shares_of
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 from .conftest import make_vit
 from .test_clustering import slow_dpc

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reducers import Count, Drop, Layout, Ratio, State
-from reducers.counts import Counts
 from reducers.kit.selection import at_most, keep_count
+from reducers.tokens import Counts
 
 ALIKE = Layout.alike(3, 10, 2, torch.device("cpu"))
 RAGGED = Layout.ragged(torch.tensor([10, 3, 0, 10]), torch.tensor([1, 1, 0, 1]))

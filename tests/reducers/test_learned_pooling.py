@@ -14,7 +14,6 @@ from ablations.measure.finetune.schedule import make_optimizer
 from ablations.trial.recipe import parse_recipe
 from reducers import ATS, Count, Mix, Ratio, ReducerError, ToMe, TopK, at, reduce_tokens
 from reducers.budget import Drop
-from reducers.counts import Counts
 from reducers.kit.clustering import merge_labels
 from reducers.kit.learned_pooling import LearnedPooling, pooled_features, pooled_map
 from reducers.methods import DPCKNN, PatchMerger, Sinkhorn, SiT, TokenLearner
@@ -23,7 +22,7 @@ from reducers.methods.patch_merger import Merger
 from reducers.methods.sinkhorn import Prototypes, transport_plan
 from reducers.methods.sit import Slimming
 from reducers.methods.token_learner import ByConvolution, ByMLP
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 from .conftest import DEPTH, make_vit
 

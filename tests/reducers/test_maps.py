@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from reducers import Keep, Layout, Merge, Mix
-from reducers.counts import Counts
 from reducers.kit.pairs import bipartite_pairs, merge_pairs
 from reducers.maps import Mask, keep_patches, keep_ranked, keep_rows
 from reducers.methods.evit import fuse_the_rest
+from reducers.tokens import Counts
 
 
 def ragged(lengths=(6, 1, 4, 5), prefix=1) -> Layout:

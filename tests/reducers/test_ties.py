@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reducers import Keep, Layout, Merge
-from reducers.counts import Counts
 from reducers.kit.clustering import nearest_centre
 from reducers.kit.pairs import bipartite_pairs, merge_pairs
 from reducers.kit.selection import first_of, keep_highest, rank_patches
@@ -21,6 +20,7 @@ from reducers.methods.evit import fuse_the_rest
 from reducers.methods.pitome import merge_by_rank
 from reducers.noise import image_keys, stream, uniform
 from reducers.runtime.plain import carriers
+from reducers.tokens import Counts
 
 CPU = torch.device("cpu")
 SHARES = (0.0, 0.25, 0.5)  # few values, so that most draws tie

@@ -9,12 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from reducers import ATS, Count, Drop, Keep, Merge, Ratio, ReducerError, ToMe, at, every, reduce_tokens
-from reducers.counts import Counts
 from reducers.kit.pairs import bipartite_pairs, merge_pairs
 from reducers.methods import PiToMe, ToFu
 from reducers.methods.pitome import energy, margin_at, merge_best_pairs, merge_by_rank
 from reducers.methods.tofu import group_peaks, norm_preserving, without_sources
-from reducers.tokens import Layout
+from reducers.tokens import Counts, Layout
 
 from .conftest import assert_same_alone_and_in_a_batch, make_vit
 from .test_evit_tome_topk import attention_parts, embed, feed_forward
