@@ -50,7 +50,7 @@ def _trial_rows(trials: Sequence[Trial], patches: int) -> list[list[str]]:
         [
             trial.variant,
             "" if trial.x is None else f"{trial.x:g}",
-            placement_label(blocks_of(trial.stage_list())),
+            placement_label(blocks_of(trial.stages.data)),
             _budget(trial, patches),
             str(trial.seed),
         ]
@@ -62,7 +62,7 @@ def _budget(trial: Trial, patches: int) -> str:
     """``K = 48``, ``0.50 of dense: K = auto``, and what else is done with the trial."""
     from ablations.trial.labels import labels_of, target_label
 
-    budget = labels_of(trial.stage_list(), patches)["budget"] or ""
+    budget = labels_of(trial.stages.data, patches)["budget"] or ""
     parts = [budget if trial.target is None else f"{target_label(trial.target)}: {budget}"]
     if trial.training:
         parts.append("finetuned")

@@ -18,7 +18,8 @@ from torch import Tensor
 from ablations.measure.context import TrialContext, spans, use_exact_float32
 from ablations.measure.failures import halving
 from ablations.trial.free_settings import free_kinds, ladder, setting_label, settle
-from ablations.trial.trial import Solution, Trial, TrialError, canonical_stages
+from ablations.trial.stages import Stages
+from ablations.trial.trial import Solution, Trial, TrialError
 from reducers import Placement, placement_from, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
 
@@ -45,7 +46,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
     The same trial and images give the same solution, whatever has been tried before: ``context.probes`` only spares
     work. A target that cannot be reached gives the nearest attainable cost and says so.
     """
-    stages = trial.stage_list()
+    stages = trial.stages.data
     kinds = free_kinds(stages)
     if trial.target is None or len(kinds) != 1:
         raise TrialError(f"{trial.variant}: calibration needs a target and one kind of budget that is auto")
@@ -69,7 +70,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
     setting, error = setting_label(kind, rungs[found.rung]), found.cost / goal - 1
     reached = abs(error) <= REACHED
     return Solution(
-        stages=canonical_stages(placed(found.rung)),
+        stages=Stages.of_placement(placed(found.rung)),
         setting=setting,
         target_gmacs=goal,
         calibration_gmacs=found.cost,

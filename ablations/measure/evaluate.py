@@ -127,7 +127,7 @@ class _Run:
         check_inputs(trial, context)
         placed = self._calibrated(context) if trial.target is not None else trial
         torch.manual_seed(placed.random_seed)  # from here on the trial alone draws, whatever its calibration had to try
-        placement = placed.placement(context.facts.depth)
+        placement = placed.stages.placement(context.facts.depth)
         if self.tuned is not None:
             placement = self.tuned.load_reducers(placement)
         self.fast: ReducedViT = reduce_tokens(context.model, placement).to(context.device).eval()

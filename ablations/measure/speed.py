@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ablations.measure.context import TrialContext, device_name, use_exact_float32
 from ablations.system import cores
+from ablations.trial.stages import Stages
 from ablations.trial.trial import Trial
 from ablations.workloads.base import Workload
 from reducers import reduce_tokens
@@ -27,13 +28,13 @@ SHORTEST = 0.1  # seconds: what is faster is timed several times over, for the c
 BATCHES = 4  # different ones, in turn: adaptive methods keep other tokens in other images
 
 
-def measure_speed(trial: Trial, context: TrialContext, *, stages: str) -> dict[str, Any]:
+def measure_speed(trial: Trial, context: TrialContext, *, stages: Stages) -> dict[str, Any]:
     """The columns that a timed trial adds to its row; ``trial.batch`` images at a time, in float32.
 
     ``stages`` is the placement as it was evaluated, every setting that was sought written in.
     """
     use_exact_float32()
-    dense, placement = context.model, trial.resolved(stages).placement(context.facts.depth)
+    dense, placement = context.model, stages.placement(context.facts.depth)
     if trial.training:
         from ablations.measure.finetune import finetuned
 

@@ -8,11 +8,11 @@ ways to cut the groups are simulated on the number of workers at hand, and the o
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ablations.trial.labels import blocks_of
+from ablations.trial.stages import Training
 from ablations.trial.trial import ModelFacts, Trial, estimated_cost
 from reducers import available
 from reducers.reducer import Plans, Prepares
@@ -131,7 +131,7 @@ def _cut(work: Sequence[Computation], *, largest: int, alone: int) -> list[Job]:
     """
     order = sorted(work, key=lambda computation: computation.total)
     single = {id(computation) for computation in [c for c in order if not c.trial.training][:alone]}
-    buckets: dict[tuple[str, str, int], list[Computation]] = {}
+    buckets: dict[tuple[str, Training, int], list[Computation]] = {}
     jobs = []
     for computation in work:
         trial = computation.trial
@@ -147,7 +147,7 @@ def _cut(work: Sequence[Computation], *, largest: int, alone: int) -> list[Job]:
 
 
 def _computation(trial: Trial, answers: tuple[Trial, ...], facts: ModelFacts) -> Computation:
-    stages, dense = trial.stage_list(), estimated_cost([], facts)
+    stages, dense = trial.stages.data, estimated_cost((), facts)
     blocks = blocks_of(stages)
     methods = [available()[reducer["name"]] for stage in stages for reducer in stage["stack"]]
     shares = not any(issubclass(method, (Prepares, Plans)) for method in methods)
@@ -162,7 +162,7 @@ def _training_cost(trial: Trial, dense: float) -> float:
     """Rough multiply-adds of the training, for each evaluated image."""
     if not trial.training:
         return 0.0
-    recipe = json.loads(trial.training)
+    recipe = trial.training.data
     epochs, images = recipe.get("epochs"), recipe.get("images")
     steps = (epochs if isinstance(epochs, int) else 5) * (images if isinstance(images, int) else _TRAINING_IMAGES)
     return _BACKWARD * dense * steps / max(1, trial.images)

@@ -19,6 +19,7 @@ from ablations.run.contexts import Contexts
 from ablations.run.jobs import Computation, Job
 from ablations.run.progress import RunProgress
 from ablations.store.store import Store
+from ablations.trial.stages import Stages
 from ablations.trial.trial import Trial, TrialResult, answers, failed
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def time_trial(trial: Trial, context: TrialContext, store: Store) -> Outcome:
     context.beat()
     try:
         with context.profile.measure("speed"):
-            columns = measure_speed(trial, context, stages=row["reducer"])
+            columns = measure_speed(trial, context, stages=Stages(row["reducer"]))
     except Exception as error:  # noqa: BLE001  # a trial that cannot be timed is a record like any other failure
         seconds = time.perf_counter() - started
         lost = failed(trial, context.facts, error, seconds=seconds)

@@ -21,9 +21,10 @@ from ablations.measure.finetune import finetuned, parse_recipe
 from ablations.measure.opening import default_batch, target_of
 from ablations.records.files import atomic
 from ablations.records.paired import ALPHA, bonett_price, holm, mcnemar
-from ablations.spec.written import TRAINED, example_stages, written_arms
-from ablations.trial.free_settings import Stages, free_kinds
-from ablations.trial.trial import Trial, TrialResult, canonical_json
+from ablations.spec.written import TRAINED, WrittenArm, example_stages, written_arms
+from ablations.trial.free_settings import StageList, free_kinds
+from ablations.trial.stages import OFF_THE_SHELF, Stages, Training
+from ablations.trial.trial import Trial, TrialResult
 from ablations.words import did_you_mean
 from ablations.workloads import open_model
 from reducers import available, build
@@ -123,16 +124,13 @@ def asked_for(
     over = dict(recipe or {})
     arms = [arm for arm in written_arms(TRAINED) if method in arm.trains() & arm.names()]
     if where is None and settings is None and arms:
-        return [
-            Asked(method, arm.variant, _spelled(arm.stages, depth), _training(arm.training, over, depth), arm.target)
-            for arm in arms
-        ]
+        return [_arm_asked(method, arm, over, depth) for arm in arms]
     (stage, *_) = example_stages(method)
     reducer = {"name": method, **settings} if settings is not None else stage["stack"][0]
     build(reducer)  # a slip is found before anything is opened
     blocks = parse_blocks(where or stage["at"], depth)
     stages = [{"at": blocks, "stack": [reducer]}]
-    return [Asked(method, method, stages, {**over, "stages": stages}, None)]
+    return [Asked(method, method, Stages.of(stages), {**over, "stages": stages}, None)]
 
 
 def trainable() -> list[str]:
@@ -159,12 +157,17 @@ def parse_method_settings(text: str) -> dict[str, Any]:
     return settings
 
 
+def _arm_asked(method: str, arm: WrittenArm, over: Mapping[str, Any], depth: int) -> Asked:
+    stages, training = Stages.of(_spelled(arm.stages, depth)), _training(arm.training, over, depth)
+    return Asked(method, arm.variant, stages, training, arm.target)
+
+
 def _training(written: Mapping[str, Any] | None, over: Mapping[str, Any], depth: int) -> dict[str, Any]:
     training = {**(written or {}), **over}
     return {**training, "stages": _spelled(training["stages"], depth)}
 
 
-def _spelled(stages: Stages, depth: int) -> Stages:
+def _spelled(stages: StageList, depth: int) -> list[dict[str, Any]]:
     return [{"at": parse_blocks(stage["at"], depth), "stack": stage["stack"]} for stage in stages]
 
 
@@ -175,16 +178,17 @@ def train(asked: Asked, context: TrialContext) -> Compared:
     """Train and evaluate the method, then random drop at its cost. A training that is finished is not repeated."""
     workload = context.workload.name
     recipe = parse_recipe(asked.training, workload=workload)
-    target = asked.target if free_kinds(asked.stages) else None
-    method = run_trial(_trial(asked.variant, asked.stages, context, recipe.spec(), target=target), context)
+    target = asked.target if free_kinds(asked.stages.data) else None
+    method = run_trial(_trial(asked.variant, asked.stages, context, recipe.training(), target=target), context)
     share = min(1.0, method.row["gmacs_mean"] / method.row["dense_gmacs"])
-    random = [{"at": three_blocks(context.facts.depth), "stack": [{"name": "random", "budget": {"ratio": "auto"}}]}]
-    off_the_shelf = run_trial(_trial("random", random, context, None, target=share), context)
-    solved: Stages = json.loads(off_the_shelf.row["reducer"])
+    drop = {"name": "random", "budget": {"ratio": "auto"}}
+    random = Stages.of([{"at": three_blocks(context.facts.depth), "stack": [drop]}])
+    off_the_shelf = run_trial(_trial("random", random, context, OFF_THE_SHELF, target=share), context)
+    solved = Stages(off_the_shelf.row["reducer"])
     settings = {name: value for name, value in asked.training.items() if name not in _OF_REDUCERS}
     settings |= {name: getattr(recipe, name) for name in _LENGTH}
-    control = parse_recipe({**settings, "stages": solved}, workload=workload)
-    trained_as_long = run_trial(_trial("random, trained as long", solved, context, control.spec()), context)
+    control = parse_recipe({**settings, "stages": solved.plain()}, workload=workload)
+    trained_as_long = run_trial(_trial("random, trained as long", solved, context, control.training()), context)
     return Compared(asked, method, off_the_shelf, trained_as_long)
 
 
@@ -197,14 +201,14 @@ def _trial(
     variant: str,
     stages: Stages,
     context: TrialContext,
-    training: Mapping[str, Any] | None,
+    training: Training,
     *,
     target: float | None = None,
 ) -> Trial:
     batch = default_batch(context.workload)
     return target_of(context.facts, context.workload, context.calibration, batch=batch).trial(
-        spec="train", variant=variant, x=None, stages=canonical_json(stages), seed=0, target=target,
-        training="" if training is None else canonical_json(training), calibrated=target is not None,
+        spec="train", variant=variant, x=None, stages=stages, seed=0, target=target, training=training,
+        calibrated=target is not None,
     )  # fmt: skip
 
 
@@ -229,7 +233,7 @@ def save(compared: Compared, context: TrialContext, out: Path) -> Path:
     """The trained weights and ``train.json`` in a folder of this training below OUT; that folder."""
     place = out / "train" / re.sub(r"[^a-z0-9]+", "-", compared.asked.variant.lower()).strip("-")
     if compared.p_holm is None:  # else they are there already
-        finetuned(compared.method.row["training"], context).save(place)
+        finetuned(Training(compared.method.row["training"]), context).save(place)
     results = {
         "method": compared.method,
         "random, off the shelf": compared.off_the_shelf,

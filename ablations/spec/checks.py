@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 from ablations.spec.arms import LISTS
 from ablations.spec.model import AblationSpec, Arm, SpecFile
 from ablations.spec.plain_yaml import Place, substitute, variables
-from ablations.trial.free_settings import Stages, filled, free, free_kinds, stand_in, write
+from ablations.trial.free_settings import StageList, filled, free, free_kinds, stand_in, write
 from ablations.trial.labels import with_nested
-from ablations.trial.trial import ModelFacts, canonical_json
+from ablations.trial.stages import OFF_THE_SHELF, Stages, Training
+from ablations.trial.trial import ModelFacts
 from ablations.words import did_you_mean
 from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
 from reducers.placement import parse_blocks
@@ -26,9 +26,9 @@ _FORMS = "budget: {count: auto}, {ratio: auto} or {drop: auto}"
 class Placed:
     """The stages of one trial, checked by building them."""
 
-    stages: Stages  # as written, names filled in
+    written: StageList  # names filled in
     placement: Placement  # what is free stands at some value
-    canonical: str  # canonical JSON; what is free is "auto"
+    stages: Stages  # as the placement describes itself; what is free is "auto"
     kind: str | None  # "count" | "ratio" | "drop": what is free
     place: Place  # where the stages are written
 
@@ -93,10 +93,10 @@ def check_target(file: SpecFile, place: Place, placed: Placed, *, target: float 
 
 def training_of(
     file: SpecFile, arm: Arm, place: Place, values: Mapping[str, Any], facts: ModelFacts, *, workload: str
-) -> str:
-    """The whole recipe of the arm's training as canonical JSON; "" where the weights stay as they are."""
+) -> Training:
+    """The whole recipe of the arm's training, if it has one."""
     if arm.training is None:
-        return ""
+        return OFF_THE_SHELF
     from ablations.trial.recipe import parse_recipe
 
     own = isinstance(place[1], int) and file.spec.arms[place[1]].training is not None
@@ -107,20 +107,20 @@ def training_of(
         if not isinstance(stages, list) or not all(isinstance(s, dict) and {"at", "stack"} == set(s) for s in stages):
             raise file.error((*spot, "stages"), "a stage of the training is written {at: [3, 6, 9], stack: [...]}")
         placed = _placed(file, (*spot, "stages"), stages, {}, facts)
-        given, sought = {**given, "stages": json.loads(placed.canonical)}, placed.kind is not None
+        given, sought = {**given, "stages": placed.stages.plain()}, placed.kind is not None
     if given.get("target") is not None and not sought:
         raise file.error((*spot, "target"), f"no budget of this training is free to meet a cost; write {_FORMS}")
     try:
-        return canonical_json(parse_recipe(given, workload=workload).spec())
+        return parse_recipe(given, workload=workload).training()
     except _BUILD_ERRORS as error:
         raise file.error(spot, str(error)) from error
 
 
-def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: str, depth: int) -> None:
+def check_trained(file: SpecFile, place: Place, placed: Placed, *, training: Training, depth: int) -> None:
     """A method that works only after training needs one that has it at the same block."""
     learned = set()
     if training:
-        trained_with = placement_from(filled(json.loads(training)["stages"]), depth=depth)
+        trained_with = placement_from(filled(training.stages.data), depth=depth)
         learned = {(block, reducer.name) for block, reducer in _trained(trained_with)}
     for block, reducer in _trained(placed.placement):
         if (block, reducer.name) not in learned:
@@ -143,7 +143,7 @@ def _trained(placement: Placement) -> Iterator[tuple[int, TokenReducer]]:
 def _placed(
     file: SpecFile, place: Place, written: list[dict[str, Any]], values: Mapping[str, Any], facts: ModelFacts
 ) -> Placed:
-    stages: Stages = []
+    stages: list[dict[str, Any]] = []
     for number, stage in enumerate(written):
         try:
             blocks = _blocks(substitute(stage["at"], values), facts.depth)
@@ -160,7 +160,7 @@ def _placed(
         )
     kind = kinds[0] if kinds else None
     stood = stand_in(kind, stages, facts.patches) if kind else 0
-    built: Stages = write(stages, kind, stood) if kind else stages
+    built: list[dict[str, Any]] = write(stages, kind, stood) if kind else stages
     for number, stage in enumerate(built):
         for index, reducer in enumerate(stage["stack"]):
             _check_reducer(file, (*place, number, "stack", index), reducer)
@@ -169,7 +169,7 @@ def _placed(
     except _BUILD_ERRORS as error:
         raise file.error(place, _reason(error)) from error
     spec = placement.spec()
-    return Placed(stages, placement, canonical_json(free(spec, kind, stood) if kind else spec), kind, place)
+    return Placed(stages, placement, Stages.of(free(spec, kind, stood) if kind else spec), kind, place)
 
 
 def _stages_place(spec: AblationSpec, place: Place) -> Place:

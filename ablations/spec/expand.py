@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from ablations.spec.plain_yaml import Place, substitute
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
+from ablations.trial.stages import Training
 from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Trial
 from reducers import Placement
@@ -78,7 +78,7 @@ def _trial(
         spec=file.spec.name,
         variant=variant,
         x=_x(file, arm, place, values, placed, facts),
-        stages=placed.canonical,
+        stages=placed.stages,
         seed=values["seed"],
         target=None if share is None else float(share),
         training=training,
@@ -89,9 +89,9 @@ def _trial(
     return dataclasses.replace(trial, code=code_of(trial))
 
 
-def _seeks(training: str) -> bool:
+def _seeks(training: Training) -> bool:
     """Whether the budget of a training is sought, on the calibration images too."""
-    return bool(training) and bool(free_kinds(json.loads(training)["stages"]))
+    return bool(training) and bool(free_kinds(training.stages.data))
 
 
 def _x(
@@ -103,7 +103,7 @@ def _x(
     if arm.x == "budget":
         if placed.kind is not None:
             raise file.error((*place, "x"), "x: budget has no number where the budget is auto; write x: target")
-        budgets = [r["budget"] for s in placed.stages for r in s["stack"] if isinstance(r.get("budget"), Mapping)]
+        budgets = [r["budget"] for s in placed.written for r in s["stack"] if isinstance(r.get("budget"), Mapping)]
         return budget_number(budgets[0], facts.patches) if budgets else None
     value = values[arm.x] if isinstance(arm.x, str) else arm.x
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -13,7 +13,7 @@ from typing import Any
 
 from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.plain_yaml import parse_yaml, substitute
-from ablations.trial.free_settings import AUTO, Setting, Stages, budgets_in, filled
+from ablations.trial.free_settings import AUTO, Setting, budgets_in, filled
 from reducers import available
 
 TRAINED = "trained_methods"  # the spec that says how each method is trained here
@@ -29,7 +29,7 @@ class WrittenArm:
     """One curve of a spec at its first values."""
 
     variant: str
-    stages: Stages
+    stages: list[dict[str, Any]]
     training: dict[str, Any] | None
     target: float | None  # share of the dense model's multiply-adds, where a budget is sought
 
@@ -61,7 +61,7 @@ def _first(arm: dict[str, Any]) -> WrittenArm:
     )
 
 
-def example_stages(name: str) -> Stages:
+def example_stages(name: str) -> list[dict[str, Any]]:
     """Where and how a method is used, as people would write it: from the shipped specs, else at three blocks.
 
     A budget that is sought there stands at a usual value.
@@ -76,8 +76,8 @@ def example_stages(name: str) -> Stages:
     return [{"at": [3, 6, 9], "stack": [{"name": name, **({"budget": {"ratio": 0.7}} if asks else {})}]}]
 
 
-def usual(stages: Stages) -> Stages:
+def usual(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages with a usual number wherever a budget is sought."""
-    chosen: Stages = filled(stages, _USUAL)
+    chosen: list[dict[str, Any]] = filled(stages, _USUAL)
     assert all(AUTO not in budget.values() for budget in budgets_in(chosen))
     return chosen

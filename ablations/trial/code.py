@@ -26,8 +26,8 @@ Standard library only: the sources are read as text, nothing is imported for it.
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
+from collections.abc import Mapping
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from ablations.trial.code_sources import Sources
 
 if TYPE_CHECKING:
+    from ablations.trial.stages import Stages, Training
     from ablations.trial.trial import Trial
 
 # --- what a move of files changes: these tables, and nothing below them -----------------------------------------------
@@ -100,8 +101,8 @@ def runtime_code() -> str:
     return _part("evaluation", frozenset(), ())
 
 
-def training_code(stages: str) -> str:
-    """The code that trains with these stages (JSON)."""
+def training_code(stages: Stages) -> str:
+    """The code that trains with these stages."""
     return _part("training", _names(stages), ())
 
 
@@ -118,33 +119,33 @@ def read_again() -> None:
 
 
 @lru_cache(maxsize=65536)
-def _code(stages: str, calibrated: bool, training: str, timed: bool, workload: str) -> str:
+def _code(stages: Stages, calibrated: bool, training: Training, timed: bool, workload: str) -> str:
     parts = {"evaluation": _part("evaluation", _names(stages), UNDIGESTED.get(workload, ()))}
     if calibrated:
         parts["calibration"] = _part("calibration", frozenset(), ())
     if training:
-        parts["training"] = _part("training", _names(training), ())
+        parts["training"] = _part("training", _names(training.stages), ())
     if timed:
         parts["timing"] = _part("timing", frozenset(), ())
     return " ".join(f"{name}={digest}" for name, digest in parts.items())
 
 
-def _names(stages: str) -> frozenset[str]:
-    """Registered methods anywhere in stages or a recipe: those inside stacks and selections as well."""
+def _names(stages: Stages) -> frozenset[str]:
+    """Registered methods anywhere in stages: those inside stacks and selections as well."""
     methods, found = _sources().methods().keys() | _registered().keys(), set()
 
     def walk(value: Any) -> None:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             name = value.get("name")
             if isinstance(name, str) and name in methods:
                 found.add(name)
             for inner in value.values():
                 walk(inner)
-        elif isinstance(value, list):
+        elif isinstance(value, tuple):
             for inner in value:
                 walk(inner)
 
-    walk(json.loads(stages or "[]"))
+    walk(stages.data)
     return frozenset(found)
 
 

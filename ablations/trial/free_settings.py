@@ -7,12 +7,14 @@ plain data again, that anyone can rerun. Which rung meets a cost is found in ``c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
-Stages = list[dict[str, Any]]  # [{"at": [3], "stack": [{"name": "ats", "budget": {...}}]}, ...]
+from ablations.trial.stages import plain
+
+StageList = Sequence[Mapping[str, Any]]  # as of ``Stages``, or as it is written in a spec
 Setting = int | Fraction
 
 AUTO = "auto"
@@ -31,7 +33,7 @@ def budgets_in(stages: Any) -> list[Mapping[str, Any]]:
     if isinstance(stages, Mapping):
         own = [stages["budget"]] if isinstance(stages.get("budget"), Mapping) else []
         return own + [b for key, part in stages.items() if key != "budget" for b in budgets_in(part)]
-    return [b for part in stages for b in budgets_in(part)] if isinstance(stages, list) else []
+    return [b for part in stages for b in budgets_in(part)] if isinstance(stages, list | tuple) else []
 
 
 def free_kinds(stages: Any) -> set[str]:
@@ -55,6 +57,7 @@ def write(stages: Any, kind: str, setting: Setting) -> Any:
 
 def filled(stages: Any, settings: Mapping[str, Setting] = _ANY) -> Any:
     """The same data with a number wherever a budget is free, by kind: for what does not depend on which."""
+    stages = plain(stages)
     for kind in sorted(free_kinds(stages)):
         stages = write(stages, kind, settings[kind])
     return stages
@@ -65,7 +68,7 @@ def free(stages: Any, kind: str, setting: Setting) -> Any:
     return _with_budgets(stages, lambda b: {**b, kind: AUTO} if kind in b and _number(b[kind]) == setting else b)
 
 
-def ladder(stages: Stages, kind: str, patches: int) -> list[Setting]:
+def ladder(stages: StageList, kind: str, patches: int) -> list[Setting]:
     """Every setting worth trying, from the cheapest to the dearest.
 
     count: 1 … all patches, and where all free counts are numbers of sample points (ATS), which several may fall on one
@@ -101,14 +104,14 @@ def drop_schedule(rate: Fraction, blocks: int, patches: int) -> list[int]:
     return drops
 
 
-def settle(stages: Stages, kind: str, setting: Setting, patches: int) -> Stages:
+def settle(stages: StageList, kind: str, setting: Setting, patches: int) -> list[dict[str, Any]]:
     """The stages with the setting written in, every block spelled out; a drop of none leaves the reducer out."""
     if kind != "drop":
-        settled: Stages = write(stages, kind, setting)
+        settled: list[dict[str, Any]] = write(stages, kind, setting)
         return settled
     blocks = _free_blocks(stages)
     drops = dict(zip(blocks, drop_schedule(Fraction(setting), len(blocks), patches), strict=True))
-    spelled: Stages = []
+    spelled: list[dict[str, Any]] = []
     for stage in stages:
         for block in stage["at"]:
             spare = drops.get(block) == 0
@@ -125,14 +128,14 @@ def setting_label(kind: str, setting: Setting) -> str:
     return f"keep {float(setting):g}" if kind == "ratio" else f"r = {float(setting):g}"
 
 
-def _free_names(stages: Stages) -> set[str]:
+def _free_names(stages: StageList) -> set[str]:
     """The reducers whose own budget is free."""
     reducers = [reducer for stage in stages for reducer in stage["stack"]]
     nested = [reducer["select"] for reducer in reducers if isinstance(reducer.get("select"), Mapping)]
     return {str(r.get("name")) for r in [*reducers, *nested] if AUTO in dict(r.get("budget") or {}).values()}
 
 
-def _free_blocks(stages: Stages) -> list[int]:
+def _free_blocks(stages: StageList) -> list[int]:
     """The blocks whose drop is sought, ascending."""
     return sorted({block for stage in stages if free_kinds(stage["stack"]) for block in stage["at"]})
 
@@ -143,7 +146,7 @@ def _with_budgets(data: Any, change: Callable[[dict[str, Any]], dict[str, Any]])
             key: change(dict(part)) if key == "budget" and isinstance(part, Mapping) else _with_budgets(part, change)
             for key, part in data.items()
         }
-    return [_with_budgets(part, change) for part in data] if isinstance(data, list) else data
+    return [_with_budgets(part, change) for part in data] if isinstance(data, list | tuple) else data
 
 
 def _number(value: Any) -> Fraction | None:
@@ -161,6 +164,6 @@ def _plain(setting: Setting) -> int | float | str:
 
 
 __all__ = [
-    "AUTO", "KINDS", "Setting", "Stages", "budgets_in", "drop_schedule", "filled", "free", "free_kinds", "ladder",
+    "AUTO", "KINDS", "Setting", "StageList", "budgets_in", "drop_schedule", "filled", "free", "free_kinds", "ladder",
     "setting_label", "settle", "stand_in", "write",
 ]  # fmt: skip

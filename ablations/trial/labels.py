@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ablations.trial.free_settings import AUTO, KINDS, Stages, free_kinds, stand_in, write
+from ablations.trial.free_settings import AUTO, KINDS, StageList, free_kinds, stand_in, write
+from ablations.trial.stages import plain
 
 if TYPE_CHECKING:
     from reducers import TokenReducer
 
 
-def blocks_of(stages: Stages) -> list[int]:
+def blocks_of(stages: StageList) -> list[int]:
     """Every block at which something reduces, ascending."""
     return sorted({block for stage in stages for block in stage["at"]})
 
@@ -67,7 +68,7 @@ def with_nested(reducer: TokenReducer) -> Iterable[TokenReducer]:
             yield from with_nested(member)
 
 
-def labels_of(stages: Stages, patches: int) -> dict[str, str | None]:
+def labels_of(stages: StageList, patches: int) -> dict[str, str | None]:
     """The columns ``score`` and ``budget``: what decides and how much stays, several joined in order."""
     from reducers import build  # and with it torch, which names of blocks and budgets can do without
 
@@ -97,8 +98,9 @@ def target_label(target: float) -> str:
     return f"{target:.2f} of dense" if round(target, 2) == target else f"{target:g} of dense"
 
 
-def _buildable(reducer: dict[str, Any], patches: int) -> dict[str, Any]:
+def _buildable(reducer: Mapping[str, Any], patches: int) -> dict[str, Any]:
     """A reducer that can be built: a setting still to be sought stands at some value."""
+    built: dict[str, Any] = plain(reducer)
     for kind in free_kinds(reducer):
-        reducer = write(reducer, kind, stand_in(kind, reducer, patches))
-    return reducer
+        built = write(built, kind, stand_in(kind, built, patches))
+    return built

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 SEEDED_BY = ("stages", "model", "weights_digest", "workload", "data_digest", "images", "seed", "training")
@@ -16,8 +17,11 @@ version of the code.
 """
 
 
-def random_seed(trial: Any) -> int:
-    """Seeds every source of randomness that the stages do not seed themselves: 63 bits of a digest."""
-    content = {name: getattr(trial, name) for name in SEEDED_BY}
+def random_seed(trial: Mapping[str, Any]) -> int:
+    """Seeds every source of randomness that the stages do not seed themselves: 63 bits of a digest.
+
+    ``trial``: its fields as records hold them.
+    """
+    content = {name: trial[name] for name in SEEDED_BY}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

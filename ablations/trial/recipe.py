@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ablations.trial.free_settings import filled, free_kinds
+from ablations.trial.free_settings import StageList, filled, free_kinds
 from ablations.trial.labels import with_nested
-from reducers import Placement, ReducerError, build, placement_from
+from ablations.trial.stages import DENSE, Stages, Training
+from reducers import Placement, ReducerError, build
 from reducers.checks import checked_choice, checked_whole, checked_within
 
 _ADDED_LATER: dict[str, Any] = {"freeze": 0.0, "target": None}  # settings, and what says nothing
@@ -61,7 +62,7 @@ class Recipe:
     Two equal recipes on equal weights and images give equal weights (bit for bit on a CPU with as many threads).
     """
 
-    stages: tuple[Any, ...] = ()  # the placement that is active in training, as plain data; none: the dense model
+    stages: Stages = DENSE  # the placement that is active in training; none: the dense model
     target: float | None = None  # what a free budget in stages is sought for: share of the plain model's multiply-adds
     epochs: int = 30
     images: int | None = None  # images an epoch sees; None: all of them
@@ -93,7 +94,7 @@ class Recipe:
         self._check_together()
 
     def _check_together(self) -> None:
-        free = free_kinds(list(self.stages))
+        free = free_kinds(self.stages.data)
         if free and self.target is None:
             raise RecipeError(
                 f"a training needs a budget: write a number in place of {{{free.pop()}: auto}}, or name the cost that "
@@ -117,22 +118,26 @@ class Recipe:
 
     def placement(self, depth: int) -> Placement:
         """A fresh set of the reducers that are active in training; every budget must be known (``aim.settled``)."""
-        if free_kinds(list(self.stages)):
+        if free_kinds(self.stages.data):
             raise RecipeError("a budget of this training is auto: it is sought when a spec runs; write a number here")
-        return placement_from(json.loads(json.dumps(self.stages)), depth=depth)
+        return self.stages.placement(depth)
 
     def spec(self) -> dict[str, Any]:
         """The whole recipe as plain data, which ``parse_recipe`` reads back.
 
         A setting that was added later and says nothing is left out: finished trainings keep their digests.
         """
-        whole = dataclasses.asdict(self) | {"stages": json.loads(json.dumps(self.stages))}
-        asked = asked_of_training(self.stages)
+        whole = dataclasses.asdict(self) | {"stages": self.stages.plain()}
+        asked = asked_of_training(self.stages.data)
         return {
             name: value
             for name, value in whole.items()
             if name in asked or name not in _ADDED_LATER or value != _ADDED_LATER[name]
         }
+
+    def training(self) -> Training:
+        """The recipe as trials name it."""
+        return Training.of(self.spec())
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -145,8 +150,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What a workload changes in the defaults above."""
 
 
-def parse_recipe(training: str | Mapping[str, Any], *, workload: str) -> Recipe:
-    """A trial's ``training`` (canonical JSON, or the mapping itself) with the defaults filled in.
+def parse_recipe(training: Training | str | Mapping[str, Any], *, workload: str) -> Recipe:
+    """A trial's ``training`` (or JSON, or the mapping itself) with the defaults filled in.
 
     Those of the workload, and over them what the reducers in ``stages`` ask for (``TokenReducer.schedule``).
     """
@@ -161,7 +166,7 @@ def parse_recipe(training: str | Mapping[str, Any], *, workload: str) -> Recipe:
     if not isinstance(stages, list | tuple) or not all(isinstance(stage, Mapping) for stage in stages):
         raise RecipeError(f"stages is a list such as [{{at: [3, 6, 9], stack: [...]}}]; got {stages!r:.80}")
     schedule = _schedule(asked_of_training(stages), given)
-    values = {**DEFAULTS.get(workload, {}), **schedule, **given, "stages": tuple(stages)}
+    values = {**DEFAULTS.get(workload, {}), **schedule, **given, "stages": stages}
     distill = values.get("distill")
     if distill is not None:
         values["distill"] = _distillation(distill)
@@ -187,11 +192,11 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def asked_of_training(stages: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def asked_of_training(stages: StageList) -> dict[str, dict[str, Any]]:
     """Setting -> method -> value: what the reducers of a placement ask of the recipe they are trained by."""
     known = {field.name for field in dataclasses.fields(Recipe)} - {"stages"}
     asked: dict[str, dict[str, Any]] = {}
-    for stage in filled(list(stages)):
+    for stage in filled(stages):
         for part in stage["stack"] if "stack" in stage else [stage.get("reducer", {})]:
             for reducer in with_nested(build(part)):
                 for name, value in reducer.schedule.items():
@@ -214,7 +219,8 @@ def _schedule(asked: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) 
     return {name: next(iter(wishes.values())) for name, wishes in asked.items()}
 
 
-def _mapping(training: str | Mapping[str, Any]) -> dict[str, Any]:
+def _mapping(training: Training | str | Mapping[str, Any]) -> dict[str, Any]:
+    training = training.plain() if isinstance(training, Training) else training
     if isinstance(training, str):
         try:
             training = json.loads(training)
@@ -223,6 +229,13 @@ def _mapping(training: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(training, Mapping):
         raise RecipeError(f"a training is a mapping such as {{epochs: 5, lr: 0.0001}}; got {training!r:.80}")
     return dict(training)
+
+
+def _stages(data: Any) -> Stages:
+    try:
+        return Stages.of(data)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the stages of a training are plain data, as JSON has it ({error})") from error
 
 
 def _distillation(value: object) -> Distillation:
@@ -242,6 +255,8 @@ def _check(settings: Any, checked: Callable[[str, Any], Any]) -> None:
 
 
 def _check_setting(name: str, value: Any) -> Any:
+    if name == "stages":
+        return value if isinstance(value, Stages) else _stages(value)
     if value is None and name in _MAY_BE_NONE:
         return None
     if name in _WHOLE:

@@ -15,15 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ablations.records import columns
-from ablations.trial.free_settings import Stages
+from ablations.trial.free_settings import StageList
 from ablations.trial.labels import blocks_of, budget_number, labels_of, placement_label
 from ablations.trial.random import random_seed
-
-if TYPE_CHECKING:
-    from reducers import Placement
+from ablations.trial.stages import OFF_THE_SHELF, Canonical, Stages, Training, canonical_json
 
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
@@ -57,8 +55,8 @@ class ModelFacts:
 class Trial:
     """One cell of an ablation: a placement of reducers, evaluated on all images of a workload with one model.
 
-    ``stages`` is canonical JSON (see ``canonical_stages``). ``variant`` and ``x`` say where the result belongs in the
-    spec's figure; ``seed`` seeds every source of randomness that the stages do not seed themselves.
+    ``variant`` and ``x`` say where the result belongs in the spec's figure; ``seed`` seeds every source of randomness
+    that the stages do not seed themselves.
 
     With a ``target``, one kind of budget in the stages is ``auto``: the setting that meets this share of the dense
     model's multiply-adds is sought on the calibration images (``calibrate``) and stands in the result.
@@ -67,7 +65,7 @@ class Trial:
     spec: str
     variant: str
     x: float | None
-    stages: str
+    stages: Stages
     model: str
     weights: str
     weights_digest: str
@@ -77,10 +75,10 @@ class Trial:
     batch: int
     seed: int
     target: float | None = None  # share of the dense model's multiply-adds: 0.5 is half
-    training: str = ""  # canonical JSON of how the weights are finetuned first; "" is off the shelf
+    training: Training = OFF_THE_SHELF  # how the weights are finetuned first
     measure: str = ""  # "speed": timed alone on its device
     calibration: str = ""  # digest of the images a target is met on
-    code: str = ""  # digests of the code it uses (``code_version.code_of``)
+    code: str = ""  # digests of the code it uses (``code.code_of``)
 
     @cached_property
     def key(self) -> str:
@@ -102,8 +100,8 @@ class Trial:
 
     @cached_property
     def random_seed(self) -> int:
-        """What every draw begins with that the stages do not seed themselves: see ``trial_random``."""
-        return random_seed(self)
+        """What every draw begins with that the stages do not seed themselves: see ``random``."""
+        return random_seed(self._plain())
 
     def evaluated(self, batch: int) -> Trial:
         """The trial whose evaluation a timed one shares with others: not timed, in batches of the run's size."""
@@ -114,7 +112,7 @@ class Trial:
         """Canonical JSON of every field: what the key is a digest of. ``trial_from`` reads it back."""
         return canonical_json(self._content())
 
-    def resolved(self, stages: str) -> Trial:
+    def resolved(self, stages: Stages) -> Trial:
         """The trial one would have written with these stages and no target: its ``computation`` is that of every
         other target that came to the same setting.
         """
@@ -122,19 +120,13 @@ class Trial:
 
     def _content(self) -> dict[str, Any]:
         """Every field but those that were added later and say nothing: results on disk keep their keys."""
-        fields = ((name, getattr(self, name)) for name in _FIELDS)  # all of them plain values
+        fields = self._plain().items()
         return {name: value for name, value in fields if name not in _ADDED_LATER or value != _ADDED_LATER[name]}
 
-    def stage_list(self) -> Stages:
-        """The stages as data again."""
-        stages: Stages = json.loads(self.stages)
-        return stages
-
-    def placement(self, depth: int) -> Placement:
-        """The stages as ``reducers`` carries them out; nothing may be ``auto`` any more."""
-        from reducers import placement_from  # and with it torch: to know of a trial needs neither
-
-        return placement_from(self.stage_list(), depth=depth)
+    def _plain(self) -> dict[str, Any]:
+        """Every field as records hold it: stages and training as their text."""
+        fields = ((name, getattr(self, name)) for name in _FIELDS)
+        return {name: value.text if isinstance(value, Canonical) else value for name, value in fields}
 
 
 _FIELDS = tuple(each.name for each in dataclasses.fields(Trial))
@@ -147,8 +139,10 @@ def trial_from(text: str) -> Trial:
         TrialError: it is not one, or was written by a version that knew other fields.
     """
     try:
-        return Trial(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        fields = json.loads(text)
+        stages, training = Stages(fields.pop("stages")), Training(fields.pop("training", ""))
+        return Trial(**fields, stages=stages, training=training)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise TrialError(f"no trial of this version: {error}") from error
 
 
@@ -161,7 +155,7 @@ def _untimed(code: str) -> str:
 class Solution:
     """What calibration found: the stages with every free setting written in, and how near they come to the target."""
 
-    stages: str  # canonical JSON: plain data that anyone can rerun
+    stages: Stages  # plain data that anyone can rerun
     setting: str  # for people: "K = 57", "keep 0.613", "r = 5.37"
     target_gmacs: float  # per image
     calibration_gmacs: float  # mean over the calibration images
@@ -196,20 +190,10 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def canonical_json(value: object) -> str:
-    """One text for one content: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def canonical_stages(placement: Placement) -> str:
-    """A placement as it describes itself, so that no spelling of blocks, defaults or fractions can change a key."""
-    return canonical_json(placement.spec())
-
-
-def estimated_cost(stages: Stages, facts: ModelFacts, target: float | None = None) -> float:
+def estimated_cost(stages: StageList, facts: ModelFacts, target: float | None = None) -> float:
     """Rough multiply-adds per image: enough to start the longest trials first and to tell the time left."""
     if target is not None:
-        return target * estimated_cost([], facts)
+        return target * estimated_cost((), facts)
     at_block: dict[int, list[Mapping[str, Any]]] = {}
     for stage in stages:
         for block in stage["at"]:
@@ -234,16 +218,16 @@ def estimated_cost(stages: Stages, facts: ModelFacts, target: float | None = Non
 
 def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) -> dict[str, Any]:
     """Every column of a row, the metrics still null. ``solution``: what calibration found for the trial's target."""
-    blocks = blocks_of(trial.stage_list())
+    blocks = blocks_of(trial.stages.data)
     stages = solution.stages if solution else trial.stages
     return {
         **dict.fromkeys(columns.ROW),
         "spec": trial.spec, "key": trial.key, "status": "failed",
         "model": trial.model, "params_m": facts.params_m, "weights": trial.weights, "workload": trial.workload,
         "images": trial.images, "batch": trial.batch, "seed": trial.seed,
-        "finetuned": bool(trial.training), "training": trial.training or None,
-        "placement": placement_label(blocks), "blocks": blocks, "reducer": stages,
-        "variant": trial.variant, "x": trial.x, **labels_of(json.loads(stages), facts.patches),
+        "finetuned": bool(trial.training), "training": trial.training.text or None,
+        "placement": placement_label(blocks), "blocks": blocks, "reducer": stages.text,
+        "variant": trial.variant, "x": trial.x, **labels_of(stages.data, facts.patches),
         "target": trial.target, "target_gmacs": solution.target_gmacs if solution else None,
         "calibrated": solution is not None,
         "calibration_gmacs": solution.calibration_gmacs if solution else None,

@@ -9,16 +9,17 @@ from contextlib import contextmanager
 
 from ablations.trial import code as code_version
 from ablations.trial.code_sources import Sources, taken_apart
+from ablations.trial.stages import Stages, Training
 from ablations.trial.trial import Trial
 
-FIXED = Trial("s", "v", None, '[{"at":[3],"stack":[{"name":"ats"}]}]', "m", "file", "0", "w", "1", 10, 5, 0)
-RECIPE = '{"epochs":1,"stages":[{"at":[3],"stack":[{"name":"dynamicvit"}]}]}'
+FIXED = Trial("s", "v", None, Stages('[{"at":[3],"stack":[{"name":"ats"}]}]'), "m", "file", "0", "w", "1", 10, 5, 0)
+RECIPE = Training('{"epochs":1,"stages":[{"at":[3],"stack":[{"name":"dynamicvit"}]}]}')
 WHOLE = dataclasses.replace(FIXED, target=0.5, training=RECIPE, measure="speed")
 
 
 def using(*names: str) -> Trial:
-    stack = ",".join(f'{{"name":"{name}"}}' for name in names)
-    return dataclasses.replace(FIXED, stages=f'[{{"at":[3],"stack":[{stack}]}}]')
+    stages = Stages.of([{"at": [3], "stack": [{"name": name} for name in names]}])
+    return dataclasses.replace(FIXED, stages=stages)
 
 
 def sources_now() -> Sources:

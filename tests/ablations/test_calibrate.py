@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -74,7 +73,7 @@ def fresh(context: TrialContext) -> TrialContext:
 def cost_of(solution: Solution, context: TrialContext) -> float:
     """What the solved stages cost on the calibration images, by the full forward pass."""
     assert context.calibration is not None
-    model = reduce_tokens(context.model, placement_from(json.loads(solution.stages), depth=context.facts.depth))
+    model = reduce_tokens(context.model, solution.stages.placement(context.facts.depth))
     _, trace = model.eval().trace(context.calibration.batch(0, len(context.calibration)))
     return float(trace.macs.mean()) / 1e9
 
@@ -111,7 +110,7 @@ def check_reached(stages: str, target: float, context: TrialContext) -> None:
     solution = solve(trial_for(context, stages, target), context)
     assert solution.target_gmacs == pytest.approx(target * context.dense.gmacs)
     assert solution.reached and solution.note == "" and abs(solution.error) <= 0.01
-    assert not free_kinds(json.loads(solution.stages)), "the solution is plain data"
+    assert not free_kinds(solution.stages.data), "the solution is plain data"
     assert cost_of(solution, context) == pytest.approx(solution.calibration_gmacs, rel=1e-6)
     assert 1 < solution.probes <= 20
 
@@ -156,7 +155,7 @@ def test_coarse_steps_give_the_nearest_attainable_cost(embedded: TrialContext) -
     solution = solve(trial, embedded)
     assert not solution.reached and "the steps are coarse" in solution.note
     costs = [
-        mean_cost(placement_from(settle(trial.stage_list(), "count", count, 64)), embedded, seed=0)
+        mean_cost(placement_from(settle(trial.stages.data, "count", count, 64)), embedded, seed=0)
         for count in range(1, 65)
     ]
     assert abs(solution.calibration_gmacs - solution.target_gmacs) == pytest.approx(

@@ -20,6 +20,7 @@ from ablations.trial import code as code_version
 from ablations.trial.code import changed_parts, code_of, read_again, runtime_code, training_code
 from ablations.trial.code_sources import CodeError, Sources
 from ablations.trial.code_text import Place
+from ablations.trial.stages import DENSE, Stages
 from ablations.trial.target import Target
 from reducers import available
 from reducers import registry as known_reducers
@@ -230,7 +231,7 @@ def test_a_method_inside_another_ones_settings_counts() -> None:
     """EViT that lets ATS choose changes with ATS; one that does not stays."""
     slip = edited("reducers/methods/ats.py", ("add_(0.5)", "add_(0.25)"))
     selected = json.dumps([{"at": [3], "stack": [{"name": "evit", "select": {"name": "ats"}}]}])
-    assert changed(slip, dataclasses.replace(FIXED, stages=selected)) == ["evaluation"]
+    assert changed(slip, dataclasses.replace(FIXED, stages=Stages(selected))) == ["evaluation"]
     assert changed(slip, using("evit")) == []
 
 
@@ -353,12 +354,13 @@ def test_nothing_is_imported_to_tell_the_code() -> None:
     """Neither torch nor the reducers: a machine that only looks at results needs none of them."""
     program = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'timm', 'numpy'), None)); "
-        "from ablations.trial.code import _code; print(_code(*sys.argv[1:2], True, '', True, 'w')); "
+        "from ablations.trial.code import code_of; from ablations.trial.trial import trial_from; "
+        "print(code_of(trial_from(sys.argv[1]))); "
         "assert 'reducers' not in sys.modules"
     )
     trial = dataclasses.replace(FIXED, target=0.5, measure="speed")
     done = subprocess.run(
-        [sys.executable, "-c", program, trial.stages], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, trial.description], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == code_of(trial)
 
@@ -366,8 +368,8 @@ def test_nothing_is_imported_to_tell_the_code() -> None:
 def test_parts_are_told_apart() -> None:
     assert changed_parts("evaluation=a timing=b", "evaluation=a timing=c") == ["timing"]
     assert changed_parts("evaluation=a", "evaluation=a training=t") == ["training"]
-    assert runtime_code() == runtime_code() != training_code("[]")
-    assert training_code("[]") != training_code(RECIPE)
+    assert runtime_code() == runtime_code() != training_code(DENSE)
+    assert training_code(DENSE) != training_code(RECIPE.stages)
 
 
 def test_a_users_own_method_is_digested_with_what_it_uses_in_its_file(

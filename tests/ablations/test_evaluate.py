@@ -20,7 +20,7 @@ from ablations.run.session import Session, Settings, open_session
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.trial import Trial, TrialError
-from reducers import placement_from, reduce_tokens
+from reducers import reduce_tokens
 from tests.ablations.runs import SPEC
 
 
@@ -70,7 +70,7 @@ def test_per_image_columns_follow_from_the_trace(session: Session, context: Tria
     trial = next(trial for trial in session.all_trials if trial.variant == "ATS")
     result = run_trial(trial, context)
     images, workload = result.images, context.workload
-    fast = reduce_tokens(context.model, placement_from(trial.stage_list(), depth=12)).eval()
+    fast = reduce_tokens(context.model, trial.stages.placement(12)).eval()
     assert workload.masks is not None
     for index in range(len(workload)):
         with torch.inference_mode():

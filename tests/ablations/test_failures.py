@@ -20,8 +20,9 @@ from ablations.run.ray.tries import NODES, TRIES, Tries
 from ablations.run.ray.watchdog import Watch, place_of_stall
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
+from ablations.trial.stages import Training
 from ablations.trial.target import Target
-from ablations.trial.trial import Trial, TrialError, canonical_json
+from ablations.trial.trial import Trial, TrialError
 from tests.ablations.runs import PATIENCE, ROOT, SPEC
 
 GPU_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -113,7 +114,7 @@ def test_what_a_lost_worker_had_stored_is_not_computed_again(work: list[Computat
 
 
 def test_trials_of_one_training_stay_together_once(work: list[Computation]) -> None:
-    training = canonical_json({"epochs": 1})
+    training = Training.of({"epochs": 1})
     trained = [dataclasses.replace(one, trial=dataclasses.replace(one.trial, training=training)) for one in work]
     tries, job = Tries(nothing_finished), Job(tuple(trained))
     assert tries.after(job, "killed", with_node=False)[0] == [job]
@@ -218,7 +219,7 @@ def test_as_many_jobs_at_once_as_the_nodes_hold(
 def test_trainings_and_timings_ask_for_a_whole_device(work: list[Computation]) -> None:
     with_gpu = plan([{"CPU": 16.0, "GPU": 2.0}], workers=None, joined=True)
     cores = plan([{"CPU": 4.0}, {"CPU": 16.0}], workers=None, joined=True)
-    trained = dataclasses.replace(work[0], trial=dataclasses.replace(work[0].trial, training="{}"))
+    trained = dataclasses.replace(work[0], trial=dataclasses.replace(work[0].trial, training=Training("{}")))
     (ordinary, *_), (training,), (timing,) = (
         schedule(work, workers=2),
         schedule([trained], workers=2),

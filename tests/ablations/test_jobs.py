@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 
 from ablations.run.jobs import LARGEST, Computation, Job, computations, expected_end, schedule
 from ablations.spec.expand import expand
 from ablations.spec.model import find_specs, parse_spec
+from ablations.trial.stages import Training
 from ablations.trial.target import Target
-from ablations.trial.trial import ModelFacts, Trial, canonical_json
+from ablations.trial.trial import ModelFacts, Trial
 from tests.ablations.runs import SPEC
 
 AT = "{name: s, title: S, arms: [{variant: v, vary: {b: %s}, x: b, stages: [{at: [$b], stack: [%s]}]}]}"
@@ -44,7 +44,7 @@ def test_every_trial_is_answered_once(target: Target) -> None:
 
 def test_groups_are_of_trials_that_begin_to_reduce_nearby(target: Target) -> None:
     jobs = schedule(work_at(target, [10, 2, 9, 3, 2, 11, 10, 3, 9, 4, 4, 11]), workers=1)
-    begin = [[one.trial.stage_list()[0]["at"][0] for one in job.computations] for job in jobs]
+    begin = [[one.trial.stages.data[0]["at"][0] for one in job.computations] for job in jobs]
     assert sorted(begin) == [[9, 10, 11], [2, 3, 4]] or sorted(map(sorted, begin)) == [[2, 3, 4, 9, 10, 11]]
 
 
@@ -88,8 +88,8 @@ def finished(jobs: list[Job], workers: int) -> list[float]:
 
 
 def test_trials_with_one_training_stay_together(trial: Trial, facts: ModelFacts) -> None:
-    training = canonical_json({"epochs": 5, "images": 1000})
-    other = canonical_json({"epochs": 50, "images": 1000})
+    training = Training.of({"epochs": 5, "images": 1000})
+    other = Training.of({"epochs": 50, "images": 1000})
     trials = [dataclasses.replace(trial, seed=seed, training=training) for seed in range(9)]
     trials += [dataclasses.replace(trial, seed=seed, training=other) for seed in range(2)]
     trials += [dataclasses.replace(trial, seed=seed) for seed in range(9)]
@@ -97,7 +97,7 @@ def test_trials_with_one_training_stay_together(trial: Trial, facts: ModelFacts)
     assert [len(job.computations) for job in jobs if job.computations[0].trial.training] == [2, 9]
     assert jobs[0].computations[0].trial.training == other, "the long training comes first"
     assert jobs[0].cost < 2 * jobs[0].computations[0].training_cost, "and is counted once"
-    assert json.loads(jobs[1].computations[0].trial.training)["epochs"] == 5
+    assert jobs[1].computations[0].trial.training.data["epochs"] == 5
 
 
 def test_a_timed_trial_is_evaluated_like_any_other(trial: Trial, facts: ModelFacts) -> None:

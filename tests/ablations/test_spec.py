@@ -37,7 +37,7 @@ def test_a_short_spec_becomes_one_trial_for_each_combination(target: Target) -> 
     assert [(trial.variant, trial.x) for trial in trials] == [
         ("ATS", 16.0), ("ATS", 31.0), ("top-K", 16.0), ("top-K", 31.0),
     ]  # fmt: skip
-    assert trials[0].stage_list() == [
+    assert trials[0].stages.plain() == [
         {"at": [3], "stack": [{"name": "ats", "budget": {"ratio": "12/49", "of": "initial", "rounding": "nearest"}}]}
     ]
 
@@ -53,7 +53,7 @@ def test_blocks_can_be_written_in_every_way_and_varied(target: Target) -> None:
             "{name: a, title: A, arms: [{variant: v, vary: {b: [1, 5]}, stages: [{at: " + at + ", stack: "
             "[{name: random, seed: $b, budget: {count: 9}}]}]}]}"
         )
-        return [trial.stage_list()[0]["at"] for trial in expand(parse_spec(text), target)]
+        return [trial.stages.plain()[0]["at"] for trial in expand(parse_spec(text), target)]
 
     assert blocks("$b") == [[1], [5]]
     assert blocks("[$b, 7]") == [[1, 7], [5, 7]]
@@ -75,7 +75,7 @@ arms:
 """
     trials = expand(parse_spec(text), target)
     assert [(trial.variant, trial.x) for trial in trials] == [("block 0", 0)] * 2 + [("block 5", 5)] * 2
-    assert {trial.stage_list()[0]["stack"][0]["budget"]["count"] for trial in trials[:2]} == {40}
+    assert {trial.stages.plain()[0]["stack"][0]["budget"]["count"] for trial in trials[:2]} == {40}
 
 
 def test_trials_that_are_the_same_appear_once(target: Target) -> None:
@@ -207,7 +207,7 @@ def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -
 
 def test_every_method_that_needs_no_training_is_compared(target: Target) -> None:
     (file,) = find_specs(["methods"])
-    used = {reducer["name"] for trial in expand(file, target) for s in trial.stage_list() for reducer in s["stack"]}
+    used = {reducer["name"] for trial in expand(file, target) for s in trial.stages.plain() for reducer in s["stack"]}
     assert {
         "identity", "random", "topk", "ats", "evit", "tome", "tofu", "pitome", "gtp", "dpc_knn", "kmedoids",
         "token_pooling", "atc", "zero_tprune", "fixed_pattern", "small_input", "hvt_pool", "back_tracking",
@@ -219,8 +219,8 @@ def test_the_score_functions_are_compared_at_the_same_costs_with_three_random_se
     (file,) = find_specs(["score_functions"])
     levels: dict[tuple[str, int], set[float | None]] = {}
     for trial in expand(file, target):
-        assert [stage["at"] for stage in trial.stage_list()] == [[3]]
-        seed = trial.stage_list()[0]["stack"][0].get("seed", 0)
+        assert [stage["at"] for stage in trial.stages.plain()] == [[3]]
+        seed = trial.stages.plain()[0]["stack"][0].get("seed", 0)
         levels.setdefault((trial.variant, seed), set()).add(trial.target)
     assert len(levels) == 4 + 3
     assert len(next(iter(levels.values()))) >= 6 and len({tuple(sorted(v)) for v in levels.values()}) == 1  # type: ignore[type-var]
@@ -244,7 +244,7 @@ TRAINED = "{stages: [{%s, stack: [{name: ats}]}]}"
 def test_a_target_gives_one_trial_for_each_level(target: Target) -> None:
     trials = expand(parse_spec(TARGETED), dataclasses.replace(target, calibration="c" * 64))
     assert [(t.variant, t.x, t.target) for t in trials] == [("ATS", 0.5, 0.5), ("ATS", 0.75, 0.75), ("top-K", 0.5, 0.5)]
-    assert trials[0].stage_list() == [{"at": [3], "stack": [{"name": "ats", "budget": {"count": "auto"}}]}]
+    assert trials[0].stages.plain() == [{"at": [3], "stack": [{"name": "ats", "budget": {"count": "auto"}}]}]
     assert {trial.calibration for trial in trials} == {"c" * 64}, "the key names the images it was calibrated on"
 
 
@@ -256,13 +256,13 @@ def test_what_is_free_stays_free_beside_the_same_number_written_out(target: Targ
     )
     text = "{name: a, title: A, arms: [{variant: v, target: [0.5], stages: %s}]}" % (stages % half)
     (trial,) = expand(parse_spec(text), target)
-    assert [stage["stack"][0]["budget"]["count"] for stage in trial.stage_list()] == [half, "auto"]
+    assert [stage["stack"][0]["budget"]["count"] for stage in trial.stages.plain()] == [half, "auto"]
 
 
 def test_a_free_selector_is_tied_to_its_reducer(target: Target) -> None:
     stack = "{name: evit, budget: {ratio: auto}, select: {name: ats, budget: {ratio: auto, rounding: nearest}}}"
     text = "{name: a, title: A, arms: [{variant: v, target: [0.5], stages: [{at: 3-5, stack: [%s]}]}]}" % stack  # noqa: UP031
-    (reducer,) = expand(parse_spec(text), target)[0].stage_list()[0]["stack"]
+    (reducer,) = expand(parse_spec(text), target)[0].stages.plain()[0]["stack"]
     assert reducer["budget"] == {"ratio": "auto"}
     assert reducer["select"]["budget"] == {"ratio": "auto", "rounding": "nearest"}
 

@@ -251,7 +251,7 @@ def test_a_trial_read_back_from_its_own_stages_is_the_same_trial(spec: dict, tar
     for trial in expand(parse_spec(yaml.safe_dump(spec)), target):
         again = {
             "name": trial.spec, "title": "Again",
-            "arms": [{"variant": trial.variant, "x": trial.x, "stages": trial.stage_list(), "seeds": [trial.seed]}],
+            "arms": [{"variant": trial.variant, "x": trial.x, "stages": trial.stages.plain(), "seeds": [trial.seed]}],
         }  # fmt: skip
         if trial.x is None:
             del again["arms"][0]["x"]

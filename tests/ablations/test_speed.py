@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ablations.measure import speed
 from ablations.run import serial
 from ablations.store.store import Store
+from ablations.trial.stages import Stages
 from ablations.workloads import open_workload
 
 TIMED = """\
@@ -94,7 +95,7 @@ def test_a_trial_that_cannot_be_timed_is_recorded_as_failed(
 ) -> None:
     measure = serial.measure_speed
 
-    def fails(trial: Any, context: Any, *, stages: str) -> Any:
+    def fails(trial: Any, context: Any, *, stages: Stages) -> Any:
         if trial.batch == 1:
             raise RuntimeError("the clock is broken")
         return measure(trial, context, stages=stages)

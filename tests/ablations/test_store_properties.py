@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ablations.store.store import Store
+from ablations.trial.stages import Stages
 from ablations.trial.target import Target
 from ablations.trial.trial import Trial, TrialResult, base_row, failed
 
@@ -48,7 +49,7 @@ def new_store(base: Path) -> Store:
 
 def trial_of(target: Target, **changes: Any) -> Trial:
     blank = Trial(
-        spec="tiny", variant="ATS", x=1.0, stages='[{"at":[3],"stack":[{"budget":{"count":9},"name":"ats"}]}]',
+        spec="tiny", variant="ATS", x=1.0, stages=Stages('[{"at":[3],"stack":[{"budget":{"count":9},"name":"ats"}]}]'),
         model=target.facts.name, weights="random", weights_digest="w", workload="embedded", data_digest="d",
         images=IMAGES, batch=4, seed=0,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from ablations.spec.model import find_specs, parse_spec
 from ablations.spec.plain_yaml import SpecError
 from ablations.spec.written import TRAINED, example_stages, written_arms
 from ablations.trial.free_settings import free_kinds, ladder, settle
+from ablations.trial.stages import Stages
 from ablations.trial.target import Target
 from ablations.trial.trial import TrialResult
 from ablations.workloads import ImageSource, open_model
@@ -59,17 +60,17 @@ def test_a_trained_method_is_not_evaluated_untrained(target: Target) -> None:
     with pytest.raises(SpecError, match="the training has none at block 3"):
         expand(spec_of(TAUGHT % 9, elsewhere), target)
     (trial,) = expand(spec_of(TAUGHT % 9, "{stages: %s}" % (TAUGHT % 20)), target)
-    assert json.loads(trial.training)["freeze"] == 0.5, "the recipe holds what the method asks for"
+    assert trial.training.data["freeze"] == 0.5, "the recipe holds what the method asks for"
 
 
 def test_every_trained_method_has_an_arm_that_trains_it(target: Target) -> None:
     (file,) = find_specs([TRAINED])
     assert not file.spec.default
     trials = expand(file, dataclasses.replace(target, calibration="c" * 64))
-    trained = {part["name"] for trial in trials if trial.training for s in trial.stage_list() for part in s["stack"]}
+    trained = {part["name"] for trial in trials if trial.training for s in trial.stages.data for part in s["stack"]}
     wanted = {name for name, cls in available().items() if cls.trained} - {taught.NAME}
     assert trained >= {*wanted, "random", "topk"}
-    lengths = {(r["epochs"], r["images"]) for t in trials if t.training for r in [json.loads(t.training)]}
+    lengths = {(t.training.data["epochs"], t.training.data["images"]) for t in trials if t.training}
     assert len(lengths) == 1, "everything is trained as long as everything else"
     assert {t.target for t in trials if t.variant.startswith("random")} >= {0.4, 0.5, 0.6}
 
@@ -177,7 +178,7 @@ def test_arms_of_the_spec_take_the_recipe_over_their_own() -> None:
     assert [stage["at"] for stage in asked.training["stages"]] == [[3, 6, 9]]
     assert len(train.asked_for("stvit", depth=12)) == 2, "both readings of the class token"
     (own,) = train.asked_for("topk", depth=12, where="2-3")
-    assert own.stages == [{"at": [2, 3], "stack": [{"name": "topk", "budget": {"count": 108}}]}]
+    assert own.stages.plain() == [{"at": [2, 3], "stack": [{"name": "topk", "budget": {"count": 108}}]}]
     assert train.three_blocks(12) == [3, 6, 9]
 
 
@@ -246,7 +247,7 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
     monkeypatch.setattr(evaluate, "reduce_tokens", watched)
     stages = [{"at": [3], "stack": [{"name": taught.NAME, "budget": {"count": "auto"}}]}]
     training = {"epochs": 1, "images": 8, "batch": 4, "holdout": 0, "stages": [taught.stage([3])]}
-    compared = train.train(train.Asked("taught", "taught", stages, training, 0.6), context)
+    compared = train.train(train.Asked("taught", "taught", Stages.of(stages), training, 0.6), context)
     assert compared.method.row["calibrated"] and len(seen) > 3
     assert all(torch.equal(weight, seen[0]) for weight in seen)
 
@@ -254,8 +255,8 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
 def test_methods_without_an_arm_are_trained_as_their_example() -> None:
     (asked,) = train.asked_for(taught.NAME, depth=12)
     assert (
-        asked.stages
+        asked.stages.plain()
         == asked.training["stages"]
         == [{"at": [3, 6, 9], "stack": [{"name": taught.NAME, "budget": {"ratio": 0.7}}]}]
     )
-    assert build(asked.stages[0]["stack"][0]).trained
+    assert build(asked.stages.plain()[0]["stack"][0]).trained

@@ -10,15 +10,16 @@ import pytest
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.labels import budget_label, budget_number, labels_of, placement_label, resolve_count, target_label
+from ablations.trial.stages import DENSE, Stages, Training
 from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel, trial_from
 from tests.ablations.runs import SPEC
 
 CHANGED: dict[str, Any] = {
-    "spec": "other", "variant": "other", "x": 17.0, "stages": '[{"at":[4],"stack":[{"name":"identity"}]}]',
+    "spec": "other", "variant": "other", "x": 17.0, "stages": Stages('[{"at":[4],"stack":[{"name":"identity"}]}]'),
     "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
-    "target": 0.5, "training": '{"epochs":1}', "measure": "speed", "calibration": "c" * 64,
+    "target": 0.5, "training": Training('{"epochs":1}'), "measure": "speed", "calibration": "c" * 64,
     "code": "evaluation=other",
 }  # fmt: skip
 
@@ -56,8 +57,10 @@ def test_two_targets_that_come_to_one_setting_are_one_computation(trial: Trial) 
 def test_a_calibrated_row_shows_the_stages_as_run_and_how_near_they_come(trial: Trial, facts: ModelFacts) -> None:
     free = '[{"at":[3],"stack":[{"budget":{"count":"auto"},"name":"ats"}]}]'
     solved = free.replace('"auto"', "9")
-    sought = dataclasses.replace(trial, stages=free, target=0.5, calibration="c" * 64)
-    solution = Solution(solved, "K = 9", target_gmacs=2.0, calibration_gmacs=2.1, probes=5, reached=False, note="why")
+    sought = dataclasses.replace(trial, stages=Stages(free), target=0.5, calibration="c" * 64)
+    solution = Solution(
+        Stages(solved), "K = 9", target_gmacs=2.0, calibration_gmacs=2.1, probes=5, reached=False, note="why"
+    )
     assert solution.error == pytest.approx(0.05)
     row = base_row(sought, facts, solution)
     assert (row["reducer"], row["budget"], row["key"]) == (solved, "K = 9", sought.key)
@@ -79,7 +82,7 @@ def test_spelling_does_not_change_a_key(target: Target) -> None:
 
 
 def test_a_key_stays_what_it_is_from_version_to_version() -> None:
-    fixed = Trial("s", "v", 1.5, "[]", "m", "file", "0" * 64, "w", "1" * 64, 10, 5, 0)
+    fixed = Trial("s", "v", 1.5, DENSE, "m", "file", "0" * 64, "w", "1" * 64, 10, 5, 0)
     assert dataclasses.replace(fixed, target=0.5).key != fixed.key
     assert fixed.key == "6267ff8511430d8f", "results on disk would be lost: raise RESULT_VERSION only on purpose"
 

@@ -16,11 +16,12 @@ from ablations.spec.model import parse_spec
 from ablations.spec.plain_yaml import SpecError
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.recipe import parse_recipe
+from ablations.trial.stages import Training
 from ablations.trial.target import Target
 from ablations.trial.trial import Trial
 from ablations.workloads import open_model
 from ablations.workloads.embedded import calibration_scenes, embedded_workload
-from reducers import placement_from, reduce_tokens
+from reducers import reduce_tokens
 from tests.finetune.conftest import CPU
 
 TOPK = "[{at: 3, stack: [{name: topk, budget: {count: auto}}]}]"
@@ -60,10 +61,9 @@ def test_the_budget_in_training_is_the_one_that_meets_the_cost_off_the_shelf(con
     trained, plain = trials(context)
     recipe = parse_recipe(trained.training, workload="embedded")
     found = settled(recipe, context)
-    assert free_kinds(list(recipe.stages)) and not free_kinds(list(found.stages)) and not plain.training
-    solved = json.loads(run_trial(plain, context).row["reducer"])
-    assert list(found.stages) == solved and found.target == 0.6
-    fast = reduce_tokens(context.model, placement_from(list(found.stages), depth=context.facts.depth))
+    assert free_kinds(recipe.stages.data) and not free_kinds(found.stages.data) and not plain.training
+    assert found.stages.text == run_trial(plain, context).row["reducer"] and found.target == 0.6
+    fast = reduce_tokens(context.model, found.stages.placement(context.facts.depth))
     cost = float(fast.cost(context.workload.batch(0, 2)).mean()) / 1e9
     assert cost == pytest.approx(0.6 * context.dense.gmacs, rel=0.05)
 
@@ -72,8 +72,8 @@ def test_the_result_tells_the_budget_of_its_training(context: TrialContext) -> N
     trained, _ = trials(context)
     row = run_trial(trained, context).row
     assert json.loads(row["training"]) == settled(parse_recipe(trained.training, workload="embedded"), context).spec()
-    assert row["training"] != trained.training and row["finetuned"] and row["epochs"] == 1
-    fixed = dataclasses.replace(trained, training=json.dumps({**json.loads(row["training"]), "target": 0.6}))
+    assert row["training"] != trained.training.text and row["finetuned"] and row["epochs"] == 1
+    fixed = dataclasses.replace(trained, training=Training.of({**json.loads(row["training"]), "target": 0.6}))
     assert run_trial(fixed, context).row["top1"] == row["top1"], "the same training under its own settings"
     assert len(list((context.cache or Path()).glob("finetuned/*.safetensors"))) == 1, "which is not repeated"
 

@@ -12,7 +12,7 @@ import pytest
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune.__main__ import main
 from ablations.measure.opening import open_context, open_subject
-from ablations.trial.trial import canonical_stages
+from ablations.trial.stages import Stages
 from ablations.workloads import ImageSource
 from reducers import Placement, placement_from
 from tests.finetune.conftest import ATS as STAGE
@@ -31,7 +31,7 @@ def test_what_is_told_is_what_a_run_gives(tmp_path: Path, capsys: pytest.Capture
         context = open_context(subject, CPU, cache=tmp_path / "cache")
         for what, placement in (("dense", Placement()), ("reduced", placement_from([STAGE], depth=12))):
             trial = subject.target.trial(
-                spec="s", variant=what, x=None, stages=canonical_stages(placement), seed=0, calibrated=False
+                spec="s", variant=what, x=None, stages=Stages.of_placement(placement), seed=0, calibrated=False
             )
             row = run_trial(trial, context).row
             assert told[moment][what] == [row["top1"], row["gmacs_mean"]]

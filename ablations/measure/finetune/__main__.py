@@ -25,7 +25,7 @@ from ablations.streams import standard_streams
 from ablations.system import cores
 from ablations.trial.labels import with_nested
 from ablations.trial.recipe import Recipe, RecipeError, parse_recipe, parse_settings
-from ablations.trial.trial import canonical_json, canonical_stages
+from ablations.trial.stages import OFF_THE_SHELF, Stages
 from ablations.workloads import ImageSource, Reading, default_models
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement
@@ -126,8 +126,8 @@ def _evaluated(recipe: Recipe, context: TrialContext, *, trained: bool) -> dict[
     found = {}
     for what, placement in placements.items():
         trial = target.trial(
-            spec="finetune", variant=what, x=None, stages=canonical_stages(placement), seed=recipe.seed,
-            training=canonical_json(recipe.spec()) if trained else "", calibrated=False,
+            spec="finetune", variant=what, x=None, stages=Stages.of_placement(placement), seed=recipe.seed,
+            training=recipe.training() if trained else OFF_THE_SHELF, calibrated=False,
         )  # fmt: skip
         row = run_trial(trial, context).row
         found[what] = row["top1"], row["gmacs_mean"]

@@ -7,34 +7,22 @@ of its multiply-adds; it is sought on the calibration images, as the target of a
 from __future__ import annotations
 
 import dataclasses
-import json
 
 from ablations.measure.context import TrialContext
+from ablations.measure.opening import target_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.recipe import Recipe
-from ablations.trial.trial import Trial, canonical_json
 
 
 def settled(recipe: Recipe, context: TrialContext) -> Recipe:
     """The recipe with the budget that was found written in; its ``target`` stays, to be told. Others as they are."""
     from ablations.measure.calibrate import solve  # which knows trained reducers, and so this package
 
-    if not free_kinds(list(recipe.stages)):
+    if not free_kinds(recipe.stages.data):
         return recipe
-    facts, images = context.facts, context.workload
-    trial = Trial(
-        spec="training",
-        variant="the reducer in training",
-        x=None,
-        stages=canonical_json(recipe.stages),
-        model=facts.name,
-        weights=facts.weights,
-        weights_digest=facts.weights_digest,
-        workload=images.name,
-        data_digest=images.digest,
-        images=len(images),
-        batch=1,
+    trial = target_of(context.facts, context.workload, None, batch=1).trial(
+        spec="training", variant="the reducer in training", x=None, stages=recipe.stages, target=recipe.target,
         seed=0,  # of whatever seed the training is: they share what is tried
-        target=recipe.target,
-    )
-    return dataclasses.replace(recipe, stages=tuple(json.loads(solve(trial, context).stages)))
+        calibrated=False,
+    )  # fmt: skip
+    return dataclasses.replace(recipe, stages=solve(trial, context).stages)

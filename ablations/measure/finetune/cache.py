@@ -23,7 +23,8 @@ from ablations.measure.finetune.loop import FinetuneError, Finetuning
 from ablations.records.files import atomic, locked
 from ablations.trial.code import training_code
 from ablations.trial.recipe import Recipe, parse_recipe
-from ablations.trial.trial import ModelFacts, canonical_json
+from ablations.trial.stages import Training
+from ablations.trial.trial import ModelFacts
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
@@ -95,7 +96,7 @@ class Finetuned:
 
 
 def trained_model(
-    training: str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
+    training: Training | str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
 ) -> nn.Module:
     """The context's model after a trial's ``training``: from OUT/cache/finetuned if finished, else trained now.
 
@@ -106,7 +107,7 @@ def trained_model(
 
 
 def finetuned(
-    training: str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
+    training: Training | str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
 ) -> Finetuned:
     """As ``trained_model``, with the reducers' own weights and the record of the training."""
     if context.cache is None:
@@ -117,7 +118,7 @@ def finetuned(
     recipe = settled(parse_recipe(training, workload=context.workload.name), context)
     machine = Machine(context.device, report=report, beat=context.beat)
     done = trained_from(context.model, context.facts, recipe, access, evaluated=context.workload, machine=machine)
-    return dataclasses.replace(done, record={**done.record, "training": canonical_json(recipe.spec())})
+    return dataclasses.replace(done, record={**done.record, "training": recipe.training().text})
 
 
 def trained_from(
@@ -140,7 +141,7 @@ def identity(recipe: Recipe, *, model: str, weights_digest: str, images: Trainin
     """Everything that decides the result of a training, as plain data."""
     return {
         "version": FINETUNE_VERSION,
-        "code": training_code(json.dumps(recipe.spec())),
+        "code": training_code(recipe.stages),
         "recipe": recipe.spec(),
         "model": model,
         "weights": weights_digest,

@@ -29,7 +29,7 @@ from ablations.run.ray.files import Files
 from ablations.run.ray.watchdog import Watch, place_of_stall
 from ablations.run.serial import Outcome, carry_out
 from ablations.store.store import Store
-from ablations.trial.trial import Trial
+from ablations.trial.trial import trial_from
 
 _COMPARED = ("torch", "timm", "numpy")  # versions that change numbers
 _PATIENCE = 60.0  # seconds: a network disk may show a new file late
@@ -175,7 +175,8 @@ def watched(cache: Path, run: str, index: int) -> Path:
 
 def describe_jobs(jobs: list[Job]) -> bytes:
     """Jobs as plain data."""
-    return json.dumps([dataclasses.asdict(job) for job in jobs]).encode()
+    described = [{"timed": job.timed, "computations": [*map(_described, job.computations)]} for job in jobs]
+    return json.dumps(described).encode()
 
 
 def read_job(fields: Mapping[str, Any]) -> Job:
@@ -183,6 +184,11 @@ def read_job(fields: Mapping[str, Any]) -> Job:
     return Job(tuple(map(_computation, fields["computations"])), timed=fields["timed"])
 
 
+def _described(computation: Computation) -> dict[str, Any]:
+    answers = [trial.description for trial in computation.answers]
+    return {**vars(computation), "trial": computation.trial.description, "answers": answers}
+
+
 def _computation(fields: Mapping[str, Any]) -> Computation:
-    answers = tuple(Trial(**trial) for trial in fields["answers"])
-    return Computation(**{**fields, "trial": Trial(**fields["trial"]), "answers": answers})
+    answers = tuple(map(trial_from, fields["answers"]))
+    return Computation(**{**fields, "trial": trial_from(fields["trial"]), "answers": answers})
