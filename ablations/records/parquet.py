@@ -31,9 +31,7 @@ def owner(metadata: Mapping[bytes, bytes] | None) -> str | None:
 def read_row(storage: Storage, key: str) -> pa.Table:
     """The one row of a trial's file as a table; ValueError where it holds something else."""
     rows = read_parquet(storage, row_file(key))
-    names = rows.column_names
-    if len(set(names)) < len(names) or not set(names) <= set(ROW_SCHEMA.names):  # no checksum covers the names
-        raise ValueError("it has columns that no version up to this one writes")
+    _check_names(rows.column_names, ROW_SCHEMA)
     rows = as_known(rows)
     if rows.num_rows != 1 or rows["key"][0].as_py() != key or rows["status"][0].as_py() not in ("ok", "failed"):
         raise ValueError("its content does not match its name")
@@ -49,11 +47,22 @@ def read_parquet(storage: Storage, name: str, *, columns: Sequence[str] | None =
 def read_together(paths: Sequence[str], *, schema: pa.Schema, filesystem: Any = None) -> pa.Table:
     """The rows of many small files in the order of these, their checksums verified; columns that a file lacks are null.
     As many as ``AT_ONCE``: of each, what reads it ahead holds far more than it holds itself.
+
+    Raises:
+        ValueError: a file has a column that the schema has not: under its right name it would be null.
     """
     options = pads.ParquetFragmentScanOptions(page_checksum_verification=True)
     verifying = pads.ParquetFileFormat(default_fragment_scan_options=options)
     files = pads.dataset(list(paths), schema=schema, format=verifying, filesystem=filesystem)
-    return files.to_table().combine_chunks()
+    table = files.to_table().combine_chunks()
+    for file in files.get_fragments():  # each has kept its footer from being read
+        _check_names(file.physical_schema.names, schema)
+    return table
+
+
+def _check_names(names: Sequence[str], schema: pa.Schema) -> None:
+    if len(set(names)) < len(names) or not set(names) <= set(schema.names):  # no checksum covers the names
+        raise ValueError("it has columns that no version up to this one writes")
 
 
 def parquet(table: pa.Table) -> pa.Buffer:

@@ -144,10 +144,15 @@ def test_a_result_with_any_byte_wrong_is_read_whole_or_not_at_all(
 def test_a_result_whose_column_got_another_name_is_not_read(base: Path, target: Target) -> None:
     """Checksums cover the pages of a file, not the names in its end."""
     store, trial = new_store(base), trial_of(target)
-    store.save(TrialResult({**base_row(trial, target.facts), "status": "ok", "top1": 0.5}, {"image": ["a"] * IMAGES}))
+    other = dataclasses.replace(trial, x=2.0)
+    for one in (trial, other):
+        row = {**base_row(one, target.facts), "status": "ok", "top1": 0.5, "images": IMAGES}
+        store.save(TrialResult(row, {"image": ["a"] * IMAGES}))
+    assert Store(store.out).finished() == {trial.key, other.key}
     path = store.out / "trials" / f"{trial.key}.parquet"
     path.write_bytes(path.read_bytes().replace(b"data_digest", b"data_digesu"))
-    assert Store(store.out).load(trial.key) is None
+    assert Store(store.out).load(trial.key) is None, "by itself"
+    assert Store(store.out).finished() == {other.key}, "nor among others"
 
 
 @given(st.data())
