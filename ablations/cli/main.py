@@ -96,11 +96,27 @@ def _carry_out(arguments: argparse.Namespace) -> int:
     except BrokenPipeError:  # the reader of a pipe has gone, e.g. `sievit list | head`
         silence(sys.stdout)
         return OK
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in _OWN:
+            raise  # a mistake of ours
+        print(f"error: {_lacks(arguments, package)}", file=sys.stderr)
+        return BAD_INPUT
     except (ValueError, OSError) as error:
         if arguments.verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+_OWN = {"", "ablations", "analysis", "reducers"}
+_SOLD_AS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "ray": "'ray[tune]'"}  # where names differ
+
+
+def _lacks(arguments: argparse.Namespace, package: str) -> str:
+    """What is not installed, and what can be done without it."""
+    what = f"this command needs {package}, which is not installed: `pip install {_SOLD_AS.get(package, package)}`"
+    return f"{what}, or run with --serial" if package == "ray" and "serial" in arguments else what
 
 
 def _interrupt(number: int, frame: object) -> None:

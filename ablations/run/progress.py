@@ -1,4 +1,6 @@
-"""Live progress with the time left: a bar on a terminal, plain log lines anywhere else, and a file for other terminals.
+"""Live progress with the time left: a bar on a terminal, plain lines elsewhere, and a file for other terminals.
+
+The bar is drawn by rich; where that is not installed there are lines.
 
 All clocks are monotonic: a machine whose clock is wrong or is set while a run goes on shows the same.
 """
@@ -12,9 +14,6 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
-
 from ablations.records.names import LIVE
 from ablations.run.jobs import Computation
 from ablations.run.pace import Pace, to_be_timed
@@ -22,6 +21,8 @@ from ablations.trial.trial import Trial
 from ablations.words import duration, in_words
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from ablations.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -55,17 +56,8 @@ class RunProgress:
         self._store, self._written = store, 0.0
         self._pace = Pace(work, timed)
         self._started = self._said = time.monotonic()
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if sys.stderr.isatty() if terminal is None else terminal:
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=Console(stderr=True),
-            )
+        self._task: TaskID
+        self._bar = _bar() if (sys.stderr.isatty() if terminal is None else terminal) else None
 
     def __enter__(self) -> Self:
         self._started = self._said = time.monotonic()
@@ -172,3 +164,20 @@ class RunProgress:
             self._store.write_json(LIVE, state)
         except OSError as error:
             log.debug("%s cannot be written (%s)", LIVE, error)
+
+
+def _bar() -> Progress | None:
+    """A bar with the trials that are finished and the time left; None where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+    except ImportError:
+        return None
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=Console(stderr=True),
+    )
