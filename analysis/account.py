@@ -6,24 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.records.image_counts import IMAGES_ACCOUNT, ImageCounts
+
 _NAMED = 20  # empty classes named one by one
 
 
 @dataclass(frozen=True)
-class ImagesAccount:
+class ImagesAccount(ImageCounts):
     """The counts of a run, ready to be told."""
 
-    found: int
-    used: int
-    calibrating: int  # of these, the images that settings are sought on and that no result counts
-    left_out: int  # by a limit
-    ignored: int  # files that do not call themselves images
-    skipped: tuple[tuple[str, int], ...]  # kind of problem and how many images have it
-    noted: tuple[tuple[str, int], ...]  # what is unusual about images that are used all the same
-    empty_classes: tuple[str, ...]
-    links: int = 0  # of those found, images that are links or lie behind one
-    label_file: str = ""  # where folders do not say the classes
-    lines: tuple[tuple[str, int], ...] = ()  # kind of problem and how many lines of that file have it
+    calibrating: int = 0  # of those used, the images that settings are sought on and that no result counts
 
     @property
     def summary(self) -> str:
@@ -53,26 +45,10 @@ class ImagesAccount:
 
 def read_account(run: Mapping[str, Any]) -> ImagesAccount | None:
     """The account a run recorded, or None where it recorded none that can be read."""
-    data = run.get("images_account")
+    data = run.get(IMAGES_ACCOUNT)
     if not isinstance(data, Mapping):
         return None
     try:
-        return ImagesAccount(
-            found=int(data["found"]),
-            used=int(data["used"]),
-            calibrating=int(run.get("calibration_images") or 0),
-            left_out=int(data.get("left_out_by_limit", 0)),
-            ignored=int(data.get("ignored_files", 0)),
-            skipped=_counts(data.get("skipped")),
-            noted=_counts(data.get("noted")),
-            links=int(data.get("links", 0)),
-            label_file=str(data.get("label_file") or ""),
-            lines=_counts(data.get("label_lines")),
-            empty_classes=tuple(map(str, data.get("empty_classes") or ())),
-        )
+        return ImagesAccount.from_data(data, calibrating=int(run.get("calibration_images") or 0))
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _counts(value: object) -> tuple[tuple[str, int], ...]:
-    return tuple((str(kind), int(count)) for kind, count in value.items()) if isinstance(value, Mapping) else ()

@@ -17,6 +17,7 @@ from ablations.measure.context import versions
 from ablations.measure.opening import Subject, known_dense
 from ablations.models.loading import located_weights
 from ablations.records.files import absolute
+from ablations.records.image_counts import IMAGES_ACCOUNT
 from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
 from ablations.run.session import Session, Settings
 from ablations.store.store import Store
@@ -65,7 +66,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "strict": settings.strict,
             "settings": _settings(settings),
             "skipped": [list(entry) for entry in session.workload.skipped],
-            "images_account": _images_account(session.workload),
+            IMAGES_ACCOUNT: _images_account(session.workload),
             "versions": versions(),
             "specs": specs,
         },

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.records.image_counts import Counts, ImageCounts
 from ablations.workloads.problems import kind_of
 
 _LISTED = 1000  # notes named one by one; the counts hold them all
@@ -31,22 +32,22 @@ class Account:
     def as_data(self, skipped: Sequence[Entry]) -> dict[str, Any]:
         """As ``run.json`` keeps it; ``skipped``: (file, reason) of what was found and cannot be used."""
         assert self.found == self.used + self.left_out + len(skipped), "every image found is accounted for"
-        return {
-            "found": self.found,
-            "used": self.used,
-            "left_out_by_limit": self.left_out,
-            "skipped": counted(skipped),
-            "noted": counted(self.notes),
-            "noted_files": [list(entry) for entry in self.notes[:_LISTED]],
-            "empty_classes": list(self.empty_classes),
-            "ignored_files": self.ignored,
-            "links": self.links,
-            "label_file": self.label_file,
-            "label_lines": counted(self.lines),
-            "label_lines_listed": [list(entry) for entry in self.lines[:_LISTED]],
-        }
+        return ImageCounts(
+            found=self.found,
+            used=self.used,
+            left_out=self.left_out,
+            skipped=counted(skipped),
+            noted=counted(self.notes),
+            noted_files=self.notes[:_LISTED],
+            empty_classes=self.empty_classes,
+            ignored=self.ignored,
+            links=self.links,
+            label_file=self.label_file,
+            lines=counted(self.lines),
+            lines_listed=self.lines[:_LISTED],
+        ).as_data()
 
 
-def counted(entries: Iterable[Entry]) -> dict[str, int]:
+def counted(entries: Iterable[Entry]) -> Counts:
     """How many there are of each kind, the most frequent first."""
-    return dict(Counter(kind_of(what) for _, what in entries).most_common())
+    return tuple(Counter(kind_of(what) for _, what in entries).most_common())

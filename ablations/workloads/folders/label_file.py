@@ -91,7 +91,7 @@ def _say(file: Path, problems: Sequence[Entry]) -> None:
     for where, what in problems[:_LOGGED]:
         log.warning("%s: %s", where, what)
     if len(problems) > _LOGGED:
-        counts = ", ".join(f"{count} × {kind}" for kind, count in counted(problems).items())
+        counts = ", ".join(f"{count} × {kind}" for kind, count in counted(problems))
         log.warning("%s: %d lines are not used (%s)", file, len(problems), counts)
 
 
