@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,25 +33,29 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     token_map = decision.map
     if x is None:
         x = decision.features if decision.features is not None else token_map.apply(batch.x)
-    carried = {
+    carried: dict[str, Any] = {
         name: carry(token_map, value, batch) for name, carry in _CARRIED if (value := getattr(batch, name)) is not None
     }
     if isinstance(token_map, Mask) and batch.alive is None:
         carried["alive"] = token_map.weight
-    after = replace(batch, x=x, layout=token_map.new, **carried)
-    return _weighed_by_size(after, token_map) if decision.proportional else after
+    if decision.proportional:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        by_size = carried["size"].to(wide).log()
+        bias, biased = _weighed_by_size(token_map, by_size, carried.get("key_bias"), batch.biased)
+        return replace(batch, x=x, layout=token_map.new, **{**carried, "key_bias": bias, "biased": biased})
+    return replace(batch, x=x, layout=token_map.new, **carried)
 
 
-def _weighed_by_size(after: TokenBatch, token_map: TokenMap) -> TokenBatch:
+def _weighed_by_size(
+    token_map: TokenMap, by_size: Tensor, bias: Tensor | None, biased: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """From here on, attention to a token is weighted by its size, in the images of which something was merged."""
-    new, bias, biased = token_map.new, after.key_bias, after.biased
-    by_size = after.size.to(torch.promote_types(after.x.dtype, torch.float32)).log()
+    new = token_map.new
     if new.uniform is not None:
-        return replace(after, key_bias=by_size, biased=None)
+        return by_size, None
     changed = new.lengths < token_map.old.lengths  # images of which nothing was merged keep the attention they had
     by_size = torch.where(changed[new.row_image], by_size, torch.zeros_like(by_size) if bias is None else bias)
-    biased = changed if bias is None else None if biased is None else biased | changed
-    return replace(after, key_bias=by_size, biased=biased)
+    return by_size, changed if bias is None else None if biased is None else biased | changed
 
 
 # --- how maps carry what travels with the tokens ----------------------------------------------------------------------

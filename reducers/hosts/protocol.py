@@ -39,6 +39,11 @@ class Stage:
     has_class_token: bool
 
 
+def stage_of(block: int, stages: tuple[Stage, ...]) -> Stage:
+    """The stage that a block belongs to."""
+    return next(stage for stage in stages if block <= stage.last)
+
+
 class Core(ABC):
     """One block's attention over one batch, as far as it is the model's own; the runtime does the rest.
 
@@ -269,10 +274,6 @@ class Host(ABC):
     def depth(self) -> int:
         """Blocks at which a reducer may be placed, through all stages."""
         return self.stages[-1].last + 1
-
-    def stage_of(self, block: int) -> Stage:
-        """The stage that a block belongs to."""
-        return next(stage for stage in self.stages if block <= stage.last)
 
     @property
     @abstractmethod

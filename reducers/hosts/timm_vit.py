@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -77,21 +77,24 @@ class TimmCore(Core):
 class TimmBlock(PreNormBlock):
     """timm's ``Block``."""
 
+    module: Block
     trusted: ClassVar[tuple[str, ...]] = ("torch.nn.modules.", "timm.layers.")
 
     @property
     def cost(self) -> BlockCost:
-        attn = self.module.attn
+        attn: Any = self.module.attn
         linear = attn.qkv.in_features * attn.attn_dim
         mlp_row = sum(layer.weight.numel() for layer in self.mlp.modules() if isinstance(layer, nn.Linear))
         output_row = linear * (2 if attn.gate is not None else 1)
         return BlockCost(linear, 2 * linear, attn.attn_dim, output_row, mlp_row)
 
     def norm(self, branch: int) -> nn.Module:
-        return self.module.norm2 if branch else self.module.norm1
+        norm: nn.Module = self.module.norm2 if branch else self.module.norm1
+        return norm
 
     def scale(self, branch: int) -> Callable[[Tensor], Tensor]:
-        return self.module.ls2 if branch else self.module.ls1
+        scale: nn.Module = self.module.ls2 if branch else self.module.ls1
+        return scale
 
     def depth(self, branch: int) -> StochasticDepth | None:
         path = self.module.drop_path2 if branch else self.module.drop_path1
@@ -105,10 +108,12 @@ class TimmBlock(PreNormBlock):
         return mlp
 
     def attention(self, x: Tensor, batch: TokenBatch) -> TimmCore:
-        return TimmCore(self.module.attn, x, batch.layout)
+        attn = self.module.attn
+        assert isinstance(attn, Attention)  # check saw to it
+        return TimmCore(attn, x, batch.layout)
 
     def attention_ends(self) -> tuple[nn.Module, ...]:
-        attn = self.module.attn
+        attn: Any = self.module.attn
         return attn.proj, attn.proj_drop
 
 
@@ -150,14 +155,15 @@ class TimmViT(Host):
     @property
     def stages(self) -> tuple[Stage, ...]:
         model = self.model
-        grid = model.patch_embed.grid_size
+        grid, first = model.patch_embed.grid_size, model.blocks[0]
+        assert isinstance(first, Block) and isinstance(first.attn, Attention)  # check saw to it
         return (
             Stage(
                 0,
                 len(model.blocks) - 1,
                 None if grid is None else (int(grid[0]), int(grid[1])),
                 int(model.embed_dim),
-                int(model.blocks[0].attn.num_heads),
+                int(first.attn.num_heads),
                 int(model.num_prefix_tokens),
                 bool(model.has_class_token),
             ),
@@ -232,7 +238,9 @@ class TimmViT(Host):
         return linear_macs(_entrance(self.model, resized=resized).patch_embed, images[:1])
 
     def block(self, index: int) -> HostBlock:
-        return TimmBlock(self.model.blocks[index])
+        block = self.model.blocks[index]
+        assert isinstance(block, Block)  # check saw to it
+        return TimmBlock(block)
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         layout = batch.layout

@@ -66,12 +66,16 @@ class PackedAttention:
     @cached_property
     def turned_keys(self) -> Tensor:
         """Keys as the logits take them."""
+        if type(self.core).turn is Core.turn:
+            return self.keys
         with self._gradients():
             return self.core.turn(self.keys, None)
 
     @cached_property
     def pair_bias(self) -> Tensor | None:
         """As ``Core.pair_bias``."""
+        if type(self.core).pair_bias is Core.pair_bias:
+            return None
         with self._gradients():
             return self.core.pair_bias()
 

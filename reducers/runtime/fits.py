@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reducers.errors import ReducerError
-from reducers.hosts.protocol import Host
+from reducers.hosts.protocol import Host, stage_of
 from reducers.placement import check_blocks
 from reducers.reducer import TokenReducer
 from reducers.runtime.plain import PlainModel
@@ -27,10 +27,11 @@ def attach(host: Host, plan: Plan) -> None:
 
 def _check_class_token(host: Host, plan: Plan) -> None:
     """Refuse reducers that ask a class token the model has not, or that another reducer may have dropped by then."""
+    stages = host.stages
     dropper: tuple[int, TokenReducer] | None = None
     for block, member in plan.acts:
         if member.traits.needs_class_token:
-            if not host.stage_of(block).has_class_token:
+            if not stage_of(block, stages).has_class_token:
                 raise ReducerError(
                     f"{member.name} needs a class token and this model has none ({host.head_words}); "
                     "use a score that needs none: score='attention_received', 'value_norm' or 'random', or ToMe"
@@ -42,7 +43,7 @@ def _check_class_token(host: Host, plan: Plan) -> None:
                     "score='attention_received' here"
                 )
         if member.traits.may_drop_class_token:
-            if not host.stage_of(block).has_class_token:
+            if not stage_of(block, stages).has_class_token:
                 raise ReducerError(
                     f"{member.name} is asked to drop the class token, and this model has none "
                     f"({host.head_words}); use {member.keeps_class_token_by}"

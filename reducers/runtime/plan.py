@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +27,8 @@ class Plan:
     @classmethod
     def of(cls, reducers: nn.ModuleDict) -> Plan:
         """Read off the reducers, which alone own the placement."""
-        at = {int(block): reducer for block, reducer in sorted(reducers.items(), key=lambda item: int(item[0]))}
+        given: Any = reducers
+        at: dict[int, TokenReducer] = {int(block): given[block] for block in sorted(given, key=int)}
         acts = tuple((block, member) for block, reducer in at.items() for member in members_of(reducer))
         blocks: dict[TokenReducer, tuple[int, ...]] = {}
         for block, member in acts:
