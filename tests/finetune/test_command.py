@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ def test_the_old_command_works_and_names_the_new_one(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["finetune", "--out", str(tmp_path), "--limit", "2", "--reducer", "{}"])
     words = "python -m ablations.finetune is now python -m ablations.measure.finetune"
-    with pytest.warns(DeprecationWarning, match=words), pytest.raises(SystemExit) as ended:
-        runpy.run_module("ablations.finetune", run_name="__main__")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", DeprecationWarning)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("ablations.finetune", run_name="__main__")
+    assert words in [str(warning.message) for warning in told]
     assert ended.value.code == 2 and "--at and --reducer belong together" in capsys.readouterr().err
