@@ -6,6 +6,7 @@ follow in brackets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +17,17 @@ from analysis.comparison import spoken
 from analysis.frame import reducer_names
 from analysis.matching import against_dense, dense_cost, merge_seeds, paired
 from analysis.plots.runtime import timed
+from analysis.published import Printed, printed, printed_rows
 from analysis.tables import percent, with_bounds
 
-DEIT_S, DEIT_S_TOP1 = 4.6, 79.8  # GFLOPs and top-1 of the dense model in the ATS paper
 NEAREST = 0.06  # of the dense cost: how far from a claim's cost ours may lie
-# As printed, DeiT-S: a test holds them to the reference table.
-PLACEMENTS = {"block 0": 73.1, "block 3": 78.5, "block 6": 77.4, "blocks 3-11": 79.2}  # Table A.4, costs matched
-SAMPLERS = {"top-K": (["topk"], 78.9), "inverse transform": (["ats"], 79.7)}  # Table A.3, both at 2.9
-EVIT_ALONE, EVIT_AND_ATS = (79.5, 3.0), (79.5, 2.5)  # Table A.5, 30 epochs
-METHODS = {
-    "IA-RED2": (["ia_red2", "iared2"], 78.6, 2.9, "Table 1, finetuned"),
-    "DynamicViT": (["dynamic_vit", "dynamicvit"], 79.3, 2.9, "Table 1, finetuned"),
-    "EViT": (["evit"], 79.5, 3.0, "Table 1, finetuned"),
-    "ATS": (["ats"], 79.7, 2.9, "Table 1, finetuned"),
-    "ToMe": (["tome"], 79.36, 2.7, "its README, trained"),
+SAMPLERS = {"top-K": (["topk"], "top-K"), "inverse transform": (["ats"], "ATS inverse transform")}  # Table A.3
+METHODS = {  # reducers, the printed row's table and method, and what was done
+    "IA-RED2": (["ia_red2", "iared2"], ("Table 1", "IA-RED2"), "finetuned"),
+    "DynamicViT": (["dynamic_vit", "dynamicvit"], ("Table 1", "DynamicViT (30 epochs)"), "finetuned"),
+    "EViT": (["evit"], ("Table 1", "EViT (30 epochs)"), "finetuned"),
+    "ATS": (["ats"], ("Table 1", "ATS"), "finetuned"),
+    "ToMe": (["tome"], ("README", "ToMe r=13"), "trained"),
 }
 COLUMNS = ("what", "published", "measured here", "trials")
 
@@ -45,26 +43,28 @@ def beside(spec: str, trials: pd.DataFrame, *, patches: int | None = None) -> pd
 
 
 def _placements(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list[tuple[str, str, str, str]]:
-    share = 2.9 / DEIT_S
+    stages = {one.setting.removeprefix("stage(s) "): one for one in printed_rows("Table A.4")}
+    claims = {f"block{'s' if '-' in stage else ''} {stage}": one for stage, one in stages.items()}
     return [
         _line(
             f"ATS at {where} (Table A.4)",
-            _printed(top1, None),
-            _nearest(rows, trials, share, lambda row, w=where: row["placement"] == w),  # type: ignore[misc]
+            _printed(claim),
+            _nearest(rows, trials, _share(printed("Table 1", "ATS")), lambda row, w=where: row["placement"] == w),  # type: ignore[misc]
             trials,
         )
-        for where, top1 in PLACEMENTS.items()
+        for where, claim in claims.items()
     ]
 
 
 def _samplers(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list[tuple[str, str, str, str]]:
-    lines = []
-    for words, (name, top1) in SAMPLERS.items():
+    lines, share = [], _share(printed("Table 1", "ATS"))
+    for words, (name, method) in SAMPLERS.items():
         for tuned in (True, False):
             part = [row for row in rows if row["finetuned"] is tuned or bool(row["finetuned"]) == tuned]
-            found = _nearest(part, trials, 2.9 / DEIT_S, lambda row, n=name: reducer_names(row["reducer"]) == n)  # type: ignore[misc]
+            found = _nearest(part, trials, share, lambda row, n=name: reducer_names(row["reducer"]) == n)  # type: ignore[misc]
             if found is not None or tuned:
-                claim = _printed(top1, 2.9) + ("" if tuned else " (finetuned; ours is off the shelf)")
+                known = "" if tuned else " (finetuned; ours is off the shelf)"
+                claim = _printed(printed("Table A.3", method)) + known
                 lines.append(
                     _line(f"{words}, {'finetuned' if tuned else 'off the shelf'} (Table A.3)", claim, found, trials)
                 )
@@ -77,7 +77,7 @@ def _stacking(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> lis
         if pd.isna(row["x"]) or abs(row["x"] - 0.7) > 1e-6 or not pd.isna(row["target_gmacs"]):
             continue
         alone = reducer_names(row["reducer"]) == ["evit"]
-        claim = _printed(*(EVIT_ALONE if alone else EVIT_AND_ATS))
+        claim = _printed(printed("Table A.5", f"EViT (30 epochs){'' if alone else ' + ATS'}"))
         lines.append(_line(f"{row['variant']}, keep 0.7 (Table A.5)", f"{claim}, 30 epochs", row, trials))
     return lines
 
@@ -88,7 +88,8 @@ def _k(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list[tuple
     row = min(ats, key=lambda one: abs(one["x"] - count), default=None)
     if row is None:
         return []
-    claim = f"about 2 of 4.6 GFLOPs, {100 * 2 / DEIT_S:.0f} % of dense"
+    known = printed("Figure A.1", "ATS")
+    claim = f"about {known.gflops:g} of {_dense().gflops:g} GFLOPs, {100 * _share(known):.0f} % of dense"
     return [_line(f"ATS, one stage, K = {row['x']:g} (Figure A.1: K = 48 of 196)", claim, row, trials)]
 
 
@@ -107,12 +108,14 @@ def _stages(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list[
 
 def _methods(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list[tuple[str, str, str, str]]:
     lines = []
-    for name, (reducers, top1, cost, where) in METHODS.items():
+    for name, (reducers, (where, method), done) in METHODS.items():
+        claim = printed(where, method)
+        source = "its README" if where == "README" else where
         own = [row for row in rows if len(set(used := reducer_names(row["reducer"]))) == 1 and used[0] in reducers]
         for variant in dict.fromkeys(row["variant"] for row in own):
-            found = _nearest(own, trials, cost / DEIT_S, lambda row, v=variant: row["variant"] == v)  # type: ignore[misc]
+            found = _nearest(own, trials, _share(claim), lambda row, v=variant: row["variant"] == v)  # type: ignore[misc]
             if found is not None:
-                lines.append(_line(f"{variant} ({name}: {where})", _printed(top1, cost), found, trials))
+                lines.append(_line(f"{variant} ({name}: {source}, {done})", _printed(claim), found, trials))
     return lines
 
 
@@ -120,11 +123,14 @@ def _runtime(rows: list[Row], trials: pd.DataFrame, patches: int | None) -> list
     measured = timed(trials)
     if measured.empty:
         return []
+    dense, ats = (printed("Table A.1", method) for method in ("", "ATS"))
+    fewer, faster = dense.gflops / ats.gflops, ats.images_per_second / dense.images_per_second
+    rates = f"{dense.images_per_second:g} to {ats.images_per_second:g} images/s"
+    claim = f"{faster:.2f} × ({rates}) at {fewer:.2f} × fewer GFLOPs"
     lines = []
     for name, part in measured.groupby("variant", sort=False):
-        row = part.loc[(part["ratio"] - DEIT_S / 2.9).abs().idxmin()]
+        row = part.loc[(part["ratio"] - fewer).abs().idxmin()]
         here = f"{row['faster']:.2f} × at {row['ratio']:.2f} × fewer GMACs (batch {row['at_batch']:g})"
-        claim = "1.39 × (1010 to 1403 images/s) at 1.59 × fewer GFLOPs"
         lines.append((f"{name} (Table A.1)", claim, here, row["key"]))
     return lines
 
@@ -170,12 +176,23 @@ def _nearest(rows: Sequence[Row], trials: pd.DataFrame, share: float, chosen: Ca
     return row if row is not None and abs(row["gmacs_mean"] / dense - share) <= NEAREST else None
 
 
-def _printed(top1: float, gflops: float | None) -> str:
+def _printed(claim: Printed) -> str:
     """A published DeiT-S value: "−0.1 points at 63 % (79.7; 2.9 of 4.6 GFLOPs)"."""
-    change = percent((top1 - DEIT_S_TOP1) / 100, sign=True)
-    if gflops is None:
-        return f"{change} points ({top1:g}; GFLOPs matched)"
-    return f"{change} points at {100 * gflops / DEIT_S:.0f} % ({top1:g}; {gflops:g} of 4.6 GFLOPs)"
+    change = percent((claim.top1 - _dense().top1) / 100, sign=True)
+    if math.isnan(claim.gflops):
+        return f"{change} points ({claim.top1:g}; GFLOPs matched)"
+    of = f"{claim.gflops:g} of {_dense().gflops:g} GFLOPs"
+    return f"{change} points at {100 * _share(claim):.0f} % ({claim.top1:g}; {of})"
+
+
+def _dense() -> Printed:
+    """DeiT-S itself."""
+    return printed("Table 1", "")
+
+
+def _share(claim: Printed) -> float:
+    """Of the dense cost."""
+    return claim.gflops / _dense().gflops
 
 
 def _line(what: str, claim: str, row: Mapping[str, Any] | None, trials: pd.DataFrame) -> tuple[str, str, str, str]:

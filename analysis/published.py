@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 
 import pandas as pd
@@ -71,6 +71,30 @@ def load() -> pd.DataFrame:
     """
     text = resources.files("analysis").joinpath("reference/published_results.csv").read_text(encoding="utf-8")
     return pd.read_csv(io.StringIO(text))
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row of the reference table as printed; what is not printed is NaN."""
+
+    method: str  # "" is the dense model
+    top1: float  # percent
+    gflops: float
+    images_per_second: float
+    setting: str
+
+
+def printed_rows(table: str, *, model: str = "DeiT-S") -> list[Printed]:
+    """The rows of a table of the ATS paper, or of all the READMEs, on a model, in their order."""
+    rows = load().fillna({"method": "", "setting": ""})
+    rows = rows[(rows["table"] == table) & (rows["model"] == model)]
+    return [Printed(*row) for row in rows[[field.name for field in fields(Printed)]].itertuples(index=False)]
+
+
+def printed(table: str, method: str, *, model: str = "DeiT-S") -> Printed:
+    """The one row of a method, found by its name as it is printed."""
+    (found,) = [row for row in printed_rows(table, model=model) if row.method == method]
+    return found
 
 
 def published_rows(spec: str, setting: Setting) -> pd.DataFrame:
