@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         out = asked.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="compare-checkouts-")))
+        out.mkdir(parents=True, exist_ok=True)
         try:
             old, new = (stack.enter_context(checkout(given)) for given in (asked.old, asked.new))
             asks_suites = not set(asked.only or GROUPS) <= WITHOUT_SUITES
