@@ -28,7 +28,8 @@ from reducers import (
     reduce_tokens,
 )
 from reducers.decision import advance
-from reducers.methods import sttabt, stvit
+from reducers.methods import stvit
+from reducers.methods.sttabt import method as sttabt
 from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
 from tests.samples import methods_first
@@ -262,7 +263,9 @@ def test_trained_weights_go_from_one_reducer_to_its_twin(reducer, images):
     first.reducers.load_state_dict(second.reducers.state_dict())
 
 
-@pytest.mark.parametrize("reducer", [r for r in CASES.values() if r.traits.trained], ids=lambda r: str(r.spec()))
+@pytest.mark.parametrize(
+    "reducer", [r for r in CASES.values() if r.traits.trained and r.steps.attaches], ids=lambda r: str(r.spec())
+)
 def test_parameters_belong_to_one_model_and_its_blocks(reducer):
     mine = fresh(reducer)
     model = make_vit()

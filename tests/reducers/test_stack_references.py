@@ -6,6 +6,8 @@ from block to block, image by image; the runtime gives the same in a batch whose
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,8 +29,8 @@ class Watched(ReducedViT):
         super().__init__(base, placement)
         self.left: dict[int, TokenBatch] = {}
 
-    def _block(self, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
-        self.left[state.block] = super()._block(batch, state, decide_only=decide_only)
+    def _block(self, run: Any, batch: TokenBatch, state: State, *, decide_only: bool) -> TokenBatch:
+        self.left[state.block] = super()._block(run, batch, state, decide_only=decide_only)
         return self.left[state.block]
 
 

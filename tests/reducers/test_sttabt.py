@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ablations.measure.finetune.objective import TrainingViT
 from reducers import ATS, Count, Ratio, ReducerError, Stack, TopK, at, every, reduce_tokens
 from reducers.hosts import host_of
+from reducers.hosts.timm_vit import TimmBlock
 from reducers.kit.back_tracking import back_track
 from reducers.methods import STTABT, SmallInput
 from reducers.methods.sttabt.approx_net import ApproxNet, Guess, watch
@@ -163,7 +164,7 @@ def test_a_block_under_soft_masks_is_the_formula_with_its_gradients(kind):
     for run in (
         lambda r, w: by_formula(block, x, r, w).flatten(0, 1),
         lambda r, w: masked_block(
-            block,
+            TimmBlock(block),
             TokenBatch.from_images(x, prefix=1, has_class_token=True, track=False),
             r.flatten(),
             w.flatten(),

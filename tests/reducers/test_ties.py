@@ -192,7 +192,7 @@ def test_of_many_equal_pairs_the_lower_places_merge_first(layout):
     """Long enough that an unstable sort would show: every second even place is as similar as the others of its kind."""
     best = torch.tensor([[-torch.inf] + [1.0 if place % 4 == 2 else 0.5 for place in range(2, 82, 2)]] * 2)
     best = best[:, : (layout.longest + 1) // 2].masked_fill(~layout.valid[:, 0::2], -torch.inf)
-    count = 25 if layout.uniform is not None else torch.tensor([25, 20])
+    count = Counts.of(layout, 25 if layout.uniform is not None else torch.tensor([25, 20]))
     merge = merge_pairs(layout, best, torch.zeros(best.shape, dtype=torch.int64), count, torch.ones(layout.rows))
     for image, first in enumerate(layout.starts.tolist()):
         even = range(2, layout.counts[image], 2)
