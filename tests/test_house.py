@@ -338,9 +338,6 @@ def given(path: Path) -> set[str]:
     }
 
 
-HANDED_ON = {"reducers.base": {"Decision"}}  # where it was before it got a file of its own
-
-
 def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
     """A package's ``__init__`` may hand on what lies below it; any other file only what it makes."""
     made = {module(path): given(path) for path in sources(*PACKAGES, "tests") if path.name != "__init__.py"}
@@ -351,7 +348,7 @@ def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.ImportFrom) and node.module in made
         for alias in node.names
-        if alias.name not in made[node.module] | HANDED_ON.get(node.module, set())
+        if alias.name not in made[node.module]
     ]
     assert elsewhere == []
 
