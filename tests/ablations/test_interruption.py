@@ -54,6 +54,7 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
         os.kill(workers_of(process)[0], signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_finishes_its_trials(tmp_path: Path) -> None:
     out = tmp_path / "out"
     status, printed = run("run", "--out", out, *TINY, "--workers", "1", "--specs", grid(tmp_path, 2))
