@@ -64,9 +64,9 @@ def test_a_checkout_agrees_with_itself_and_disagrees_with_one_whose_constant_cha
 
 
 def test_a_module_of_another_checkout_than_the_one_that_was_asked_for_is_refused(tmp_path, program) -> None:
-    assert program.own("reducers", ROOT).__file__
-    with pytest.raises(ImportError, match="reducers came from"):
-        program.own("reducers", tmp_path)
+    assert program.own("ablations", ROOT).__file__
+    with pytest.raises(ImportError, match="ablations came from"):
+        program.own("ablations", tmp_path)
 
 
 def test_what_is_no_checkout_is_refused(tmp_path: Path) -> None:
