@@ -918,15 +918,7 @@ def earlier(world: World) -> None:
 
     if not world.book.attempt("import", imported):
         return
-    written: dict[str, dict[str, Any]] = {
-        "longest_keys": {"budget": {"count": 10}},
-        "largest": {"budget": {"ratio": 0.5, "of": "initial"}},
-        "by_score": {"budget": {"drop": 20}, "score": "random", "seed": 3},
-        "pair_up": {"pool": "max"},
-        "brighter": {},
-        "half_input": {},
-        "asking": {"budget": {"count": 5}, "weight": 0.25},
-    }
+    written: dict[str, dict[str, Any]] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     ats = {"name": "ats", "budget": {"ratio": 0.8}}
     for name, settings in written.items():
         data = {"name": name, **settings}

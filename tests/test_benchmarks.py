@@ -33,6 +33,7 @@ from benchmarks.subjects import packed, padded, subjects
 from benchmarks.timing import Quartiles, Turns, take_turns
 from reducers import ATS, Count, Drop, EViT, Placement, Ratio, ToMe, TopK, at, every, reduce_tokens
 from reducers.errors import ReducerError
+from tests.hostile import RC
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -389,17 +390,6 @@ def test_without_matplotlib_the_figure_is_left_out_with_a_message(
     assert "matplotlib is not installed" in caplog.text
 
 
-RC = """\
-backend: module://nobodys_backend
-text.usetex: True
-font.size: 31
-lines.linewidth: banana
-savefig.bbox: tight
-savefig.transparent: True
-figure.autolayout: True
-axes.facecolor: red
-path.sketch: 1, 100, 2
-"""
 SPEEDS = [
     {"variant": variant, "kind": kind, "batch": batch, "gmacs_ratio": 1.5, "speedup": 1.4, "speedup_low": 1.3,
      "speedup_high": 1.5}

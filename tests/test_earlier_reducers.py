@@ -20,15 +20,7 @@ from torch.nn import functional as F
 from reducers import ATS, Ratio, ReducedViT, Stack, TokenReducer, at, build, reduce_tokens, registry
 
 FILE = Path(__file__).parent / "data" / "reducer_3d191f9.py"
-DATA = {
-    "longest_keys": {"budget": {"count": 10}},
-    "largest": {"budget": {"ratio": 0.5, "of": "initial"}},
-    "by_score": {"budget": {"drop": 20}, "score": "random", "seed": 3},
-    "pair_up": {"pool": "max"},
-    "brighter": {},
-    "half_input": {},
-    "asking": {"budget": {"count": 5}, "weight": 0.25},
-}
+DATA = json.loads(FILE.with_suffix(".json").read_text(encoding="utf-8"))  # settings of each of its reducers
 SIZES = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 7}
 LAST = 2
 

@@ -15,6 +15,7 @@ from types import FunctionType, ModuleType
 
 import torch
 
+from ablations.catalogue import families
 from ablations.catalogue.docstrings import described, functions, markdown, statements, tagged
 from ablations.catalogue.methods import (
     ADAPTIVE,
@@ -30,8 +31,10 @@ from ablations.records.files import atomic
 from ablations.spec.written import example_stages
 from reducers import Placement, TokenReducer, available, reduce_tokens
 
-FOLDER = Path(__file__).parents[2] / "docs" / "methods"
-INDEX = "README.md"
+FOLDER = Path(__file__).parents[2] / "docs"
+PLACE = "methods/"  # of the pages on methods, in that folder
+INDEX = f"{PLACE}README.md"
+_FAMILIES = "families.md"
 _MODEL, _DEPTH = "deit_tiny_patch16_224", 12  # on which a method's own work and weights are counted
 _METHODS = "reducers.methods."  # a method that somebody registers beside them is not the package's
 _KIT = "reducers.kit."
@@ -52,24 +55,32 @@ class Work:
 
 
 def pages() -> dict[str, str]:
-    """File name -> text: a page for each method of the package, and the index."""
+    """Name of a file in docs/ -> text: a page for each method of the package, their index, and the page on models."""
     own = {name: cls for name, cls in available().items() if cls.__module__.startswith(_METHODS)}
     about = {name: properties_of(name, cls) for name, cls in own.items()}
-    texts = {f"{name}.md": _page(cls, about[name]) for name, cls in own.items()}
-    return {INDEX: _index(list(about.values())), **texts}
+    texts = {f"{PLACE}{name}.md": _page(cls, about[name]) for name, cls in own.items()}
+    return {INDEX: _index(list(about.values())), **texts, _FAMILIES: families.page()}
 
 
 def stale(folder: Path = FOLDER) -> list[str]:
     """The files that ``write`` would change, add or remove."""
-    wanted = pages()
-    found = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
-    return sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    return _differing(folder, pages())
+
+
+def _differing(folder: Path, wanted: dict[str, str]) -> list[str]:
+    known = {*wanted, *(path.relative_to(folder).as_posix() for path in folder.glob(f"{PLACE}*.md"))}
+    return sorted(name for name in known if _read(folder / name) != wanted.get(name))
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def write(folder: Path = FOLDER) -> list[str]:
     """Make all pages; the names of those that changed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    changed, wanted = stale(folder), pages()
+    (folder / PLACE).mkdir(parents=True, exist_ok=True)
+    wanted = pages()
+    changed = _differing(folder, wanted)
     for name in changed:
         if name not in wanted:
             (folder / name).unlink()

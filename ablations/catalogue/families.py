@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ablations.records.files import atomic
 from reducers.hosts import hosts
 
-FILE = Path(__file__).parents[2] / "docs" / "families.md"
 _OPENING = """\
 <!-- made by `sievit docs`: change `families` of the hosts in reducers/hosts instead -->
 
@@ -30,21 +26,3 @@ def page() -> str:
                 f"* {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in family.refused.items()
             ]
     return "\n".join([_OPENING, *rows, "", "## Refused", "", *why, ""])
-
-
-def stale(file: Path = FILE) -> list[str]:
-    """The page, if ``write`` would change it."""
-    current = file.is_file() and file.read_text(encoding="utf-8") == page()
-    return [] if current else [file.name]
-
-
-def write(file: Path = FILE) -> list[str]:
-    """Make the page; its name, if it changed."""
-    changed = stale(file)
-    if changed:
-        with atomic(file) as temporary:
-            temporary.write_text(page(), encoding="utf-8")
-    return changed
-
-
-__all__ = ["FILE", "page", "stale", "write"]

@@ -20,14 +20,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _docs(arguments: argparse.Namespace) -> int:
-    from ablations.catalogue import docs, families
+    from ablations.catalogue import docs
 
     if arguments.check:
-        old = [*docs.stale(), *families.stale()]
+        old = docs.stale()
         print("\n".join([f"stale: {name}" for name in old] or ["all pages are current"]))
         return FAILED if old else OK
-    changed = [*docs.write(), *families.write()]
-    print(f"{docs.FOLDER.parent}: {len(changed)} pages changed" + "".join(f"\n  {name}" for name in changed))
+    changed = docs.write()
+    print(f"{docs.FOLDER}: {len(changed)} pages changed" + "".join(f"\n  {name}" for name in changed))
     return OK
 
 

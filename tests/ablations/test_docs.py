@@ -31,16 +31,16 @@ def test_the_pages_are_current(pages: dict[str, str], monkeypatch: pytest.Monkey
 
 
 def test_every_method_has_a_page_and_a_line_in_the_index(pages: dict[str, str]) -> None:
-    assert set(pages) == {docs.INDEX, *(f"{name}.md" for name in NAMES)}
+    assert set(pages) == {docs.INDEX, "families.md", *(f"methods/{name}.md" for name in NAMES)}
     for name in NAMES:
         assert f"[`{name}`]({name}.md)" in pages[docs.INDEX]
         for heading in (f"# `{name}`", "## Settings", "## Example", "| source |", "| work of its own |"):
-            assert heading in pages[f"{name}.md"], (name, heading)
+            assert heading in pages[f"methods/{name}.md"], (name, heading)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_examples_say_the_same_in_python_and_in_yaml(name: str, pages: dict[str, str]) -> None:
-    code, data = re.findall(r"```(?:python|yaml)\n(.*?)```", pages[f"{name}.md"], re.DOTALL)
+    code, data = re.findall(r"```(?:python|yaml)\n(.*?)```", pages[f"methods/{name}.md"], re.DOTALL)
     imports, call = code.rsplit("fast = reduce_tokens(model, ", 1)
     space: dict[str, object] = {}
     exec(imports, space)
@@ -125,9 +125,9 @@ def test_what_changed_is_said_and_written(
     monkeypatch.setattr(docs.write, "__defaults__", (tmp_path / "pages",))
     assert ablate("docs", "--check") == 1
     assert ablate("docs") == 0 and f"{len(pages)} pages changed" in capsys.readouterr().out
-    (tmp_path / "pages" / "gone.md").write_text("a method that is no more")
-    (tmp_path / "pages" / "ats.md").write_text("changed by hand")
+    (tmp_path / "pages" / "methods" / "gone.md").write_text("a method that is no more")
+    (tmp_path / "pages" / "methods" / "ats.md").write_text("changed by hand")
     assert ablate("docs", "--check") == 1
-    assert "stale: ats.md\nstale: gone.md" in capsys.readouterr().out
-    assert ablate("docs") == 0 and not (tmp_path / "pages" / "gone.md").exists()
+    assert "stale: methods/ats.md\nstale: methods/gone.md" in capsys.readouterr().out
+    assert ablate("docs") == 0 and not (tmp_path / "pages" / "methods" / "gone.md").exists()
     assert ablate("docs", "--check") == 0

@@ -20,24 +20,9 @@ from analysis.frame import read_results
 from analysis.plots.tradeoff import tradeoff
 from analysis.report import write_analysis
 from tests.analysis.synthetic import Maker
+from tests.hostile import RC
 
 ROOT = Path(__file__).parents[2]
-RC = """\
-backend: module://nobodys_backend
-text.usetex: True
-font.size: 31
-lines.linewidth: banana
-savefig.bbox: tight
-savefig.transparent: True
-figure.autolayout: True
-figure.constrained_layout.use: False
-axes.formatter.use_locale: True
-axes.facecolor: red
-axes.grid.axis: x
-svg.fonttype: none
-path.sketch: 1, 100, 2
-image.cmap: jet
-"""
 HOSTILE = dict(line.split(": ", 1) for line in RC.splitlines() if not line.startswith(("backend", "lines", "path")))
 
 
