@@ -204,6 +204,15 @@ def test_adaptivity_states_the_rank_correlation(results: Results, looks: Looks) 
     assert len(y) == 10 and y[-1] > y[0]
 
 
+def test_bins_hold_equally_many_of_the_values_that_can_occur() -> None:
+    """One stage at block 3 of 12: the mean over blocks goes in steps of 8/12, and every mean is as frequent."""
+    one_stage = (4 * 65 + 8 * np.repeat(np.arange(17, 62), 20)) / 12
+    bins = adaptivity.fair_bins([one_stage, np.arange(31, 63, 1 / 12)])
+    inside = np.histogram(one_stage, bins)[0][1:-2]
+    assert np.ptp(np.diff(bins)) < 1e-9 and set(inside) == {60}
+    assert np.diff(adaptivity.fair_bins([np.arange(20.0, 40.0)])).tolist() == [1.0] * 20
+
+
 def test_adaptivity_without_clutter_is_one_panel(results: Results, looks: Looks) -> None:
     rows = adaptivity.adaptive(plots.overview(results.finished), results.images)
     blind = {key: results.images[key].assign(clutter=None) for key in rows["key"]}
