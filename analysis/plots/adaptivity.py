@@ -109,7 +109,9 @@ def fair_bins(counts: Sequence[np.ndarray]) -> np.ndarray:
     held = {width: [width / step for step in steps] for width in range(least, least + WIDER)}
     fair = (width for width, each in held.items() if np.allclose(each, np.round(each), rtol=0, atol=1e-3))
     width = next(fair, least)
-    return np.arange(low - 0.5, high + 0.5 + width, width)
+    bins = np.arange(low - 0.5, high + 0.5 + width, width)
+    bins[-1] = high + 0.5  # no bin reaches to more tokens than there are
+    return bins
 
 
 def _against_clutter(axes: Axes, table: pd.DataFrame, name: str, looks: Mapping[str, Look]) -> None:

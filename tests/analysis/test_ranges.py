@@ -161,7 +161,7 @@ def test_tokens_are_counted_one_way_in_a_figure_that_says_which(same: bool) -> N
     label = figure.axes[0].get_xlabel()
     assert label == ("tokens in a block, mean over all blocks" if same else "tokens leaving the last block")
     assert (
-        figure.axes[1].get_ylabel() == label
+        " ".join(figure.axes[1].get_ylabel().split()) == label
         and astray(figure, ranges(tokens=PATCHES + 1, gmacs=DENSE_GMACS, images=80)) == []
     )
     found, what = clutter.correlations(rows, maker.images)
