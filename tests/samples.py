@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -21,3 +22,19 @@ def methods_first(cases: Mapping[str, Any]) -> list[Any]:
         pytest.param(case, id=name, marks=[] if " " not in name or name.startswith("stack ") else pytest.mark.slow)
         for name, case in cases.items()
     ]
+
+
+def in_turn(cases: Mapping[str, Any], *, of: int = 2) -> Callable[[Any], Any]:
+    """A decorator: the test gets one in ``of`` of the methods and of the stacks in ``make test``, which ones follows
+    from its name, so that several tests together see them all; in ``make test-slow`` it gets the others, and variants.
+    """
+
+    def decorate(test: Any) -> Any:
+        chosen = [case for case in methods_first(cases) if not case.marks]
+        quick = {case.id for case in chosen[crc32(test.__name__.encode()) % of :: of]}
+        found = [
+            pytest.param(case, id=name, marks=[] if name in quick else pytest.mark.slow) for name, case in cases.items()
+        ]
+        return pytest.mark.parametrize("reducer", found)(test)
+
+    return decorate

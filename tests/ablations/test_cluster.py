@@ -264,7 +264,7 @@ def test_the_code_is_shipped_and_the_environment_if_asked_for(monkeypatch: pytes
     ("address", "expected"),
     [
         pytest.param("ray://127.0.0.1:10001", "a client is no part of the cluster", marks=pytest.mark.slow),
-        ("127.0.0.1:1", "127.0.0.1:1"),
+        pytest.param("127.0.0.1:1", "127.0.0.1:1", marks=pytest.mark.slow),
     ],
 )
 def test_an_address_without_a_cluster_ends_with_one_message(address: str, expected: str, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_each_failure_is_tried_again_recorded_with_its_reason_and_stops_no_other
     assert not (out / "cache" / "watch").exists(), "what told where a trial hung is not left behind"
 
 
+@pytest.mark.slow
 def test_a_trial_that_does_not_fit_on_the_gpu_takes_half_as_many_images_and_says_so(tmp_path: Path) -> None:
     spec = spec_with(
         tmp_path / "crowd", FAULTY % ("crowd", "crowd", ", images: 1"), FAULTY % ("never", "crowd", ", images: 0")

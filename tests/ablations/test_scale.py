@@ -21,6 +21,7 @@ def test_twenty_thousand_trials_fit_into_little_memory(tmp_path: Path) -> None:
         assert cost.megabytes < MEGABYTES, (step, cost)
 
 
+@pytest.mark.slow
 def test_the_same_at_a_smaller_scale(tmp_path: Path) -> None:
     """Every step of the benchmark works, and agrees on what there is."""
     total = scale.fill(tmp_path, 240)

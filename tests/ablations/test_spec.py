@@ -372,7 +372,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, item in inner for place in _places(item, (*path, key)))]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), text=st.sampled_from([SPEC, TARGETED]))
 def test_no_content_of_a_spec_can_cause_anything_but_a_spec_error(
     data: st.DataObject, text: str, target: Target
@@ -391,7 +391,7 @@ def test_no_content_of_a_spec_can_cause_anything_but_a_spec_error(
     assert all(re.fullmatch("[0-9a-f]{16}", trial.key) for trial in trials)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=60) | st.text(alphabet="[]{}:,-&*!|>'\"#% \nab1$", max_size=60))
 def test_no_text_can_cause_anything_but_a_spec_error(text: str) -> None:
     with pytest.raises(SpecError):

@@ -227,7 +227,7 @@ def turned(value: object) -> object:
     return [turned(item) for item in value] if isinstance(value, list) else value
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(spec=written())
 def test_no_way_of_writing_a_spec_changes_a_key(spec: dict, target: Target) -> None:
     texts = [
@@ -244,7 +244,7 @@ def test_no_way_of_writing_a_spec_changes_a_key(spec: dict, target: Target) -> N
     assert sum(trial.variant == "varied" for trial in expand(parse_spec(texts[0]), target)) == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(spec=written())
 def test_a_trial_read_back_from_its_own_stages_is_the_same_trial(spec: dict, target: Target) -> None:
     """The stages a result records are plain data that anyone can run again."""

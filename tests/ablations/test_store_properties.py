@@ -73,7 +73,7 @@ def identical(one: Any, other: Any) -> bool:
     return type(one) is type(other) and one == other
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_a_result_is_read_back_to_the_last_bit(base: Path, target: Target, data: st.DataObject) -> None:
     store, result = new_store(base), data.draw(results(target))
@@ -87,7 +87,7 @@ def test_a_result_is_read_back_to_the_last_bit(base: Path, target: Target, data:
     assert store.finished() == {result.key} == set(store.rows())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(data=st.data())
 def test_the_order_of_saving_leaves_no_trace(base: Path, target: Target, data: st.DataObject) -> None:
     found = {result.key: result for result in data.draw(st.lists(results(target), min_size=1, max_size=5))}
@@ -102,7 +102,7 @@ def test_the_order_of_saving_leaves_no_trace(base: Path, target: Target, data: s
     assert stores[0].finished() == stores[1].finished() == set(found)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(reason=st.text(st.characters(codec=None), max_size=40), seed=st.integers(0, 2**31))
 def test_a_failure_is_kept_whatever_its_reason_is_written_in(
     base: Path, target: Target, reason: str, seed: int
@@ -117,7 +117,7 @@ def test_a_failure_is_kept_whatever_its_reason_is_written_in(
     assert not plain or reason in row["error"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_a_result_with_any_byte_wrong_is_read_whole_or_not_at_all(
     base: Path, target: Target, data: st.DataObject

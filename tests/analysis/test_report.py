@@ -425,7 +425,7 @@ def small() -> Maker:
 @pytest.mark.usefixtures("plain_figures")
 @pytest.mark.parametrize(
     "name",
-    sampled(["model_scaling", "sampling_method", "runtime", "finetuning", "budget_transfer"], quick=["model_scaling"]),
+    sampled(["model_scaling", "sampling_method", "runtime", "finetuning", "budget_transfer"], quick=[]),
 )
 def test_a_part_of_one_spec_is_a_report(small: Maker, tmp_path: Path, name: str) -> None:
     """A run of one spec that was stopped half way."""

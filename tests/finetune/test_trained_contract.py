@@ -19,7 +19,7 @@ from reducers.reducer import HasLosses, TrainsInPhases
 from tests.finetune.conftest import recipe_of
 from tests.reducers.conftest import DEPTH, make_vit
 from tests.reducers.test_contract import CASES, PLACES, fresh
-from tests.samples import methods_first
+from tests.samples import in_turn
 
 PHASES = (0.0, 0.3, 0.6, 0.95)  # of a training: curricula train one part after the other
 
@@ -34,7 +34,7 @@ def is_trained(reducer: TokenReducer) -> bool:
 
 
 TRAINED = {name: reducer for name, reducer in CASES.items() if is_trained(reducer)}
-each = pytest.mark.parametrize("reducer", methods_first(TRAINED))
+each = in_turn(TRAINED)
 
 
 class Lesson:

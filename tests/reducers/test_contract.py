@@ -32,7 +32,7 @@ from reducers.methods import stvit
 from reducers.methods.sttabt import method as sttabt
 from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
-from tests.samples import methods_first
+from tests.samples import in_turn
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
@@ -97,7 +97,7 @@ CASES |= {
 }
 PLACES = [1, 3]
 each = pytest.mark.parametrize("reducer", CASES.values(), ids=CASES.keys())
-some = pytest.mark.parametrize("reducer", methods_first(CASES))  # variants of a method only in `make test-slow`
+some = in_turn(CASES)  # the others, and all variants of a method, in `make test-slow`
 
 
 def fresh(reducer: TokenReducer) -> TokenReducer:
@@ -147,7 +147,7 @@ def test_traced_and_plain_forward_agree_and_repeat(reducer, images):
     assert torch.equal(trace.tokens, second.tokens)
 
 
-@each
+@some
 @torch.no_grad()
 def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
     for kind in ("class", "distilled", "registers"):
@@ -216,7 +216,7 @@ def test_from_data_and_back(reducer, images):
     assert torch.equal(reduced(twin)(images.double()), reduced(reducer)(images.double()))
 
 
-@each
+@some
 @torch.no_grad()
 def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images, monkeypatch):
     """Who is dropped stays dropped, who shares a token goes on to share it, and prefix tokens stay in their order."""
@@ -288,10 +288,10 @@ ON_EVERY_KIND = {
 }
 
 
-@pytest.mark.parametrize("name", ON_EVERY_KIND)
+@in_turn(ON_EVERY_KIND)
 @torch.no_grad()
-def test_every_kind_of_model_runs_or_is_refused_by_name(name, images):
-    reducer, images = ON_EVERY_KIND[name], images[:2].double()
+def test_every_kind_of_model_runs_or_is_refused_by_name(reducer, images):
+    images = images[:2].double()
     for kind in KINDS:
         if reducer.needs_class_token and kind in WITHOUT_CLASS_TOKEN:
             with pytest.raises(ReducerError, match="needs a class token"):

@@ -13,12 +13,11 @@ from .conftest import make_vit
 from .test_compile import METHODS, QUICK, reduced
 
 BATCHES = (1, 2, 9)
-# exporting is slow: one each time, every other one in `make test-slow`
-FIRST = (QUICK[-1],)  # a selection, a merge and a fused token in one block
-OTHERS = sampled([*METHODS, QUICK[-1]], quick=FIRST)
+# exporting is slow: one method goes all the way to ONNX each time, every other one in `make test-slow`
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*METHODS, QUICK[-1]])
 @torch.no_grad()
 def test_fixed_counts_export_with_a_free_batch(name):
     model = reduced(name)
@@ -54,7 +53,7 @@ def test_onnxruntime_agrees(name, tmp_path):
     assert reductions <= {"none", "add"}, "sums only: not every runtime has the largest or smallest of a group"
 
 
-@pytest.mark.parametrize("kind", sampled(["distilled", "registers", "average_with_class", "map"], quick=["map"]))
+@pytest.mark.parametrize("kind", sampled(["distilled", "registers", "average_with_class", "map"], quick=[]))
 @torch.no_grad()
 def test_other_models_export(kind):
     model = reduce_tokens(make_vit(kind, depth=3), at([1, 2], ToMe(Ratio(0.8))))

@@ -97,7 +97,7 @@ def test_padding_and_packing_are_inverse(layout: Layout) -> None:
     assert torch.equal(layout.sum_rows(layout.is_prefix.long()), layout.prefix)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(maps())
 def test_a_map_is_its_matrix(token_map: TokenMap) -> None:
     x = features(token_map.old)
@@ -106,7 +106,7 @@ def test_a_map_is_its_matrix(token_map: TokenMap) -> None:
     assert token_map.apply(x).shape == (token_map.new.rows, 3)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(chains(2))
 def test_one_map_after_another_is_their_product(chain: list[TokenMap]) -> None:
     one, two = chain
@@ -124,7 +124,7 @@ def test_composition_is_associative(chain: list[TokenMap]) -> None:
     torch.testing.assert_close(one.then(two).then(three).matrix(), one.then(two.then(three)).matrix(), **EXACT)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(maps())
 def test_no_token_comes_from_another_image_or_lives_on_where_it_did_not_go(token_map: TokenMap) -> None:
     old, new = token_map.old, token_map.new
@@ -138,7 +138,7 @@ def test_no_token_comes_from_another_image_or_lives_on_where_it_did_not_go(token
         assert torch.equal(destination[source[living]], living)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(maps())
 def test_sizes_are_neither_made_nor_lost_but_with_what_is_dropped(token_map: TokenMap) -> None:
     size = torch.rand(token_map.old.rows, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.5

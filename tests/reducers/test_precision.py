@@ -8,12 +8,12 @@ from torch import Tensor
 
 from reducers import Drop, Identity, TokenReducer, ToMe, at, every, reduce_tokens
 from reducers.methods.ats import cumulative, significance
-from tests.samples import methods_first
+from tests.samples import in_turn
 
 from .conftest import DEPTH, KINDS, make_vit
 from .test_contract import CASES, PLACES, fresh
 
-some = pytest.mark.parametrize("reducer", methods_first(CASES))
+some = in_turn(CASES)
 half = torch.bfloat16
 
 

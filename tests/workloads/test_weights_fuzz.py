@@ -49,7 +49,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(damaged())
 @example(WHOLE + b"more")
 @example(WHOLE[:8])
