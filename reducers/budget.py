@@ -80,8 +80,8 @@ def _fraction(text: str) -> Fraction:
 
 @dataclass(frozen=True, init=False)
 class Ratio(Budget):
-    """A share of the tokens: ``Ratio(0.7)`` of those entering the block, ``Ratio(0.5, of="initial")`` of those
-    entering block 0.
+    """A share of the tokens: ``Ratio(0.7)`` of those entering the block,
+    ``Ratio(0.5, of="initial")`` of those entering block 0.
 
     The value lies in (0, 1] and may be a float, a ``Fraction`` or a string such as ``"48/196"``. ``count_prefix``:
     the share is of all tokens, prefix included, and so is the number kept (the prefix always stays).

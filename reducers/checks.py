@@ -34,8 +34,8 @@ def whole_number(value: object) -> int | None:
 
 
 def finite_number(value: object) -> float | None:
-    """A finite number of any package (``numpy.float32``) as a plain one, whole numbers as ``int``; None of anything
-    else, tensors included.
+    """A finite number of any package (``numpy.float32``) as a plain one, whole numbers as ``int``;
+    None of anything else, tensors included.
     """
     whole = whole_number(value)
     if whole is not None:

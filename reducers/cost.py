@@ -1,8 +1,7 @@
 """Cost, counted once and honestly: multiply-adds for each image, from the rows that were really computed.
 
 One multiply-add counts 1, the convention of every table in this field (their "GFLOPs" are giga multiply-adds).
-Linear layers, convolutions and the two attention products count; norms, softmax, biases and sorting do not
-(methods 0.4).
+Linear layers, convolutions and the two attention products count; norms, softmax, biases and sorting do not.
 """
 
 from __future__ import annotations
@@ -76,8 +75,8 @@ class CostMeter:
 
 
 def linear_macs(module: nn.Module, *inputs: Tensor) -> int:
-    """Multiply-adds for one image of all linear layers and convolutions in ``module``, by running a copy once on
-    ``inputs`` (1, …).
+    """Multiply-adds for one image of all linear layers and convolutions in ``module``,
+    by running a copy once on ``inputs`` (1, …).
     """
     total = 0
 

@@ -18,8 +18,8 @@ from reducers.runtime.driver import ReducedViT
 
 
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Handle for ``scaled_dot_product_attention``: query-key and attention-value products. q (…, Nq, d), k and v
-    (…, Nk, d).
+    """Handle for ``scaled_dot_product_attention``: query-key and attention-value products. q (…, Nq, d),
+    k and v (…, Nk, d).
     """
     query, key = inputs[0].type().sizes(), inputs[1].type().sizes()
     value = inputs[2].type().sizes()

@@ -66,8 +66,8 @@ def _summed(token_map: TokenMap, values: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _log_of_the_sum(token_map: TokenMap, values: Tensor, batch: TokenBatch) -> Tensor:
-    """exp(bias) is a number of tokens, so members add up; but an image that has none gets none, whatever the others of
-    its batch have.
+    """exp(bias) is a number of tokens, so members add up; but an image that has none gets none,
+    whatever the others of its batch have.
     """
     bias = token_map.total(values.exp()).log()
     return bias if batch.biased is None else bias.masked_fill(~batch.biased[token_map.new.row_image], 0)

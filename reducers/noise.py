@@ -55,8 +55,8 @@ def stream(block: int, draw: int, *, kind: int = 0) -> int:
 
 
 def uniform(keys: Tensor, counter: Tensor, *, seed: int, stream: int) -> Tensor:
-    """Numbers in (0, 1), float64: one for each pair of ``keys`` and ``counter`` (broadcast); ``stream`` tells uses
-    apart.
+    """Numbers in (0, 1), float64: one for each pair of ``keys`` and ``counter``
+    (broadcast); ``stream`` tells uses apart.
     """
     state = _mix(keys + _wrap((seed + 1) * 0x9E3779B97F4A7C15)) + _wrap((stream + 1) * 0xD1B54A32D192ED03)
     bits = _shift_right(_mix(_mix(state) + (counter + 1) * _GOLDEN), 11)

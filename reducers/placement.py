@@ -79,9 +79,8 @@ class Placement:
         return joined
 
     def __or__(self, other: Placement) -> Placement:
-        """Both placements; where they share a block, this one's reducer acts first and the other's on what it
-        leaves.
-        """
+        """Both placements; where they share a block,
+        this one's reducer acts first and the other's on what it leaves."""
         return Placement(parts=self.parts + other.parts)
 
     def resolve(self, depth: int) -> Placement:

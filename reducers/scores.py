@@ -27,7 +27,7 @@ def class_attention(attention: Tensor) -> Tensor:
 
 
 def class_attention_value_norm(attention: Tensor, values: Tensor, *, heads: Heads = "concat") -> Tensor:
-    """Class attention times the norm of the value: ATS's significance score (methods 14.1), not yet normalised.
+    """Class attention times the norm of the value: ATS's significance score, not yet normalised.
 
     attention: (T, H), values: (T, H, d) -> (T,). ``concat``: head-summed attention times the norm of the
     concatenated value, as the authors' code does; ``per_head``: the sum over heads of the per-head products, the

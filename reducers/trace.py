@@ -33,9 +33,8 @@ class Trace:
         return self._owner[block]
 
     def kept(self, block: int) -> Tensor:
-        """(B, N0) bool: the patch still has a row of its own after the block (of a merged group its heaviest
-        member).
-        """
+        """(B, N0) bool:
+        the patch still has a row of its own after the block (of a merged group its heaviest member)."""
         return self._kept[block]
 
     def class_kept(self, block: int) -> Tensor:
@@ -56,8 +55,8 @@ class Tracer:
         self._class_kept: list[Tensor] = []
 
     def start(self, batch: TokenBatch) -> None:
-        """Before the first block that runs, with nothing reduced yet; where details are asked for, the batch has
-        places and provenance.
+        """Before the first block that runs, with nothing reduced yet; where details are asked for,
+        the batch has places and provenance.
         """
         self.cost = CostMeter(batch.layout.images, batch.x.device)
         self._tokens.append(batch.layout.lengths)

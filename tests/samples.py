@@ -15,8 +15,8 @@ def sampled(names: Iterable[str], *, quick: Collection[str]) -> list[Any]:
 
 
 def methods_first(cases: Mapping[str, Any]) -> list[Any]:
-    """All values of the cases under their names; variants of a method (their names have a space) marked slow, stacks
-    not.
+    """All values of the cases under their names; variants of a method (their names have a
+    space) marked slow, stacks not.
     """
     return [
         pytest.param(case, id=name, marks=[] if " " not in name or name.startswith("stack ") else pytest.mark.slow)

@@ -6,7 +6,6 @@ Needs torch and timm alone.
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from types import FunctionType, ModuleType
 import torch
 
 from ablations.catalogue import families
-from ablations.catalogue.docstrings import described, functions, markdown, statements, tagged
+from ablations.catalogue.docstrings import described, functions, markdown, parted, statements, tagged
 from ablations.catalogue.methods import (
     ADAPTIVE,
     TRAINED,
@@ -128,7 +127,7 @@ def _page(cls: type[TokenReducer], about: Properties) -> str:
         f"# `{about.name}`",
         f"{about.summary[:1].upper()}{about.summary[1:]}.",
         "\n".join(_table(["", ""], _facts(cls, about, placement, source))),
-        markdown(inspect.cleandoc(cls.__doc__ or "")),
+        markdown(parted(cls.__doc__ or "")[0]),
         "## Settings",
         _settings(cls),
         "## Example",
@@ -224,13 +223,15 @@ def _settings(cls: type[TokenReducer]) -> str:
     parameters = cls.settings()
     if not parameters:
         return "None."
+    meanings = parted(cls.__doc__ or "")[1]
     rows = []
     for parameter in parameters:
         default = "" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
         annotation = parameter.annotation
         kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-        rows.append([f"`{parameter.name}`", f"`{kind}`", default or "needed"])
-    return "\n".join(_table(["setting", "type", "default"], rows))
+        meaning = markdown(meanings.get(parameter.name, ""))
+        rows.append([f"`{parameter.name}`", f"`{kind}`", default or "needed", meaning])
+    return "\n".join(_table(["setting", "type", "default", "meaning"], rows))
 
 
 def _example(about: Properties, placement: Placement) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 
 _TAG = re.compile(r"\[[RD](?:/[RD])*\]|\[[RD]: [^\]]+\]")
+_ITEM = re.compile(r"    (?P<name>\w+): (?P<text>\S.*)")
 _SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z`(\[])")
 
 
@@ -22,10 +23,33 @@ def tagged(texts: Iterable[str]) -> Iterator[str]:
     """Every sentence that carries a tag, once."""
     said: dict[str, None] = {}
     for text in texts:
-        for sentence in _SENTENCE.split(" ".join(text.split())):
-            if _TAG.search(sentence):
-                said[markdown(sentence[:1].upper() + sentence[1:])] = None
+        prose, settings = parted(text)
+        for one in (prose, *(f"`{name}`: {meaning}" for name, meaning in settings.items())):
+            for sentence in _SENTENCE.split(" ".join(one.split())):
+                if _TAG.search(sentence):
+                    said[markdown(sentence[:1].upper() + sentence[1:])] = None
     yield from said
+
+
+def parted(docstring: str) -> tuple[str, dict[str, str]]:
+    """A docstring without its ``Args:`` list, and the list: name -> meaning, in order.
+
+    An item begins with a name and a colon, four columns deeper than ``Args:``; what is deeper goes on with it.
+    """
+    lines = inspect.cleandoc(docstring).splitlines()
+    if "Args:" not in lines:
+        return "\n".join(lines), {}
+    start = lines.index("Args:")
+    end = next((i for i, line in enumerate(lines) if i > start and line and not line.startswith("    ")), len(lines))
+    found: dict[str, list[str]] = {}
+    for line in filter(str.strip, lines[start + 1 : end]):
+        item = _ITEM.match(line)
+        if item:
+            found[item["name"]] = [item["text"]]
+        else:
+            found[next(reversed(found))].append(line.strip())
+    prose = [part for part in ("\n".join(lines[:start]).strip(), "\n".join(lines[end:]).strip()) if part]
+    return "\n\n".join(prose), {name: " ".join(text) for name, text in found.items()}
 
 
 def _texts(module: ModuleType) -> Iterator[str]:

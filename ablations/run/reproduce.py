@@ -99,9 +99,8 @@ def reproduce(
     labels: str | None = None,
     scratch: Path | None = None,
 ) -> Reproduction:
-    """Run a trial again and compare. ``data``, ``train_data``, ``weights`` and ``labels`` say where things are by
-    now; without them, they are where the run had them. ``scratch`` is a folder to work in that may hold caches (a new
-    one).
+    """Run a trial again and compare. ``data``, ``train_data``, ``weights`` and ``labels`` say where things are by now;
+    without them, they are where the run had them. ``scratch`` is a folder to work in that may hold caches (a new one).
 
     Raises:
         ReproduceError: there is no such trial, or the images or weights are no longer those it was planned with.

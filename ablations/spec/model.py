@@ -68,8 +68,8 @@ class _Strict(BaseModel):
 
 
 class Stage(_Strict):
-    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``) and what: reducers applied one after the
-    other.
+    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``) and what:
+    reducers applied one after the other.
     """
 
     at: int | str | list[int | str]

@@ -1,5 +1,5 @@
-"""Plain data from YAML: read without its traps, with the line of every place for messages that name it, and ``$name``
-replaced.
+"""Plain data from YAML: read without its traps, with the line of every place for messages that
+name it, and ``$name`` replaced.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def _in_short(parts: Counter[str], total: int) -> str:
 
 
 def reason(trial: Trial | None, run: Mapping[str, Any]) -> tuple[str, str]:
-    """Why a trial's result, computed by the code there is, is not part of the plan that ``run.json`` records; and what
-    asks for it.
+    """Why a trial's result, computed by the code there is, is not part of the plan that ``run.json`` records;
+    and what asks for it.
     """
     assert trial is not None, "a row that names no trial names no code"
     models = {

@@ -1,6 +1,5 @@
-"""The model card beside the shipped weights: recipe, training curve, and whether token choice matters to these
-models.
-"""
+"""The model card beside the shipped weights: recipe, training curve,
+and whether token choice matters to these models."""
 
 from __future__ import annotations
 
@@ -62,8 +61,8 @@ class KeepMarked(TokenReducer):
 
 @torch.inference_mode()
 def token_choice(model: nn.Module, workload: Workload) -> dict[str, float]:
-    """Top-1 of the dense model, and with few patches kept at block 3: by the digit's mask, by class attention, at
-    random (3 seeds).
+    """Top-1 of the dense model, and with few patches kept at block 3: by the digit's mask,
+    by class attention, at random (3 seeds).
     """
     assert workload.masks is not None
     marked = torch.from_numpy(digits.mask_patches(np.asarray(workload.masks), PATCH))

@@ -1,4 +1,4 @@
-"""Attention traced back from the output: which tokens each block must read (Lee et al., ICLR 2023; methods 9)."""
+"""Attention traced back from the output: which tokens each block must read (Lee et al., ICLR 2023)."""
 
 from __future__ import annotations
 

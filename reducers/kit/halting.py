@@ -1,4 +1,4 @@
-"""Halting token by token: the sums that A-ViT keeps in one forward pass (methods 1)."""
+"""Halting token by token: the sums that A-ViT keeps in one forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learned keep or drop: the predictor, the stages and the losses that DynamicViT and dTPS share (methods 6 and 13).
+"""Learned keep or drop: the predictor, the stages and the losses that DynamicViT and dTPS share.
 
 A small network before each stage gives every patch the probability to be kept. Training draws the decision from it
 (Gumbel, straight through) and masks what is dropped, so that gradients reach the predictor; inference keeps a fixed

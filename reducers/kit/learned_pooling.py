@@ -60,8 +60,8 @@ def pooled_counts(budget: Budget, host: Any, blocks: tuple[int, ...]) -> dict[in
 
 
 def pooled_map(layout: Layout, weights: Tensor) -> Mix:
-    """The weights (B, M, N) as a map of all tokens: prefix tokens stay, and so do the patches of images that have no
-    more than M.
+    """The weights (B, M, N) as a map of all tokens: prefix tokens stay,
+    and so do the patches of images that have no more than M.
     """
     count = weights.shape[1]
     old_place = torch.arange(layout.longest, device=weights.device)

@@ -1,5 +1,5 @@
 """DiffRate's reduction of tokens in a given order: drop the last, merge the next into the most similar of the first
-(Chen et al., ICCV 2023; methods 13). Hard for inference, and soft for the training of the counts.
+(Chen et al., ICCV 2023). Hard for inference, and soft for the training of the counts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ATC: agglomerative token clustering (Haurum et al., 2024; methods 13).
+"""ATC: agglomerative token clustering (Haurum et al., 2024).
 
 Bottom-up: the two nearest clusters become one until M are left. Distances between clusters follow from those of their
 parts (Lance and Williams, 1967), and each cluster remembers its nearest other one, so a step costs O(N) and not O(N^2).
@@ -104,11 +104,15 @@ def agglomerate(distance: Tensor, steps: Tensor, most: int, linkage: Linkage) ->
 class ATC(TokenReducer):
     """Cluster the patch tokens bottom-up until ``budget`` clusters are left; each becomes its size-weighted mean.
 
-    Distance: 1 - cosine of the head-mean keys. ``linkage``: how far apart two clusters are: their nearest members
-    (``single``), their farthest (``complete``), or the mean over all pairs (``average``); a token counts once, however
-    many patches it stands for [D]. ``proportional``: later attention is weighted by size, as in ToMe. ``Ratio`` rounds
-    down. The new tokens stand in the order of their first members. Acts after the attention residual. Any count can
-    be reached in one block. The count is fixed.
+    Distance: 1 - cosine of the head-mean keys. A token counts once in a linkage, however many patches it stands for
+    [D]. The new tokens stand in the order of their first members. Any count can be reached in one block; it is fixed.
+    Acts after the attention residual.
+
+    Args:
+        budget: clusters left; ``Ratio`` rounds down.
+        linkage: how far apart two clusters are: their nearest members (``single``), their farthest (``complete``), or
+            the mean over all pairs (``average``).
+        proportional: later attention is weighted by size, as in ToMe.
     """
 
     summary = "cluster bottom-up, merge each cluster"

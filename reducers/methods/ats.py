@@ -1,4 +1,4 @@
-"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022; methods 14.1, traps C1).
+"""Adaptive Token Sampling (Fayyaz et al., ECCV 2022).
 
 Inverse-transform sampling over significance scores: K evenly spaced points, each picks the token where the
 cumulative score reaches it; a token picked several times is kept once. So K bounds the count from above, and the
@@ -30,9 +30,8 @@ Lookup = Literal["inverse", "nearest"]
 
 
 def significance(scores: Tensor, valid: Tensor) -> Tensor:
-    """Scores as a distribution over the candidates, float32 or wider; all-zero scores mean that all are alike. (B,
-    N)
-    """
+    """Scores as a distribution over the candidates, float32 or wider;
+    all-zero scores mean that all are alike. (B, N)"""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0)
     total = scores.sum(dim=1, keepdim=True)
     even = valid.to(scores.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)
@@ -49,8 +48,8 @@ def cumulative(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def sample_inverse(cdf: Tensor, points: Tensor | int) -> Tensor:
-    """Tokens that hold at least one of the points u_k = (2k - 1) / 2K, k = 1 … K: the first with CDF >= u_k. (B,
-    N) bool
+    """Tokens that hold at least one of the points u_k = (2k - 1) / 2K, k = 1 … K:
+    the first with CDF >= u_k. (B, N) bool
 
     The number of points at or below a value c is floor(K c + 1/2), so no point is ever written out. points: (B,)
     int64, or one number for all.
@@ -122,21 +121,26 @@ def sample_gumbel(shares: Tensor, valid: Tensor, points: Tensor, draws: Tensor) 
 
 @register("ats")
 class ATS(TokenReducer):
-    """Sample patch tokens by inverse transform over their significance; ``budget`` is K, the number of sample points.
+    """Sample patch tokens by inverse transform over their significance.
 
-    Ratio budgets round down. The count kept never exceeds K and differs from image to image.
+    The count kept never exceeds K, the number of sample points, and differs from image to image. Acts after the
+    attention residual.
 
-    score: ``class_attention_value_norm`` (the paper's), ``class_attention``, ``value_norm``,
-    ``attention_received`` or ``random``. variant: ``paper``: CDF in token order, points (2k - 1) / 2K.
-    ``official``: the authors' release, sorted ascending; its number of points
-        is the initial patch count whatever the budget says, unless the budget is a ``Count``. ``unsorted`` and
-        ``gumbel``: published re-implementations (K - 1 points, nearest; K random draws), different methods under
-        the same name.
-    heads: ``concat``: head-summed attention times the norm of the concatenated value (the authors' code), or
-    ``per_head``. lookup: ``inverse``: the first token whose CDF reaches the point, or ``nearest`` (for ``paper``;
-    the other variants fix theirs). keep_class_token: False lets the class token be sampled like any other (its
-    score is the diagonal's); where it is dropped, the head
-        reads the mean of the survivors. An experiment of the paper (Fig. A.4).
+    Args:
+        budget: K; ``Ratio`` rounds down.
+        score: significance: ``class_attention_value_norm`` (the paper's), ``class_attention``, ``value_norm``,
+            ``attention_received`` or ``random``.
+        variant: ``paper``: CDF in token order, points (2k - 1) / 2K. ``official``: the authors' release, sorted
+            ascending; its number of points is the initial patch count whatever the budget says, unless the budget is a
+            ``Count``. ``unsorted`` and ``gumbel``: published re-implementations
+            (K - 1 points, nearest; K random draws), different methods under the same name.
+        heads: ``concat``: head-summed attention times the norm of the concatenated value (the authors' code), or
+            ``per_head``.
+        lookup: ``inverse``: the first token whose CDF reaches the point, or ``nearest`` (for ``paper``; the other
+            variants fix theirs).
+        keep_class_token: False lets the class token be sampled like any other (its score is the diagonal's); where it
+            is dropped, the head reads the mean of the survivors. An experiment of the paper (Fig. A.4).
+        seed: of ``score="random"`` and of ``variant="gumbel"``.
     """
 
     summary = "sample tokens by inverse transform over significance scores"

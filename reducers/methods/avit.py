@@ -1,5 +1,5 @@
-"""A-ViT: every token adds up a halting score from block to block, and leaves when the sum is full (Yin et al., CVPR
-2022; methods 1).
+"""A-ViT: every token adds up a halting score from block to block,
+and leaves when the sum is full (Yin et al., CVPR 2022).
 
 The score is read from feature 0 of what leaves a block. A token's output is the mean of what left each block it passed,
 weighted by its scores: the class token's goes to the head, and when it halts its image is finished.
@@ -70,17 +70,25 @@ class AViT(TokenReducer):
     removed; an image is finished when its class token halts, and has no tokens after that. Distilled models: when both
     tokens the head reads have halted; prefix tokens stay until then [D]. A head that reads the patches gets every
     token's output [D]; published is the class token's alone. A ``distill`` of the training makes it the distilled form.
+    It takes no budget: what it keeps follows from the training. Without training the feature 0 means something else,
+    and with a very low beta every token passes all blocks.
 
-    ``constants``: gamma and beta as "released" (10 and -30 for DeiT-Ti, -75 for wider models) or of the "paper" (5,
-    -10) [R]; ``gamma`` and ``beta`` override them. They are made for the feature 0 of those models: too low a beta
-    gives no gradient. It takes no budget: what it keeps follows from the training. Without training the feature means
-    something else, and with a very low beta every token passes all blocks.
+    Losses beside the task are the ponder loss, the mean over tokens of blocks passed + remainder, and the divergence of
+    the blocks' mean scores from a normal distribution around a block. The mean score of a block is over the patches,
+    halted ones counting 0 [D: the authors leave out one image and average the others' masked tokens too]. Training runs
+    on the tokens that are there, as no gradient passes the halting. Other reducers may act before the first block it is
+    placed at, not from there on.
 
-    Losses beside the task: ``ponder`` x mean over tokens of blocks passed + remainder; ``prior`` x divergence of the
-    blocks' mean scores from a normal distribution around block ``prior_depth`` (``normalised``: made to sum to 1). The
-    mean score of a block is over the patches, halted ones counting 0 [D: the authors leave out one image and average
-    the others' masked tokens too]. Training runs on the tokens that are there, as no gradient passes the halting.
-    Other reducers may act before the first block it is placed at, not from there on.
+    Args:
+        constants: gamma and beta as ``released`` (10 and -30 for DeiT-Ti, -75 for wider models) or of the ``paper`` (5,
+            -10) [R]; made for the feature 0 of those models.
+        gamma: in place of the constants'.
+        beta: in place of the constants'; one that is too low gives no gradient.
+        epsilon: a token halts when its sum reaches 1 - epsilon.
+        ponder: weight of the ponder loss.
+        prior: weight of the divergence from the normal distribution.
+        prior_depth: block around which that distribution lies.
+        normalised: the normal distribution is made to sum to 1, so that its minimum is itself; the authors' does not.
     """
 
     summary = "each token halts when its halting scores add up to one"

@@ -1,4 +1,4 @@
-"""Attention back-tracking with the model's own maps: the oracle form of STTABT (Lee et al., ICLR 2023; methods 9).
+"""Attention back-tracking with the model's own maps: the oracle form of STTABT (Lee et al., ICLR 2023).
 
 Which tokens matter is traced from the output back to the input, through attention maps that are known before the
 model runs. STTABT learns a small network to guess those maps; here they are the model's own, from a full pass. So it
@@ -26,12 +26,16 @@ from reducers.signals import Signals
 class BackTracking(TokenReducer):
     """Keep the tokens that attention, traced back from the output, says will be read: STTABT with its oracle.
 
-    ``budget`` bounds the patches chosen for each block anew (of those entering block 0); a block's tokens are these
-    and all that later blocks need, so the count differs from image to image. At block i the tokens that block i + 1
-    must read stay, after serving as keys and values once more; what enters the first block it is placed at is read
-    whole [D]. In the last block only prefix tokens are updated, where the head reads no patch. ``Ratio`` rounds up.
-    ``count_planning``: book the full pass that the maps come from, so the cost exceeds the dense model's; False leaves
-    it out, for the question what the choice is worth. Gradients do not reach the maps.
+    A block's tokens are those chosen for it and all that later blocks need, so the count differs from image to image.
+    At block i the tokens that block i + 1 must read stay, after serving as keys and values once more; what enters the
+    first block it is placed at is read whole [D]. In the last block only prefix tokens are updated, where the head
+    reads no patch. Gradients do not reach the maps.
+
+    Args:
+        budget: bounds the patches chosen for each block anew, of those entering block 0; ``Ratio`` rounds up.
+        count_planning: book the full pass that the maps come from, so that the cost exceeds the dense model's; False
+            leaves it out, for the question what the choice is worth.
+        mixing: how far a token that reads is weighed by its own importance: 0 not at all, 1 by it alone.
     """
 
     summary = "keep what attention, traced back from the output, will read (oracle)"

@@ -1,5 +1,4 @@
-"""BAT: attentive tokens stay, alike ones are merged, and the inattentive are clustered (Long et al., CVPR 2023; methods
-13).
+"""BAT: attentive tokens stay, alike ones are merged, and the inattentive are clustered (Long et al., CVPR 2023).
 
 No code of the authors' could be read: what is built here follows their description [R], and where that leaves a
 choice, it is ours [D].
@@ -120,14 +119,18 @@ def decouple(layout: Layout, x: Tensor, order: Tensor, shares: Shares) -> tuple[
 class BAT(TokenReducer):
     """Keep the patches the class token attends to, merge near duplicates among them, and cluster the others.
 
-    The patches are split by class attention. The inattentive become ``clusters`` tokens (at most half of what is left)
-    by density peaks with five neighbours, as in DPC-KNN: means weighted by attention. Among the attentive, alternate
-    ranks form two sets, and the most similar pairs merge, a mean weighted by size; ``alike`` is the share of the
-    attentive tokens left that have taken one in. So the number that leaves is the budget's exactly. ``Ratio`` rounds
-    up. That there are 10 clusters, that pairs are matched by the cosine of the features between alternate ranks, and
-    how many, is our decision [D]; the rest is from memory [R]. The attentive come first, in their order in the image,
-    then the clusters. Published at blocks 3, 6 and 9 with about 0.7 [R]. Acts after the attention residual; the count
-    is fixed. It has no parameters and works off the shelf; its authors train with it [R].
+    The patches are split by class attention. The inattentive become clusters by density peaks with five neighbours, as
+    in DPC-KNN: means weighted by attention. Among the attentive, alternate ranks form two sets, and the most similar
+    pairs merge, a mean weighted by size. So the number that leaves is the budget's exactly. That there are 10 clusters,
+    that pairs are matched by the cosine of the features between alternate ranks, and how many, is our decision [D]; the
+    rest is from memory [R]. The attentive come first, in their order in the image, then the clusters. Published at
+    blocks 3, 6 and 9 with about 0.7 [R]. Acts after the attention residual; the count is fixed. It has no parameters
+    and works off the shelf; its authors train with it [R].
+
+    Args:
+        budget: tokens left; ``Ratio`` rounds up.
+        clusters: tokens made of the inattentive, at most half of what is left.
+        alike: share of the attentive tokens left that have taken one in.
     """
 
     summary = "keep attentive tokens, merge alike ones, cluster the rest"

@@ -1,4 +1,4 @@
-"""DiffRate: how many tokens each block prunes and merges is learned by gradient (Chen et al., ICCV 2023; methods 13).
+"""DiffRate: how many tokens each block prunes and merges is learned by gradient (Chen et al., ICCV 2023).
 
 Only these counts are learned, the model's weights stay. Where the specification of the method is silent, how gradients
 reach the counts is our decision [D].
@@ -67,14 +67,18 @@ class DiffRate(TokenReducer):
     Published in every block. Patches are ranked by class attention; the first n_p stay, of them the n_p - n_m last join
     the most similar (cosine of features) of the first n_m: features are averaged, sizes grow by size times similarity
     (not below 0 [D]), later attention is weighted by size. n_p and n_m of each block are the mean of candidate counts
-    (all patches, ``step`` fewer, …) under a learned distribution, rounded up, and never above the count before. They
-    are the same for all images, and hold for the image size that the model was made for. Acts after the attention
-    residual.
+    under a learned distribution, rounded up, and never above the count before. They are the same for all images, and
+    hold for the image size that the model was made for. Acts after the attention residual.
 
-    Training: the counts alone, for the task and ``weight`` times the square of (cost - target). Both are shares of the
-    dense model's multiply-adds, in the published order of work and without the method's own, taken times 4.6: in giga
-    multiply-adds as on DeiT-S [D]. ``target=0.63`` is DeiT-S at 2.9. Tokens are hidden, not removed; gradients reach a
-    count through the probability that the token of each rank is kept. After the last attention, none do but the cost's.
+    Training: the counts alone, for the task and the square of (cost - target). Both are shares of the dense model's
+    multiply-adds, in the published order of work and without the method's own, taken times 4.6: in giga multiply-adds
+    as on DeiT-S [D]. Tokens are hidden, not removed; gradients reach a count through the probability that the token of
+    each rank is kept. After the last attention, none do but the cost's.
+
+    Args:
+        target: share of the dense cost that training aims at; 0.63 is DeiT-S at 2.9 G.
+        step: candidate counts are all patches, ``step`` fewer, …
+        weight: of the cost's square beside the task.
     """
 
     summary = "prune and merge by class attention, as many in each block as gradients have found best"

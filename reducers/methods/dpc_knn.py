@@ -1,5 +1,5 @@
 """DPC-KNN: cluster by density peaks, merge each cluster (Du et al., 2016; as a token reducer Zeng et al., CVPR 2022,
-and Haurum et al., ICCVW 2023; methods 13).
+and Haurum et al., ICCVW 2023).
 
 Density of a token: how near its k nearest neighbours are. Centres: tokens that are dense and far from any denser one.
 The members of a cluster weigh alike, or by a weight that is learned for each token.
@@ -27,8 +27,8 @@ Weights = Literal["equal", "learned"]
 
 
 def learned_weights(logits: Tensor, layout: Layout) -> Tensor:
-    """exp of one number a token, over the largest of its image, so that nothing overflows. (T,) -> (T,), at least
-    float32
+    """exp of one number a token, over the largest of its image, so that nothing overflows.
+    (T,) -> (T,), at least float32
 
     A cluster's mean is the same whatever all its weights are multiplied by. The authors take the exponential as it is,
     and add 1e-6 to the denominator; that is left out [D].
@@ -43,13 +43,17 @@ def learned_weights(logits: Tensor, layout: Layout) -> Tensor:
 class DPCKNN(TokenReducer):
     """Cluster the patch tokens by density peaks and replace each cluster by its mean.
 
-    Distances are Euclidean between features, over the square root of their width. Every token joins its nearest
-    centre; a centre owns itself. ``weights="equal"``: members weigh alike, nothing is learned, and it works off the
-    shelf. ``weights="learned"``, the published form: each token weighs exp(w x), with w (D) learned at each block, so
-    it must be trained; no gradient goes through the clustering. The authors add a bias, which cancels in the mean [D].
-    ``Ratio`` rounds down. Later attention is not weighted by size. The count is fixed. Acts after the attention
-    residual, where most methods do, so that a comparison is one of choices; ``site="input"`` is the published place,
-    before the block.
+    Distances are Euclidean between features, over the square root of their width. Every token joins its nearest centre;
+    a centre owns itself. Later attention is not weighted by size. The count is fixed.
+
+    Args:
+        budget: clusters left; ``Ratio`` rounds down.
+        neighbours: k of the density: how many nearest tokens it is taken over.
+        weights: ``equal``: members weigh alike, nothing is learned, and it works off the shelf. ``learned``, the
+            published form: each token weighs exp(w x), with w (D) learned at each block, so it must be trained; no
+            gradient goes through the clustering. The authors add a bias, which cancels in the mean [D].
+        site: ``attention``: after the attention residual, where most methods act, so that a comparison is one of
+            choices; ``input`` is the published place, before the block.
     """
 
     summary = "cluster by density peaks, merge each cluster"

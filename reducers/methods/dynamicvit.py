@@ -1,6 +1,4 @@
-"""DynamicViT: small predictors, trained with the model, say which patches to keep (Rao et al., NeurIPS 2021; methods
-6).
-"""
+"""DynamicViT: small predictors, trained with the model, say which patches to keep (Rao et al., NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -40,19 +38,21 @@ def token_distance(ours: Tensor, theirs: Tensor, counts: Tensor, *, distance: Di
 class DynamicViT(PredictedKeep):
     """Keep the patches that a learned predictor finds worth keeping; the rest are dropped before the block.
 
-    ``Ratio(rho)`` keeps floor(N rho^s) of the N patches at the s-th block it is placed at: 137, 96 and 67 of 196 at
-    0.7. Inference keeps this fixed number, as published. With a ``threshold`` it keeps every patch whose probability to
-    be kept is above it (0.5: what training draws most often), at least one; then the number differs from image to
-    image, and the budget is only what training aims at [D].
+    Inference keeps a fixed number, as published: 137, 96 and 67 of 196 at a ratio of 0.7.
 
     Training decides each patch by itself, masks what is dropped (later attention multiplies a key's share by 0; every
-    token still sees itself), and holds the mean share to the budget's. Losses beside the task: ``ratio_weight`` x
-    squared error of the kept share, ``distill_weight`` x KL(teacher || student) of the logits, ``token_weight`` x
-    distance of the surviving patches' final features from the teacher's (``token_distance``: "mse" as published for
-    DeiT, or "kl"). The teacher is the dense model.
-
+    token still sees itself), and holds the mean share to the budget's. The teacher of its losses is the dense model.
     Without training the predictors are random, and so is the choice. An image of which a training pass drops every
     patch has a mean of 0 in the next predictor [D]. Trained alone, with one reducer at all its blocks.
+
+    Args:
+        budget: ``Ratio(rho)`` keeps floor(N rho^s) of the N patches at the s-th block it is placed at.
+        threshold: keep every patch whose probability to be kept is above it (0.5: what training draws most often), at
+            least one; then the number differs from image to image, and the budget is only what training aims at [D].
+        ratio_weight: of the squared error of the kept share.
+        distill_weight: of KL(teacher || student) of the logits.
+        token_weight: of the distance of the surviving patches' final features from the teacher's.
+        token_distance: ``mse`` as published for DeiT, or ``kl``.
     """
 
     summary = "learned predictors keep the patches worth keeping"

@@ -1,6 +1,4 @@
-"""EViT: keep the patches the class token attends to most, fuse the rest into one (Liang et al., ICLR 2022; methods
-3).
-"""
+"""EViT: keep the patches the class token attends to most, fuse the rest into one (Liang et al., ICLR 2022)."""
 
 from __future__ import annotations
 
@@ -47,12 +45,17 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
 class EViT(TokenReducer):
     """Keep the most attended patches and fuse what is left into one token, weighted by class attention.
 
-    Acts after the attention residual, before the MLP. ``Ratio`` rounds up and counts the tokens entering the block
-    without the prefix; an earlier fused token is a candidate like any other. Where nothing is left out there is no
-    fused token. ``fuse=False`` drops the rest.
-    ``select``: another selecting reducer chooses (``ATS``), EViT fuses what it left; ``budget`` then caps the choice.
-    The order of kept tokens is theirs in the image, not their rank: no later attention can tell the difference, and a
-    method that goes by order (ATS's CDF, ToMe's sets) meets the patches in the image's order, the fused token last.
+    Acts after the attention residual, before the MLP. An earlier fused token is a candidate like any other. Where
+    nothing is left out there is no fused token. The order of kept tokens is theirs in the image, not their rank: no
+    later attention can tell the difference, and a method that goes by order (ATS's CDF, ToMe's sets) meets the patches
+    in the image's order, the fused token last.
+
+    Args:
+        budget: tokens kept, of those entering the block without the prefix; ``Ratio`` rounds up.
+        fuse: False drops the rest.
+        select: another selecting reducer chooses (``ATS``), EViT fuses what it left; the budget then caps the choice.
+        score: by which patches are ranked.
+        seed: of ``score="random"``.
     """
 
     summary = "keep the most attended patches, fuse the rest into one token"

@@ -1,4 +1,4 @@
-"""Fixed radial patterns: keep the middle of the image, whatever it shows (Haurum et al., ICCVW 2023; methods 13)."""
+"""Fixed radial patterns: keep the middle of the image, whatever it shows (Haurum et al., ICCVW 2023)."""
 
 from __future__ import annotations
 
@@ -42,12 +42,15 @@ def nearest_ring(target: int, counts: tuple[int, ...]) -> int:
 class FixedPattern(TokenReducer):
     """Keep the patches within a radius of the image's centre: a control that looks at no image.
 
-    ``norm``: diamonds (``l1``), circles (``l2``) or squares (``linf``). Of the radii there are, the one whose number of
-    patches is nearest to the budget (the smaller of two); so counts come in rings and a budget is met only nearly: of
-    14 x 14 patches 4, 12, 24, … (``l1``), 4, 12, 16, … (``l2``) or 4, 16, 36, … (``linf``). Nested; symmetric under
-    rotation by 90 degrees on a square grid. Where another reducer has removed some of the patches, as many are kept,
-    from the middle outwards; a token that is no single patch's continuation goes first. ``Ratio`` rounds down before
-    the ring is chosen. Acts after the attention residual.
+    Counts come in rings, so a budget is met only nearly: of 14 x 14 patches 4, 12, 24, … (``l1``), 4, 12, 16, …
+    (``l2``) or 4, 16, 36, … (``linf``). Nested; symmetric under rotation by 90 degrees on a square grid. Where another
+    reducer has removed some of the patches, as many are kept, from the middle outwards; a token that is no single
+    patch's continuation goes first. Acts after the attention residual.
+
+    Args:
+        budget: of the radii there are, the one whose number of patches is nearest is taken (the smaller of two);
+            ``Ratio`` rounds down before that.
+        norm: diamonds (``l1``), circles (``l2``) or squares (``linf``).
     """
 
     summary = "keep the middle of the image, whatever it shows"

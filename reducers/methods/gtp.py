@@ -1,6 +1,4 @@
-"""GTP-ViT: tokens that matter little pass on what they know to their neighbours, and go (Xu et al., WACV 2024;
-methods 13).
-"""
+"""GTP-ViT: tokens that matter little pass on what they know to their neighbours, and go (Xu et al., WACV 2024)."""
 
 from __future__ import annotations
 
@@ -91,15 +89,18 @@ class GTP(TokenReducer):
     """Remove the tokens of lowest rank; each first adds ``alpha`` times its features to those of its neighbours.
 
     x_kept += alpha G[kept, gone] x_gone, and likewise the tokens' scales (their size here), whose logarithm is added to
-    later attention. ``graph="spatial"``: the eight neighbours on the grid of original patches; ``"cosine"``: each
-    token's eight most similar ones, among the tokens at hand, not among the initial ones as published [D]. A gone
-    token's neighbours may be gone as well: then its features are lost. ``Drop(P)`` in every block is the authors'
-    setting; ``Ratio`` rounds up what stays. Acts after the attention residual. The count is fixed.
+    later attention. A gone token's neighbours may be gone as well: then its features are lost. Acts after the attention
+    residual. The count is fixed.
 
-    ``theta``: of each head's attention in the block only this share, the largest entries, is used, and the rest set to
-    0 without renormalisation; at 1 nothing is. Ranks are told before that, for many entries of a sparse diagonal
-    are 0 and would rank alike [D]. Sparsified attention is not fused, and so is slower. It changes what the block
-    computes even where no token goes, and needs to be first in a stack.
+    Args:
+        budget: ``Drop(P)`` in every block is the authors' setting; ``Ratio`` rounds up what stays.
+        alpha: share of its features that a removed token hands on.
+        graph: ``spatial``: the eight neighbours on the grid of original patches; ``cosine``: each token's eight most
+            similar ones, among the tokens at hand, not among the initial ones as published [D].
+        theta: of each head's attention in the block only this share, the largest entries, is used, and the rest set to
+            0 without renormalisation; at 1 nothing is. Ranks are told before that, for many entries of a sparse
+            diagonal are 0 and would rank alike [D]. Sparsified attention is not fused, and so is slower; it changes
+            what the block computes even where no token goes, and needs to be first in a stack.
     """
 
     summary = "remove tokens after passing their features on to their neighbours"

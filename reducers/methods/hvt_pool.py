@@ -1,4 +1,4 @@
-"""HVT's max pooling along the token sequence, on a plain ViT (Pan et al., ICCV 2021; methods 8).
+"""HVT's max pooling along the token sequence, on a plain ViT (Pan et al., ICCV 2021).
 
 HVT itself has no class token, learns new positions after each pooling, and is trained from scratch. Put into a trained
 ViT, its pooling alone is "HVT-pool (adapted)" [D]: patches are pooled, prefix tokens stay, no positions are added.
@@ -68,14 +68,18 @@ class HVTPool(TokenReducer):
     """Max-pool the patch tokens along the sequence, windows of three, stride two; it takes no budget.
 
     Each pooling halves: 196, 97, 48, 23, 11. The cost follows from the blocks it is placed at: at 0, at 0 and 6, at 0,
-    4 and 8, or at 0, 3, 6 and 9, as in HVT-1 to HVT-4. Windows run in raster order and wrap around the rows, as in
-    HVT. Acts after the attention residual, where most methods do; HVT pools after the block, which is before the next
-    one: ``site="input"`` there. It cannot be the identity, and works poorly without training.
+    4 and 8, or at 0, 3, 6 and 9, as in HVT-1 to HVT-4. Windows run in raster order and wrap around the rows, as in HVT.
+    It cannot be the identity, and works poorly without training.
 
-    ``positions``: a learned table is added after each pooling, one vector for each place (normal, 0.02, no weight
-    decay), as in HVT; then it must be trained, and one reducer serves all its blocks, with nothing before it that
-    removes patches. HVT-4 is ``at([1, 4, 7, 10], HVTPool(site="input", positions=True))`` on a model with
+    HVT-4 is ``at([1, 4, 7, 10], HVTPool(site="input", positions=True))`` on a model with
     ``class_token=False, global_pool="avg"``, trained from scratch.
+
+    Args:
+        site: ``attention``: after the attention residual, where most methods act; HVT pools after the block, which is
+            before the next one: ``input`` there.
+        positions: a learned table is added after each pooling, one vector for each place (normal, 0.02, no weight
+            decay), as in HVT; then it must be trained, and one reducer serves all its blocks, with nothing before it
+            that removes patches.
     """
 
     summary = "max-pool the token sequence (HVT's pooling on a plain ViT)"

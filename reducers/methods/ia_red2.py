@@ -1,4 +1,4 @@
-"""IA-RED²: interpreters that are rewarded for discarding patches (Pan et al., NeurIPS 2021; methods 7).
+"""IA-RED²: interpreters that are rewarded for discarding patches (Pan et al., NeurIPS 2021).
 
 There is no public code: what is said here of the method rests on memory of the paper [R] unless marked otherwise.
 """
@@ -62,8 +62,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Draw:
-    """What was drawn for one batch, (B,) each: its log probability, and the shares of patches that it and the greedy
-    decision keep.
+    """What was drawn for one batch, (B,) each: its log probability,
+    and the shares of patches that it and the greedy decision keep.
     """
 
     log_probability: Tensor
@@ -100,16 +100,20 @@ class IARED2(TokenReducer):
     """At the start of each group of blocks an interpreter scores the patches; those below ``threshold`` are discarded.
 
     Placed at blocks 0, 4 and 8 as published, by one instance. The count differs from image to image; of an image that
-    would lose all, the patch of highest score stays. Acts before the block. ``threshold=0`` keeps everything.
+    would lose all, the patch of highest score stays. Acts before the block.
 
     Training is a curriculum over the groups. First a group's interpreter learns by REINFORCE, the model standing still:
-    decisions are drawn from its probabilities, the ``reward`` is 1 - (share kept)^2 for a right prediction and
-    ``-penalty`` for a wrong one (its published value is not known: 1 [D]), less the reward of the greedy decision.
-    Then the blocks from there on learn by cross-entropy, under greedy decisions [D]. ``interpreter_share``
-    of a group's time is the interpreter's: 10 of 30 epochs. Groups whose turn has not come discard nothing.
-    The greedy decision's prediction takes a second pass without gradients, with this method alone: what is placed
-    beside it changes the baseline, and so the variance of the gradient, but not its mean. Images should not
-    be mixed in training; where they are, a prediction counts as right for the larger part.
+    decisions are drawn from its probabilities, the reward is 1 - (share kept)^2 for a right prediction and ``-penalty``
+    for a wrong one, less the reward of the greedy decision. Then the blocks from there on learn by cross-entropy, under
+    greedy decisions [D]. Groups whose turn has not come discard nothing. The greedy decision's prediction takes a
+    second pass without gradients, with this method alone: what is placed beside it changes the baseline, and so the
+    variance of the gradient, but not its mean. Images should not be mixed in training; where they are, a prediction
+    counts as right for the larger part.
+
+    Args:
+        threshold: patches of lower probability are discarded; 0 keeps everything.
+        penalty: for a wrong prediction; the published value is not known: 1 [D].
+        interpreter_share: of a group's time that is the interpreter's: 10 of 30 epochs.
     """
 
     summary = "discard what a rewarded interpreter finds uninformative"

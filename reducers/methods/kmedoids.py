@@ -1,4 +1,4 @@
-"""K-Medoids: keep the tokens that stand for their clusters (Marin et al., 2021; Haurum et al., ICCVW 2023; methods 13).
+"""K-Medoids: keep the tokens that stand for their clusters (Marin et al., 2021; Haurum et al., ICCVW 2023).
 
 Alternates between giving every token to its nearest medoid and making the member with the smallest weighted sum of
 distances the new medoid: the objective, the weighted distance of all tokens to their medoids, never grows.
@@ -62,11 +62,16 @@ def better_medoids(distance: Tensor, weight: Tensor, valid: Tensor, medoid: Tens
 class KMedoids(TokenReducer):
     """Keep the medoids of a clustering of the patch tokens: a selection, features are not averaged.
 
-    Euclidean distances between features; three rounds. ``weights="attention"``: a token weighs what attention it
-    received in the block before, over its heads and queries, and the heaviest tokens start as medoids, so it cannot
-    act at block 0; ``"equal"``: all weigh alike, and the start is a farthest-point choice. ``Ratio`` rounds down.
-    The count is fixed. Acts after the attention residual, where most methods do, so that a comparison is one of
-    choices; ``site="input"`` is the published place, before the block.
+    Euclidean distances between features. The count is fixed.
+
+    Args:
+        budget: medoids kept; ``Ratio`` rounds down.
+        weights: ``attention``: a token weighs what attention it received in the block before, over its heads and
+            queries, and the heaviest tokens start as medoids, so it cannot act at block 0; ``equal``: all weigh alike,
+            and the start is a farthest-point choice.
+        iterations: rounds of assigning tokens and choosing medoids anew.
+        site: ``attention``: after the attention residual, where most methods act, so that a comparison is one of
+            choices; ``input`` is the published place, before the block.
     """
 
     summary = "keep the medoids of a clustering"

@@ -1,4 +1,4 @@
-"""PatchMerger: M learned queries attend to the patches and take their place (Renggli et al., 2022; methods 13)."""
+"""PatchMerger: M learned queries attend to the patches and take their place (Renggli et al., 2022)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ class PatchMerger(LearnedPooling):
 
     Each query attends to the normed patches, without scaling, and the weights of its softmax over them mix the normed
     patches; so what leaves is normed, as published. One layer norm and the queries are learned at each block.
-    Published: once, in the middle of the network, 8 tokens [R]: ``at(6, PatchMerger(Count(8)))``. The number that
-    leaves is fixed and does not depend on the number that enters: it is the budget's, counted from the patches that
-    enter the model. An image with no more than that is left as it is [D]. ``Ratio`` rounds down. Each new token stands
+    Published: once, in the middle of the network, 8 tokens [R]: ``at(6, PatchMerger(Count(8)))``. Each new token stands
     for one. Acts before the block; the count is fixed. It cannot be the identity and works only after training.
+
+    Args:
+        budget: number that leaves, counted from the patches that enter the model, whatever enters the block; an image
+            with no more than that is left as it is [D]. ``Ratio`` rounds down.
     """
 
     summary = "learned queries attend to the patches and take their place"

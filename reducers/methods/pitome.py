@@ -1,4 +1,4 @@
-"""PiToMe: protect the informative tokens, merge the redundant ones (Tran et al., NeurIPS 2024; methods 13).
+"""PiToMe: protect the informative tokens, merge the redundant ones (Tran et al., NeurIPS 2024).
 
 A token that is like many others has a high energy and may be merged; one that is like few is protected.
 """
@@ -86,13 +86,14 @@ class PiToMe(PairMerging):
 
     Metric: cosine of the patches' head-mean keys. Of the 2r tokens of highest energy each second one, by rank, is
     merged into the most similar of the rest of them, a mean weighted by size. At most half the tokens can merge in one
-    block: a larger request is cut to that, with a warning. ``Ratio`` rounds up what stays. ``proportional``: later
-    attention is weighted by size; off by default, as in the authors' code. Acts after the attention residual. The
-    count is fixed.
+    block: a larger request is cut to that, with a warning. Acts after the attention residual. The count is fixed.
 
-    ``bipartite``: in so many of the network's first blocks nobody is protected. All patches are ranked by energy and
-    dealt out to two sets in turn, and the r best pairs between them merge; how many blocks the authors mean is not
-    known to us, so none is the default [D].
+    Args:
+        budget: ``Drop(r)``, or what stays; ``Ratio`` rounds that up.
+        proportional: later attention is weighted by size; off by default, as in the authors' code.
+        bipartite: in so many of the network's first blocks nobody is protected: all patches are ranked by energy and
+            dealt out to two sets in turn, and the r best pairs between them merge; how many blocks the authors mean is
+            not known to us, so none is the default [D].
     """
 
     summary = "merge redundant tokens, protect informative ones"

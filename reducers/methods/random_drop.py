@@ -1,4 +1,4 @@
-"""Random drop: the baseline that keeps the field honest (methods 13, our decision [D])."""
+"""Random drop: the baseline that keeps the field honest (our decision [D])."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from reducers.signals import Signals
 class RandomDrop(Ranked):
     """Keep a uniformly random subset of the patch tokens, nested across blocks.
 
-    The subset belongs to (seed, image): the same alone and in any batch. ``Ratio`` rounds down.
+    The subset belongs to (seed, image): the same alone and in any batch.
+
+    Args:
+        budget: patches kept; ``Ratio`` rounds down.
+        seed: of the draw.
     """
 
     summary = "keep a random subset of the patch tokens"

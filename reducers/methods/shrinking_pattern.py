@@ -1,4 +1,4 @@
-"""Shrinking radial patterns: a radius for every block, the smaller the deeper (Haurum et al., ICCVW 2023; methods 13).
+"""Shrinking radial patterns: a radius for every block, the smaller the deeper (Haurum et al., ICCVW 2023).
 
 The contiguous variant of the fixed patterns: no budget, the cost follows from the blocks.
 """
@@ -54,12 +54,16 @@ def counts_within(grid: tuple[int, int], norm: Norm, radius: float) -> int:
 class ShrinkingPattern(TokenReducer):
     """Keep the patches within a radius that shrinks from block to block: a control that looks at no image.
 
-    Block ``start`` to ``end`` (the last one where none is named), each with its own radius, in equal steps from the
-    corner's to 1.0, both ends left out; a patch on the radius stays. It takes no budget, the cost follows from the
-    blocks, and a block between ``start`` and ``end`` in which it is not placed is passed over. ``norm``: diamonds
-    (``l1``), circles (``l2``) or squares (``linf``). Where another reducer has removed patches, as many are kept, from
-    the middle outwards [D]. Nested; symmetric under rotation by 90 degrees on a square grid. Acts after the attention
-    residual. The count is fixed. Never the identity.
+    Each block has its own radius, in equal steps from the corner's to 1.0, both ends left out; a patch on the radius
+    stays. It takes no budget, the cost follows from the blocks, and a block between ``start`` and ``end`` in which it
+    is not placed is passed over. Where another reducer has removed patches, as many are kept, from the middle outwards
+    [D]. Nested; symmetric under rotation by 90 degrees on a square grid. Acts after the attention residual. The count
+    is fixed. Never the identity.
+
+    Args:
+        norm: diamonds (``l1``), circles (``l2``) or squares (``linf``).
+        start: first block of the steps.
+        end: last block of the steps; the model's last where none is named.
     """
 
     summary = "keep the middle of the image within a radius that shrinks from block to block"

@@ -1,4 +1,4 @@
-"""Sinkhorn: patches are transported onto M learned prototypes (Haurum et al., ICCVW 2023; methods 13).
+"""Sinkhorn: patches are transported onto M learned prototypes (Haurum et al., ICCVW 2023).
 
 Entropic optimal transport between tokens and prototypes, by cosine similarity; the plan mixes the tokens.
 """
@@ -56,13 +56,17 @@ class Prototypes(Pooler):
 class Sinkhorn(LearnedPooling):
     """Replace the patch tokens by M mixes of them: the plan that transports tokens onto learned prototypes.
 
-    Similarity is the cosine; ``epsilon`` regularises, ``iterations`` of Sinkhorn's scaling are run. The tokens that
-    are mixed are those of length 1, and no scale is put back, as published. Prototypes start from a normal
-    distribution and have length 1: the authors shorten them in every forward pass, here the pass reads them so and
-    changes nothing, and they are shortened before each update [D]. The number that leaves is fixed: it is the budget's,
-    counted from the patches that enter the model, and an image with no more than that is left as it is [D]. ``Ratio``
-    rounds down. Every patch is shared out whole, so sizes add up to the number of patches. Acts before the block; the
-    count is fixed. It cannot be the identity and works only after training.
+    Similarity is the cosine. The tokens that are mixed are those of length 1, and no scale is put back, as published.
+    Prototypes start from a normal distribution and have length 1: the authors shorten them in every forward pass, here
+    the pass reads them so and changes nothing, and they are shortened before each update [D]. Every patch is shared out
+    whole, so sizes add up to the number of patches. Acts before the block; the count is fixed. It cannot be the
+    identity and works only after training.
+
+    Args:
+        budget: M, counted from the patches that enter the model, whatever enters the block; an image with no more than
+            that is left as it is [D]. ``Ratio`` rounds down.
+        epsilon: of the entropic regularisation.
+        iterations: of Sinkhorn's scaling.
     """
 
     summary = "optimal transport of the patches onto learned prototypes"

@@ -1,5 +1,5 @@
-"""SiT's token slimming: a small network mixes the patches into fewer, and learns from the unslimmed model's (Zong et
-al., ECCV 2022; methods 13).
+"""SiT's token slimming: a small network mixes the patches into fewer,
+and learns from the unslimmed model's (Zong et al., ECCV 2022).
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ class Slimming(Pooler):
 
 
 class Expansion(Slimming):
-    """The reverse, for training alone: every original patch as a mix of the tokens that are left, then a linear
-    layer.
-    """
+    """The reverse, for training alone: every original patch as a mix of the tokens that are left,
+    then a linear layer."""
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count)
@@ -61,13 +60,15 @@ class Expansion(Slimming):
 class SiT(LearnedPooling):
     """Replace the patch tokens by M mixes of them: softmax over the tokens of a learned scale times an MLP.
 
-    ``recalibration`` weighs the distillation that belongs to it [R]: a reverse module expands the final tokens back to
-    the patches, and the loss is their mean squared distance from the dense model's normed ones. The authors match the
-    tokens of every block; here it is the final ones, and the weight is ours [D]. 0: the task alone, no teacher. The
-    reverse module is in no forward pass and costs nothing in inference. The number that leaves is fixed: it is the
-    budget's, counted from the patches that enter the model, and an image with no more than that is left as it is [D].
-    ``Ratio`` rounds down. Acts before the block; the count is fixed. It cannot be the identity and works only after
-    training.
+    The distillation that belongs to it [R]: a reverse module expands the final tokens back to the patches, and the loss
+    is their mean squared distance from the dense model's normed ones. The authors match the tokens of every block; here
+    it is the final ones, and the weight is ours [D]. The reverse module is in no forward pass and costs nothing in
+    inference. Acts before the block; the count is fixed. It cannot be the identity and works only after training.
+
+    Args:
+        budget: M, counted from the patches that enter the model, whatever enters the block; an image with no more than
+            that is left as it is [D]. ``Ratio`` rounds down.
+        recalibration: weight of that distillation; 0: the task alone, no teacher.
     """
 
     summary = "an MLP mixes the patches into fewer (token slimming)"

@@ -1,4 +1,4 @@
-"""A smaller input image: the baseline that reduces tokens before there are any (methods 13, our decision [D])."""
+"""A smaller input image: the baseline that reduces tokens before there are any (our decision [D])."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from reducers.signals import Signals
 class SmallInput(TokenReducer):
     """Show the model a smaller image: fewer patches of the same size, with interpolated positions.
 
-    ``budget``: patches of the smaller image; the nearest grid of nearly the same shape is taken (196, 182, 169, 156,
-    144, … of 14 x 14), and ``Ratio`` rounds to the nearest. Of a model with ``dynamic_img_size`` it counts the patches
-    of the images that come, whatever their size. Bicubic, antialiased. It acts on the whole network
-    wherever it is placed; place it once, at block 0. Provenance is told in the patches of the original image: a patch
-    is carried by the one that covers its centre.
+    Bicubic, antialiased. It acts on the whole network wherever it is placed; place it once, at block 0. Provenance is
+    told in the patches of the original image: a patch is carried by the one that covers its centre.
+
+    Args:
+        budget: patches of the smaller image; the nearest grid of nearly the same shape is taken (196, 182, 169, 156,
+            144, … of 14 x 14), and ``Ratio`` rounds to the nearest. Of a model with ``dynamic_img_size`` it counts the
+            patches of the images that come, whatever their size.
     """
 
     summary = "a smaller input image, positions interpolated"

@@ -1,4 +1,4 @@
-"""STViT: a handful of semantic tokens replace the patches (Chang et al., CVPR 2023; methods 2.1).
+"""STViT: a handful of semantic tokens replace the patches (Chang et al., CVPR 2023).
 
 Two consecutive blocks generate them. The first pools the grid of patches and lets what comes out ask the patches; the
 second adds a learned centre to each and lets them ask once more. The patches are then gone. The blocks keep their own
@@ -56,22 +56,23 @@ def bins(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) ->
 class STViT(TokenReducer):
     """Replace the patches by a few semantic tokens, which two consecutive blocks gather; later blocks see them alone.
 
-    Published: 16 tokens from blocks 4 and 5 of 12, ``at([4, 5], STViT())``, about 58 % fewer multiply-adds. ``budget``
-    says how many; the nearest grid of nearly the same shape as the model's is taken (4 x 4 of 14 x 14), for images of
-    any size, and ``Ratio`` rounds to the nearest. The first of its blocks pools and asks the patches that enter it;
-    each further one adds centres of its own (M, D), which are all that it learns, and asks them again; blocks between
-    attend among the semantic tokens as usual [D: published are two, side by side]. It needs every patch of the image in
-    its place, so other reducers come after it.
+    Published: 16 tokens from blocks 4 and 5 of 12, ``at([4, 5], STViT())``, about 58 % fewer multiply-adds. The first
+    of its blocks pools and asks the patches that enter it; each further one adds centres of its own (M, D), which are
+    all that it learns, and asks them again; blocks between attend among the semantic tokens as usual [D: published are
+    two, side by side]. It needs every patch of the image in its place, so other reducers come after it. The LayerScale
+    of the authors' new blocks is left out: these blocks are the model's own [D]. No semantic token is one patch's
+    continuation; a patch is carried by the one in whose bin it lies. The count is fixed.
 
-    What becomes of the class token the publication's code does not say (it is a Swin's). ``class_token="query"`` [D]:
-    it and other prefix tokens ask and are asked beside the semantic ones, and the head reads it as ever. ``"pool"``: it
-    goes with the patches, and the head reads the mean of the semantic tokens.
-
-    ``pooled_keys``: the pooled tokens are among the keys of the first layer, as in the authors' code. False, with
-    ``class_token="pool"``, is what the published cost was counted with: 0.525, 1.915 and 7.294 G for DeiT-Ti, S and B.
-    ``residual``: the pooled tokens also remain in the sum; on for pretrained weights [D], off in the released Swin.
-    The LayerScale of the authors' new blocks is left out: these blocks are the model's own [D]. No semantic token is
-    one patch's continuation; a patch is carried by the one in whose bin it lies. The count is fixed.
+    Args:
+        budget: semantic tokens; the nearest grid of nearly the same shape as the model's is taken (4 x 4 of 14 x 14),
+            for images of any size, and ``Ratio`` rounds to the nearest.
+        class_token: what becomes of it, which the publication's code (a Swin's) does not say. ``query`` [D]: it and
+            other prefix tokens ask and are asked beside the semantic ones, and the head reads it as ever. ``pool``: it
+            goes with the patches, and the head reads the mean of the semantic tokens.
+        pooled_keys: the pooled tokens are among the keys of the first layer, as in the authors' code. False, with
+            ``class_token="pool"``, is what the published cost was counted with: 0.525, 1.915 and 7.294 G for DeiT-Ti, S
+            and B.
+        residual: the pooled tokens also remain in the sum; on for pretrained weights [D], off in the released Swin.
     """
 
     summary = "a handful of semantic tokens asks the patches and replaces them"

@@ -1,4 +1,4 @@
-"""ToFu: prune matched tokens early, merge them late and keep their norm (Kim et al., WACV 2024; methods 13).
+"""ToFu: prune matched tokens early, merge them late and keep their norm (Kim et al., WACV 2024).
 
 Early blocks are far from linear in their tokens, so that the mean of two tokens is no token they know; there the more
 redundant of a pair is dropped. Later blocks merge, and the mean is stretched to the longest of its members. The
@@ -66,11 +66,14 @@ def without_sources(merge: Merge) -> Keep:
 class ToFu(PairMerging):
     """ToMe's matching; in early blocks the matched token is pruned, in later ones merged with its norm kept.
 
-    Blocks before ``switch`` (a share of the depth) prune: the source is dropped, the destination unchanged. From there
-    on they merge: the direction of the size-weighted mean, the norm of the longest member. The switch at half the depth
-    is our decision [D]. ``proportional``: later attention is weighted by size, as in ToMe (a pruned token's size is
-    lost). At most half the tokens can go in one block: a larger request is cut to that, with a warning. ``Ratio``
-    rounds up what stays.
+    Pruning drops the source and leaves the destination unchanged. Merging takes the direction of the size-weighted mean
+    and the norm of the longest member. At most half the tokens can go in one block: a larger request is cut to that,
+    with a warning.
+
+    Args:
+        budget: ``Drop(r)``, or what stays; ``Ratio`` rounds that up.
+        switch: share of the depth before which blocks prune; half is our decision [D].
+        proportional: later attention is weighted by size, as in ToMe (a pruned token's size is lost).
     """
 
     summary = "prune matched tokens in early blocks, merge them with their norm kept in later ones"

@@ -1,6 +1,4 @@
-"""TokenLearner: a small network looks at the image and weighs its patches M times over (Ryoo et al., NeurIPS 2021;
-methods 13).
-"""
+"""TokenLearner: a small network looks at the image and weighs its patches M times over (Ryoo et al., NeurIPS 2021)."""
 
 from __future__ import annotations
 
@@ -75,13 +73,16 @@ class ByConvolution(Pooler):
 class TokenLearner(LearnedPooling):
     """Replace the patch tokens by M mixes of them, with weights that a small network reads off the tokens.
 
-    ``maps="mlp"``: version 1.1, a softmax over the patches of an MLP of each (64 hidden features). ``maps="conv"``:
-    version 1.0, a sigmoid of 3 x 3 convolutions on the grid (four, without bias [R]), then the mean over the grid; it
-    needs every patch of the image in its place, so it acts once, before any other reducer. Published: once, in the
-    middle of the network, 8 tokens: ``at(6, TokenLearner(Count(8)))``. The number that leaves is fixed: it is the
-    budget's, counted from the patches that enter the model, and an image with no more than that is left as it is [D].
-    ``Ratio`` rounds down. The optional fuser, which maps the tokens back to the patches, is left out: here tokens only
-    become fewer. Acts before the block; the count is fixed. It cannot be the identity and works only after training.
+    Published: once, in the middle of the network, 8 tokens: ``at(6, TokenLearner(Count(8)))``. The optional fuser,
+    which maps the tokens back to the patches, is left out: here tokens only become fewer. Acts before the block; the
+    count is fixed. It cannot be the identity and works only after training.
+
+    Args:
+        budget: M, counted from the patches that enter the model, whatever enters the block; an image with no more than
+            that is left as it is [D]. ``Ratio`` rounds down.
+        maps: ``mlp``: version 1.1, a softmax over the patches of an MLP of each (64 hidden features). ``conv``: version
+            1.0, a sigmoid of 3 x 3 convolutions on the grid (four, without bias [R]), then the mean over the grid; it
+            needs every patch of the image in its place, so it acts once, before any other reducer.
     """
 
     summary = "a small network weighs the patches, M times over"

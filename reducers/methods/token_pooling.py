@@ -1,4 +1,4 @@
-"""Token Pooling: weighted k-means over the tokens, each cluster becomes its centroid (Marin et al., 2021; methods 13).
+"""Token Pooling: weighted k-means over the tokens, each cluster becomes its centroid (Marin et al., 2021).
 
 The paper minimises the error of reconstructing the tokens from the fewer ones, weighted by the attention they receive.
 Its account here rests on memory [R]; how it starts and what becomes of empty clusters are our decisions [D].
@@ -80,12 +80,16 @@ def weighted_kmeans(x: Tensor, weight: Tensor, valid: Tensor, count: Tensor, mos
 class TokenPooling(TokenReducer):
     """Replace the patch tokens by the weighted centroids of a k-means clustering.
 
-    ``weights="attention"``: a token weighs what attention it received in the block before, over its heads and
-    queries, so it cannot act at block 0; ``"equal"``: all weigh alike. At most five rounds, always all of them: a
-    round that changes nothing is not noticed, so the cost is the same for every image. ``Ratio`` rounds down. The
-    paper's K-Medoids form is the method ``kmedoids``. Later attention is not weighted by size. The count is fixed.
-    Acts after the attention residual, where most methods do; the paper pools after each block, which is before the
-    next one: ``site="input"``.
+    The paper's K-Medoids form is the method ``kmedoids``. Later attention is not weighted by size. The count is fixed.
+
+    Args:
+        budget: clusters left; ``Ratio`` rounds down.
+        weights: ``attention``: a token weighs what attention it received in the block before, over its heads and
+            queries, so it cannot act at block 0; ``equal``: all weigh alike.
+        iterations: rounds, always all of them: one that changes nothing is not noticed, so the cost is
+            the same for every image.
+        site: ``attention``: after the attention residual, where most methods act; the paper pools after each block,
+            which is before the next one: ``input``.
     """
 
     summary = "weighted k-means over the tokens, each cluster becomes its centroid"

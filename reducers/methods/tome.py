@@ -1,4 +1,4 @@
-"""ToMe: merge the most similar token pairs (Bolya et al., ICLR 2023; methods 4)."""
+"""ToMe: merge the most similar token pairs (Bolya et al., ICLR 2023)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from reducers.signals import Signals
 
 @register("tome")
 class ToMe(PairMerging):
-    """Merge the r most similar pairs of neighbouring sets at each block; ``ToMe(Drop(13))`` in every block is the
-    paper's r = 13.
+    """Merge the r most similar pairs of neighbouring sets at each block.
 
-    Metric: cosine of the head-mean keys. Even places form one set, odd ones the other, over the whole sequence,
-    prefix tokens excluded from matching. At most half the tokens can merge in one block: a larger request is cut
-    to that, with a warning. ``proportional``: later attention is weighted by size, as the authors do off the shelf
-    for supervised models. ``Ratio`` rounds up what stays.
+    Metric: cosine of the head-mean keys. Even places form one set, odd ones the other, over the whole sequence, prefix
+    tokens excluded from matching. At most half the tokens can merge in one block: a larger request is cut to that, with
+    a warning.
+
+    Args:
+        budget: ``Drop(r)``, the paper's form (``Drop(13)`` in every block is its r = 13), or what stays; ``Ratio``
+            rounds that up.
+        proportional: later attention is weighted by size, as the authors do off the shelf for supervised models.
     """
 
     summary = "merge the most similar token pairs"

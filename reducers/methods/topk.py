@@ -1,4 +1,4 @@
-"""Top-K: keep the highest-scoring patch tokens (methods 5; the ATS paper's comparison, Haurum et al.'s baseline)."""
+"""Top-K: keep the highest-scoring patch tokens (the ATS paper's comparison, Haurum et al.'s baseline)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,15 @@ from reducers.tokens import Counts, Layout
 
 @register("topk")
 class TopK(selection.Ranked):
-    """Keep the ``budget`` patch tokens of highest score; the rest are dropped.
+    """Keep the patch tokens of highest score; the rest are dropped.
 
-    The dropped tokens still serve as keys and values in the block that drops them. ``Ratio`` rounds down (K_n =
-    floor(rho x tokens entering the stage)) and counts patch tokens; with ``count_prefix=True`` it counts all.
-    ``seed`` matters to ``score="random"`` only.
+    The dropped tokens still serve as keys and values in the block that drops them.
+
+    Args:
+        budget: patches kept; ``Ratio`` rounds down (K_n = floor(rho x tokens entering the stage)) and counts patch
+            tokens; with ``count_prefix=True`` it counts all.
+        score: by which patches are ranked.
+        seed: of ``score="random"``.
     """
 
     summary = "keep the K patch tokens of highest score"

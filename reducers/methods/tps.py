@@ -1,4 +1,4 @@
-"""TPS: what is pruned is squeezed into the tokens that stay (Wei et al., CVPR 2023; methods 13).
+"""TPS: what is pruned is squeezed into the tokens that stay (Wei et al., CVPR 2023).
 
 Each pruned patch goes to the kept patch it resembles most, its host, by cosine of their features. A host becomes the
 mean of itself, at weight e, and its guests, at weight exp(cosine): a guest that is its equal counts as much as itself.
@@ -141,11 +141,15 @@ def spend_squeeze(signals: Signals, kept: Keep) -> None:
 class DTPS(PredictedKeep):
     """dTPS: DynamicViT's choice of patches; those it drops are squeezed into the kept patch that resembles them most.
 
-    Acts before the block. Predictors, stages, counts and ``threshold`` are DynamicViT's: ``Ratio(rho)`` keeps
-    floor(N rho^s) at the s-th block it is placed at. Losses beside the task: ``ratio_weight`` x squared error of the
-    kept share and ``distill_weight`` x KL(teacher || student) of the logits; the teacher is the dense model. Training
-    squeezes what it drops as well, and masks it after. Trained alone, with one reducer at all its blocks. Later
-    attention is not weighted by size. Without training the predictors are random; ``etps`` needs none.
+    Acts before the block. Predictors, stages and counts are DynamicViT's; the teacher of its losses is the dense model.
+    Training squeezes what it drops as well, and masks it after. Trained alone, with one reducer at all its blocks.
+    Later attention is not weighted by size. Without training the predictors are random; ``etps`` needs none.
+
+    Args:
+        budget: ``Ratio(rho)`` keeps floor(N rho^s) of the N patches at the s-th block it is placed at.
+        threshold: keep every patch whose probability to be kept is above it, as in DynamicViT.
+        ratio_weight: of the squared error of the kept share.
+        distill_weight: of KL(teacher || student) of the logits.
     """
 
     summary = "learned predictors choose, dropped patches are squeezed into kept ones"
@@ -167,9 +171,14 @@ class DTPS(PredictedKeep):
 class ETPS(Ranked):
     """Keep the most attended patches as EViT does; squeeze each other one into the kept patch that resembles it most.
 
-    Acts after the attention residual, before the MLP, where features are compared too. ``Ratio`` rounds up and counts
-    the patches entering the block, as EViT's does [D]. It has no parameters: it works without training and gains by it,
-    as EViT; gradients reach the weights of the squeezing. Later attention is not weighted by size.
+    Acts after the attention residual, before the MLP, where features are compared too. It has no parameters: it works
+    without training and gains by it, as EViT; gradients reach the weights of the squeezing. Later attention is not
+    weighted by size.
+
+    Args:
+        budget: patches kept, of those entering the block, as EViT's [D]; ``Ratio`` rounds up.
+        score: by which patches are ranked.
+        seed: of ``score="random"``.
     """
 
     summary = "keep the most attended patches, squeeze the rest into them"

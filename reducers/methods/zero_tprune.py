@@ -1,5 +1,4 @@
-"""Zero-TPrune: PageRank on the attention graph, then pruning by similarity and by importance (Wang et al., CVPR 2024;
-methods 13).
+"""Zero-TPrune: PageRank on the attention graph, then pruning by similarity and by importance (Wang et al., CVPR 2024).
 
 No code is public; the iteration counts, the variance filter and how a budget is split between the two kinds of pruning
 rest on memory [R] or are our decisions [D], as noted.
@@ -79,11 +78,18 @@ def most_alike(metric: Tensor, order: Tensor, valid: Tensor, count: Tensor) -> T
 class ZeroTPrune(TokenReducer):
     """Prune the tokens most like a more important one, then the least important ones.
 
-    Importance: PageRank on each head's attention graph, class token included, heads combined as ``combine_heads``
-    says; ``iterations`` fixes the number of power iterations, by default 30 in the first third of the network, 5
-    after it and 1 in the last block. ``similar``: the share of the tokens to remove that goes by similarity (cosine of
-    head-mean keys), at most the less important half; the rest goes by importance [D]. A selection: features are not
-    averaged. ``Ratio`` rounds down. Acts after the attention residual. The count is fixed.
+    Importance: PageRank on each head's attention graph, class token included, heads combined as ``combine_heads`` says.
+    A selection: features are not averaged. Acts after the attention residual. The count is fixed.
+
+    Args:
+        budget: patches kept; ``Ratio`` rounds down.
+        similar: share of the tokens to remove that goes by similarity (cosine of head-mean keys), at most the less
+            important half; the rest goes by importance [D].
+        iterations: of PageRank's power method; by default 30 in the first third of the network, 5 after it and 1 in the
+            last block.
+        low: a head whose scores vary less tells nothing apart and is left out; the variance is that of scores scaled to
+            mean 1 [D].
+        high: a head whose scores vary more sees a single token and is left out; where all heads are, all count [D].
     """
 
     summary = "prune by PageRank on attention and by similarity"

@@ -95,8 +95,8 @@ class PackedAttention:
         return self._fused is not None or self._all_queries is not None
 
     def row(self, rows: Tensor) -> Tensor:
-        """Attention of one query an image over all its keys: rows (B,) packed -> (T, H), after the softmax, at
-        least float32.
+        """Attention of one query an image over all its keys: rows (B,) packed -> (T, H),
+        after the softmax, at least float32.
         """
         if self._given is not None:
             images = torch.arange(self.layout.images, device=rows.device)
@@ -129,9 +129,8 @@ class PackedAttention:
         self._given = attention
 
     def map(self) -> Tensor:
-        """The whole attention map (B, H, L, K) over the keys, after the softmax, at least float32; padded places are
-        0.
-        """
+        """The whole attention map (B, H, L, K) over the keys, after the softmax, at least float32;
+        padded places are 0."""
         if self._given is not None:
             return self._given
         layout, keys, wide = self.layout, self.keys_layout, torch.promote_types(self.x.dtype, torch.float32)

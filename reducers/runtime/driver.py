@@ -42,8 +42,8 @@ def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
 
 
 class ReducedViT(nn.Module):
-    """A vision transformer and where its tokens are reduced. ``forward`` gives logits; ``trace`` also what happened and
-    what it cost.
+    """A vision transformer and where its tokens are reduced. ``forward`` gives logits;
+    ``trace`` also what happened and what it cost.
 
     ``training`` is the base's own, and the reducers follow it at each call. With ``base.set_grad_checkpointing()``
     every block keeps only its input for the backward pass and runs again there, with the random numbers it had, but

@@ -29,8 +29,8 @@ def packed_attention(
     dropout: float = 0.0,
     pair_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d), k and v: (Tk, H, d) -> (Tq,
-    H, d).
+    """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d),
+    k and v: (Tk, H, d) -> (Tq, H, d).
 
     Added to the logits: ``key_bias`` (Tk,) of each key, ``pair_bias`` (B or 1, H or 1, Lq, Lk), padded, of each pair.
     """
@@ -166,9 +166,8 @@ def _image_by_image(
     biases: list[Tensor | None],
     dropout: float,
 ) -> Tensor:
-    """On a CPU a call for each image costs less than padding would: nothing is copied, nothing is multiplied in
-    vain.
-    """
+    """On a CPU a call for each image costs less than padding would: nothing is copied,
+    nothing is multiplied in vain."""
     plain = dropout == 0 and not torch.is_grad_enabled() and q.dtype in (torch.float32, torch.float64)
     by_head = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, d)
     counts = queries.counts, keys.counts, keys.counts

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ablations.catalogue import docs
-from ablations.catalogue.docstrings import functions, markdown, statements
+from ablations.catalogue.docstrings import functions, markdown, parted, statements
 from ablations.catalogue.methods import classes_of, placement_code, properties, reducer_code
 from reducers import ATS, Count, Drop, EViT, Ratio, Stack, ToMe, TopK, at, available, placement_from
 from reducers import methods as all_methods
@@ -131,3 +131,28 @@ def test_what_changed_is_said_and_written(
     assert "stale: methods/ats.md\nstale: methods/gone.md" in capsys.readouterr().out
     assert ablate("docs") == 0 and not (tmp_path / "pages" / "methods" / "gone.md").exists()
     assert ablate("docs", "--check") == 0
+
+
+def test_a_docstring_is_parted_into_its_prose_and_the_meaning_of_each_setting() -> None:
+    prose, settings = parted("""Do it.
+
+    More on it [D].
+
+    Args:
+        first: of two; see ``a: b``.
+        second: goes on
+            over a line.
+
+    And after it.
+    """)
+    assert prose == "Do it.\n\nMore on it [D].\n\nAnd after it."
+    assert settings == {"first": "of two; see ``a: b``.", "second": "goes on over a line."}
+    assert parted("No list.") == ("No list.", {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_of_a_method_is_explained_in_its_docstring(name: str) -> None:
+    cls = available()[name]
+    _, settings = parted(cls.__doc__ or "")
+    assert list(settings) == [parameter.name for parameter in cls.settings()], "in the constructor's order"
+    assert all(text.endswith((".", "…")) for text in settings.values())

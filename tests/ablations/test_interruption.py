@@ -82,8 +82,8 @@ def test_a_run_on_ray_survives_its_worker_is_interrupted_and_goes_on(
 
 @pytest.mark.slow
 def test_workers_find_what_a_serial_run_finds_and_a_failing_trial_stops_no_other(tmp_path: Path) -> None:
-    """Alone or in a group. One trial is planned for other data than the workers find: its result would be of something
-    else.
+    """Alone or in a group. One trial is planned for other data than the workers find:
+    its result would be of something else.
     """
     code = """
 import dataclasses, sys, torch

@@ -1,4 +1,4 @@
-"""ATC against scipy's linkage, and what a clustering must do beyond it (methods 13)."""
+"""ATC against scipy's linkage, and what a clustering must do beyond it."""
 
 from __future__ import annotations
 

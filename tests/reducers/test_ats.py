@@ -1,4 +1,4 @@
-"""ATS against slow references written from the specification (methods 14.1), and its invariants (14.3)."""
+"""ATS against slow references written from the specification, and its invariants (14.3)."""
 
 from __future__ import annotations
 

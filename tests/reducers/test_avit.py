@@ -1,4 +1,4 @@
-"""A-ViT against the published masked form, written from the specification (methods 1)."""
+"""A-ViT against the published masked form, written from the specification."""
 
 from __future__ import annotations
 

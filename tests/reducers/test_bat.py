@@ -1,4 +1,4 @@
-"""BAT against a slow reference written from its description (methods 13)."""
+"""BAT against a slow reference written from its description."""
 
 from __future__ import annotations
 

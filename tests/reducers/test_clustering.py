@@ -1,4 +1,4 @@
-"""DPC-KNN, K-Medoids and Token Pooling against slow references written from the specification (methods 13)."""
+"""DPC-KNN, K-Medoids and Token Pooling against slow references written from the specification."""
 
 from __future__ import annotations
 

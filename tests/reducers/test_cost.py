@@ -24,7 +24,7 @@ def reference(model, placement) -> float:
 
 
 def haurum(rate):
-    """Top-K at the absolute counts int(196 r^i) of the common three-stage protocol (methods 0.5)."""
+    """Top-K at the absolute counts int(196 r^i) of the common three-stage protocol."""
     placement = at([], Identity())
     for stage, block in enumerate((3, 6, 9), 1):
         placement = placement | at(block, TopK(Count(int(196 * rate**stage))))
@@ -119,8 +119,8 @@ def test_fvcore_agrees_on_deit_small_fused_or_not(small):
 
 @torch.no_grad()
 def test_fvcore_agrees_on_the_rows_really_computed(images):
-    """The reduced model, traced: what runs is what is counted, but for the reducer's own work, which fvcore sees
-    in part.
+    """The reduced model, traced: what runs is what is counted, but for the reducer's own work,
+    which fvcore sees in part.
     """
     model = make_vit()
     reduced = reduce_tokens(model, at([1, 3], TopK(Count(9))))

@@ -1,4 +1,4 @@
-"""DiffRate: learned counts, pruning and merging by rank, and how gradients reach the counts (methods 13)."""
+"""DiffRate: learned counts, pruning and merging by rank, and how gradients reach the counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DynamicViT against slow references written from the specification (methods 6)."""
+"""DynamicViT against slow references written from the specification."""
 
 from __future__ import annotations
 

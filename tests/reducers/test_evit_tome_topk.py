@@ -1,4 +1,4 @@
-"""EViT, ToMe and top-K against slow references written from the specification (methods 3, 4, 5)."""
+"""EViT, ToMe and top-K against slow references written from the specification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GTP and Zero-TPrune: the graphs, their formulas and their limits (methods 13)."""
+"""GTP and Zero-TPrune: the graphs, their formulas and their limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IA-RED²: the interpreter, REINFORCE with its greedy baseline, and the curriculum (methods 7)."""
+"""IA-RED²: the interpreter, REINFORCE with its greedy baseline, and the curriculum."""
 
 from __future__ import annotations
 

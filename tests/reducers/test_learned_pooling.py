@@ -1,4 +1,4 @@
-"""PatchMerger, Sinkhorn, SiT, TokenLearner and DPC-KNN's learned weights against slow references (methods 13)."""
+"""PatchMerger, Sinkhorn, SiT, TokenLearner and DPC-KNN's learned weights against slow references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixed patterns, HVT's pooling, attention back-tracking and the smaller input image (methods 8, 9, 13)."""
+"""Fixed patterns, HVT's pooling, attention back-tracking and the smaller input image."""
 
 from __future__ import annotations
 

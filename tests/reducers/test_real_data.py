@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from reducers import ATS, Ratio, at, reduce_tokens
 
 DATA = Path(os.environ.get("SIEVIT_DATA", "no-such-folder"))
-RELEASED = [163.9, 147.1, 135.5, 120.0, 103.5, 96.0, 76.0, 68.1, 63.6]  # tokens leaving blocks 3-11 (methods 14.1)
+RELEASED = [163.9, 147.1, 135.5, 120.0, 103.5, 96.0, 76.0, 68.1, 63.6]  # tokens leaving blocks 3-11
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="SIEVIT_DATA names no folder with the real data")
 

@@ -1,4 +1,4 @@
-"""Shrinking radial patterns, and HVT's pooling with learned positions (methods 8, 13)."""
+"""Shrinking radial patterns, and HVT's pooling with learned positions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""STTABT: ApproxNet and its distillation, concrete masks, and a block that reads some tokens and updates fewer
-(methods 9).
-"""
+"""STTABT: ApproxNet and its distillation, concrete masks, and a block that reads some tokens and updates fewer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""STViT: semantic tokens against a slow reference, the published cost, and what replaces the identity (methods 2.1)."""
+"""STViT: semantic tokens against a slow reference, the published cost, and what replaces the identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ToFu and PiToMe against slow references written from the specification (methods 13)."""
+"""ToFu and PiToMe against slow references written from the specification."""
 
 from __future__ import annotations
 

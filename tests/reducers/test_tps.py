@@ -1,4 +1,4 @@
-"""dTPS and eTPS against slow references written from the specification (methods 13)."""
+"""dTPS and eTPS against slow references written from the specification."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class Lost:
 
 
 class Events(tune.Callback):
-    """Carries what happens in Tune to the progress display, keeps the clocks, and tells ``on_lost`` of each job whose
-    worker was lost.
+    """Carries what happens in Tune to the progress display, keeps the clocks,
+    and tells ``on_lost`` of each job whose worker was lost.
 
     ``stall`` says of a job, by its number, where its worker stood if it hung; on a ``joined`` cluster Ray may notice
     that a worker is gone before it notices that the whole node is.

@@ -72,8 +72,8 @@ class Watch:
 
 
 def place_of_stall(path: Path) -> str | None:
-    """Where the work stood, from what a watch left at ``path``: ``calibrate.py:112 in mean_cost``; None if it did not
-    hang.
+    """Where the work stood, from what a watch left at ``path``: ``calibrate.py:112 in mean_cost``;
+    None if it did not hang.
 
     Of several threads the one that runs this project's code counts, and in it the innermost line of that code.
     """

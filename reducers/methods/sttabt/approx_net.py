@@ -1,4 +1,4 @@
-"""STTABT's ApproxNet: a narrow twin of the model that guesses its attention (Lee et al., ICLR 2023; methods 9).
+"""STTABT's ApproxNet: a narrow twin of the model that guesses its attention (Lee et al., ICLR 2023).
 
 Same depth, heads and tokens; a fraction of the width. It runs before the model does, on the images themselves, and what
 it is asked for are its attention scores. It learns by distillation from the model.

@@ -1,5 +1,5 @@
 """STTABT's concrete masks: from guessed attention to soft sets of tokens, and a block's computation under them
-(Lee et al., ICLR 2023; methods 9).
+(Lee et al., ICLR 2023).
 """
 
 from __future__ import annotations

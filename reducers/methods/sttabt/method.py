@@ -1,5 +1,5 @@
 """STTABT: tokens chosen before the model runs, by attention traced back through a small network that guesses it
-(Lee et al., ICLR 2023; methods 9). With the model's own maps in place of the guess it is ``back_tracking``.
+(Lee et al., ICLR 2023). With the model's own maps in place of the guess it is ``back_tracking``.
 """
 
 from __future__ import annotations
@@ -84,21 +84,31 @@ class _Update(TokenReducer):
 class STTABT(TokenReducer):
     """Trace importance back from the output through guessed attention, before the model runs, and skip the rest.
 
-    A small network (ApproxNet: the model's depth and heads, ``shrink`` times narrower) guesses the attention of every
-    block. From the prefix tokens at the output backwards it follows which tokens block i must read, M_i, and which it
-    must update, M_i+1; each set holds the next. Block i computes keys and values for the ones, everything else for
-    the others. Published in every block; where it is placed at some, it acts at those.
+    A small network (ApproxNet: the model's depth and heads, narrower) guesses the attention of every block. From the
+    prefix tokens at the output backwards it follows which tokens block i must read, M_i, and which it must update,
+    M_i+1; each set holds the next. Block i computes keys and values for the ones, everything else for the others.
+    Published in every block; where it is placed at some, it acts at those. Several prefix tokens all count as the
+    output [D]. Where the head reads patches, those that the last block must read are updated in it [D].
 
     Without a budget (the paper's main form) a token is kept where its importance exceeds a threshold that each block
-    learns: the count differs from image to image and block to block. ``operating_point``: p_logit at the start, to
-    which a loss holds it; about sigmoid of it of the tokens stay: -3 to 1, one training each. With a ``budget`` the
-    hard form: so many patches of highest importance join the set at each block; ``Ratio`` rounds up.
+    learns: the count differs from image to image and block to block.
 
-    Training: for the share ``distillation`` of it (30 of 50 epochs) ApproxNet learns from the model, which stands still
-    and runs as in inference; then model, thresholds and ApproxNet learn together, under soft masks (with a budget: the
-    model alone, on the tokens that stay). The other arguments are the losses' published coefficients. Several prefix
-    tokens all count as the output [D]. Where the head reads patches, those that the last block must read are
-    updated in it [D].
+    Training: first ApproxNet learns from the model, which stands still and runs as in inference; then model, thresholds
+    and ApproxNet learn together, under soft masks (with a budget: the model alone, on the tokens that stay).
+
+    Args:
+        budget: the hard form: so many patches of highest importance join the set at each block; ``Ratio`` rounds up.
+        operating_point: p_logit at the start, to which a loss holds it; about sigmoid of it of the tokens stay: -3 to
+            1, one training each.
+        shrink: ApproxNet is so many times narrower.
+        distillation: share of the training in which ApproxNet alone learns: 30 of 50 epochs.
+        hidden: published weight of the distance between ApproxNet's features and the model's, while ApproxNet learns
+            alone.
+        prediction: published weight of the distance between their class probabilities, likewise.
+        teacher: published weight of KL(teacher || student) of the logits; the teacher is the dense model.
+        threshold: published weight of the thresholds' squared distance from the operating point.
+        occupancy: published weight of the squared error of the share kept, the mean of the masks over blocks, images
+            and tokens.
     """
 
     summary = "keep what guessed attention, traced back from the output, will read"

@@ -15,8 +15,8 @@ from reducers.registry import register
 
 @register("faulty")
 class Faulty(TokenReducer):
-    """Leaves the tokens alone, unless it fails in the way ``how`` names; with ``once``, only the first to make that
-    file does.
+    """Leaves the tokens alone, unless it fails in the way ``how`` names; with ``once``,
+    only the first to make that file does.
     """
 
     summary, source = "fails on purpose", "the tests"
