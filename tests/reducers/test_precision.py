@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers import Drop, Identity, TokenReducer, ToMe, at, every, reduce_tokens
+from reducers import Drop, Identity, Ratio, TokenReducer, ToMe, at, every, reduce_tokens
+from reducers.methods import ATC, PiToMe, ToFu
 from reducers.methods.ats import cumulative, significance
 from tests.samples import in_turn
 
@@ -84,6 +85,22 @@ def test_sizes_add_up_exactly_in_half_precision(automatic):
         driven(torch.randn(2, 3, 192, 192, dtype=dtype))
     assert probe.sums[-1].tolist() == [577.0, 577.0]
     assert probe.sizes[-1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reducer", [ToMe, ToFu, PiToMe, ATC])
+@torch.no_grad()
+def test_the_weights_of_a_merge_are_not_of_half_precision(reducer, images):
+    """A token of 257 patches weighs 257, not 256."""
+    weights = []
+
+    class Seen(reducer):  # type: ignore[valid-type, misc]
+        def decide(self, signals, state):
+            decision = super().decide(signals, state)
+            weights.append(decision.map.weight)
+            return decision
+
+    reduce_tokens(make_vit().to(half), at(3, Seen(Ratio(0.6))))(images.to(half))
+    assert [weight.dtype for weight in weights] == [torch.float32]
 
 
 @pytest.mark.parametrize("automatic", [False, True], ids=["bfloat16", "autocast"])
