@@ -65,7 +65,9 @@ class Signals(ABC):
 
     @abstractmethod
     def keys(self) -> Tensor:
-        """(T, H, d), after k_norm where the model has one."""
+        """(T, H, d), after k_norm where the model has one. Not turned by places where the model has rope: tokens that
+        are alike stay so wherever they lie, and all similarities are taken of these.
+        """
 
     @abstractmethod
     def values(self) -> Tensor:

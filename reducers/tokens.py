@@ -341,6 +341,8 @@ class TokenBatch:
     cls: Tensor = field(metadata=_how("class row"))
     # (T,) original patch a token still is, else -1; kept while tracing or on demand
     pos: Tensor | None = field(default=None, metadata=_how("heaviest"))
+    # (T, 3) float32: the sum of its patches' coordinates, and how many they are; kept where a host asks for the mean
+    centroid: Tensor | None = field(default=None, metadata=_how("sum"))
     # (T,) float32, added to the attention logits of every later block
     key_bias: Tensor | None = field(default=None, metadata=_how("log of the sum"))
     biased: Tensor | None = None  # (B,) bool: images that have such a bias; None: all, if any

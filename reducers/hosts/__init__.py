@@ -6,12 +6,12 @@ This table is all that a new host needs beside its own file: exact type -> modul
 from __future__ import annotations
 
 from importlib import import_module
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from torch import nn
 
-from reducers.errors import UnsupportedModel
-from reducers.hosts.protocol import Host
+from reducers.errors import ReducerError, UnsupportedModel
+from reducers.hosts.protocol import Host, Places
 
 TYPES: dict[str, str] = {
     "timm.models.vision_transformer.VisionTransformer": "reducers.hosts.timm_vit",
@@ -24,17 +24,22 @@ SUPPORTED = (
 )
 
 
-def host_of(model: nn.Module) -> Host:
-    """The host of a model, which is chosen by its exact type.
+def host_of(model: nn.Module, *, places: Places = "heaviest") -> Host:
+    """The host of a model, which is chosen by its exact type. ``places``: as in ``reduce_tokens``.
 
     Raises:
         UnsupportedModel: no host knows the type, or the model could not be run exactly.
+        ReducerError: the model has no use for such places.
     """
     module = TYPES.get(_name(type(model)))
     if module is None:
         refuse_type(model)
-    host: Host = import_module(module).HOST(model)
+    host: Host = import_module(module).HOST(model, places=places)
     host.check()
+    if places not in get_args(Places):
+        raise ReducerError(f"places={places!r} is unknown; use one of {', '.join(map(repr, get_args(Places)))}")
+    if places == "mean" and (why := host.mean_places) is not None:
+        raise ReducerError(f"places='mean' is not for this {type(model).__name__}: {why}; leave places out")
     return host
 
 

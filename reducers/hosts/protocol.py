@@ -24,6 +24,8 @@ from reducers.tokens import Layout, TokenBatch
 
 Grid = tuple[int, int]
 Spread = Literal["share", "mean"]
+Places = Literal["heaviest", "mean"]
+"""The place of a token that stands for several: that of the heaviest of them, or the mean of their coordinates."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,9 @@ class Host(ABC):
         """The models of a family by the names under which the library makes them, refused ones included."""
         return []
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, places: Places = "heaviest") -> None:
         self.model: Any = model
+        self.places = places
 
     # --- whether it can be driven ---
 
@@ -262,6 +265,11 @@ class Host(ABC):
 
         Asked when the model is wrapped and again at each call, as its user may change it in between.
         """
+
+    @property
+    def mean_places(self) -> str | None:
+        """Why this model cannot be asked for ``places="mean"``; None: it can."""
+        return "its blocks ask no token for its place"
 
     # --- facts ---
 
@@ -375,6 +383,12 @@ class Host(ABC):
         """Images -> the tokens that enter block 0. ``resized``: a reducer made them smaller, so positions must be
         interpolated; ``track``: each token's place is asked for. A host whose blocks ask for places always tracks them.
         """
+
+    def relocated(self, tables: Any, original: Tensor, patches: int) -> Any:
+        """``TokenBatch.tables`` of resized images, when places come to be counted among the ``patches`` of the images
+        as they were given; original: (N,) the number there of each place of ``embed``.
+        """
+        return tables
 
     @abstractmethod
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:

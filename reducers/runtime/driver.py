@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import host_of
-from reducers.hosts.protocol import Grid, Host
+from reducers.hosts.protocol import Grid, Host, Places
 from reducers.noise import image_keys
 from reducers.placement import Placement
 from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
@@ -26,7 +26,7 @@ from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 
 
-def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
+def reduce_tokens(model: nn.Module, placement: Placement, *, places: Places = "heaviest") -> ReducedViT:
     """Drive a plain vision transformer with reducers in it.
 
     The model is neither copied nor changed: it stays usable, and every variant of it shares its weights. What is done
@@ -34,11 +34,15 @@ def reduce_tokens(model: nn.Module, placement: Placement) -> ReducedViT:
     ``eval()`` and ``train()`` of the model and of the reduced one are the same. ``set_grad_checkpointing`` of the model
     is honoured; see ``ReducedViT``.
 
+    ``places``: where a token that stands for several lies, for models whose blocks ask for that (rope): at the place of
+    the heaviest of them, or, with ``"mean"``, at the mean of their coordinates, by number of patches.
+
     Raises:
         UnsupportedModel: a model whose blocks this runtime does not restate exactly; also at a call, after a change.
-        ReducerError: a block outside the network, or a reducer that needs what the model lacks.
+        ReducerError: a block outside the network, a reducer that needs what the model lacks, or mean places where they
+            mean nothing.
     """
-    return ReducedViT(model, placement)
+    return ReducedViT(model, placement, places=places)
 
 
 class ReducedViT(nn.Module):
@@ -51,13 +55,13 @@ class ReducedViT(nn.Module):
     a block that runs again may decide near ties otherwise; under ``torch.compile`` the compiler decides what it keeps.
     """
 
-    def __init__(self, base: nn.Module, placement: Placement) -> None:
+    def __init__(self, base: nn.Module, placement: Placement, *, places: Places = "heaviest") -> None:
         super().__init__()
         if isinstance(base, ReducedViT):
             raise UnsupportedModel(
                 "the model is reduced already; join the placements: reduce_tokens(model.base, first | second)"
             )
-        host = host_of(base)
+        host = host_of(base, places=places)
         if not isinstance(placement, Placement):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
@@ -77,7 +81,7 @@ class ReducedViT(nn.Module):
         """The base as the runtime drives it."""
         base = self.__dict__["_modules"]["base"]  # by attribute, an exporter may give a stand-in of another type
         if self._host.model is not base:  # a replica's, or put in its place
-            self._host = host_of(base)
+            self._host = host_of(base, places=self._host.places)
         return self._host
 
     @property
@@ -199,7 +203,7 @@ class ReducedViT(nn.Module):
         keys = None
         if any(member.traits.uses_random for member in members):
             keys = image_keys(images) if shared is None else shared.image_keys(images)
-        plain, asked, grid = PlainModel(host), images.shape, host.grid_of(images)
+        plain, grid, asked = PlainModel(host), host.grid_of(images), images.shape
         for member in members:
             if member.steps.prepares:
                 images = cast(Prepares, member).prepare(images, plain)
@@ -224,7 +228,7 @@ class ReducedViT(nn.Module):
             track = detailed or any(member.traits.uses_positions for member in run.members)
             batch = host.embed(images, resized=resized is not None, track=track)
             if resized is not None and track:  # told in the patches of the image as it was given
-                carrier, batch = _as_given(batch, resized, host.grid_of(images))
+                carrier, batch = _as_given(host, batch, resized, host.grid_of(images))
             known = 0, batch.with_origin(carrier) if detailed else batch
         start, batch = known
         if tracer is not None:
@@ -268,12 +272,13 @@ class _Pass:
     shared: Shared | None
 
 
-def _as_given(batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:
+def _as_given(host: Host, batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:
     """Which patch covers each of the images as they were given (N0,), and the tokens with places among those."""
     assert batch.pos is not None
     carrier, original = carriers(given, run, batch.x.device)
     place = original[batch.pos.clamp(min=0)]
-    return carrier, replace(batch, pos=place.where(batch.pos >= 0, batch.pos))
+    tables = host.relocated(batch.tables, original, given[0] * given[1])
+    return carrier, replace(batch, pos=place.where(batch.pos >= 0, batch.pos), tables=tables)
 
 
 def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
