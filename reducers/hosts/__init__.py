@@ -16,11 +16,13 @@ from reducers.hosts.protocol import Host, Places
 TYPES: dict[str, str] = {
     "timm.models.vision_transformer.VisionTransformer": "reducers.hosts.timm_vit",
     "timm.models.deit.VisionTransformerDistilled": "reducers.hosts.timm_vit",
+    "timm.models.eva.Eva": "reducers.hosts.timm_eva",
 }
 
 SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
-    "DINOv2, hybrids, ViTamin, …) whose blocks are plain Block with Attention"
+    "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …) "
+    "whose blocks and attentions are those of docs/families.md"
 )
 
 

@@ -17,6 +17,7 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.layers.format import Format
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
@@ -91,6 +92,11 @@ class TimmHost(Host):
         return bool(self.model.has_class_token)
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether the model takes images of other sizes by itself."""
+        return bool(self.model.dynamic_img_size)
+
+    @property
     def own_grid(self) -> Grid | None:
         """Rows and columns of patches that the model was made for."""
         grid = self.patcher.grid_size
@@ -153,7 +159,7 @@ class TimmHost(Host):
 
     def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        dynamic, embed = self.model.dynamic_img_size, self.model.patch_embed
+        dynamic, embed = self.takes_sizes, self.patcher
         down, across = embed.feat_ratio(as_scalar=False)
         if not dynamic and (height, width) != tuple(embed.img_size):
             raise ReducerError(
@@ -273,7 +279,7 @@ def check_attention(index: int, block: nn.Module, kinds: tuple[type[nn.Module], 
             f"block {index} attends with {type(attn).__name__}, whose own steps would be bypassed (a sharded one: "
             f"shard the reduced model instead). {SUPPORTED}."
         )
-    qkv, dropout = attn._modules["qkv"], attn._modules["attn_drop"]
+    qkv, dropout = attn._modules.get("qkv"), attn._modules["attn_drop"]
     if qkv is not None and type(qkv) is not nn.Linear:
         raise UnsupportedModel(
             f"block {index} has its qkv replaced by a {type(qkv).__name__}, which would be bypassed; "
@@ -355,6 +361,16 @@ def attention_dropout(attn: Any) -> float:
     """The share of attention weights that timm's attention drops now."""
     drops = attn.training if attn.fused_attn else attn.attn_drop.training
     return float(attn.attn_drop.p) if drops else 0.0
+
+
+def fused_parts(attn: Any, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Parts ``first`` … ``last - 1`` of timm's one projection; EVA and BEiT keep its biases beside it."""
+    width, parts = attn.qkv.out_features // 3, last - first
+    bias = attn.qkv.bias
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    bias = None if bias is None else bias.narrow(0, first * width, parts * width)
+    return F.linear(x, attn.qkv.weight.narrow(0, first * width, parts * width), bias).split(width, dim=-1)
 
 
 def mlp_row(mlp: nn.Module) -> int:
