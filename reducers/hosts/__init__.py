@@ -18,12 +18,13 @@ TYPES: dict[str, str] = {
     "timm.models.deit.VisionTransformerDistilled": "reducers.hosts.timm_vit",
     "timm.models.eva.Eva": "reducers.hosts.timm_eva",
     "timm.models.beit.Beit": "reducers.hosts.timm_beit",
+    "timm.models.naflexvit.NaFlexVit": "reducers.hosts.timm_naflex",
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "reducers.hosts.timm_relpos",
 }
 
 SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
-    "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit and VisionTransformerRelPos "
+    "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos and NaFlexVit "
     "whose blocks and attentions are those of docs/families.md"
 )
 
