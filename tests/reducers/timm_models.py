@@ -94,21 +94,24 @@ def fill(model: nn.Module, noise: Tensor) -> None:
                 parameter.add_(1.0)
 
 
-def cut(name: str, noise: Tensor) -> tuple[Any, Tensor]:
-    """An entry point on a 4 x 4 grid, cut to its first block and the middle one (keys may be grouped); and images."""
+def shallow(name: str, **changes: Any) -> Any:
+    """An entry point with two blocks, on the meta device; Sapiens2 with fewer keys than queries in the second, which it
+    has in the middle of its depth.
+    """
     with torch.device("meta"):
-        probe: Any = timm.create_model(name)
-        patches = probe.embeds if hasattr(probe, "embeds") else probe.patch_embed
-        side = 4 * patches.patch_size[0]
-        model: Any = timm.create_model(name, img_size=side)
-    model.blocks = type(model.blocks)(*_listed(model.blocks, [model.blocks[0], model.blocks[len(model.blocks) // 2]]))
-    model = model.to_empty(device="cpu")
+        if name.endswith("sapiens2"):
+            heads = timm.create_model(name, depth=1, num_kv_heads=(None,)).blocks[0].attn.num_heads
+            changes["num_kv_heads"] = (None, heads // 2)
+        return timm.create_model(name, depth=2, **changes)
+
+
+def filled(name: str, noise: Tensor) -> tuple[Any, Tensor]:
+    """An entry point with two blocks on a 4 x 4 grid, far from neutral, and two images."""
+    probe = shallow(name)
+    side = 4 * (probe.embeds if hasattr(probe, "embeds") else probe.patch_embed).patch_size[0]
+    model = shallow(name, img_size=side).to_empty(device="cpu")
     for part in model.modules():
         if hasattr(part, "init_non_persistent_buffers"):
             part.init_non_persistent_buffers()
     fill(model, noise)
     return model.eval(), torch.randn(2, 3, side, side)
-
-
-def _listed(blocks: nn.Module, chosen: list[nn.Module]) -> list[Any]:
-    return chosen if isinstance(blocks, nn.Sequential) else [chosen]

@@ -88,7 +88,7 @@ class ApproxNet(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.prefix + host.patches, self.width))
         self.blocks = nn.ModuleList(ApproxBlock(self.width, host.heads) for _ in range(host.depth))
         self.norm = nn.LayerNorm(self.width, eps=_EPS)
-        self.head = nn.Linear(self.width, host.classes)
+        self.head = nn.Linear(self.width, host.classes or host.width)  # without a head, what is pooled
 
     def forward(self, images: Tensor, *, whole: bool = True) -> Guess:
         """What the network says of images (B, C, H, W).
