@@ -103,7 +103,7 @@ class TimmNaFlex(RopedHost):
         return int(rows), int(columns)
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
-        model = self.model
+        model: Any = self.model
         x, grid = model.embeds(images)
         rows = None if model.rope is None else model.rope.get_embed(shape=grid)
         return self.turned_by(rows, model.norm_pre(x), self.grid_of(images), track=track)

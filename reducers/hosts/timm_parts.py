@@ -69,6 +69,7 @@ class TimmHost(Host):
             )
         self.check_restated()
         for index, block in enumerate(blocks._modules.values()):
+            assert block is not None
             self.check_block(index, block)
         check_pool(model)
 
@@ -273,13 +274,13 @@ def check_kind(index: int, block: nn.Module, kinds: tuple[type[nn.Module], ...])
 
 def check_attention(index: int, block: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     """Refuse an attention of another type, or one whose parts that are restated were replaced."""
-    attn = block._modules["attn"]
+    attn: Any = block._modules["attn"]
     if type(attn) not in kinds:
         raise UnsupportedModel(
             f"block {index} attends with {type(attn).__name__}, whose own steps would be bypassed (a sharded one: "
             f"shard the reduced model instead). {SUPPORTED}."
         )
-    qkv, dropout = attn._modules.get("qkv"), attn._modules["attn_drop"]
+    qkv, dropout = attn._modules.get("qkv"), attn._modules["attn_drop"]  # Sapiens2 and some EVA-02 have no qkv
     if qkv is not None and type(qkv) is not nn.Linear:
         raise UnsupportedModel(
             f"block {index} has its qkv replaced by a {type(qkv).__name__}, which would be bypassed; "
