@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from reducers.checks import whole_number
+from reducers.checks import finite_number, whole_number
 from reducers.errors import ReducerError
 from reducers.lazy import cached_property
 from reducers.reducer import TokenReducer
 from reducers.registry import build
 from reducers.stack import Stack
 
-_FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all" or "every 2 from 1"'
+_FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all", "every 2 from 1", {last: 0.75} or {thirds: true}'
 _LATER = re.compile(r"\s*every\s+(\d+)(?:\s+from\s+(\d+))?\s*")
 
 
@@ -25,28 +26,69 @@ class Onwards:
     step: int
     start: int = 0
 
-    def within(self, depth: int) -> tuple[int, ...]:
-        """The blocks of a network of ``depth``."""
+    def within(self, depth: int, first: int = 0) -> tuple[int, ...]:
+        """The blocks of a network of ``depth``; where reducers may act does not matter."""
         if not self.start < depth:
             raise _outside(self.start, depth)
         return tuple(range(self.start, depth, self.step))
 
-    def __str__(self) -> str:
+    def spec(self) -> str:
         """As a spec has it."""
         if self == Onwards(1):
             return "all"
         return f"every {self.step}{f' from {self.start}' if self.start else ''}"
 
 
-Where = tuple[int, ...] | Onwards
+@dataclass(frozen=True)
+class Last:
+    """The last ``share`` of the blocks where reducers may act, rounded to the nearest number of blocks, half up, and
+    at least one: 0.75 of 12 blocks are 3 to 11, of 24 blocks 6 to 23.
+    """
+
+    share: Fraction
+
+    def within(self, depth: int, first: int = 0) -> tuple[int, ...]:
+        """The blocks of a network of ``depth`` whose reducers may act from block ``first`` on."""
+        blocks = depth - first
+        if blocks < 1:
+            raise _nowhere(self.spec(), depth, first)
+        count = max(1, int(self.share * blocks + Fraction(1, 2)))
+        return tuple(range(depth - count, depth))
+
+    def spec(self) -> dict[str, Any]:
+        """As a spec has it."""
+        exact = float(self.share)
+        return {"last": exact if Fraction(str(exact)) == self.share else str(self.share)}
+
+
+@dataclass(frozen=True)
+class Thirds:
+    """Three blocks, after a quarter, a half and three quarters of those where reducers may act: 3, 6 and 9 of 12,
+    6, 12 and 18 of 24, each rounded down. The reductions of most publications: three stages after some whole blocks.
+    """
+
+    def within(self, depth: int, first: int = 0) -> tuple[int, ...]:
+        """The blocks of a network of ``depth`` whose reducers may act from block ``first`` on."""
+        blocks = depth - first
+        if blocks < 3:
+            raise _nowhere(self.spec(), depth, first, "three blocks")
+        return tuple(first + blocks * part // 4 for part in (1, 2, 3))
+
+    def spec(self) -> dict[str, Any]:
+        """As a spec has it."""
+        return {"thirds": True}
+
+
+Later = Onwards | Last | Thirds  # blocks that are known once the network is
+Where = tuple[int, ...] | Later
 
 
 @dataclass(frozen=True, init=False)
 class Placement:
     """Block index -> reducer. Blocks count from 0.
 
-    Where some reach to the last block of a network that is still to come (``every`` without ``depth=``), ``blocks``
-    cannot be told before ``resolve``; ``reduce_tokens`` does that.
+    Where some depend on a network that is still to come (``every`` without ``depth=``, shares of the blocks),
+    ``blocks`` cannot be told before ``resolve``; ``reduce_tokens`` does that.
     """
 
     parts: tuple[tuple[Where, TokenReducer], ...]  # as placed, first to last
@@ -62,17 +104,17 @@ class Placement:
     @property
     def is_resolved(self) -> bool:
         """Whether the blocks are known."""
-        return not any(isinstance(where, Onwards) for where, _ in self.parts)
+        return not any(isinstance(where, Later) for where, _ in self.parts)
 
     @cached_property
     def blocks(self) -> Mapping[int, TokenReducer]:
         """Which reducer acts at which block."""
         joined: dict[int, TokenReducer] = {}
         for where, reducer in self.parts:
-            if isinstance(where, Onwards):
+            if isinstance(where, Later):
                 raise ReducerError(
-                    f"which blocks {str(where)!r} means depends on the network: give every() or placement_from() its "
-                    "depth=…, or ask the placement of a reduced model, fast.placement.blocks"
+                    f"which blocks {where.spec()!r} means depends on the network: ask placement.resolve(depth), give "
+                    "every() or placement_from() its depth=…, or ask a reduced model, fast.placement.blocks"
                 )
             for block in where:
                 joined[block] = Stack(joined[block], reducer) if block in joined else reducer
@@ -83,11 +125,14 @@ class Placement:
         this one's reducer acts first and the other's on what it leaves."""
         return Placement(parts=self.parts + other.parts)
 
-    def resolve(self, depth: int) -> Placement:
-        """The same in a network of ``depth`` blocks, all of them known; blocks outside it are refused."""
+    def resolve(self, depth: int, first: int = 0) -> Placement:
+        """The same in a network of ``depth`` blocks, all of them known; blocks outside it are refused.
+
+        ``first``: the first block where the network lets a reducer act; shares are of the blocks from there on.
+        """
         placement = self
         if not self.is_resolved:
-            known = ((w.within(depth) if isinstance(w, Onwards) else w, reducer) for w, reducer in self.parts)
+            known = ((w.within(depth, first) if isinstance(w, Later) else w, reducer) for w, reducer in self.parts)
             placement = Placement(parts=known)
         check_blocks(placement.blocks, depth)
         return placement
@@ -98,7 +143,7 @@ class Placement:
         """
         if not self.is_resolved:
             return [
-                {"at": str(where) if isinstance(where, Onwards) else list(where), "stack": _stack_of(reducer)}
+                {"at": where.spec() if isinstance(where, Later) else list(where), "stack": _stack_of(reducer)}
                 for where, reducer in self.parts
             ]
         stages: list[dict[str, Any]] = []
@@ -129,16 +174,30 @@ def _outside(block: int, depth: int) -> ReducerError:
     return ReducerError(f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
 
 
-def at(blocks: int | Iterable[int], reducer: TokenReducer) -> Placement:
-    """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks."""
+def _nowhere(where: object, depth: int, first: int, needed: str = "a block") -> ReducerError:
+    there = f"it has {depth}" + (f", and the first {first} take no reducer" if first else "")
+    return ReducerError(f"{where!r} needs {needed} of the network where reducers may act: {there}; name blocks instead")
+
+
+def at(blocks: int | Iterable[int] | Mapping[str, Any], reducer: TokenReducer) -> Placement:
+    """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks.
+
+    ``at({"last": 0.75}, …)`` and ``at({"thirds": True}, …)`` are resolved over the blocks where the model lets
+    reducers act, and fit any depth: see ``Last`` and ``Thirds``.
+    """
     _check_reducer(reducer, "at")
+    if isinstance(blocks, Mapping):
+        return Placement(parts=[(_portion(blocks), reducer)])
     given: list[object]
     if whole_number(blocks) is not None:
         given = [blocks]
     elif isinstance(blocks, Iterable) and not isinstance(blocks, str):  # type: ignore[unreachable]
         given = list(blocks)
     else:
-        raise ReducerError(f"at() takes block indices such as 3, [3, 6, 9] or range(3, 12); got {blocks!r}")
+        raise ReducerError(
+            "at() takes block indices such as 3, [3, 6, 9] or range(3, 12), or {'last': 0.75} or {'thirds': True}; "
+            f"got {blocks!r}"
+        )
     listed = [whole_number(block) for block in given]
     known = tuple(block for block in listed if block is not None)
     if len(known) < len(listed):
@@ -167,14 +226,40 @@ def _check_reducer(reducer: object, function: str) -> None:
         raise ReducerError(f"{function}() places a reducer such as ATS(Count(108)); got {reducer!r}")
 
 
-def parse_blocks(where: Any, depth: int) -> list[int]:
-    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9", "all" or "every 2 from 1"."""
+def parse_blocks(where: Any, depth: int, first: int = 0) -> list[int]:
+    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9", "all", "every 2 from 1", {"last": 0.75} or
+    {"thirds": True}. ``first``: the first block where the network lets a reducer act.
+    """
     read = _read_blocks(where)
-    return list(read.within(depth) if isinstance(read, Onwards) else read)
+    return list(read.within(depth, first) if isinstance(read, Later) else read)
+
+
+def _portion(where: Mapping[str, Any]) -> Last | Thirds:
+    """``{"last": 0.75}`` or ``{"thirds": True}``"""
+    if set(where) == {"thirds"}:
+        if where["thirds"] is not True:
+            raise ReducerError(f"{dict(where)!r} says nothing; write {{thirds: true}}, or name blocks")
+        return Thirds()
+    if set(where) != {"last"}:
+        raise ReducerError(f"{_FORMS}; got {dict(where)!r}")
+    return Last(_share_of_blocks(where["last"]))
+
+
+def _share_of_blocks(given: object) -> Fraction:
+    number = finite_number(given)
+    try:
+        share = Fraction(str(given)) if isinstance(given, str | Fraction) or number is not None else None
+    except (ValueError, ZeroDivisionError):
+        share = None
+    if share is None or not 0 < share <= 1:
+        raise ReducerError(f"{{last: {given!r}}} must be a share of the blocks above 0 and at most 1, such as 0.75")
+    return share
 
 
 def _read_blocks(where: Any) -> Where:
     """As ``parse_blocks``, for a network that is not known yet."""
+    if isinstance(where, Mapping):
+        return _portion(where)
     if isinstance(where, str):
         if where == "all":
             return Onwards(1)
@@ -206,9 +291,10 @@ def _ranges(where: str) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def placement_from(stages: list[dict[str, Any]], depth: int | None = None) -> Placement:
+def placement_from(stages: list[dict[str, Any]], depth: int | None = None, first: int = 0) -> Placement:
     """A placement from plain data, e.g. ``[{"at": [3, 6, 9], "stack": [{"name": "evit", "budget": {"ratio":
-    0.7}}]}]``. What ``"all"`` blocks are is decided by ``depth``, or by the model where none is given.
+    0.7}}]}]``. What ``"all"`` blocks are is decided by ``depth``, or by the model where none is given; ``first`` is the
+    first block where it lets a reducer act.
     """
     placement = Placement()
     for stage in stages:
@@ -226,4 +312,4 @@ def placement_from(stages: list[dict[str, Any]], depth: int | None = None) -> Pl
         where = _read_blocks(stage["at"])
         placed = at(where, reducer) if isinstance(where, tuple) else Placement(parts=[(where, reducer)])
         placement = placement | placed
-    return placement if depth is None else placement.resolve(depth)
+    return placement if depth is None else placement.resolve(depth, first)

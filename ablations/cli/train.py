@@ -65,13 +65,18 @@ def _train(arguments: argparse.Namespace) -> int:
         print("\n".join(["methods that can be trained:", *(f"  {name}" for name in known)]))
         return OK
     model = arguments.model or default_models(arguments.workload)[0]
-    depth = train.depth_of(model)
+    depth, first = train.blocks_of(model)
     settings = None if arguments.settings is None else train.parse_method_settings(arguments.settings)
     asked = [
         one
         for method in (known if arguments.methods == ["all"] else arguments.methods)
         for one in train.asked_for(
-            method, depth=depth, where=arguments.at, settings=settings, recipe=parse_settings(arguments.set)
+            method,
+            depth=depth,
+            first=first,
+            where=arguments.at,
+            settings=settings,
+            recipe=parse_settings(arguments.set),
         )
     ]
     use_exact_float32()

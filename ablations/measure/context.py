@@ -25,6 +25,7 @@ from ablations.trial.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
 from ablations.workloads.reading import ImageSource
 from reducers import Placement, Shared, reduce_tokens
+from reducers.hosts import host_of
 
 _VERSIONED = ("torch", "timm", "numpy")
 
@@ -71,21 +72,24 @@ class TrialContext:
 
 
 def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, params_m: float) -> ModelFacts:
-    """Read what a plan needs off a timm vision transformer."""
-    patch_embed: Any = model.patch_embed
-    rows, columns = (int(side) for side in patch_embed.grid_size)
-    blocks: Any = model.blocks
+    """Read what a plan needs off a vision transformer.
+
+    Raises:
+        UnsupportedModel: no host drives it.
+    """
+    host = host_of(model)
     return ModelFacts(
         name=name,
         weights=weights,
         weights_digest=digest,
         params_m=params_m,
-        depth=len(blocks),
-        patches=int(patch_embed.num_patches),
-        grid=(rows, columns),
-        width=int(getattr(model, "embed_dim", 0)),
-        classes=int(getattr(model, "num_classes", 0)),
-        class_token=getattr(model, "cls_token", None) is not None,
+        depth=host.depth,
+        patches=host.patches,
+        grid=host.grid,
+        width=host.width,
+        classes=host.classes,
+        class_token=host.has_class_token,
+        first_free=host.first_free,
     )
 
 

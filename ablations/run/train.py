@@ -28,6 +28,7 @@ from ablations.trial.trial import Trial, TrialResult
 from ablations.words import did_you_mean
 from ablations.workloads import open_model
 from reducers import available, build
+from reducers.hosts import host_of
 from reducers.placement import parse_blocks
 
 COLUMNS = ["method", "trained", "GMACs", "top-1 %", "random, same cost", "random, trained as long", "verdict"]
@@ -110,13 +111,15 @@ def asked_for(
     method: str,
     *,
     depth: int,
+    first: int = 0,
     where: str | None = None,
     settings: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
 ) -> list[Asked]:
     """The trainings of a method: its arms in the spec of trained methods, with ``recipe`` over their settings.
 
-    ``where`` and ``settings`` ask for a placement of one's own instead; the rest is then the method's default.
+    ``first`` is the first of the ``depth`` blocks where the model lets a reducer act. ``where`` and ``settings`` ask
+    for a placement of one's own instead; the rest is then the method's default.
     """
     methods = available()
     if method not in methods:
@@ -124,11 +127,11 @@ def asked_for(
     over = dict(recipe or {})
     arms = [arm for arm in written_arms(TRAINED) if method in arm.trains() & arm.names()]
     if where is None and settings is None and arms:
-        return [_arm_asked(method, arm, over, depth) for arm in arms]
+        return [_arm_asked(method, arm, over, depth, first) for arm in arms]
     (stage, *_) = example_stages(method)
     reducer = {"name": method, **settings} if settings is not None else stage["stack"][0]
     build(reducer)  # a slip is found before anything is opened
-    blocks = parse_blocks(where or stage["at"], depth)
+    blocks = parse_blocks(where or stage["at"], depth, first)
     stages = [{"at": blocks, "stack": [reducer]}]
     return [Asked(method, method, Stages.of(stages), {**over, "stages": stages}, None)]
 
@@ -138,10 +141,10 @@ def trainable() -> list[str]:
     return sorted({name for arm in written_arms(TRAINED) for name in arm.trains()} - _BASELINES)
 
 
-def depth_of(model: str) -> int:
-    """How many blocks a model has, before its weights and any image are opened."""
-    blocks: Any = open_model(model, weights="random", workload_name="").model.blocks
-    return len(blocks)
+def blocks_of(model: str) -> tuple[int, int]:
+    """How many blocks a model has and the first that takes a reducer, before its weights and any image are opened."""
+    host = host_of(open_model(model, weights="random", workload_name="").model)
+    return host.depth, host.first_free
 
 
 def parse_method_settings(text: str) -> dict[str, Any]:
@@ -157,18 +160,18 @@ def parse_method_settings(text: str) -> dict[str, Any]:
     return settings
 
 
-def _arm_asked(method: str, arm: WrittenArm, over: Mapping[str, Any], depth: int) -> Asked:
-    stages, training = Stages.of(_spelled(arm.stages, depth)), _training(arm.training, over, depth)
+def _arm_asked(method: str, arm: WrittenArm, over: Mapping[str, Any], depth: int, first: int) -> Asked:
+    stages, training = Stages.of(_spelled(arm.stages, depth, first)), _training(arm.training, over, depth, first)
     return Asked(method, arm.variant, stages, training, arm.target)
 
 
-def _training(written: Mapping[str, Any] | None, over: Mapping[str, Any], depth: int) -> dict[str, Any]:
+def _training(written: Mapping[str, Any] | None, over: Mapping[str, Any], depth: int, first: int) -> dict[str, Any]:
     training = {**(written or {}), **over}
-    return {**training, "stages": _spelled(training["stages"], depth)}
+    return {**training, "stages": _spelled(training["stages"], depth, first)}
 
 
-def _spelled(stages: StageList, depth: int) -> list[dict[str, Any]]:
-    return [{"at": parse_blocks(stage["at"], depth), "stack": stage["stack"]} for stage in stages]
+def _spelled(stages: StageList, depth: int, first: int) -> list[dict[str, Any]]:
+    return [{"at": parse_blocks(stage["at"], depth, first), "stack": stage["stack"]} for stage in stages]
 
 
 # --- doing it ---------------------------------------------------------------------------------------------------------
@@ -182,7 +185,8 @@ def train(asked: Asked, context: TrialContext) -> Compared:
     method = run_trial(_trial(asked.variant, asked.stages, context, recipe.training(), target=target), context)
     share = min(1.0, method.row["gmacs_mean"] / method.row["dense_gmacs"])
     drop = {"name": "random", "budget": {"ratio": "auto"}}
-    random = Stages.of([{"at": three_blocks(context.facts.depth), "stack": [drop]}])
+    facts = context.facts
+    random = Stages.of([{"at": parse_blocks({"thirds": True}, facts.depth, facts.first_free), "stack": [drop]}])
     off_the_shelf = run_trial(_trial("random", random, context, OFF_THE_SHELF, target=share), context)
     solved = Stages(off_the_shelf.row["reducer"])
     settings = {name: value for name, value in asked.training.items() if name not in _OF_REDUCERS}
@@ -190,11 +194,6 @@ def train(asked: Asked, context: TrialContext) -> Compared:
     control = parse_recipe({**settings, "stages": solved.plain()}, workload=workload)
     trained_as_long = run_trial(_trial("random, trained as long", solved, context, control.training()), context)
     return Compared(asked, method, off_the_shelf, trained_as_long)
-
-
-def three_blocks(depth: int) -> list[int]:
-    """The usual stages: 3, 6 and 9 of 12 blocks."""
-    return [depth * part // 4 for part in (1, 2, 3)]
 
 
 def _trial(

@@ -146,7 +146,7 @@ def _placed(
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(written):
         try:
-            blocks = _blocks(substitute(stage["at"], values), facts.depth)
+            blocks = _blocks(substitute(stage["at"], values), facts)
         except ReducerError as error:
             raise file.error((*place, number, "at"), f"{error} (model {facts.name})") from error
         stack = substitute(stage["stack"], values)
@@ -178,14 +178,15 @@ def _stages_place(spec: AblationSpec, place: Place) -> Place:
     return (*(place if own else ("base",)), "stages")
 
 
-def _blocks(where: Any, depth: int) -> list[int]:
+def _blocks(where: Any, facts: ModelFacts) -> list[int]:
     """Block indices of a stage, each inside the network and named once."""
+    depth = facts.depth
     if isinstance(where, str):
         if any(len(digits) > 4 for digits in re.findall(r"\d+", where)):  # before a range is written out
             raise ReducerError(f"{where!r} is outside the network: its {depth} blocks count from 0 to {depth - 1}")
     elif isinstance(where, list):  # ["$first", 6] has been substituted; ["3-5", 9] is two ways at once
         where = [int(b) if isinstance(b, str) and re.fullmatch("[0-9]{1,4}", b) else b for b in where]
-    blocks = parse_blocks(where, depth)
+    blocks = parse_blocks(where, depth, facts.first_free)
     for block in blocks:
         if not 0 <= block < depth:
             raise ReducerError(f"block {block} is outside the network: its {depth} blocks count from 0 to {depth - 1}")

@@ -44,7 +44,8 @@ NAME = r"[a-z][a-z0-9_]{0,62}"
 # --- the model --------------------------------------------------------------------------------------------------------
 
 Scalar = bool | int | float | str
-Varied = Scalar | list[int]
+Portion = dict[Literal["last", "thirds"], Scalar]  # of the blocks where reducers may act
+Varied = Scalar | list[int] | Portion
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=120, pattern=r"^[^\r\n]*$")]
 Text = Annotated[str, StringConstraints(max_length=4000)]
@@ -68,11 +69,11 @@ class _Strict(BaseModel):
 
 
 class Stage(_Strict):
-    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``) and what:
-    reducers applied one after the other.
+    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``, ``{last: 0.75}``, ``{thirds: true}``) and
+    what: reducers applied one after the other.
     """
 
-    at: int | str | list[int | str]
+    at: int | str | list[int | str] | Portion
     stack: list[dict[str, Any]] = Field(min_length=1, max_length=8)
 
 

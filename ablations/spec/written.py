@@ -73,7 +73,7 @@ def example_stages(name: str) -> list[dict[str, Any]]:
     needs = {parameter.name: parameter for parameter in available()[name].settings()}
     budget = needs.get("budget")
     asks = budget is not None and budget.default is budget.empty
-    return [{"at": [3, 6, 9], "stack": [{"name": name, **({"budget": {"ratio": 0.7}} if asks else {})}]}]
+    return [{"at": {"thirds": True}, "stack": [{"name": name, **({"budget": {"ratio": 0.7}} if asks else {})}]}]
 
 
 def usual(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ class ModelFacts:
     width: int
     classes: int
     class_token: bool
+    first_free: int = 0  # the first block at which a reducer may act
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,11 @@ class Host(ABC):
         return self.stages[-1].last + 1
 
     @property
+    def first_free(self) -> int:
+        """The first block at which a reducer may act; all later ones take one too."""
+        return 0
+
+    @property
     @abstractmethod
     def classes(self) -> int:
         """Logits of an image."""

@@ -66,7 +66,7 @@ class ReducedViT(nn.Module):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
-        placement = placement.resolve(host.depth)
+        placement = placement.resolve(host.depth, host.first_free)
         self.base: Any = base
         reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
         plan = Plan.of(reducers)

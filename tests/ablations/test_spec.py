@@ -60,6 +60,35 @@ def test_blocks_can_be_written_in_every_way_and_varied(target: Target) -> None:
     assert blocks("'$b-6'") == [[1, 2, 3, 4, 5, 6], [5, 6]]
     assert blocks("all") == [list(range(12))] * 2
     assert blocks("'0, 4-5'") == [[0, 4, 5]] * 2
+    assert blocks("{last: 0.75}") == [list(range(3, 12))] * 2
+    assert blocks("{thirds: true}") == [[3, 6, 9]] * 2
+
+
+def _in_blocks(data: Any) -> Any:
+    """A spec as it is written for networks of 12 blocks alone."""
+    if isinstance(data, dict):
+        if "last" in data:
+            assert data == {"last": 0.75}
+            return "3-11"
+        return [3, 6, 9] if data == {"thirds": True} else {key: _in_blocks(part) for key, part in data.items()}
+    return [_in_blocks(part) for part in data] if isinstance(data, list) else data
+
+
+def test_shipped_specs_fit_any_depth_and_their_trials_on_twelve_blocks_are_those_of_blocks_by_number(
+    target: Target,
+) -> None:
+    deep = dataclasses.replace(target, facts=dataclasses.replace(target.facts, depth=24))
+    changed = 0
+    for file in find_specs(only_default=False):
+        data = yaml.safe_load(file.path.read_text())
+        numbered = parse_spec(yaml.safe_dump(_in_blocks(data), sort_keys=False))
+        trials = expand(file, target)
+        assert [trial.key for trial in trials] == [trial.key for trial in expand(numbered, target)], file.spec.name
+        assert len({trial.key for trial in expand(file, deep)}) == len(trials)
+        changed += _in_blocks(data) != data
+    assert changed >= 12
+    placed = {tuple(stage["at"]) for trial in expand(find_specs(["methods"])[0], deep) for stage in trial.stages.data}
+    assert {(6, 12, 18), tuple(range(6, 24))} <= placed and (3, 6, 9) not in placed
 
 
 def test_cases_go_together_and_vary_spans_all_combinations(target: Target) -> None:
@@ -109,6 +138,9 @@ def test_trials_that_are_the_same_appear_once(target: Target) -> None:
         ("at: 3,", "at: [3, 3],", "named twice"),
         ("at: 3,", "at: three,", "blocks are written"),
         ("at: 3,", "at: 3.5,", r"base.stages\[0\].at"),
+        ("at: 3,", "at: {last: 0},", r":6: base.stages\[0\].at: .*a share of the blocks above 0 and at most 1"),
+        ("at: 3,", "at: {thirds: false},", "says nothing; write {thirds: true}"),
+        ("at: 3,", "at: {first: 0.5},", r"base.stages\[0\].at"),
         ("$K/196", "$k/196", r"\$k has no value; did you mean 'K'"),
         ("$K/196", "0.5", "'K' varies but no stage uses"),
         ("x: budget", "x: budgets", r"'budgets' is none of K, budget"),

@@ -179,7 +179,8 @@ def test_arms_of_the_spec_take_the_recipe_over_their_own() -> None:
     assert len(train.asked_for("stvit", depth=12)) == 2, "both readings of the class token"
     (own,) = train.asked_for("topk", depth=12, where="2-3")
     assert own.stages.plain() == [{"at": [2, 3], "stack": [{"name": "topk", "budget": {"count": 108}}]}]
-    assert train.three_blocks(12) == [3, 6, 9]
+    (deep,) = train.asked_for("bat", depth=24, settings={"budget": {"ratio": 0.7}})
+    assert deep.stages.plain()[0]["at"] == [6, 12, 18]
 
 
 def outcome(ours: np.ndarray, theirs: np.ndarray, *, reached: bool = True) -> train.Compared:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +110,57 @@ def test_a_step_or_start_that_is_none_is_refused():
             every(step, Identity(), start=start)
     with pytest.raises(ReducerError, match="places a reducer"):
         every(1, "tome")
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last", "thirds"),
+    [
+        (12, 0, list(range(3, 12)), [3, 6, 9]),
+        (24, 0, list(range(6, 24)), [6, 12, 18]),
+        (14, 4, list(range(6, 14)), [6, 9, 11]),  # the first four take no reducer: of the other ten, 7.5 are 8
+        (3, 0, [1, 2], [0, 1, 2]),
+    ],
+)
+def test_shares_of_the_blocks_where_reducers_may_act_are_known_once_the_network_is(depth, first, last, thirds):
+    later = at({"last": 0.75}, Identity()), at({"thirds": True}, Identity())
+    for placement, where, blocks in zip(later, ({"last": 0.75}, {"thirds": True}), (last, thirds), strict=True):
+        assert not placement.is_resolved and placement.spec() == [{"at": where, "stack": [{"name": "identity"}]}]
+        assert sorted(placement.resolve(depth, first).blocks) == blocks == parse_blocks(where, depth, first)
+        assert sorted(placement_from(placement.spec(), depth, first).blocks) == blocks
+    fast = reduce_tokens(make_vit(depth=12), later[0])
+    assert sorted(fast.placement.blocks) == list(range(3, 12))
+
+
+@pytest.mark.parametrize(
+    ("share", "blocks"), [(1, 12), (0.01, 1), ("1/3", 4), (Fraction(1, 8), 2), (np.float32(0.5), 6), (0.29, 3)]
+)
+def test_a_share_of_blocks_is_rounded_to_the_nearest_and_is_at_least_one(share, blocks):
+    placement = at({"last": share}, Identity())
+    assert sorted(placement.resolve(12).blocks) == list(range(12 - blocks, 12))
+    assert placement_from(placement.spec(), 12).spec() == placement.resolve(12).spec()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"last": 0}, "a share of the blocks above 0 and at most 1, such as 0.75"),
+        ({"last": 1.2}, "a share of the blocks above 0 and at most 1"),
+        ({"last": True}, "a share of the blocks"),
+        ({"last": "3/0"}, "a share of the blocks"),
+        ({"last": float("nan")}, "a share of the blocks"),
+        ({"thirds": False}, r"says nothing; write \{thirds: true\}, or name blocks"),
+        ({"first": 0.5}, r"blocks are written .*\{last: 0.75\} or \{thirds: true\}"),
+        ({"last": 0.5, "thirds": True}, "blocks are written"),
+    ],
+)
+def test_what_is_no_share_of_blocks_is_refused_with_what_may_stand_there(where, message):
+    for read in (lambda: at(where, Identity()), lambda: parse_blocks(where, 12)):
+        with pytest.raises(ReducerError, match=message):
+            read()
+
+
+def test_thirds_of_two_blocks_are_refused_with_what_there_is():
+    with pytest.raises(ReducerError, match=r"needs three blocks .* it has 4, and the first 2 take no reducer; name"):
+        at({"thirds": True}, Identity()).resolve(4, 2)
+    with pytest.raises(ReducerError, match="depends on the network: ask placement.resolve"):
+        _ = at({"last": 0.5}, Identity()).blocks

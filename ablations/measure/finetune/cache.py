@@ -65,7 +65,7 @@ class Finetuned:
             FinetuneError: a parameter was not trained, or has another shape.
         """
         reduced = reduce_tokens(self.model, placement)  # makes the parameters that the tensors go into
-        placement = placement.resolve(reduced.host.depth)
+        placement = placement.resolve(reduced.host.depth, reduced.host.first_free)
         blocks = nn.ModuleDict({str(block): reducer for block, reducer in placement.blocks.items()})
         wanted = blocks.state_dict()
         for name, tensor in wanted.items():

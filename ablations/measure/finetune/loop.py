@@ -27,6 +27,7 @@ from ablations.models.stochastic_depth import set_drop_path
 from ablations.trial.recipe import Recipe
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingImages
+from reducers.hosts import host_of
 from reducers.reducer import TrainsInPhases
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Finetuning:
         base: Any = copy.deepcopy(dense).to(device).train().requires_grad_(True)
         set_drop_path(base, recipe.drop_path)
         with own_randomness(recipe.seed, device):  # reducers draw their initial weights
-            self.model = TrainingViT(base, recipe.placement(len(base.blocks))).to(device).train()
+            self.model = TrainingViT(base, recipe.placement(host_of(base).depth)).to(device).train()
         if recipe.freeze > 0 and next(self.model.reducers.parameters(), None) is None:
             raise FinetuneError(
                 f"freeze {recipe.freeze:g} holds the plain model's weights still, and the reducers have none of their "
@@ -61,7 +62,7 @@ class Finetuning:
         teacher = dense if needs_teacher(self.model, recipe) else None
         if teacher is not None:
             teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-        self.objective = Objective(recipe, teacher, classes=base.num_classes)
+        self.objective = Objective(recipe, teacher, classes=host_of(base).classes)
         self.optimizer = make_optimizer(base, self.model.reducers, recipe)
         self.per_epoch = images_per_epoch(recipe, len(images)) // (recipe.batch * recipe.accumulate)  # updates
         self.updates = self.per_epoch * recipe.epochs
