@@ -233,6 +233,16 @@ def _may_keep(module: nn.Module, trusted: tuple[str, ...]) -> bool:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a model as its library has it."""
+
+    images: Tensor
+    restore: str | None = None  # by which rule tokens are put back in their places, where the answer holds them
+    resized: bool = False  # the images have another size than the model's, and positions are interpolated
+    options: Mapping[str, Any] = field(default_factory=dict)  # the library's own, for ``Host.answer``
+
+
+@dataclass(frozen=True)
 class Family:
     """Models of a library that a host drives: a row of docs/families.md."""
 
@@ -424,6 +434,32 @@ class Host(ABC):
     @abstractmethod
     def classify(self, batch: TokenBatch) -> Any:
         """Logits (B, classes) of the tokens that leave the last block: final norm, pool and head."""
+
+    def pooled(self, batch: TokenBatch) -> Tensor:
+        """(B, D) what the head reads of the tokens that leave the last block, before its classifier."""
+        raise ReducerError(f"what the head of {type(self.model).__name__} reads is not told; ask its logits")
+
+    def token_features(self, x: Tensor) -> Tensor:
+        """Tokens (..., D) that leave the last block as the library hands them out: most pass the final norm first."""
+        features: Tensor = self.final_norm(x)
+        return features
+
+    def asked(self, images: Tensor | None, named: Mapping[str, Any]) -> Call:
+        """What a call of the reduced model asks, in the library's own words (``pixel_values=…``).
+
+        Raises:
+            TypeError: an argument that the library does not know.
+        """
+        if named or images is None:
+            wrong = f"got an unexpected argument {next(iter(named))!r}" if named else "needs the images"
+            raise TypeError(f"a reduced {type(self.model).__name__} {wrong}: call it as fast(images)")
+        return Call(images)
+
+    def answer(self, batch: TokenBatch, call: Call, tokens: Callable[[], Tensor] | None) -> Any:
+        """What the library's own forward returns; ``tokens`` gives all of them (B, P + N0, D), patches restored, and
+        is there where ``Call.restore`` asks for them.
+        """
+        return self.classify(batch)
 
     def head_macs(self, layout: Layout) -> Tensor:
         """Multiply-adds of pool and head for each image, (B,) float64."""

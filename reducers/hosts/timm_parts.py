@@ -180,8 +180,13 @@ class TimmHost(Host):
     # --- the head ---
 
     def classify(self, batch: TokenBatch) -> Any:
+        return self.model.head(self.pooled(batch))
+
+    def pooled(self, batch: TokenBatch) -> Tensor:
+        """As ``forward_head(…, pre_logits=True)``."""
         model = self.model
-        return model.head(model.head_drop(model.fc_norm(self.pool(batch, model.norm(batch.x)))))
+        pooled: Tensor = model.head_drop(model.fc_norm(self.pool(batch, model.norm(batch.x))))
+        return pooled
 
     def pool(self, batch: TokenBatch, x: Tensor) -> Tensor:
         """(B, D) what the head reads of the normed features x (T, D)."""

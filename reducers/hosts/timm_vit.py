@@ -185,6 +185,14 @@ class TimmViT(TimmHost):
         logits: Tensor = super().classify(batch)
         return logits
 
+    def pooled(self, batch: TokenBatch) -> Tensor:
+        """As ``forward_head(…, pre_logits=True)``: of class and distillation token the mean."""
+        base, x = self.model, self.model.norm(batch.x)
+        if isinstance(base, VisionTransformerDistilled):
+            first, second = _both(base, batch, x)
+            return (first + second) / 2
+        return super().pooled(batch)
+
     @property
     def classifier_macs(self) -> int:
         base = self.model
@@ -208,15 +216,21 @@ def _embed(base: VisionTransformer, images: Tensor) -> Tensor:
 # --- tokens -> logits -------------------------------------------------------------------------------------------------
 
 
+def _both(base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the heads of class and distillation token read."""
+    first = class_feature(batch, x, int(base.num_prefix_tokens))
+    second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
+    return base.head_drop(first), base.head_drop(second)
+
+
 def _classify_distilled(
     base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Class and distillation token each have a head; their logits are averaged, as timm does outside distilled
     training.
     """
-    first = class_feature(batch, x, int(base.num_prefix_tokens))
-    second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
-    by_class, by_distillation = base.head(base.head_drop(first)), base.head_dist(base.head_drop(second))
+    first, second = _both(base, batch, x)
+    by_class, by_distillation = base.head(first), base.head_dist(second)
     if base.distilled_training and base.training:
         return by_class, by_distillation
     return (by_class + by_distillation) / 2

@@ -17,6 +17,7 @@ from reducers.hosts.protocol import Grid, Host, Places
 from reducers.noise import image_keys
 from reducers.placement import Placement
 from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
+from reducers.restore import Restorer, with_prefix
 from reducers.runtime.block import account, run_block, runs_as_it_is
 from reducers.runtime.fits import check_plan
 from reducers.runtime.plain import PlainModel, carriers
@@ -109,19 +110,59 @@ class ReducedViT(nn.Module):
         if base is not None:
             base.training = mode
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> logits (B, classes)."""
+    def forward(self, images: Tensor | None = None, **named: Any) -> Any:
+        """images (B, C, H, W) -> logits (B, classes), or what the model's own library returns.
+
+        A model of Hugging Face's takes its library's words: ``fast(pixel_values=…)``, and beside them ``restore``, the
+        rule by which ``last_hidden_state`` is put together where patches were dropped (``features``).
+        """
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined]  # documented
             check_exportable(self)
-        return self._run(images, None)
+        call = self.host.asked(images, named)
+        restorer = None if call.restore is None else Restorer(call.restore)
+        host, batch = self._through(call.images, None, restorer=restorer, resized=call.resized)
+        tokens = None if restorer is None else partial(self._tokens, host, batch, restorer)
+        return host.answer(batch, call, tokens)
+
+    def features(self, images: Tensor, restore: str | None = None) -> Tensor:
+        """The pooled embedding (B, D): what the model's head reads, before its classifier; or the dense map.
+
+        ``restore`` gives the features of every original patch in its place, (B, N0, D), after the final norm, by a
+        rule of ``reducers.restore``: ``"owner"`` (the row that carries the patch), ``"zero"``, ``"last"``.
+
+        Raises:
+            ReducerError: the rule does not say what stands in the place of a patch, or the method has an output of its
+                own, without places.
+        """
+        if restore is None:
+            host, batch = self._through(images, None)
+            return host.pooled(batch)
+        restorer = Restorer(restore)
+        host, batch = self._through(images, None, restorer=restorer)
+        return restorer.restore(batch, host.token_features, self._acting)
+
+    def forward_features(self, images: Tensor, restore: str = "owner") -> Tensor:
+        """As timm's: the prefix tokens, and behind them the dense map, (B, P + N0, D); raises as ``features`` does."""
+        restorer = Restorer(restore)
+        host, batch = self._through(images, None, restorer=restorer)
+        return self._tokens(host, batch, restorer)
+
+    def _tokens(self, host: Host, batch: TokenBatch, restorer: Restorer) -> Tensor:
+        dense = restorer.restore(batch, host.token_features, self._acting)
+        return with_prefix(batch, host.token_features, dense, host.stages[-1].prefix)
+
+    def _acting(self, block: int) -> str:
+        """What acts at a block, in words."""
+        return " and ".join(member.name for at, member in self.plan.acts if at == block)
 
     def unchecked(self, images: Tensor) -> Tensor:
-        """``forward``, for a tracer that only wants to see the operations of these images."""
+        """The logits of ``forward``, for a tracer that only wants to see the operations of these images."""
         logits: Tensor = self._run(images, None)
         return logits
 
     def trace(self, images: Tensor, shared: Shared | None = None) -> tuple[Tensor, Trace]:
-        """As ``forward``, and a trace of every image's tokens and cost.
+        """The logits (B, classes), or of a model without a head the pooled embedding, and a trace of every image's
+        tokens and cost.
 
         ``shared``: what other placements on the same images have computed of the blocks before ``first_block``.
         """
@@ -148,11 +189,34 @@ class ReducedViT(nn.Module):
     def _run(
         self, images: Tensor, tracer: Tracer | None, shared: Shared | None = None, *, cost_only: bool = False
     ) -> Any:
+        host, batch = self._through(images, tracer, shared, cost_only=cost_only)
+        return None if cost_only else host.classify(batch)
+
+    def _through(
+        self,
+        images: Tensor,
+        tracer: Tracer | None,
+        shared: Shared | None = None,
+        *,
+        cost_only: bool = False,
+        restorer: Restorer | None = None,
+        resized: bool = False,
+    ) -> tuple[Host, TokenBatch]:
+        """The tokens that leave the last block. ``restorer``: follows every patch, and is asked afterwards;
+        ``resized``: the images have another size than the model's, and positions are interpolated.
+        """
         host, plan = self._check()
         members = self.members()
+        if restorer is not None:
+            own = sorted({member.name for member in members if member.steps.finishes})
+            if own:
+                raise ReducerError(
+                    f"{', '.join(own)} ends with an output of its own, whose tokens have no places; ask for pooled "
+                    "features (features(images)), or place another method"
+                )
         if any(member.steps.prepares or member.steps.plans for member in members):
             shared = None  # they look at the images in their own way first
-        run = _Pass(host, plan, members, tracer, shared)
+        run = _Pass(host, plan, members, tracer, shared, restorer, resized)
         index, batch, state = self._begin(run, images)
         depth = end = host.depth
         if cost_only:  # the last reducer only decides, and nothing runs after it
@@ -161,12 +225,11 @@ class ReducedViT(nn.Module):
         if tracer is not None:
             account(host, range(max(index, end), depth), batch, tracer)
             tracer.cost.both(host.head_macs(batch.layout))
-        if cost_only:
-            return None
-        for member in members:
-            if member.steps.finishes:
-                batch = cast(Finishes, member).finish(batch, replace(state, block=depth))
-        return host.classify(batch)
+        if not cost_only:
+            for member in members:
+                if member.steps.finishes:
+                    batch = cast(Finishes, member).finish(batch, replace(state, block=depth))
+        return host, batch
 
     def _blocks(self, run: _Pass, blocks: range, batch: TokenBatch, state: State, *, decide_last: bool) -> TokenBatch:
         """Some blocks one after another; ``decide_last``: of the last one's reducer only the decision is asked for."""
@@ -184,9 +247,12 @@ class ReducedViT(nn.Module):
                 idle = min(idle, *(border for border in (*borders, end) if border > index))
             after = host.plain(index, idle, batch) if idle > index and runs_as_it_is(batch) else None
             if after is None:
+                entering = batch
                 batch = self._block(
                     run, batch, replace(state, block=index), decide_only=decide_last and index == end - 1
                 )
+                if run.restorer is not None and index in plan.at:
+                    run.restorer.after_block(index, entering, batch)
                 index += 1
                 continue
             batch = after
@@ -224,9 +290,9 @@ class ReducedViT(nn.Module):
         host, tracer, carrier = run.host, run.tracer, None
         known = None if run.shared is None else run.shared.latest(run.plan.first(host.depth))
         if known is None:
-            detailed = run.shared is not None or (tracer is not None and tracer.detail)
+            detailed = run.shared is not None or run.restorer is not None or (tracer is not None and tracer.detail)
             track = detailed or any(member.traits.uses_positions for member in run.members)
-            batch = host.embed(images, resized=resized is not None, track=track)
+            batch = host.embed(images, resized=resized is not None or run.resized, track=track)
             if resized is not None and track:  # told in the patches of the image as it was given
                 carrier, batch = _as_given(host, batch, resized, host.grid_of(images))
             known = 0, batch.with_origin(carrier) if detailed else batch
@@ -270,6 +336,8 @@ class _Pass:
     members: list[TokenReducer]
     tracer: Tracer | None
     shared: Shared | None
+    restorer: Restorer | None = None
+    resized: bool = False
 
 
 def _as_given(host: Host, batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:
