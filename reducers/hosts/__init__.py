@@ -20,12 +20,35 @@ TYPES: dict[str, str] = {
     "timm.models.beit.Beit": "reducers.hosts.timm_beit",
     "timm.models.naflexvit.NaFlexVit": "reducers.hosts.timm_naflex",
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "reducers.hosts.timm_relpos",
+    "transformers.models.vit.modeling_vit.ViTModel": "reducers.hosts.hf_vit",
+    "transformers.models.vit.modeling_vit.ViTForImageClassification": "reducers.hosts.hf_vit",
+    "transformers.models.deit.modeling_deit.DeiTModel": "reducers.hosts.hf_vit",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassification": "reducers.hosts.hf_vit",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": "reducers.hosts.hf_vit",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "reducers.hosts.hf_vit",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification": "reducers.hosts.hf_vit",
+    **dict.fromkeys(
+        (
+            f"transformers.models.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegisters{name}"
+            for name in ("Model", "ForImageClassification")
+        ),
+        "reducers.hosts.hf_vit",
+    ),
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel": "reducers.hosts.hf_vit",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": "reducers.hosts.hf_vit",
+    "transformers.models.clip.modeling_clip.CLIPVisionModelWithProjection": "reducers.hosts.hf_vit",
+    "transformers.models.clip.modeling_clip.CLIPForImageClassification": "reducers.hosts.hf_vit",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "reducers.hosts.hf_vit",
+    "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": "reducers.hosts.hf_vit",
 }
+
+_TOWERS = ("clip.modeling_clip.CLIPModel", "siglip.modeling_siglip.SiglipModel")  # what reads images is a part of them
 
 SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
     "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos and NaFlexVit "
-    "whose blocks and attentions are those of docs/families.md"
+    "whose blocks and attentions are those of docs/families.md; and transformers' ViT, DeiT, DINOv2, DINOv3 ViT, CLIP "
+    "and SigLIP vision models"
 )
 
 
@@ -66,6 +89,10 @@ def refuse_type(model: nn.Module) -> NoReturn:
         raise UnsupportedModel(
             f"{name} wraps another model; reduce the model inside, and wrap the reduced one: "
             f"{name}(reduce_tokens(wrapped.module, placement))"
+        )
+    if _name(type(model)).removeprefix("transformers.models.") in _TOWERS:
+        raise UnsupportedModel(
+            f"{name} reads text beside images; reduce the tower that reads images: reduce_tokens(model.vision_model, …)"
         )
     if name.startswith(("Parametrized", "FSDP")) and any(_name(kind) in TYPES for kind in type(model).__mro__):
         raise UnsupportedModel(
