@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses
 option = $(if $($(1)),--$(2) '$($(1))')
 FOLDER_OPTIONS = $(call option,LABELS,labels) $(if $(filter no 0 off false,$(LINKS)),--no-links)
 RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call option,MODEL,model) \
-	$(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers) \
+	$(call option,IMG_SIZE,img-size) $(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers) \
 	$(call option,TRAIN_DATA,train-data) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
@@ -37,6 +37,8 @@ help: ## this list
 	@echo '  LABELS     a file of labels (val.txt, LOC_val_solution.csv), order or index (default: found out)'
 	@echo '  LINKS=no   do not follow links in DATA to folders or out of it'
 	@echo '  MODEL      a timm name, such as deit_small_patch16_224 (default: the embedded model)'
+	@echo '             hf-hub:OWNER/NAME, local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME'
+	@echo '  IMG_SIZE   384, or 384,320 (height, width): another size of image than the model'"'"'s own'
 	@echo '  WEIGHTS    a .safetensors file, or random (default: the model'"'"'s own)'
 	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
@@ -64,7 +66,8 @@ ablations: $(STAMP) ## run the ablations that are not finished yet, then draw th
 
 train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)
 	@$(PY) -m ablations train $(METHOD) --out '$(OUT)' $(call option,WORKLOAD,workload) $(call option,DATA,data) \
-		$(call option,MODEL,model) $(call option,WEIGHTS,weights) $(call option,TRAIN_DATA,train-data) \
+		$(call option,MODEL,model) $(call option,IMG_SIZE,img-size) $(call option,WEIGHTS,weights) \
+		$(call option,TRAIN_DATA,train-data) \
 		$(call option,LIMIT,limit) $(FOLDER_OPTIONS) $(if $(SET),--set $(SET))
 
 smoke: ## two specs on 256 images, in about a minute: does everything work here?

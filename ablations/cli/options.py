@@ -128,6 +128,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model", metavar="NAME",
-        help="timm name of the model (digits_vit_small, else deit_tiny_patch16_224); of several, 'A B', the first is "
-        "the run's own and the others are for specs that say `models: all`",
+        help="timm name of the model (digits_vit_small, else deit_tiny_patch16_224), hf-hub:OWNER/NAME or "
+        "local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME; of several, 'A B', the first is the run's "
+        "own and the others are for specs that say `models: all`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--img-size", metavar="PIXELS", help="read images of this size, 384 or 384,320 (height, width); positions are "
+        "resampled (the model's own)",
     )  # fmt: skip

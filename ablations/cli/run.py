@@ -122,6 +122,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         data=arguments.data or None,  # `--data ""`, as make passes it on, means none
         train_data=arguments.train_data or None,
         model=arguments.model or None,
+        img_size=arguments.img_size or None,
         weights=arguments.weights or None,
         specs=tuple(" ".join(arguments.specs).split()),  # one argument or several
         limit=arguments.limit,

@@ -55,6 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from ablations.measure.context import use_exact_float32
     from ablations.measure.opening import choose_device, open_context, open_subject
+    from ablations.models.model_names import chosen_name
     from ablations.records.names import CACHE
     from ablations.run import train
     from ablations.trial.recipe import parse_settings
@@ -64,7 +65,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if not arguments.methods:
         print("\n".join(["methods that can be trained:", *(f"  {name}" for name in known)]))
         return OK
-    model = arguments.model or default_models(arguments.workload)[0]
+    model = chosen_name(arguments.model or default_models(arguments.workload)[0], arguments.img_size)
     depth, first = train.blocks_of(model)
     settings = None if arguments.settings is None else train.parse_method_settings(arguments.settings)
     asked = [

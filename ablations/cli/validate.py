@@ -31,7 +31,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _validate(arguments: argparse.Namespace) -> int:
     from ablations.run.session import Settings, preview
 
-    settings = Settings(workload=arguments.workload, model=arguments.model or None, specs=tuple(arguments.specs))
+    settings = Settings(
+        workload=arguments.workload,
+        model=arguments.model or None,
+        img_size=arguments.img_size or None,
+        specs=tuple(arguments.specs),
+    )
     plan = preview(settings)
     for file in plan.specs:
         trials = plan.trials[file.spec.name]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ablations.measure.failures import halving
 from ablations.measure.metrics import GIGA, finite, patch_masks
 from ablations.measure.profile import Profile
+from ablations.models.answers import logits_of
 from ablations.trial.code import code_of
 from ablations.trial.trial import ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
@@ -130,7 +131,7 @@ def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, devic
 
     def predict(at_once: int) -> list[np.ndarray]:
         return [
-            finite(model(workload.batch(start, stop).to(device)), start).argmax(1).cpu().numpy()
+            finite(logits_of(model(workload.batch(start, stop).to(device))), start).argmax(1).cpu().numpy()
             for start, stop in spans(len(workload), at_once)
         ]
 

@@ -1,23 +1,25 @@
-"""Models by name and their weights: shipped, from timm's hub, from a safetensors file, or random and labelled so."""
+"""Models by name and their weights: shipped, from a hub, a folder or a safetensors file, or random and labelled so."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ablations.models import digits
-from ablations.models.weight_files import ModelError, load_into, read_shapes, read_weights, state_digest
+from ablations.models import digits, hf
+from ablations.models.hub import hub_file
+from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
+from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights, state_digest
 from ablations.records.files import absolute, user_path
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,8 @@ log = logging.getLogger(__name__)
 RANDOM = "random"
 DEFAULT_MODELS = {"embedded": ("digits_vit_small", "digits_vit_tiny")}
 DEFAULT_MODEL = "deit_tiny_patch16_224"  # of every other workload
-_HUB_FILE = "model.safetensors"
+_HUB_FILE, _CONFIG = "model.safetensors", "config.json"
+_CONFIG_FIELDS = frozenset(field.name for field in fields(PretrainedCfg))
 
 WeightsKind = Literal["embedded", "hub", "file", "random"]
 
@@ -50,36 +53,77 @@ def located_weights(weights: str | None) -> str | None:
     return weights if weights == RANDOM else absolute(weights)
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What timm, a folder or a hub says of a model of timm's."""
+
+    name: ModelName
+    architecture: str  # timm's name, the tag of weights included
+    config: PretrainedCfg
+    arguments: dict[str, Any]  # it is made with
+
+    @property
+    def folder(self) -> Path | None:
+        return self.name.folder
+
+
 def check_model(name: str) -> None:
-    """Refuse a name that neither timm nor the embedded workload knows, with the nearest ones that exist."""
-    if name in digits.KNOWN:
-        return
-    if not timm.is_model(name):
-        known = [*digits.KNOWN, *timm.list_models()]
-        near = difflib.get_close_matches(name.split(".")[0], known, n=3)
+    """Refuse a name that no library knows, with the nearest ones that exist."""
+    known = parse_model_name(name)
+    if known.source == TRANSFORMERS:
+        hf.config_of(known)
+    elif known.what in digits.KNOWN:
+        if known.size is not None:
+            raise ModelError(f"{known.what} reads scenes of {digits.CANVAS} px and no others: leave IMG_SIZE out")
+    else:
+        _described(known)
+
+
+def _described(name: ModelName, cache: Path | None = None) -> _Described:
+    """timm's description of a model and its weights; refuses a name or tag that does not exist."""
+    if name.source:
+        return _elsewhere(name, cache)
+    if not timm.is_model(name.what):
+        every = [*digits.KNOWN, *timm.list_models()]
+        near = difflib.get_close_matches(name.what.split(".")[0], every, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
-        raise ModelError(f"unknown model {name!r}: {hint}")
-    _config(name)
-
-
-def _config(name: str) -> PretrainedCfg:
-    """timm's description of a model and its weights; refuses a tag that does not exist."""
-    architecture = name.split(".")[0]
+        raise ModelError(f"unknown model {name.what!r}: {hint}")
+    architecture = name.what.split(".")[0]
     try:
-        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        config = timm.get_pretrained_cfg(name.what, allow_unregistered=False)
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
-        raise ModelError(f"timm knows no weights {name!r}: choose among {tags}") from error
+        raise ModelError(f"timm knows no weights {name.what!r}: choose among {tags}") from error
     assert config is not None, "timm raises for what is not registered"
-    return config
+    return _Described(name, name.what, config, {})
+
+
+def _elsewhere(name: ModelName, cache: Path | None) -> _Described:
+    """A model that timm has saved, in a folder or on the hub."""
+    folder = name.folder or hub_file(name.what, _CONFIG, cache, str(name)).parent
+    try:
+        config, architecture, arguments = load_model_config_from_path(folder)
+        described = PretrainedCfg(**{key: value for key, value in config.items() if key in _CONFIG_FIELDS})
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name} has no {_CONFIG} of timm's ({type(error).__name__}: {error}): save the model with "
+            f"timm.models.save_for_hf; a model of transformers is written {TRANSFORMERS}:{name.what}"
+        ) from error
+    if not timm.is_model(architecture):
+        raise ModelError(f"{name} is a {architecture!r}, which this version of timm does not know: update timm")
+    return _Described(name, architecture, described, dict(arguments or {}))
 
 
 def input_config(name: str) -> dict[str, Any]:
     """What the model reads, as ``timm.data.resolve_model_data_config`` has it: size, mean, std, crop, interpolation."""
     check_model(name)
-    if name in digits.KNOWN:
+    known = parse_model_name(name)
+    if known.source == TRANSFORMERS:
+        return hf.input_of(known, hf.config_of(known))
+    if known.what in digits.KNOWN:
         return digits.digits_input()
-    return dict(resolve_data_config(pretrained_cfg=_config(name).to_dict()))
+    found = dict(resolve_data_config(pretrained_cfg=_described(known).config.to_dict()))
+    return found if known.size is None else {**found, "input_size": (found["input_size"][0], *known.size)}
 
 
 def head_classes(name: str, *, weights: str | None) -> int | None:
@@ -88,21 +132,25 @@ def head_classes(name: str, *, weights: str | None) -> int | None:
     A weights file decides by the shape of its head: a model finetuned on ten classes has ten.
     """
     check_model(name)
-    if name in digits.KNOWN:
-        return digits.create_digits_model(name).num_classes
+    known = parse_model_name(name)
+    if known.what in digits.KNOWN:
+        return digits.create_digits_model(known.what).num_classes
     if weights == RANDOM:
         return None
     if weights is not None:
-        rows = _file_head(name, user_path(weights))
+        rows = _file_head(known, user_path(weights))
         if rows is not None:
             return rows
-    config = _config(name)
-    if not config.num_classes:
+    if known.source == TRANSFORMERS:
+        classes = hf.classes_of(known, hf.config_of(known))
+    else:
+        classes = _described(known).config.num_classes
+    if not classes:
         raise ModelError(
             f"{name} comes without a classifier, so nothing can be scored: choose a model trained to classify, "
             "or give WEIGHTS=file.safetensors with a head"
         )
-    return int(config.num_classes)
+    return int(classes)
 
 
 def open_model(
@@ -116,9 +164,10 @@ def open_model(
 ) -> LoadedModel:
     """A model in evaluation mode on the CPU, float32.
 
-    ``weights``: None for the shipped ones (digits_*) or timm's from the hub, "random" (seeded by ``seed``), or the path
-    of a safetensors file. ``classes`` is the head the workload's labels refer to: another one is refused, and a
-    random head is made to fit. ``hub_cache`` is the hub's download folder where it is not the usual one.
+    ``weights``: None for the shipped ones (digits_*) or those that come with the name (``model_names``), "random"
+    (seeded by ``seed``), or the path of a safetensors file. ``classes`` is the head the workload's labels refer to:
+    another one is refused, and a random head is made to fit. ``hub_cache`` is the hub's download folder where it is not
+    the usual one.
     """
     check_model(name)
     if workload_name == "embedded" and name not in digits.KNOWN:
@@ -137,7 +186,9 @@ def open_model(
     elif name in digits.KNOWN:
         model, kind = _from_file(name, _shipped(name), classes=head), "embedded"
     else:
-        model, kind = _from_hub(name, hub_cache), "hub"
+        known = parse_model_name(name)
+        loads = _from_transformers if known.source == TRANSFORMERS else _from_timm
+        model, kind = loads(known, hub_cache), "hub" if known.folder is None else "file"
     model = model.float().eval()
     params_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return LoadedModel(model, state_digest(model), kind, params_m)
@@ -168,9 +219,21 @@ def _shipped(name: str) -> Path:
 
 def create_model(name: str, *, classes: int | None = None) -> nn.Module:
     """The architecture with random weights; ``classes`` None: as many as it has by itself."""
-    if name in digits.KNOWN:
-        return digits.create_digits_model(name)
-    return timm.create_model(name, pretrained=False, num_classes=classes)
+    known = parse_model_name(name)
+    if known.source == TRANSFORMERS:
+        return hf.create(known, hf.config_of(known), classes=classes)
+    if known.what in digits.KNOWN:
+        return digits.create_digits_model(known.what)
+    described = _described(known)
+    if known.source and classes is None:
+        classes = described.config.num_classes
+    return timm.create_model(
+        described.architecture, pretrained=False, **{**described.arguments, "num_classes": classes, **_sized(known)}
+    )
+
+
+def _sized(name: ModelName) -> dict[str, Any]:
+    return {} if name.size is None else {"img_size": name.size}
 
 
 def _seeded(seed: int, create: Callable[[], nn.Module]) -> nn.Module:
@@ -185,51 +248,49 @@ def _random(name: str, *, classes: int | None, seed: int) -> nn.Module:
 
 
 def _from_file(name: str, path: Path, *, classes: int | None) -> nn.Module:
+    known, weights = parse_model_name(name), read_weights(path)
+    if known.source == TRANSFORMERS:
+        config = hf.config_of(known)
+        return _seeded(0, lambda: hf.load_file(known, config, weights, str(path)))
     model = _seeded(0, lambda: create_model(name, classes=classes))
-    load_into(model, read_weights(path), name=name, source=str(path))
+    if known.size is not None:
+        weights = hf.resampled(weights, model)
+    load_into(model, weights, name=name, source=str(path))
     return model
 
 
-def _from_hub(name: str, cache: Path | None) -> nn.Module:
+def _from_transformers(name: ModelName, cache: Path | None) -> nn.Module:
+    config = hf.config_of(name, cache)
+    return _seeded(0, lambda: hf.load(name, config, cache))
+
+
+def _from_timm(name: ModelName, cache: Path | None) -> nn.Module:
     """timm's own loading, but of a safetensors file only, where timm would fall back to pickled checkpoints."""
-    config = _config(name)
-    if not config.hf_hub_id:
+    described = _described(name, cache)
+    config = described.config
+    if name.source == TIMM_FOLDER:
+        path = user_path(name.what) / _HUB_FILE
+    elif name.source == TIMM_HUB:
+        path = hub_file(name.what, _HUB_FILE, cache, str(name))
+    elif not config.hf_hub_id:
         raise ModelError(f"timm has no weights for {name}: give WEIGHTS=file.safetensors, or WEIGHTS=random")
-    path = _hub_file(config.hf_hub_id, config.hf_hub_filename or _HUB_FILE, cache, name)
+    else:
+        path = hub_file(config.hf_hub_id, config.hf_hub_filename or _HUB_FILE, cache, str(name))
     overlay = {"state_dict": read_weights(path), "custom_load": False}
-    model: nn.Module = _seeded(0, lambda: timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay))
-    for key, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{key} of the hub's weights for {name} is not finite: give WEIGHTS=file.safetensors")
+    settings: dict[str, Any] = {**described.arguments, **_sized(name)}
+    if name.source:  # as timm saved it, not as the architecture is registered
+        settings = {"num_classes": config.num_classes, **settings, "pretrained_cfg": config.to_dict()}
+    model: nn.Module = _seeded(
+        0,
+        lambda: timm.create_model(described.architecture, pretrained=True, pretrained_cfg_overlay=overlay, **settings),
+    )
+    check_finite(model.state_dict(), f"the hub's weights for {name}" if name.folder is None else f"{path}")
     return model
 
 
-def _hub_file(hub_id: str, filename: str, cache: Path | None, name: str) -> Path:
-    if not filename.endswith(".safetensors"):
-        raise ModelError(
-            f"the hub keeps the weights of {name} as {filename}, and only safetensors files are read: "
-            "convert them and give WEIGHTS=file.safetensors"
-        )
-    repository, _, revision = hub_id.partition("@")
-    problem: Exception | None = None
-    for local in (True, False):  # what is already here first: no request, and the same answer offline
-        try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    repository, filename, revision=revision or None, cache_dir=cache, local_files_only=local
-                )
-            )
-        except Exception as error:  # noqa: BLE001  anything a network can do; the reason is passed on
-            problem = error
-    raise ModelError(
-        f"the weights of {name} cannot be fetched from the hub ({repository}: {type(problem).__name__}): "
-        "connect to the network, or give WEIGHTS=file.safetensors, or WEIGHTS=random"
-    ) from problem
-
-
-def _file_head(name: str, path: Path) -> int | None:
+def _file_head(name: ModelName, path: Path) -> int | None:
     """Rows of the classifier in a weights file, or None where it has none under the model's name for it."""
-    classifier = _config(name).classifier
+    classifier = hf.CLASSIFIER if name.source == TRANSFORMERS else _described(name).config.classifier
     first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier
     shape = read_shapes(path).get(f"{first}.weight")
     return shape[0] if shape else None

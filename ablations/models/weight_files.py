@@ -107,6 +107,13 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights of which one is NaN or infinite."""
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{key} of {source} is not finite: give WEIGHTS=file.safetensors")
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise ModelError(f"WEIGHTS {path} is a folder: name the .safetensors file in it")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ablations.measure.opening import Subject, facts_of, open_subject
 from ablations.models.loading import RANDOM
+from ablations.models.model_names import chosen_name
 from ablations.run.jobs import Computation, computations
 from ablations.spec import expand as plan
 from ablations.spec.model import SpecFile, find_specs
@@ -33,6 +34,7 @@ class Settings:
     data: str | None = None
     train_data: str | None = None
     model: str | None = None
+    img_size: str | None = None  # "384" or "384,320": what the models read, where not their own size
     weights: str | None = None
     specs: tuple[str, ...] = ()
     limit: int | None = None
@@ -51,11 +53,11 @@ class Settings:
 
     def chosen(self) -> list[tuple[str, str | None]]:
         """The models of the run and the weights of each, in the order given; the first is the run's main one."""
-        names = self.model.split() if self.model else []
+        names = [chosen_name(name, self.img_size) for name in self.model.split()] if self.model else []
         if len(names) != len(set(names)):
             raise ValueError(f"--model {self.model!r} names a model twice; name each once")
         if not names:
-            names = list(default_models(self.workload))
+            names = [chosen_name(name, self.img_size) for name in default_models(self.workload)]
             if self.weights not in (None, RANDOM):
                 names = names[:1]  # the file is the main model's
         if len(names) == 1 or self.weights in (None, RANDOM):

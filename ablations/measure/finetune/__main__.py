@@ -20,6 +20,7 @@ from ablations.measure.context import TrialContext
 from ablations.measure.evaluate import run_trial
 from ablations.measure.finetune.cache import Finetuned, Machine, trained_from
 from ablations.measure.opening import Subject, choose_device, open_context, open_subject, target_of
+from ablations.models.model_names import chosen_name
 from ablations.records.files import atomic, user_path
 from ablations.streams import standard_streams
 from ablations.system import cores
@@ -75,7 +76,8 @@ def _carry_out(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    workload, name = arguments.workload, arguments.model or default_models(arguments.workload)[0]
+    workload = arguments.workload
+    name = chosen_name(arguments.model or default_models(workload)[0], arguments.img_size)
     recipe = parse_recipe({**parse_settings(arguments.set), "stages": _stages(arguments)}, workload=workload)
     out = user_path(arguments.out)
     cache = out / "cache"
@@ -186,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-data", help="folder of the images to train on, where it is not DATA/train")
     parser.add_argument("--labels", help="a file of labels of DATA's images, or order, or index: as of `run --help`")
     parser.add_argument("--no-links", action="store_true", help="do not follow links to folders or out of the folder")
-    parser.add_argument("--model", help="a timm name (default: the workload's)")
+    parser.add_argument("--model", help="a timm name (default: the workload's), or as `sievit run` takes it")
+    parser.add_argument("--img-size", metavar="PIXELS", help="384 or 384,320: another size than the model's own")
     parser.add_argument("--weights", help="a .safetensors file, or random (default: the model's own)")
     parser.add_argument("--at", help="blocks at which tokens are reduced: 3, 3-11, all or 3,6,9")
     parser.add_argument("--reducer", action="append", help="JSON; several times for a stack (default: the dense model)")

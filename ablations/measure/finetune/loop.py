@@ -23,6 +23,7 @@ from ablations.measure.finetune.data import epoch_batches, images_per_epoch
 from ablations.measure.finetune.objective import Objective, TrainingViT, needs_teacher
 from ablations.measure.finetune.schedule import KeepSchedule, make_optimizer, make_scheduler
 from ablations.measure.finetune.training_state import own_randomness, random_state, set_random_state
+from ablations.models.answers import logits_of
 from ablations.models.stochastic_depth import set_drop_path
 from ablations.trial.recipe import Recipe
 from ablations.workloads.base import Workload
@@ -246,7 +247,7 @@ class Finetuning:
         for start in range(0, len(workload), _EVALUATED_AT_ONCE):
             stop = min(start + _EVALUATED_AT_ONCE, len(workload))
             labels = torch.from_numpy(workload.labels[start:stop].copy()).to(self.device)
-            correct += int((model(workload.batch(start, stop).to(self.device)).argmax(1) == labels).sum())
+            correct += int((logits_of(model(workload.batch(start, stop).to(self.device))).argmax(1) == labels).sum())
         self.model.train()
         return correct / len(workload)
 

@@ -11,6 +11,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ablations.models.answers import logits_of
 from ablations.trial.recipe import Distillation, Recipe
 from reducers import Placement, TokenReducer
 from reducers.reducer import HasLosses, State
@@ -70,7 +71,7 @@ class TrainingViT(ReducedViT):
     def observed(self, images: Tensor) -> tuple[Outputs, State]:
         """A forward pass, with what it left behind."""
         (witness,) = self._witness
-        logits = self(images)
+        logits = logits_of(self(images))
         assert witness.seen is not None
         batch, state = witness.seen
         witness.seen = None  # it holds the whole graph
