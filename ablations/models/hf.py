@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ablations.models.hub import hub_file
 from ablations.models.model_names import ModelName
 from ablations.models.weight_files import ModelError, check_finite, load_into
-from reducers.hosts import host_of
-from reducers.hosts.hf_vit import MODELS, Made
+from reducers.hosts import TYPES, host_of
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 CLASSIFIER = "classifier"
 _POSITIONS = ("pos_embed", "position_embeddings", "position_embedding.weight")
+_RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # of transformers.models
 _SHARDS = "model.safetensors.index.json"
 _MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's, by number
 
@@ -87,10 +87,10 @@ def load(name: ModelName, config: dict[str, Any], cache: Path | None) -> nn.Modu
             f"{WEIGHTS} of {name} {what}, and only one safetensors file is read: save it again with "
             "model.save_pretrained(FOLDER, max_shard_size='100GB')"
         )
-    kind, made = _class(name, config), _made(name, config)
+    kind = _class(name, config)
     model = _loaded(kind, f"the weights of {name}", folder, local_files_only=True, use_safetensors=True)
     size = size_of(name, config, cache)
-    if made.kind.resizes != "asked":  # the library itself goes by the size of the image
+    if _resizes_itself(name, config):  # the library itself goes by the size of the image
         _set_size(name, model.config, size)
         return model
     if size == _own_size(config):
@@ -165,7 +165,7 @@ def size_of(name: ModelName, config: dict[str, Any], cache: Path | None = None) 
     """Height and width that the model reads: as asked for, else as its processor gives, else the model's own."""
     if name.size is not None:
         return name.size
-    if _made(name, config).kind.resizes != "asked":  # such models read any size, and the processor says which
+    if _resizes_itself(name, config):  # such models read any size, and the processor says which
         with suppress(ModelError):
             return _crop(_processor(name, cache), name)
     return _own_size(config)
@@ -231,7 +231,7 @@ def _set_size(name: ModelName, settings: Any, size: tuple[int, int]) -> None:
 
 
 def _class_path(name: ModelName, config: dict[str, Any]) -> str:
-    known = {path.rpartition(".")[2]: path for path in MODELS}
+    known = {path.rpartition(".")[2]: path for path in TYPES if path.startswith("transformers.")}
     named = (config.get("architectures") or [""])[0]
     if named not in known:
         raise ModelError(
@@ -241,8 +241,9 @@ def _class_path(name: ModelName, config: dict[str, Any]) -> str:
     return known[named]
 
 
-def _made(name: ModelName, config: dict[str, Any]) -> Made:
-    return MODELS[_class_path(name, config)]
+def _resizes_itself(name: ModelName, config: dict[str, Any]) -> bool:
+    """The library fits positions to the size of each image."""
+    return _class_path(name, config).split(".")[2] in _RESIZE_THEMSELVES
 
 
 def _class(name: ModelName, config: dict[str, Any]) -> Any:
