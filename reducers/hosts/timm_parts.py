@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import SUPPORTED, refuse_type
+from reducers.hosts.pools import class_or_mean
 from reducers.hosts.protocol import Family, Grid, Host, Stage, StochasticDepth
 from reducers.tokens import Layout, TokenBatch
 
@@ -192,7 +193,7 @@ class TimmHost(Host):
         """(B, D) what the head reads of the normed features x (T, D)."""
         model = self.model
         if model.global_pool == "token":
-            return class_feature(batch, x, int(model.num_prefix_tokens))
+            return class_or_mean(batch, x, int(model.num_prefix_tokens))
         pool = model.attn_pool if model.global_pool == "map" else None
         return pool_patches(batch, x, model.global_pool, prefix=self.pools_prefix, attention=pool)
 
@@ -385,19 +386,6 @@ def mlp_row(mlp: nn.Module) -> int:
 
 
 # --- tokens -> what the head reads ------------------------------------------------------------------------------------
-
-
-def class_feature(batch: TokenBatch, x: Tensor, prefix: int) -> Tensor:
-    """(B, D) the class token; where an experiment let it be dropped, the mean of the survivors. ``prefix``: tokens that
-    led each image when it entered.
-    """
-    layout = batch.layout
-    rows = x[batch.cls.clamp(min=0)]
-    if layout.uniform is not None and layout.uniform[1] == prefix:
-        return rows  # no image has lost a prefix token
-    summed = torch.zeros(layout.images, x.shape[1], dtype=x.dtype, device=x.device).index_add(0, layout.row_image, x)
-    mean = summed / layout.lengths.clamp(min=1)[:, None].to(x.dtype)
-    return torch.where((batch.cls >= 0)[:, None], rows, mean)
 
 
 def pool_patches(

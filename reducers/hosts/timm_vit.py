@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reducers.cost import BlockCost, linear_macs
+from reducers.hosts.pools import class_or_mean
 from reducers.hosts.protocol import Core, Family, HostBlock, PreNormBlock, StochasticDepth
 from reducers.hosts.timm_parts import (
     TimmHost,
@@ -24,7 +25,6 @@ from reducers.hosts.timm_parts import (
     check_kind,
     check_rest,
     check_unreplaced,
-    class_feature,
     entrance,
     mlp_row,
     stochastic_depth,
@@ -218,7 +218,7 @@ def _embed(base: VisionTransformer, images: Tensor) -> Tensor:
 
 def _both(base: VisionTransformerDistilled, batch: TokenBatch, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the heads of class and distillation token read."""
-    first = class_feature(batch, x, int(base.num_prefix_tokens))
+    first = class_or_mean(batch, x, int(base.num_prefix_tokens))
     second = x[batch.layout.starts + (batch.cls >= 0)]  # next to the class token, or first where that was dropped
     return base.head_drop(first), base.head_drop(second)
 
