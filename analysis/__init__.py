@@ -5,19 +5,16 @@ the project the format of results (``ablations.records``). ``python -m analysis 
 function of data frames:
 
     frame       the result files as tidy data frames
-    outcomes    which images each trial answers rightly, in one order: what every test rests on
-    matching    which trials may be set beside each other: seeds, and equal cost
+    facts/      what follows from a spec's trials, computed once for words, tables and figures: which trials may be set
+                beside each other, comparisons at equal cost, the front, speed-ups, which patches survive
     stats       intervals, paired tests, and what a number of images can tell
-    kept        which patches survive, and how far two trials agree about them
-    drawing     matplotlib as it ships, whatever its user set up
-    style       colours, markers, labels and titles, the same in every figure
-    plots       one figure a file: data frames -> matplotlib Figure
-    tables      data frames -> tables in Markdown, CSV and LaTeX
-    published   the numbers in print that a table of ours may be read beside
-    beside      each published claim with what was measured here nearest to it
-    comparison  series side by side at one cost, tested in pairs
-    findings    the answers in plain sentences, computed from the data; ``questions``: one spec's own
+    questions/  what is asked, one kind a file: its noun, its findings, its figures, what is in print about it
+    words       findings, and what several questions say alike; ``findings``: of all specs together
     caveats     what to know before believing an experiment's numbers
+    plots/      one figure a file: facts -> matplotlib Figure
+    style       colours, markers, labels and titles, the same in every figure; ``drawing``: matplotlib as it ships
+    tables      tables in Markdown, CSV and LaTeX
+    published   the numbers in print that a table of ours may be read beside
     report      all of it; ``page``: in one self-contained HTML file
 """
 

@@ -8,25 +8,27 @@ from typing import Any
 import pandas as pd
 
 from analysis import published
+from analysis.facts.matching import dense_cost
 from analysis.frame import Setting
-from analysis.matching import dense_cost
+from analysis.questions.base import Question
 
-PUBLISHED_DENSE = {"DeiT-Ti": 72.2, "DeiT-S": 79.8, "DeiT-B": 81.8}  # top-1 on all of ImageNet-1k val (DeiT)
 EASIER = 2.0  # points above print from which the images are said to be easier
 
 
-def caveats(spec: str, setting: Setting, trials: pd.DataFrame, run: Mapping[str, Any] | None = None) -> list[str]:
+def caveats(
+    question: Question, setting: Setting, trials: pd.DataFrame, run: Mapping[str, Any] | None = None
+) -> list[str]:
     """Sentences on calibration, data, model and training; ``run`` is the run's record."""
     said = _chance(setting, run or {})
     said += _calibration(trials)
     said += _data(setting, trials)
-    if trials["model"].nunique() == 1 and published.REFERENCES.get(spec) and setting.model != "deit_small_patch16_224":
+    if trials["model"].nunique() == 1 and question.in_print and setting.model != "deit_small_patch16_224":
         said.append(
             f"In print: DeiT-S mostly; here: {published.model_name(setting.model)}. Changes to the dense model at a "
             "share of its cost compare better than accuracies, and neither is the same experiment."
         )
     tuned = trials.loc[~trials["dense"], "finetuned"]
-    if spec in ("methods", "sampling_method", "evit_stacking", "single_multi_stage") and len(tuned) and not tuned.any():
+    if question.finetuned_in_print and len(tuned) and not tuned.any():
         said.append("Everything here is off the shelf, without training; the published rows are finetuned.")
     shared = trials["interval"] if "interval" in trials else pd.Series(dtype=str)
     if (shared == "as recorded").any():
@@ -77,7 +79,7 @@ def _data(setting: Setting, trials: pd.DataFrame) -> list[str]:
         return [
             "Cluttered digits and a small model of the project's own: what holds here need not hold on photographs."
         ]
-    known, print_value = trials["dense_top1"].dropna(), PUBLISHED_DENSE.get(published.model_name(setting.model))
+    known, print_value = trials["dense_top1"].dropna(), published.dense_top1(published.model_name(setting.model))
     if len(known) and print_value is not None and 100 * known.iloc[0] > print_value + EASIER:
         return [
             f"These {setting.images:,} images are easier than the whole validation set: the dense model has "

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ablations.records.columns import Kind, row_columns
+from ablations.records.kinds import kind_of
 from ablations.records.names import IMAGES, RESULTS, RUN, SUFFIX, TRIALS
 from ablations.records.parquet import owner, read_parquet
 from ablations.records.storage import Disk
@@ -152,11 +153,7 @@ class Results:
     @property
     def about_specs(self) -> dict[str, dict[str, Any]]:
         """Title, question and caption of each spec as the run recorded them; {} where it did not."""
-        specs = self.run.get("specs") or {}
-        if isinstance(specs, Mapping):
-            return {str(name): dict(about) if isinstance(about, Mapping) else {} for name, about in specs.items()}
-        entries = [entry if isinstance(entry, Mapping) else {"name": entry} for entry in specs]
-        return {str(entry.get("name", entry.get("spec"))): dict(entry) for entry in entries}
+        return about_specs(self.run)
 
     @property
     def skipped_images(self) -> list[tuple[str, str]]:
@@ -180,6 +177,15 @@ class Results:
         return rows[keep]
 
 
+def about_specs(run: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a run recorded of each of its specs."""
+    specs = run.get("specs") or {}
+    if isinstance(specs, Mapping):
+        return {str(name): dict(about) if isinstance(about, Mapping) else {} for name, about in specs.items()}
+    entries = [entry if isinstance(entry, Mapping) else {"name": entry} for entry in specs]
+    return {str(entry.get("name", entry.get("spec"))): dict(entry) for entry in entries}
+
+
 def read_results(out: Path) -> Results:
     """Read an output folder; AnalysisError where it is missing, empty or damaged."""
     remedy = REMEDY.format(out=out)
@@ -197,11 +203,14 @@ def read_results(out: Path) -> Results:
     missing = [name for name in REQUIRED if name not in trials.columns]
     if missing:
         raise AnalysisError(f"{out}/{RESULTS} lacks the columns {', '.join(missing)}: {remedy}")
-    return Results(out, tidy(trials), _read_run(out / RUN))
+    run = _read_run(out / RUN)
+    return Results(out, tidy(trials, about_specs(run)), run)
 
 
-def tidy(trials: pd.DataFrame) -> pd.DataFrame:
-    """The same rows with every column the analysis uses, of the type it expects, nulls included."""
+def tidy(trials: pd.DataFrame, about: Mapping[str, Mapping[str, Any]] | None = None) -> pd.DataFrame:
+    """The same rows with every column the analysis uses, of the type it expects, nulls included; and the kind of
+    answer that each row's spec asks for (``about``: what the run recorded of its specs).
+    """
     rows = trials.reset_index(drop=True).copy()
     for name in NUMBERS:
         rows[name] = pd.to_numeric(rows[name], errors="coerce") if name in rows else np.nan
@@ -221,6 +230,7 @@ def tidy(trials: pd.DataFrame) -> pd.DataFrame:
     # A series of which some trials are finetuned and some are not is two series.
     both = rows.groupby(["spec", "variant"])["finetuned"].transform("nunique") > 1
     rows.loc[both & rows["finetuned"], "variant"] += " (finetuned)"
+    rows["kind"] = rows["spec"].map({name: kind_of(name, (about or {}).get(name)) for name in rows["spec"].unique()})
     rows["dense"] = [is_dense(row) for row in rows.to_dict("records")]
     return rows
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -19,49 +20,12 @@ IMAGENET_VAL = 50_000  # images of the full validation set
 NO_MODEL = "no single model"
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What is in print about a spec's question: rows of numbers, and in words what was only drawn or said."""
-
-    choose: Callable[[pd.DataFrame], pd.Series[bool]]
-    note: str = ""
+Choose = Callable[[pd.DataFrame], "pd.Series[bool]"]  # which rows of the table speak to a question
 
 
-def _table(*names: str) -> Callable[[pd.DataFrame], pd.Series[bool]]:
+def of_ats(*names: str) -> Choose:
+    """The rows of these tables and figures of the ATS paper."""
     return lambda rows: rows["source"].str.startswith("ATS") & rows["table"].isin(names)
-
-
-def _stacking(rows: pd.DataFrame) -> pd.Series[bool]:
-    return _table("Table A.5")(rows) | (rows["source"].str.startswith("EViT") & rows["method"].str.startswith("EViT"))
-
-
-def _methods(rows: pd.DataFrame) -> pd.Series[bool]:
-    deit = rows["model"].isin(["DeiT-Ti", "DeiT-S", "DeiT-B"]) & rows["top1"].notna() & rows["gflops"].notna()
-    return deit & rows["table"].isin(["Table 1", "Table A.3", "README"])
-
-
-REFERENCES: Mapping[str, Reference] = {
-    "score_functions": Reference(
-        lambda rows: rows["table"].isna() & False,
-        "Printed as curves only (ATS, Figure 3; DeiT-S, one stage, off the shelf): class attention times "
-        "value norm is best, random is worst.",
-    ),
-    "k_values": Reference(
-        _table("Figure A.1"), "The curves of Figure A.1 are not given as numbers; only this point is stated."
-    ),
-    "stage_placement": Reference(_table("Table A.4")),
-    "class_token": Reference(
-        lambda rows: rows["table"].isna() & False,
-        "Printed as curves only (ATS, Figure A.4; DeiT-S, one stage, off the shelf): always keeping the "
-        "class token is better.",
-    ),
-    "evit_stacking": Reference(_stacking),
-    "sampling_method": Reference(_table("Table A.3")),
-    "single_multi_stage": Reference(_table("Figure 4"), "Printed as curves (ATS, Figure 4); only this is stated."),
-    "runtime": Reference(_table("Table A.1")),
-    "finetuning": Reference(_table("Table A.3")),
-    "methods": Reference(_methods),
-}
 
 
 @functools.cache
@@ -85,7 +49,7 @@ class Printed:
 
 
 def printed_rows(table: str, *, model: str = "DeiT-S") -> list[Printed]:
-    """The rows of a table of the ATS paper, or of all the READMEs, on a model, in their order."""
+    """The rows of a table (of the ATS paper, or of all the READMEs) on a model, in their order."""
     rows = load().fillna({"method": "", "setting": ""})
     rows = rows[(rows["table"] == table) & (rows["model"] == model)]
     return [Printed(*row) for row in rows[[field.name for field in fields(Printed)]].itertuples(index=False)]
@@ -97,19 +61,39 @@ def printed(table: str, method: str, *, model: str = "DeiT-S") -> Printed:
     return found
 
 
-def published_rows(spec: str, setting: Setting) -> pd.DataFrame:
-    """Published rows on a spec's question with a column ``differs``; the rows on our model come first."""
-    reference = REFERENCES.get(spec)
+def share(claim: Printed, *, model: str = "DeiT-S") -> float:
+    """A printed cost as a share of the dense model's."""
+    return claim.gflops / printed("Table 1", "", model=model).gflops
+
+
+def number(table: str, method: str, before: str, after: str = "") -> float:
+    """The number that stands between these words in what is printed about a method."""
+    (found,) = re.findall(f"{before}([0-9.]+){after}", printed(table, method).setting)
+    return float(found)
+
+
+def ats_costs() -> dict[str, tuple[float, float]]:
+    """GFLOPs of ATS on DeiT-S and of DeiT-S itself, by who says so: the paper, and a user of its released code."""
+    dense = printed("Table 1", "").gflops
+    said = {"paper": printed("Table 1", "ATS"), "release, by a user": printed("issue 2", "ATS")}
+    return {who: (row.gflops, dense) for who, row in said.items()}
+
+
+def published_rows(choose: Choose | None, setting: Setting) -> pd.DataFrame:
+    """Published rows on a question with a column ``differs``; the rows on our model come first."""
     rows = load()
-    rows = rows[reference.choose(rows)] if reference else rows.iloc[:0]
+    rows = rows.iloc[:0] if choose is None else rows[choose(rows)]
     ours = model_name(setting.model)
     rows = rows.assign(differs=[differs(row, setting) for row in rows.to_dict("records")])
     return rows.sort_values("model", key=lambda names: names != ours, kind="stable").reset_index(drop=True)
 
 
-def published_note(spec: str) -> str:
-    """What is in print about the question without numbers; "" where nothing is to be said."""
-    return REFERENCES[spec].note if spec in REFERENCES else ""
+def dense_top1(model: str) -> float | None:
+    """Accuracy in print of a DeiT without any reduction, in percent; None for a model of another name."""
+    rows = load()
+    names = {"DeiT-B": "DeiT-Base/16"}
+    found = rows[(rows["model"] == names.get(model, model)) & rows["method"].isna() & model.startswith("DeiT-")]
+    return None if found.empty else float(found["top1"].iloc[0])
 
 
 def model_name(timm_name: str) -> str:

@@ -12,45 +12,26 @@ from tempfile import TemporaryFile
 import pandas as pd
 
 from ablations.records import names
+from ablations.records.kinds import KINDS
 from ablations.records.storage import FULL
-from analysis import beside, caveats, findings, page, plots, published, style, tables
-from analysis.comparison import Finding
+from analysis import caveats, findings, page, published, style, tables
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import Overview
+from analysis.facts.spec import Facts
 from analysis.frame import AnalysisError, Results, Setting
-from analysis.outcomes import with_answers
 from analysis.page import read_samples, safe
 from analysis.plots import Drawn, Scene
+from analysis.plots.shared import shared_figures
+from analysis.questions import question_of
+from analysis.questions.beside import beside
+from analysis.words import Finding
 
 log = logging.getLogger(__name__)
 
-TITLES = {  # of the project's own specs, in the order in which a reader meets them
-    "score_functions": "Score functions",
-    "stage_placement": "Stage placement",
-    "single_multi_stage": "Single stage or several",
-    "k_values": "Effect of K",
-    "sampling_method": "Sampling method",
-    "class_token": "Dropping the class token",
-    "evit_stacking": "Stacking on EViT",
-    "methods": "All methods",
-    "adaptivity": "Adaptivity",
-    "model_scaling": "Model scaling",
-    "runtime": "Runtime",
-    "finetuning": "Finetuning",
-    "budget_transfer": "Budget transfer",
-}
-QUESTIONS = {
-    "score_functions": "By which score should tokens be chosen?",
-    "k_values": "What does K cost, and what does it buy?",
-    "stage_placement": "In which blocks should tokens be reduced?",
-    "class_token": "Must the class token be kept?",
-    "evit_stacking": "Does adaptive sampling on top of EViT pay?",
-    "methods": "Which method leads at which cost?",
-    "budget_transfer": "Does one training serve every budget?",
-}
 REFUSED = {  # why a folder does not take a report, all of which another folder mends
     *(errno.EACCES, errno.EPERM, errno.EROFS, *FULL),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ESTALE),
 }
-ACROSS = ("model_scaling",)  # specs whose question is between models: one section for all of them
 
 
 @dataclass(frozen=True)
@@ -141,7 +122,8 @@ def _write(results: Results, home: Path) -> Written:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):  # drawing takes minutes: is it to be had for nothing?
             pass
-    looks = style.assign_looks(results.finished, order=["methods"])
+    trials = results.finished
+    looks = style.assign_looks(trials, order=list(dict.fromkeys(trials.loc[trials["kind"] == "front", "spec"])))
     desk = _Desk(results, looks, folders, {name: [] for name in folders})
     everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
     main = [setting for setting in everything if not _aside(setting, everything, results)]
@@ -158,9 +140,13 @@ def _write(results: Results, home: Path) -> Written:
 
 
 def across_models(results: Results) -> set[str]:
-    """Specs that ask about several models at once: by name, or because the run says that they take them all."""
+    """Specs that ask about several models at once: by their kind, or because the run says that they take them all."""
+    kinds = results.trials.drop_duplicates("spec").set_index("spec")["kind"]
     about = results.about_specs.items()
-    return {*ACROSS, *(name for name, words in about if words.get("models") == "all")}
+    return {
+        *(str(name) for name, kind in kinds.items() if question_of(kind).across),
+        *(name for name, words in about if words.get("models") == "all"),
+    }
 
 
 def _siblings(setting: Setting, everything: Mapping[Setting, pd.DataFrame]) -> list[Setting]:
@@ -182,7 +168,6 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
     """Figures, tables and findings of one setting."""
     results, trials = desk.results, everything[setting]
     scene = Scene(
-        results.images,
         desk.looks,
         style.describe(setting, trials, data=desk.data(setting)),
         read_samples(results.folder / names.SAMPLES),
@@ -191,17 +176,16 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
         patches=_whole(results.run.get("patches")),
         count=setting.images,
     )
-    known = [spec for spec in TITLES if spec in results.specs]
+    kinds = trials.drop_duplicates("spec").set_index("spec")["kind"]
     sections = []
-    for spec in [*known, *(spec for spec in results.specs if spec not in known)]:
+    for spec in sorted((one for one in results.specs if one in kinds), key=lambda one: KINDS.index(kinds[one])):
         rows = trials[trials["spec"] == spec]
-        if rows.empty:
-            continue
         if spec in across_models(results):
             rest = [everything[one][everything[one]["spec"] == spec] for one in _siblings(setting, everything)[1:]]
             rows = pd.concat([rows, *(part for part in rest if len(part))])
-        sections.append(_section(desk, setting, spec, rows, scene, prefix))
-    shared = desk.embed(plots.shared_figures(trials, scene), prefix)
+        sections.append(_section(desk, setting, Facts(rows, results.images), scene, prefix))
+    together = Overview(trials, results.images)
+    shared = desk.embed(shared_figures(together, scene), prefix)
     return Part(
         scene.subtitle.split("\n")[0],
         anchor,
@@ -209,18 +193,19 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
         findings.limits(setting, trials),
         sections,
         shared,
-        findings.adaptivity(plots.overview(trials), trials, results.images),
+        findings.adaptivity(together),
     )
 
 
-def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene: Scene, prefix: str) -> Section:
+def _section(desk: _Desk, setting: Setting, facts: Facts, scene: Scene, prefix: str) -> Section:
     """One spec: its figures drawn, its tables written, its answers found."""
+    spec, rows, question = facts.name, facts.trials, question_of(facts.kind)
     about = desk.results.about_specs.get(spec, {})
-    title = str(about.get("title") or TITLES.get(spec) or spec.replace("_", " "))
+    title = str(about.get("title") or spec.replace("_", " "))
     scene = replace(scene, subtitle=style.describe(setting, rows, data=desk.data(setting)))
-    table = pd.concat([tables.measured(part) for _, part in rows.groupby("model", sort=False)], ignore_index=True)
-    printed, note = published.published_rows(spec, setting), published.published_note(spec)
-    sided = beside.beside(spec, rows, patches=scene.patches)
+    table = pd.concat([tables.measured(part) for part in _by_model(facts)], ignore_index=True)
+    printed, note = published.published_rows(question.printed, setting), question.note
+    sided = beside(question, facts, patches=scene.patches)
     desk.files[names.TABLES] += tables.write(
         desk.folders[names.TABLES],
         f"{prefix}{safe(spec)}",
@@ -238,18 +223,24 @@ def _section(desk: _Desk, setting: Setting, spec: str, rows: pd.DataFrame, scene
         spec,
         f"{prefix}{safe(spec)}",
         title,
-        str(about.get("question") or QUESTIONS.get(spec, "")),
+        str(about.get("question") or ""),
         str(about.get("caption") or about.get("description") or ""),
-        findings.answers(spec, rows),
-        desk.embed(plots.spec_figures(spec, title, rows, scene), prefix),
+        question.answers(facts),
+        desk.embed(question.figures(facts, title, scene), prefix),
         shown,
         tables.reasons(table),
         sided if len(sided) else None,
         tables.display_published(printed) if len(printed) else None,
         note,
-        caveats.caveats(spec, setting, rows, desk.results.run),
+        caveats.caveats(question, setting, rows, desk.results.run),
         int((desk.results.failed["spec"] == spec).sum()),
     )
+
+
+def _by_model(facts: Facts) -> list[Facts]:
+    """The facts of each model, in the order of the trials."""
+    names = list(facts.trials["model"].unique())
+    return [facts] if len(names) == 1 else [facts.models[name] for name in names]
 
 
 def _whole(value: object) -> int | None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import matching, stats
-from analysis.matching import against_dense, merge_seeds
+from analysis import stats
+from analysis.facts.matching import against_dense
+from analysis.facts.spec import Facts
 
 OUR_NOTE = (
     "GMACs: as executed, reducer included, mean ± standard deviation over images. Reference: the published "
@@ -43,14 +44,12 @@ _LATEX = {
 }  # fmt: skip
 
 
-def measured(trials: pd.DataFrame) -> pd.DataFrame:
+def measured(facts: Facts) -> pd.DataFrame:
     """Numbers of one spec, the dense model first: accuracies and differences 0 .. 1, costs in GMACs, trial
     keys.
     """
-    rows = merge_seeds(trials[~trials["dense"]])
-    dense_cost = matching.dense_cost(trials)
-    records = [_dense_record(trials, dense_cost)] if trials["dense_top1"].notna().any() else []
-    records += [_record(row, dense_cost) for row in rows.to_dict("records")]
+    records = [] if math.isnan(facts.dense_top1) else [_dense_record(facts.trials, facts.dense)]
+    records += [_record(row, facts.dense) for row in facts.rows.to_dict("records")]
     return pd.DataFrame(records)
 
 

@@ -14,6 +14,7 @@ import pytest
 from ablations.cli.main import main
 from analysis import tables
 from analysis.__main__ import main as analyse
+from analysis.facts.spec import Facts
 from analysis.frame import read_results
 
 KEPT = Path(__file__).parent / "data" / "out_3d191f9"
@@ -92,7 +93,7 @@ def test_the_analysis_reads_the_numbers_that_pyarrow_reads(out: Path, compacted:
 def test_its_tables_hold_the_measured_rows(out: Path) -> None:
     results = read_results(out)
     (setting,) = results.settings()
-    table = tables.measured(results.of(setting, "small")).set_index("keys")
+    table = tables.measured(Facts(results.of(setting, "small"))).set_index("keys")
     for row in rows():
         if row["spec"] == "small" and row["status"] == "ok":
             found = table.loc[row["key"]]

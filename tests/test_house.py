@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ablations.records.kinds import KINDS
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reducers", "ablations", "analysis")
 MAX_SIBLINGS = 8  # files of its own folder that one file imports
@@ -69,6 +71,32 @@ def test_of_the_other_packages_analysis_imports_the_format_of_results_alone() ->
     assert [where for where in others if not where[2].startswith("ablations.records")] == []
 
 
+def test_no_spec_is_known_to_the_analysis_by_its_name() -> None:
+    """What a spec's trials answer is told by the kind that it names (``answers:``), whoever wrote it."""
+    shipped = {path.stem for path in (ROOT / "ablations/specs").glob("*.yaml")}
+    named = [
+        (relative(path), node.lineno, node.value)
+        for path in sources("analysis")
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Constant) and node.value in shipped
+    ]
+    assert len(shipped) > 10 and named == []
+
+
+def test_the_analysis_has_a_file_for_each_kind_of_answer() -> None:
+    kept = {path.stem for path in sources("analysis/questions")} - {"__init__", "base", "beside"}
+    assert kept == set(KINDS)
+
+
+def test_facts_are_told_by_no_word_and_drawn_by_no_picture() -> None:
+    leaning = imported_modules("analysis")
+    known = ("analysis", "analysis.frame", "analysis.stats")
+    others = {each for name, named in leaning.items() if name.startswith("analysis.facts") for each in named}
+    assert sorted(each for each in others if not each.startswith("analysis.facts") and each not in known) == []
+    assert importing({"matplotlib", "seaborn"}, "analysis/facts") == []
+    assert circle(leaning) == []
+
+
 def test_analysis_needs_no_torch_no_timm_and_no_ray() -> None:
     assert importing({"torch", "torchvision", "timm", "ray"}, "analysis") == []
 
@@ -106,7 +134,7 @@ def test_the_format_of_results_leans_on_nothing_else_of_the_ablations() -> None:
 
 
 def test_names_and_columns_and_statistics_of_results_need_the_standard_library_alone() -> None:
-    plain = ("columns", "files", "locks", "names", "paired", "streams", "wilson")
+    plain = ("columns", "files", "kinds", "locks", "names", "paired", "streams", "wilson")
     files = {f"ablations/records/{name}.py" for name in plain}
     assert [where for where in importing({"pyarrow", "scipy"}, "ablations/records") if where[0] in files] == []
 

@@ -18,6 +18,7 @@ from ablations.measure.opening import Subject, known_dense
 from ablations.models.loading import located_weights
 from ablations.records.files import absolute
 from ablations.records.image_counts import IMAGES_ACCOUNT
+from ablations.records.kinds import ANSWERS
 from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
 from ablations.run.session import Session, Settings
 from ablations.store.store import Store
@@ -42,7 +43,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
     for file in session.specs:
         spec = file.spec
         specs[spec.name] = {
-            **{name: getattr(spec, name) for name in ("title", "question", "caption", "published")},
+            **{name: getattr(spec, name) for name in ("title", ANSWERS, "question", "caption", "published")},
             "trials": [trial.key for trial in session.trials[spec.name]],
         }
     settings, facts = session.settings, session.facts

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ablations.records.files import user_path
+from ablations.records.kinds import Answer
 from ablations.spec.arms import SPECS, merged
 from ablations.spec.plain_yaml import (
     Place,
@@ -103,10 +104,11 @@ class Arm(_Strict):
 
 
 class AblationSpec(_Strict):
-    """A question, and the arms that answer it."""
+    """A question, the kind of its answer (which the report is made by, and no number), and the arms that answer it."""
 
     name: Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
     title: Line
+    answers: Answer = "ranking"
     question: Text = ""
     caption: Text = ""
     published: Text = ""

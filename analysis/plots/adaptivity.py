@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import stats, style
-from analysis.plots.clutter import Counted, adapts, counting, known, tokens_kept
+from analysis.facts.tokens import adaptive, clutter_known, correlation, counted_in, tokens_kept
 from analysis.style import Look
 
 CAPTION_CLUTTER = (
@@ -27,26 +27,6 @@ CAPTION = (
 LINES = 9  # methods that one pair of panels can still show
 BINS = 30  # of the histogram, about
 WIDER = 6  # tokens by which its bins may be wider, to be fair
-
-
-def adaptive(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The trials whose number of tokens differs between images, by their per-image tables."""
-    keep = [key in images and "tokens" in images[key] and adapts(images[key]) for key in trials["key"]]
-    return trials[np.array(keep, dtype=bool)]
-
-
-def clutter_known(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> bool:
-    return known([images[key] for key in trials["key"] if key in images], "clutter")
-
-
-def counted_in(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> Counted:
-    """What the figure of these trials counts."""
-    return counting(images[key] for key in trials["key"] if key in images and "tokens" in images[key])
-
-
-def correlation(table: pd.DataFrame, counted: Counted) -> stats.Interval:
-    """Spearman's rank correlation of an image's tokens with clutter, over images."""
-    return stats.spearman(tokens_kept(table, counted), table["clutter"].to_numpy(dtype=float))
 
 
 @style.themed

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.facts.spec import Facts
 from analysis.style import Look
 
 
@@ -37,7 +38,6 @@ class Drawn:
 class Scene:
     """What all figures of one setting share."""
 
-    images: Mapping[str, pd.DataFrame]  # per-image tables by trial key
     looks: Mapping[str, Look]
     subtitle: str
     pictures: Sequence[Sample] = ()
@@ -45,3 +45,30 @@ class Scene:
     imagenet: bool = False  # the data and classes of the published tables
     patches: int | None = None  # patches of an image, where the run says it
     count: int = 0  # images
+
+
+def reduces(facts: Facts) -> bool:
+    """Whether anything but the plain model was run."""
+    return not facts.rows.empty
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that a spec may have."""
+
+    draw: Callable[[Facts, Scene, str], Figure]  # under a title
+    heading: str  # after ``{title}``, the spec's
+    caption: Callable[[Facts, Scene], str]
+    suffix: str = ""  # of its files, after the spec's name
+    needs: Callable[[Facts], bool] = reduces
+    data: Callable[[Facts], pd.DataFrame] | None = None  # the numbers drawn, where no table has them
+    otherwise: Plot | None = None  # where the data are not there
+
+    def drawn(self, facts: Facts, title: str, scene: Scene) -> list[Drawn]:
+        """The figure, or the one in its stead; [] where the data are there for neither."""
+        if not self.needs(facts):
+            return [] if self.otherwise is None else self.otherwise.drawn(facts, title, scene)
+        heading = self.heading.format(title=title)
+        data = None if self.data is None else self.data(facts)
+        figure = self.draw(facts, scene, heading)
+        return [Drawn(f"{facts.name}{self.suffix}", heading, self.caption(facts, scene), figure, data)]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import merge_seeds
+from analysis.facts.spec import Facts
+from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_curves, legend
-from analysis.style import Look
 
 CAPTION = (
     "Left: top-1 accuracy against multiply-adds as executed, with 95 % intervals. Right: the share of "
@@ -20,12 +17,12 @@ CAPTION = (
 
 
 @style.themed
-def class_token(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def class_token(facts: Facts, scene: Scene, title: str) -> Figure:
     """Accuracy against GMACs, and the share of images that lost their class token at that cost."""
-    rows = merge_seeds(trials[~trials["dense"]])
+    rows, looks = facts.rows, scene.looks
     figure = style.new_figure(height=4.3)
     accuracy, dropped = figure.subplots(1, 2)
-    names = draw_curves(accuracy, trials, looks=looks)
+    names = draw_curves(accuracy, facts, looks=looks)
     for name in names:
         part = rows[(rows["variant"] == name) & rows["class_kept"].notna()].sort_values("gmacs_mean", kind="stable")
         if len(part):
@@ -42,6 +39,15 @@ def class_token(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, 
     if (rows["class_kept"].dropna() == 1).all():  # an empty panel must say that it is no mistake
         dropped.text(0.5, 0.5, "lost in no image", transform=dropped.transAxes, ha="center", color=style.GREY)
     dropped.set_xlim(accuracy.get_xlim())
-    style.put_title(figure, title, subtitle)
-    style.put_legend(figure, legend(names, looks, trials))
+    style.put_title(figure, title, scene.subtitle)
+    style.put_legend(figure, legend(names, looks, facts))
     return style.finish(figure)
+
+
+PLOT = Plot(
+    class_token,
+    "{title}: accuracy, and how often it was dropped",
+    lambda facts, scene: CAPTION,
+    suffix="_dropped",
+    needs=lambda facts: bool(facts.rows["class_kept"].notna().any()),
+)

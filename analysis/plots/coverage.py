@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import stats, style
-from analysis.matching import merge_seeds
+from analysis.facts.matching import merge_seeds
 from analysis.plots import panels
 from analysis.style import Look
 

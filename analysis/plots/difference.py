@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import stats, style
-from analysis.comparison import Versus, versus, versus_curve
-from analysis.matching import INTERPOLATED, cost_levels, cut, dense_gmacs, merge_seeds, targets
+from analysis.facts.comparison import Versus
+from analysis.facts.matching import INTERPOLATED, dense_gmacs, targets
+from analysis.facts.spec import Facts
 from analysis.plots import panels
+from analysis.plots.base import Plot, Scene
 from analysis.style import Look
 
 CAPTION = (
@@ -30,21 +32,8 @@ ASIDE = " Series at one cost stand a little apart, so that their intervals can b
 MATCHED = "Costs are those that trials happened to share (within 3 % of the dense model's){between}."
 
 
-def reference_of(trials: pd.DataFrame) -> str | None:
-    """The series to compare with: the first of the spec that meets others at most of the costs, random choice and
-    the dense model aside.
-    """
-    rows = merge_seeds(trials[~trials["dense"]])
-    levels = cost_levels(rows, by="variant", count=8)
-    met: dict[str, int] = {}
-    for level in levels:
-        for name in cut(rows, level, by="variant").rows["variant"]:
-            met[name] = met.get(name, 0) + 1
-    names = [n for n in dict.fromkeys(rows["variant"]) if met.get(n, 0) and not n.casefold().startswith("random")]
-    return next((name for name in names if met[name] >= 0.75 * max(met[n] for n in names)), None)
-
-
-def caption(found: Sequence[Versus], trials: pd.DataFrame) -> str:
+def caption(facts: Facts, scene: Scene) -> str:
+    found, trials = facts.versus, facts.trials
     between = " (a cross marks what was interpolated between its own neighbours)"
     used = any(one.how == INTERPOLATED for one in found)
     own = not targets(trials) and len({one.level for one in found}) == len(found) > 1
@@ -56,7 +45,7 @@ def caption(found: Sequence[Versus], trials: pd.DataFrame) -> str:
     return CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference), aside=aside)
 
 
-def table(found: Sequence[Versus]) -> pd.DataFrame:
+def table(facts: Facts) -> pd.DataFrame:
     """The numbers drawn, shares 0 .. 1, with full keys."""
     return pd.DataFrame(
         [
@@ -78,7 +67,7 @@ def table(found: Sequence[Versus]) -> pd.DataFrame:
                 "only_reference": one.paired.second_only,
                 "keys": " ".join(one.keys),
             }
-            for one in found
+            for one in facts.versus
         ]
     )
 
@@ -127,14 +116,13 @@ def signs(found: Sequence[Versus]) -> list[Line2D]:
 
 
 @style.themed
-def difference(
-    found: Sequence[Versus], trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str
-) -> Figure:
+def difference(facts: Facts, scene: Scene, title: str) -> Figure:
     """Every series against the reference at each cost; a panel a series where there are many."""
+    found, looks = facts.versus, scene.looks
     names = list(dict.fromkeys(one.name for one in found))
     reference = style.label(found[0].reference).replace("\n", " ")
     label = textwrap.fill(f"top-1 against {reference} (points)", 30)
-    width = 0.6 * _least_gap(found, dense_gmacs(trials))
+    width = 0.6 * _least_gap(found, dense_gmacs(facts.trials))
     if len(names) > panels.TOO_MANY:
         figure = panels.new_figure(len(names), extra=1.6)
         grid = panels.subplots(figure, len(names))
@@ -149,23 +137,9 @@ def difference(
         draw_versus(axes, found, looks=looks, width=width)
         axes.set(xlabel=style.GMACS, ylabel=label)
         handles = [*(style.handle(name, looks) for name in names), *signs(found)]
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     style.put_legend(figure, handles)
     return style.finish(figure)
-
-
-def find(trials: pd.DataFrame, reference: str | None = None) -> list[Versus]:
-    """What the figure of a spec shows; [] where nothing meets at a common cost or the answers are not known. In results
-    that were not calibrated, a reference that is a curve is met by every trial at that trial's own cost.
-    """
-    name = reference_of(trials) if reference is None else reference
-    rows = merge_seeds(trials[~trials["dense"]])
-    if name is None:
-        return []
-    curve = rows[rows["variant"] == name]
-    if not targets(trials) and reference is not None and len(curve) > 2:
-        return versus_curve(rows, name, by="variant")
-    return versus(rows, name, by="variant")
 
 
 def _least_gap(found: Sequence[Versus], dense: float) -> float:
@@ -173,3 +147,13 @@ def _least_gap(found: Sequence[Versus], dense: float) -> float:
     levels = sorted({one.level for one in found})
     gap = float(min(np.diff(levels))) if len(levels) > 1 else 0.1 * dense
     return gap if gap > 0.02 * dense else 0.0  # costs as they came: nothing to set apart
+
+
+PLOT = Plot(
+    difference,
+    "{title}: differences at equal cost",
+    caption,
+    suffix="_difference",
+    needs=lambda facts: bool(facts.versus),
+    data=table,
+)

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import kept, style
+from analysis import style
+from analysis.facts import kept
 from analysis.plots.base import Sample
 from analysis.plots.samples import draw_kept, find_row, stages
 

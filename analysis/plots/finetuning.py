@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import stats, style
-from analysis.matching import dense_cost, merge_seeds, paired
-from analysis.plots.tradeoff import draw_reference, draw_seeds
-from analysis.style import Look
+from analysis import style
+from analysis.facts.recovery import base
+from analysis.facts.spec import Facts
+from analysis.plots import tradeoff
+from analysis.plots.base import Plot, Scene
 
 CAPTION = (
     "Left: top-1 accuracy against multiply-adds as executed; filled and solid: finetuned with the reduction in place, "
@@ -24,55 +23,14 @@ CAPTION = (
     "bars. Right: what finetuning changes at the same setting, in points, with paired 95 % intervals over the same "
     "images."
 )
-SUFFIX = " (finetuned)"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A finetuned row and the same reduction off the shelf."""
-
-    name: str
-    gmacs: float
-    paired: stats.Paired
-    keys: tuple[str, ...]
-
-
-def base(name: str) -> str:
-    """A series' name without what says that it was finetuned."""
-    text = name.removesuffix(SUFFIX)
-    for words in (", finetuned", " finetuned", ", off the shelf", " off the shelf"):
-        text = text.removesuffix(words)
-    return text
-
-
-def pairs(trials: pd.DataFrame) -> list[Pair]:
-    """Finetuned rows that have a row off the shelf of the same name at the same target or setting."""
-    rows = merge_seeds(trials[~trials["dense"]]).to_dict("records")
-    plain = {_setting(row): row for row in rows if not row["finetuned"]}
-    found = []
-    for row in rows:
-        other = plain.get(_setting(row)) if row["finetuned"] else None
-        test = paired(row, other) if other is not None else None
-        if other is not None and test is not None:
-            found.append(Pair(base(row["variant"]), row["gmacs_mean"], test, (*row["keys"], *other["keys"])))
-    return found
-
-
-def _setting(row: Mapping[str, object]) -> tuple[object, ...]:
-    """What a finetuned row shares with its counterpart off the shelf."""
-    target, x = row["target_gmacs"], row["x"]
-    aimed = None if pd.isna(target) else round(float(target), 6)  # type: ignore[arg-type]
-    free = None if pd.isna(x) else round(float(x), 6)  # type: ignore[arg-type]
-    return base(str(row["variant"])), row["placement"], aimed if aimed is not None else (free, row["budget"])
 
 
 @style.themed
-def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def finetuning(facts: Facts, scene: Scene, title: str) -> Figure:
     """Finetuned against off the shelf, and the change."""
-    found = pairs(trials)
+    found, rows, looks = facts.recovered, facts.rows, scene.looks
     figure = style.new_figure(height=4.6)
     axes = figure.subplots(1, 2 if found else 1, squeeze=False)[0]
-    rows = merge_seeds(trials[~trials["dense"]])
     names = list(dict.fromkeys(base(name) for name in rows["variant"]))
     own = {name: style.look_of(next(v for v in rows["variant"] if base(v) == name), looks) for name in names}
     for (variant, tuned), part in rows.groupby(["variant", "finetuned"], sort=False):
@@ -82,9 +40,9 @@ def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, s
         line = look.line() | {"label": str(variant), "linestyle": "-" if tuned else (0, (4, 2))}
         line |= {} if tuned else {"markerfacecolor": "white", "markeredgecolor": look.colour}
         axes[0].errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, **line)
-        draw_seeds(axes[0], part["gmacs_mean"], part, colour=look.colour)
-    draw_reference(axes[0], trials)
-    _draw_tuned_dense(axes[0], trials)
+        tradeoff.draw_seeds(axes[0], part["gmacs_mean"], part, colour=look.colour)
+    tradeoff.draw_reference(axes[0], facts)
+    _draw_tuned_dense(axes[0], facts)
     axes[0].set(xlabel=style.GMACS, ylabel=style.TOP1)
     if found:
         for name in names:
@@ -95,13 +53,13 @@ def finetuning(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, s
                              label=name, **own[name].line())  # fmt: skip
         axes[1].axhline(0, color=style.DENSE_COLOUR, linewidth=1)
         axes[1].set(xlabel=style.GMACS, ylabel="finetuned − off the shelf (points)")
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     grey: dict[str, Any] = {"color": "#6a6a6a", "marker": "o", "markersize": 6}
     kinds = [Line2D([], [], label="finetuned", **grey),
              Line2D([], [], label="off the shelf", linestyle=(0, (4, 2)), markerfacecolor="white", **grey)]  # fmt: skip
     seeds = [style.seeds_handle()] if (rows["seeds"] > 1).any() else []
     series = [style.handle(name, own) for name in names]
-    tuned_dense = [Line2D([], [], label="dense model, finetuned", **TUNED_DENSE)] if len(_tuned_dense(trials)) else []
+    tuned_dense = [Line2D([], [], label="dense model, finetuned", **TUNED_DENSE)] if len(_tuned_dense(facts)) else []
     style.put_legend(figure, [*series, *kinds, style.interval_handle(), *seeds, style.dense_handle(), *tuned_dense])
     return style.finish(figure)
 
@@ -115,12 +73,15 @@ TUNED_DENSE: dict[str, Any] = {
 }
 
 
-def _tuned_dense(trials: pd.DataFrame) -> pd.DataFrame:
-    return trials[trials["dense"] & trials["finetuned"]]
+def _tuned_dense(facts: Facts) -> pd.DataFrame:
+    return facts.trials[facts.trials["dense"] & facts.trials["finetuned"]]
 
 
-def _draw_tuned_dense(axes: Axes, trials: pd.DataFrame) -> None:
+def _draw_tuned_dense(axes: Axes, facts: Facts) -> None:
     """The plain model finetuned by the same recipe, where it was run: the fair upper end."""
-    dense = _tuned_dense(trials)
+    dense = _tuned_dense(facts)
     if len(dense):
-        axes.plot([dense_cost(trials)], [100 * float(dense["top1"].mean())], gid="tuned-dense", **TUNED_DENSE)
+        axes.plot([facts.dense], [100 * float(dense["top1"].mean())], gid="tuned-dense", **TUNED_DENSE)
+
+
+PLOT = Plot(finetuning, "{title}: finetuned and off the shelf", lambda facts, scene: CAPTION, otherwise=tradeoff.PLOT)

@@ -4,15 +4,13 @@ kept tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import pandas as pd
+import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import dense_cost, merge_seeds
+from analysis.facts.spec import Facts
+from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_intervals, legend
-from analysis.style import Look
 
 CAPTION = (
     "The same K buys different things: top-K always keeps K patches, ATS draws K points and keeps each "
@@ -22,9 +20,9 @@ CAPTION = (
 
 
 @style.themed
-def k_effect(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def k_effect(facts: Facts, scene: Scene, title: str) -> Figure:
     """Top-1 accuracy and GMACs against K (column ``x``), one curve a series."""
-    rows = merge_seeds(trials[~trials["dense"] & trials["x"].notna()])
+    rows, looks = facts.rows[facts.rows["x"].notna()], scene.looks
     figure = style.new_figure(height=4.2)
     accuracy, cost = figure.subplots(1, 2)
     names = list(dict.fromkeys(rows["variant"]))
@@ -42,15 +40,25 @@ def k_effect(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
             alpha=0.15,
             linewidth=0,
         )
-    dense_top1 = trials["dense_top1"].dropna()
-    if len(dense_top1):
-        style.draw_dense(accuracy, gmacs=None, value=100 * float(dense_top1.iloc[0]))
-        style.draw_dense(cost, gmacs=None, value=dense_cost(trials))
+    if not np.isnan(facts.dense_top1):
+        style.draw_dense(accuracy, gmacs=None, value=100 * facts.dense_top1)
+        style.draw_dense(cost, gmacs=None, value=facts.dense)
     accuracy.set(xlabel="K (sample points or kept patches)", ylabel=style.TOP1)
     cost.set(xlabel="K (sample points or kept patches)", ylabel=style.GMACS)
-    style.put_title(figure, title, subtitle)
-    handles = [*legend(names, looks, trials, star=False)]
+    style.put_title(figure, title, scene.subtitle)
+    handles = [*legend(names, looks, facts, star=False)]
     spread_drawn = bool((rows["gmacs_std"].fillna(0) > 0).any())
     band = [style.band_handle("± 1 standard deviation of cost")] if spread_drawn else []
     style.put_legend(figure, [*handles, *band])
     return style.finish(figure)
+
+
+def counts(facts: Facts) -> bool:
+    """Whether ``x`` counts tokens: a share is no K."""
+    given = facts.rows["x"].dropna()
+    return given.nunique() > 1 and bool((given % 1 == 0).all() and (given >= 1).all())
+
+
+PLOT = Plot(
+    k_effect, "{title}: accuracy and cost against K", lambda facts, scene: CAPTION, suffix="_effect", needs=counts
+)

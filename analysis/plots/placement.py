@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.matching import INTERPOLATED, MATCH, NEAR, at_cost, cost_levels, dense_cost, merge_seeds, targets
+from analysis.facts.matching import INTERPOLATED, MATCH, NEAR, at_cost, targets
+from analysis.facts.spec import Facts
+from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_intervals
 from analysis.style import Look
 
@@ -24,7 +26,6 @@ CAPTION = (
     "blocks only; sets of blocks stand on their own to the right. A late block cannot save more than what comes after "
     "it, and not every placement was run at every cost: a missing point was not reached or not run."
 )
-LEVELS = 4  # costs that one figure can still show side by side
 SET = 1.75  # room for a set of blocks, where a single block has 1
 FITS = 8  # characters of a tick that a set's room holds, up to ROOM places
 ROOM = 20
@@ -46,20 +47,11 @@ def short(placement: str) -> str:
     return placement.removeprefix("blocks").removeprefix("block").strip() or placement
 
 
-def placement_levels(trials: pd.DataFrame) -> list[float]:
-    """The costs drawn: few, so that intervals stay apart."""
-    return cost_levels(merge_seeds(trials), by="placement", count=LEVELS)
-
-
-def caption(trials: pd.DataFrame) -> str:
-    near = f"{100 * (NEAR if targets(trials) else MATCH):.0f} %"
-    return CAPTION.format(near=near, cross=" (marked by a cross)" if _interpolated(trials) else "")
-
-
-def _interpolated(trials: pd.DataFrame) -> bool:
-    rows = merge_seeds(trials[~trials["dense"]])
-    parts = [at_cost(rows, level, by="placement") for level in placement_levels(trials)]
-    return any((part["how"] == INTERPOLATED).any() for part in parts)
+def caption(facts: Facts, scene: Scene) -> str:
+    near = f"{100 * (NEAR if targets(facts.trials) else MATCH):.0f} %"
+    parts = [at_cost(facts.rows, level, by="placement") for level in facts.placement_levels]
+    between = any((part["how"] == INTERPOLATED).any() for part in parts)
+    return CAPTION.format(near=near, cross=" (marked by a cross)" if between else "")
 
 
 def _places(rows: pd.DataFrame) -> tuple[dict[str, float], int]:
@@ -74,18 +66,17 @@ def _places(rows: pd.DataFrame) -> tuple[dict[str, float], int]:
 
 
 @style.themed
-def placement(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
+def placement(facts: Facts, scene: Scene, title: str) -> Figure:
     """Top-1 accuracy and reached GMACs against placement, one curve for each cost that several placements
     reach.
     """
-    rows = merge_seeds(trials[~trials["dense"]])
+    rows, levels = facts.rows, facts.placement_levels
     names = placements(rows)
     single = sum(len(blocks) == 1 for blocks in dict(zip(rows["placement"], rows["blocks"], strict=True)).values())
-    levels = placement_levels(trials)
     places, edge = _places(rows)
     figure = style.new_figure(height=5.4)
     accuracy, cost = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.3])
-    dense = dense_cost(trials)
+    dense = facts.dense
     parts = [
         (
             f"about {style.cost(level)} GMACs{'' if np.isnan(dense) else f' ({100 * level / dense:.0f} % of dense)'}",
@@ -98,9 +89,8 @@ def placement(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
         place = part["placement"].map(places).astype(float)
         place = place + 0.16 * (slot - (len(parts) - 1) / 2)  # side by side: intervals of different costs never overlap
         _draw(accuracy, cost, part.assign(_place=place).sort_values("_place"), name, looks, edge)
-    dense_top1 = trials["dense_top1"].dropna()
-    if len(dense_top1):
-        style.draw_dense(accuracy, gmacs=None, value=100 * float(dense_top1.iloc[0]))
+    if not np.isnan(facts.dense_top1):
+        style.draw_dense(accuracy, gmacs=None, value=100 * facts.dense_top1)
     if 0 < single < len(names):
         for axes in (accuracy, cost):
             axes.axvline(edge - 0.4, color="#b0b0b0", linewidth=0.8)
@@ -116,10 +106,10 @@ def placement(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     )
     accuracy.set(ylabel=style.TOP1, xlim=(-0.6, places[names[-1]] + (0.6 if single == len(names) else 0.5 * SET)))
     cost.set_ylim(0, 1.1 * float(rows["gmacs_mean"].max()))
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     handles = [*(style.handle(name, looks) for name, _ in parts), style.interval_handle()]
     handles += [style.cross_handle()] if any((part["how"] == INTERPOLATED).any() for _, part in parts) else []
-    style.put_legend(figure, [*handles, style.dense_handle(star=False)] if len(dense_top1) else handles)
+    style.put_legend(figure, handles if np.isnan(facts.dense_top1) else [*handles, style.dense_handle(star=False)])
     return style.finish(figure)
 
 
@@ -137,3 +127,12 @@ def _draw(accuracy: Axes, cost: Axes, part: pd.DataFrame, name: str, looks: Mapp
             between = rows[rows["how"] == INTERPOLATED]
             accuracy.plot(between["_place"], 100 * between["top1"], "x", color="white", markersize=4, zorder=6)
             cost.plot(rows["_place"], rows["gmacs_mean"], label=name, **{**looks[name].line(), **line})
+
+
+PLOT = Plot(
+    placement,
+    "{title}: accuracy by placement at equal cost",
+    caption,
+    suffix="_by_block",
+    needs=lambda facts: facts.rows["placement"].nunique() > 1,
+)

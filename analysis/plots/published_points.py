@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import published, style
-from analysis.matching import against_dense, dense_cost, merge_seeds
+from analysis.facts.matching import against_dense
+from analysis.facts.spec import Facts
 from analysis.plots import panels
-from analysis.plots.pareto import front
+from analysis.plots.base import Plot, Scene
 
 CAPTION = (
     "{left} pair of a model and the same model with ATS, as printed (Table 1; finetuned; ImageNet-1k, 50,000 "
@@ -42,16 +43,15 @@ def printed_pairs(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 @style.themed
-def published_points(trials: pd.DataFrame, *, same_data: bool, title: str, subtitle: str) -> Figure:
+def published_points(facts: Facts, scene: Scene, title: str) -> Figure:
     """Printed points in absolute numbers (where ours are on the same data) and relative to the dense model."""
-    rows = table_one()
+    rows, same_data = table_one(), scene.imagenet
     figure = style.new_figure(height=4.8)
     axes = figure.subplots(1, 2 if same_data else 1, squeeze=False)[0]
-    ours = front(merge_seeds(trials[~trials["dense"]]))
     if same_data:
-        _absolute(axes[0], rows, trials, ours)
-    _relative(axes[-1], printed_pairs(rows), trials, ours)
-    style.put_title(figure, title, subtitle)
+        _absolute(axes[0], rows, facts)
+    _relative(axes[-1], printed_pairs(rows), facts)
+    style.put_title(figure, title, scene.subtitle)
     star: dict[str, Any] = {"marker": "o", "linestyle": "none"}
     handles = [
         Line2D([], [], label="published: with ATS", markerfacecolor="white", markeredgecolor="#a33b00", **star),
@@ -65,7 +65,8 @@ def published_points(trials: pd.DataFrame, *, same_data: bool, title: str, subti
     return style.finish(figure)
 
 
-def _absolute(axes: Axes, rows: pd.DataFrame, trials: pd.DataFrame, ours: pd.DataFrame) -> None:
+def _absolute(axes: Axes, rows: pd.DataFrame, facts: Facts) -> None:
+    ours = facts.front
     plain, ats = rows[rows["method"] != "ATS"], rows[rows["method"] == "ATS"]
     axes.plot(plain["gflops"], plain["top1"], "o", color="#b5b5b5", markersize=4.5, gid="published")
     for pair in printed_pairs(rows).itertuples():
@@ -73,11 +74,8 @@ def _absolute(axes: Axes, rows: pd.DataFrame, trials: pd.DataFrame, ours: pd.Dat
                       arrowprops={"arrowstyle": "->", "color": "#a33b00", "linewidth": 0.9})  # fmt: skip
     axes.plot(ats["gflops"], ats["top1"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats")
     axes.plot(ours["gmacs_mean"], 100 * ours["top1"], "o-", color="#0a5c8f", markersize=5, linewidth=1, gid="ours")
-    known = trials["dense_top1"].dropna()
-    if len(known):
-        axes.plot(
-            [dense_cost(trials)], [100 * float(known.iloc[0])], "*", color="#0a5c8f", markersize=13, gid="ours-dense"
-        )
+    if not np.isnan(facts.dense_top1):
+        axes.plot([facts.dense], [100 * facts.dense_top1], "*", color="#0a5c8f", markersize=13, gid="ours-dense")
     axes.set_xscale("log")
     ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20) if 0.7 * float(ours["gmacs_mean"].min()) <= t <= 30]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -87,16 +85,16 @@ def _absolute(axes: Axes, rows: pd.DataFrame, trials: pd.DataFrame, ours: pd.Dat
     axes.set_ylim(bottom=low - 2)
 
 
-def _relative(axes: Axes, pairs: pd.DataFrame, trials: pd.DataFrame, ours: pd.DataFrame) -> None:
+def _relative(axes: Axes, pairs: pd.DataFrame, facts: Facts) -> None:
     pairs = pairs.assign(
         saved=100 * (1 - pairs["gflops"] / pairs["dense_gflops"]), change=pairs["top1"] - pairs["dense_top1"]
     ).sort_values("change", kind="stable")
     axes.plot(
         pairs["saved"], pairs["change"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats"
     )
-    dense = dense_cost(trials)
+    dense = facts.dense
     x, y, low, high = [], [], [], []
-    for row in ours.to_dict("records"):
+    for row in facts.front.to_dict("records"):
         test = against_dense(row)
         change = test.difference if test else row["top1"] - row["dense_top1"]
         x.append(100 * (1 - row["gmacs_mean"] / dense))
@@ -127,10 +125,18 @@ def _relative(axes: Axes, pairs: pd.DataFrame, trials: pd.DataFrame, ours: pd.Da
         axes.text(place, 0.81, text, transform=axes.transAxes, rotation=90, fontsize=7.5, ha="center", va="bottom")
 
 
-def caption(trials: pd.DataFrame, *, same_data: bool, model: str, images: int) -> str:
-    paper = published.model_name(model)
-    what = f"{paper}, {images:,} images"
-    tuned = set(trials["finetuned"])
+def caption(facts: Facts, scene: Scene) -> str:
+    what = f"{published.model_name(scene.model)}, {scene.count:,} images"
+    tuned, same_data = set(facts.trials["finetuned"]), scene.imagenet
     differs = "Ours are off the shelf, not finetuned" if tuned == {False} else "Ours include finetuned trials"
     differs += "." if same_data else ", and on other data than ImageNet: only the change is set beside print."
     return CAPTION.format(left=LEFT if same_data else "Each", what=what, differs=differs)
+
+
+PLOT = Plot(
+    published_points,
+    "Table 1 of the ATS paper, and ours beside it",
+    caption,
+    suffix="_published",
+    needs=lambda facts: not facts.rows.empty and not np.isnan(facts.dense_top1),
+)

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis import style
-from analysis.style import Look
+from analysis import published, style
+from analysis.facts.spec import Facts
+from analysis.plots.base import Plot, Scene
 
-PUBLISHED = (4.6 / 2.9, 1403 / 1010)  # ATS, Table A.1: DeiT-S, RTX 6000, finetuned
 CAPTION = (
     "Left: measured speed-up over the dense model (medians and quartiles of ratios timed side by side) against the "
     "ratio of multiply-adds; on the diagonal the clock gives what the count promises. The hollow star is in print: ATS "
-    "on DeiT-S, 1403 against 1010 images/s at 2.9 of 4.6 GFLOPs, on another device. Right: the same speed-ups against "
-    "the batch size; a dash marks the ratio of multiply-adds at each. Trials timed alone on their device only: "
-    "{device}."
+    "on DeiT-S, {fast:g} against {slow:g} images/s at {cost} of {dense} GFLOPs, on another device. Right: the "
+    "same speed-ups against the batch size; a dash marks the ratio of multiply-adds at each. Trials timed alone on "
+    "their device only: {device}."
 )
 
 
-def timed(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials timed side by side with the dense model, with ``ratio`` (dense GMACs / own) and ``faster`` (measured)
-    at ``at_batch`` images. Rates that were taken apart, or a batch that was not timed, do not stand in for them.
-    """
-    rows = trials.assign(faster=trials["speedup"], ratio=trials["dense_gmacs"] / trials["gmacs_mean"])
-    rows = rows.assign(at_batch=rows["measured_batch"])
-    return rows[rows["faster"].notna() & rows["ratio"].notna() & ~rows["dense"]]
+def in_print() -> tuple[float, float]:
+    """Ratio of GFLOPs and speed-up of ATS (Table A.1: DeiT-S, RTX 6000, finetuned)."""
+    dense, ats = (published.printed("Table A.1", method) for method in ("", "ATS"))
+    return dense.gflops / ats.gflops, ats.images_per_second / dense.images_per_second
 
 
 @style.themed
-def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def runtime(facts: Facts, scene: Scene, title: str) -> Figure:
     """Speed-up against the ratio of GMACs, and against the batch size."""
-    rows = timed(trials)
+    rows, looks, known = facts.timed, scene.looks, in_print()
     figure = style.new_figure(height=4.6)
     against, batches = figure.subplots(1, 2)
     names = list(dict.fromkeys(rows["variant"]))
@@ -51,9 +45,9 @@ def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subt
             batches.plot(same["at_batch"], same["faster"], label=name, **line)
             batches.plot(same["at_batch"], same["ratio"], color=look.colour, marker="_", markersize=11,
                          linestyle="none", markeredgewidth=1.6, gid="ratio")  # fmt: skip
-    top = float(np.nanmax([rows["ratio"].max(), rows["faster"].max(), PUBLISHED[0]])) * 1.08
+    top = float(np.nanmax([rows["ratio"].max(), rows["faster"].max(), known[0]])) * 1.08
     against.plot([1, top], [1, top], color=style.DENSE_COLOUR, linewidth=1, linestyle="--", gid="diagonal")
-    against.plot(*[[value] for value in PUBLISHED], marker="*", markersize=13, color="#444444", markerfacecolor="white",
+    against.plot(*[[value] for value in known], marker="*", markersize=13, color="#444444", markerfacecolor="white",
                  linestyle="none", gid="published")  # fmt: skip
     against.set(xlabel="dense GMACs / GMACs", ylabel="measured speed-up", xlim=(None, top))
     sizes = sorted(rows["at_batch"].dropna().unique())
@@ -64,7 +58,7 @@ def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subt
         batches.minorticks_off()
     batches.axhline(1, color=style.DENSE_COLOUR, linewidth=1, linestyle="--")
     batches.set(xlabel="batch size", ylabel="measured speed-up")
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     print_handle = Line2D([], [], marker="*", markersize=12, color="#444444", markerfacecolor="white", linestyle="none",
                           label="in print (ATS, DeiT-S)")  # fmt: skip
     dash = Line2D([], [], marker="_", markersize=11, color="#666666", linestyle="none", label="ratio of GMACs")
@@ -75,6 +69,13 @@ def runtime(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subt
     return style.finish(figure)
 
 
-def caption(trials: pd.DataFrame) -> str:
-    devices = sorted(set(timed(trials)["device"]) - {""})
-    return CAPTION.format(device=", ".join(devices) or "device not recorded")
+def caption(facts: Facts, scene: Scene) -> str:
+    devices = sorted(set(facts.timed["device"]) - {""})
+    dense, ats = (published.printed("Table A.1", method) for method in ("", "ATS"))
+    rates = {"fast": ats.images_per_second, "slow": dense.images_per_second, "cost": ats.gflops, "dense": dense.gflops}
+    return CAPTION.format(**rates, device=", ".join(devices) or "device not recorded")
+
+
+PLOT = Plot(
+    runtime, "{title}: the clock against the count", caption, suffix="_speed", needs=lambda facts: not facts.timed.empty
+)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from analysis import style
-from analysis.kept import packed
+from analysis.facts.kept import packed
 from analysis.plots.base import Sample
 
 CAPTION = (

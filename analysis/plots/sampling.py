@@ -5,28 +5,28 @@ transform, top-K, and what the released code and re-implementations do instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import style
-from analysis.matching import dense_cost
+from analysis import published, style
+from analysis.facts.spec import Facts
+from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_curves, has_seeds, legend
-from analysis.style import Look
 
 CAPTION = (
     "Top-1 accuracy against multiply-adds as executed, with 95 % intervals over images, off the shelf and, where it "
-    "was run, finetuned. The lines mark the two costs in print for the same sampler on DeiT-S: 2.9 of 4.6 GFLOPs (the "
-    "paper) and 3.4 (its released code, measured by a user), as shares of the dense model's."
+    "was run, finetuned. The lines mark the two costs in print for the same sampler on DeiT-S: {paper} of {dense} "
+    "GFLOPs (the paper) and {release} (its released code, measured by a user), as shares of the dense model's."
 )
 OWN = "settings of their own"
-PRINTED = {"2.9 of 4.6 (paper)": 2.9 / 4.6, "3.4 of 4.6 (release, by a user)": 3.4 / 4.6}
 
 
 @style.themed
-def sampling(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def sampling(facts: Facts, scene: Scene, title: str) -> Figure:
     """Accuracy against GMACs; a panel off the shelf, and one finetuned where there are such trials."""
+    trials, looks = facts.trials, scene.looks
+    printed = {f"{own} of {dense} ({who})": own / dense for who, (own, dense) in published.ats_costs().items()}
     groups = [
         (words, trials[trials["finetuned"] == tuned])
         for tuned, words in ((False, "off the shelf"), (True, "finetuned"))
@@ -38,20 +38,20 @@ def sampling(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, sub
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     names: list[str] = []
     for axes, (words, part) in zip(panels, groups, strict=True):
-        names += [name for name in draw_curves(axes, part, looks=looks) if name not in names]
-        for (_, share), dashes in zip(PRINTED.items(), (":", "-."), strict=True):
-            axes.axvline(share * dense_cost(trials), color="#777777", linestyle=dashes, linewidth=1, gid="printed")
+        names += [name for name in draw_curves(axes, Facts(part), looks=looks) if name not in names]
+        for share, dashes in zip(printed.values(), (":", "-."), strict=True):
+            axes.axvline(share * facts.dense, color="#777777", linestyle=dashes, linewidth=1, gid="printed")
         if len(groups) > 1:
             axes.set_title(words)
         if words.endswith(OWN):  # the dense model's cost would press them together: its line is enough
-            ends = [*part["gmacs_mean"], *(share * dense_cost(trials) for share in PRINTED.values())]
+            ends = [*part["gmacs_mean"], *(share * facts.dense for share in printed.values())]
             ends = [end for end in ends if not math.isnan(end)]
             axes.set_xlim(min(ends) - 0.06 * (max(ends) - min(ends)), max(ends) + 0.06 * (max(ends) - min(ends)))
     for axes in panels[1:]:
         axes.set_ylabel("")
-    style.put_title(figure, title, subtitle)
-    rules = [style.rule_handle(label, dashes) for label, dashes in zip(PRINTED, (":", "-."), strict=True)]
-    style.put_legend(figure, [*legend(names, looks, trials), *rules])
+    style.put_title(figure, title, scene.subtitle)
+    rules = [style.rule_handle(label, dashes) for label, dashes in zip(printed, (":", "-."), strict=True)]
+    style.put_legend(figure, [*legend(names, looks, facts), *rules])
     return style.finish(figure)
 
 
@@ -63,6 +63,10 @@ def _apart(words: str, part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(f"{words}, set to a cost", part[~own]), (f"{words}, {OWN}", part[own])]
 
 
-def caption(trials: pd.DataFrame) -> str:
-    seeds = " Small hollow circles are single seeds." if has_seeds(trials) else ""
-    return CAPTION + seeds
+def caption(facts: Facts, scene: Scene) -> str:
+    seeds = " Small hollow circles are single seeds." if has_seeds(facts) else ""
+    (paper, dense), (release, _) = published.ats_costs().values()
+    return CAPTION.format(paper=paper, dense=dense, release=release) + seeds
+
+
+PLOT = Plot(sampling, "{title}: accuracy against cost", caption)

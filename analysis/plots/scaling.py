@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import pandas as pd
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from analysis import style
-from analysis.matching import dense_cost, dense_gmacs, merge_seeds
-from analysis.plots.tradeoff import draw_intervals
+from analysis.facts.matching import against_dense
+from analysis.facts.spec import Facts
+from analysis.plots import tradeoff
+from analysis.plots.base import Plot, Scene
 
 CAPTION = (
     "Left: top-1 accuracy against multiply-adds as executed (logarithmic), one colour a model; stars are the models "
@@ -19,35 +21,22 @@ CAPTION = (
 )
 
 
-def models(trials: pd.DataFrame) -> list[str]:
-    """Models by the cost of their dense forward pass, cheapest first."""
-    return sorted(trials["model"].unique(), key=lambda name: dense_gmacs(trials[trials["model"] == name]))
-
-
 @style.themed
-def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
+def scaling(facts: Facts, scene: Scene, title: str) -> Figure:
     """Accuracy against cost over models, and the loss of each against its own dense accuracy."""
-    from analysis.matching import against_dense
-
     figure = style.new_figure(height=4.5)
     accuracy, loss = figure.subplots(1, 2)
-    names = models(trials)
-    series = [
-        (m, str(v))
-        for m in names
-        for v in dict.fromkeys(trials.loc[(trials["model"] == m) & ~trials["dense"], "variant"])
-    ]
+    names = list(facts.models)
+    series = [(m, str(v)) for m, own in facts.models.items() for v in own.series]
     variants = list(dict.fromkeys(variant for _, variant in series))
     looks = {f"{m} | {v}": style.look_for(names.index(m), variants.index(v)) for m, v in series}
     stars = []
-    for model in names:
-        rows = merge_seeds(trials[(trials["model"] == model) & ~trials["dense"]])
-        own = trials[trials["model"] == model]
-        dense, top1 = dense_cost(own), own["dense_top1"].dropna()
-        for variant, part in rows.groupby("variant", sort=False):
+    for model, own in facts.models.items():
+        dense = own.dense
+        for variant, part in own.rows.groupby("variant", sort=False):
             part = part.sort_values("gmacs_mean", kind="stable")
             name = f"{model} | {variant}"
-            draw_intervals(accuracy, part["gmacs_mean"], part, name=name, looks=looks)
+            tradeoff.draw_intervals(accuracy, part["gmacs_mean"], part, name=name, looks=looks)
             tests = [against_dense(row) for row in part.to_dict("records")]
             known = [
                 (100 * row.gmacs_mean / dense, test) for row, test in zip(part.itertuples(), tests, strict=True) if test
@@ -61,8 +50,8 @@ def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
                 loss.errorbar(
                     [x for x, _ in known], y, yerr=bars, elinewidth=1, capsize=2, label=name, **looks[name].line()
                 )
-        if len(top1):
-            stars.append((dense, 100 * float(top1.iloc[0]), names.index(model)))
+        if not np.isnan(own.dense_top1):
+            stars.append((dense, 100 * own.dense_top1, names.index(model)))
     for at, top, slot in stars:
         accuracy.plot([at], [top], marker="*", markersize=13, color=style.look(slot).colour, markeredgecolor="#222222",
                       markeredgewidth=0.6, linestyle="none", gid="dense", zorder=6)  # fmt: skip
@@ -75,7 +64,7 @@ def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     accuracy.set(xlabel=style.GMACS, ylabel=style.TOP1)
     loss.axhline(0, color=style.DENSE_COLOUR, linewidth=1)
     loss.set(xlabel="cost (% of its own dense model)", ylabel="top-1 against its own dense (points)")
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle.replace(scene.model, ", ".join(names), 1))
     one = len(variants) == 1
     handles = [
         style.handle(m if one else f"{m}: {v}", {m if one else f"{m}: {v}": looks[f"{m} | {v}"]}) for m, v in series
@@ -83,3 +72,12 @@ def scaling(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     star = Line2D([], [], marker="*", markersize=12, color="#888888", linestyle="--", linewidth=1, label="dense models")
     style.put_legend(figure, [*handles, style.interval_handle(), star])
     return style.finish(figure)
+
+
+PLOT = Plot(
+    scaling,
+    "{title}: one reduction, several models",
+    lambda facts, scene: CAPTION,
+    needs=lambda facts: len(facts.models) > 1,
+    otherwise=tradeoff.PLOT,
+)

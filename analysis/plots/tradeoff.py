@@ -12,8 +12,9 @@ from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
-from analysis.matching import dense_cost, merge_seeds
+from analysis.facts.spec import Facts
 from analysis.plots import panels
+from analysis.plots.base import Plot, Scene
 from analysis.style import Look
 
 CAPTION = (
@@ -28,42 +29,38 @@ CAPTION_MANY = (
 SEEDS = " Small hollow circles are single seeds, the curve is their mean; its interval is over images, not over seeds."
 
 
-def caption(trials: pd.DataFrame) -> str:
+def caption(facts: Facts, scene: Scene) -> str:
     """What the figure of these trials shows."""
-    many = trials.loc[~trials["dense"], "variant"].nunique() > panels.TOO_MANY
-    return (CAPTION_MANY if many else CAPTION) + (SEEDS if has_seeds(trials) else "")
+    return (CAPTION_MANY if len(facts.series) > panels.TOO_MANY else CAPTION) + (SEEDS if has_seeds(facts) else "")
 
 
-def has_seeds(trials: pd.DataFrame) -> bool:
-    return bool((merge_seeds(trials[~trials["dense"]])["seeds"] > 1).any())
+def has_seeds(facts: Facts) -> bool:
+    return bool((facts.rows["seeds"] > 1).any())
 
 
-def draw_curves(axes: Axes, trials: pd.DataFrame, *, looks: Mapping[str, Look]) -> list[str]:
+def draw_curves(axes: Axes, facts: Facts, *, looks: Mapping[str, Look]) -> list[str]:
     """Draw accuracy against GMACs with the dense reference; returns the series drawn, in order."""
-    rows = merge_seeds(trials[~trials["dense"]])
-    names = list(dict.fromkeys(rows["variant"]))
-    for name in names:
-        part = rows[rows["variant"] == name].sort_values("gmacs_mean", kind="stable")
+    for name in facts.series:
+        part = facts.rows[facts.rows["variant"] == name].sort_values("gmacs_mean", kind="stable")
         # A series of several placements is no curve over cost: its points stand alone.
         joined = part["placement"].nunique() < 2
         draw_intervals(axes, part["gmacs_mean"], part, name=name, looks=looks, joined=joined)
-    draw_reference(axes, trials)
+    draw_reference(axes, facts)
     axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
-    return names
+    return facts.series
 
 
-def legend(names: Sequence[str], looks: Mapping[str, Look], trials: pd.DataFrame, *, star: bool = True) -> list[Line2D]:
+def legend(names: Sequence[str], looks: Mapping[str, Look], facts: Facts, *, star: bool = True) -> list[Line2D]:
     """Entries for every mark of ``draw_curves``: the series, their intervals, single seeds, the plain model."""
     handles = [*(style.handle(name, looks) for name in names), style.interval_handle()]
-    handles += [style.seeds_handle()] if has_seeds(trials) else []
-    return handles + ([style.dense_handle(star=star)] if trials["dense_top1"].notna().any() else [])
+    handles += [style.seeds_handle()] if has_seeds(facts) else []
+    return handles + ([] if np.isnan(facts.dense_top1) else [style.dense_handle(star=star)])
 
 
-def draw_reference(axes: Axes, trials: pd.DataFrame, *, at_cost: bool = True) -> None:
+def draw_reference(axes: Axes, facts: Facts, *, at_cost: bool = True) -> None:
     """The dense model's line, and its star where the axis is cost."""
-    known = trials["dense_top1"].dropna()
-    if len(known):
-        style.draw_dense(axes, gmacs=dense_cost(trials) if at_cost else None, value=100 * float(known.iloc[0]))
+    if not np.isnan(facts.dense_top1):
+        style.draw_dense(axes, gmacs=facts.dense if at_cost else None, value=100 * facts.dense_top1)
 
 
 def draw_intervals(
@@ -105,9 +102,9 @@ def draw_seeds(axes: Axes, x: pd.Series, rows: pd.DataFrame, *, colour: str) -> 
         )
 
 
-def share_axis(axes: Axes, trials: pd.DataFrame) -> None:
+def share_axis(axes: Axes, facts: Facts) -> None:
     """A second scale on top: cost as a share of the dense model's."""
-    dense = dense_cost(trials)
+    dense = facts.dense
     if np.isnan(dense):
         return
 
@@ -124,30 +121,29 @@ def share_axis(axes: Axes, trials: pd.DataFrame) -> None:
 
 
 @style.themed
-def tradeoff(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def tradeoff(facts: Facts, scene: Scene, title: str) -> Figure:
     """Top-1 accuracy against GMACs for the finished trials of one spec."""
-    if trials.loc[~trials["dense"], "variant"].nunique() > panels.TOO_MANY:
-        return _many(trials, looks=looks, title=title, subtitle=subtitle)
+    if len(facts.series) > panels.TOO_MANY:
+        return _many(facts, scene, title)
     figure = style.new_figure()
     axes = figure.subplots()
-    names = draw_curves(axes, trials, looks=looks)
-    share_axis(axes, trials)
-    style.put_title(figure, title, subtitle)
-    style.put_legend(figure, legend(names, looks, trials))
+    names = draw_curves(axes, facts, looks=scene.looks)
+    share_axis(axes, facts)
+    style.put_title(figure, title, scene.subtitle)
+    style.put_legend(figure, legend(names, scene.looks, facts))
     return style.finish(figure)
 
 
-def _many(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtitle: str) -> Figure:
+def _many(facts: Facts, scene: Scene, title: str) -> Figure:
     """The same as small multiples."""
-    rows = merge_seeds(trials[~trials["dense"]])
-    series = {str(name): part.sort_values("gmacs_mean") for name, part in rows.groupby("variant", sort=False)}
+    series = {str(name): part.sort_values("gmacs_mean") for name, part in facts.rows.groupby("variant", sort=False)}
     figure = panels.new_figure(len(series))
     grid = panels.subplots(figure, len(series))
     for axes, (name, part) in zip(grid, series.items(), strict=True):
         for other, rest in series.items():
             if other != name:
                 axes.plot(rest["gmacs_mean"], 100 * rest["top1"], **panels.BEHIND, gid="others")
-        look = style.look_of(name, looks)
+        look = style.look_of(name, scene.looks)
         axes.fill_between(
             part["gmacs_mean"],
             100 * part["top1_low"],
@@ -159,11 +155,14 @@ def _many(trials: pd.DataFrame, *, looks: Mapping[str, Look], title: str, subtit
         line = look.line() | ({} if part["placement"].nunique() < 2 else {"linestyle": "none"})
         axes.plot(part["gmacs_mean"], 100 * part["top1"], label=name, **line)
         draw_seeds(axes, part["gmacs_mean"], part, colour=look.colour)
-        draw_reference(axes, trials)
+        draw_reference(axes, facts)
         panels.name_panel(axes, name)
     panels.share_limits(grid, style.GMACS, style.TOP1, figure)
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     band = style.band_handle("95 % interval over images")
-    seeds = [style.seeds_handle()] if has_seeds(trials) else []
+    seeds = [style.seeds_handle()] if has_seeds(facts) else []
     style.put_legend(figure, [band, *seeds, panels.behind_handle(), style.dense_handle()])
     return style.finish(figure)
+
+
+PLOT = Plot(tradeoff, "{title}: accuracy against cost", caption, needs=lambda facts: True)

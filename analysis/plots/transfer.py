@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
-from analysis.frame import reducer_names
-from analysis.matching import merge_seeds
-from analysis.plots.tradeoff import draw_reference, draw_seeds
+from analysis.facts.spec import Facts
+from analysis.facts.transfer import PLAIN
+from analysis.plots import tradeoff
+from analysis.plots.base import Plot, Scene
 
 CAPTION = (
     "Top-1 accuracy against the multiply-adds of evaluation, one curve for each budget the model was finetuned at, and "
@@ -22,85 +20,12 @@ CAPTION = (
     "that stays beside the rings of the others was trained once for all of them. Bars are 95 % intervals over images, "
     "small circles single training seeds."
 )
-PLAIN = "off the shelf"
-
-
-def trained_at(training: str) -> str:
-    """The budget a training used, in words: "K = 108", "keep 0.7", "target 50 %"; "off the shelf" without one."""
-    try:
-        recipe = json.loads(training) if training else {}
-    except ValueError:
-        return training
-    if not isinstance(recipe, Mapping) or not recipe:
-        return PLAIN
-    if isinstance(recipe.get("target"), int | float):
-        return f"target {100 * recipe['target']:g} %"
-    budget = _first_budget(recipe.get("stages"))
-    if budget is None:
-        return "dense"
-    (kind, value), *_ = budget.items()
-    return {"count": f"K = {value}", "ratio": f"keep {_number(value)}", "drop": f"r = {value}"}.get(
-        kind, f"{kind} {value}"
-    )
-
-
-def _number(value: Any) -> str:
-    """A ratio as text, fractions as decimals."""
-    if isinstance(value, str) and "/" in value:
-        top, bottom = value.split("/", 1)
-        return f"{float(top) / float(bottom):.3g}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _first_budget(stages: Any) -> dict[str, Any] | None:
-    """The first budget anywhere in stages."""
-    if isinstance(stages, Mapping):
-        budget = stages.get("budget")
-        if isinstance(budget, Mapping) and budget:
-            order = [name for name in ("count", "ratio", "drop") if name in budget] or list(budget)
-            return {order[0]: budget[order[0]]}
-        stages = list(stages.values())
-    if isinstance(stages, list):
-        for part in stages:
-            found = _first_budget(part)
-            if found is not None:
-                return found
-    return None
-
-
-def labelled(trials: pd.DataFrame) -> pd.DataFrame:
-    """Rows with seeds merged, ``method`` (as its variants begin, or else its reducers), ``trained`` (the budget) and
-    ``home`` (evaluated at the cost that the training was aimed at, or with the very budget of the training).
-    """
-    rows = merge_seeds(trials[~trials["dense"]])
-    own = [_at_home(row) for row in rows.to_dict("records")]
-    reducers = [" + ".join(reducer_names(text)) for text in rows["reducer"]]
-    heads: dict[str, set[str]] = {}
-    for name, variant in zip(reducers, rows["variant"], strict=True):
-        heads.setdefault(name, set()).add(str(variant).partition(",")[0])
-    spoken = {name: next(iter(found)) if len(found) == 1 else name for name, found in heads.items()}
-    return rows.assign(
-        method=[spoken[name] for name in reducers],
-        trained=[trained_at(text) for text in rows["training"]],
-        home=own,
-    )
-
-
-def _at_home(row: Mapping[Any, Any]) -> bool:
-    """Whether a row was evaluated at the cost its training was aimed at, or else with the very budget of it."""
-    try:
-        recipe = json.loads(row["training"]) if row["training"] else {}
-        if recipe and isinstance(recipe.get("target"), int | float):
-            return not pd.isna(row["target"]) and bool(np.isclose(row["target"], recipe["target"]))
-        return bool(recipe) and _first_budget(recipe.get("stages")) == _first_budget(json.loads(row["reducer"]))
-    except ValueError:
-        return False
 
 
 @style.themed
-def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
+def transfer(facts: Facts, scene: Scene, title: str) -> Figure:
     """A panel a method: accuracy against cost for each budget of training."""
-    rows = labelled(trials)
+    rows = facts.trainings
     methods = list(dict.fromkeys(rows["method"]))
     kinds = [kind for kind in dict.fromkeys(rows["trained"]) if kind != PLAIN]
     looks = {kind: style.look(slot) for slot, kind in enumerate(kinds)}
@@ -116,7 +41,7 @@ def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
             top1 = 100 * part["top1"]
             bars = np.clip([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1], 0, None)
             axes.errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, label=str(kind), **line)
-            draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
+            tradeoff.draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
             home = part[part["home"]]
             ring: dict[str, Any] = {
                 "linestyle": "none",
@@ -127,11 +52,11 @@ def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
             }
             ring |= {"markeredgecolor": line["color"], "markeredgewidth": 1.4}
             axes.plot(home["gmacs_mean"], 100 * home["top1"], **ring)
-        draw_reference(axes, trials, at_cost=False)
+        tradeoff.draw_reference(axes, facts, at_cost=False)
         axes.set_title(method)
         axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
         axes.label_outer()
-    style.put_title(figure, title, subtitle)
+    style.put_title(figure, title, scene.subtitle)
     handles = [style.handle(kind, looks) for kind in kinds]
     for handle, kind in zip(handles, kinds, strict=True):
         handle.set_label(f"finetuned at {kind}")
@@ -142,3 +67,11 @@ def transfer(trials: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     handles += [home_handle, style.interval_handle(), *([style.seeds_handle()] if (rows["seeds"] > 1).any() else [])]
     style.put_legend(figure, [*handles, style.dense_handle(star=False)])
     return style.finish(figure)
+
+
+PLOT = Plot(
+    transfer,
+    "{title}: finetuned at one budget, evaluated at others",
+    lambda facts, scene: CAPTION,
+    otherwise=tradeoff.PLOT,
+)

@@ -14,6 +14,7 @@ from ablations.measure.context import DensePredictions
 from ablations.workloads import Workload
 from analysis.caveats import caveats
 from analysis.frame import read_results
+from analysis.questions import question_of
 
 
 def asked(labels: np.ndarray, predictions: np.ndarray, classes: int) -> bool:
@@ -78,6 +79,6 @@ def test_a_run_says_so_before_any_trial_and_its_record_and_report_keep_it(
     assert run["settings"]["labels"] is None and run["settings"]["links"] is True
     results = read_results(tmp_path / "out")
     (setting,) = results.settings()
-    told = caveats("tiny", setting, results.of(setting), results.run)
+    told = caveats(question_of("ranking"), setting, results.of(setting), results.run)
     assert told[0].startswith("The dense model itself is at chance level here")
-    assert caveats("tiny", setting, results.of(setting), {**results.run, "models": None}) == told[1:]
+    assert caveats(question_of("ranking"), setting, results.of(setting), {**results.run, "models": None}) == told[1:]

@@ -33,6 +33,7 @@ def test_a_run_leaves_results_record_and_samples(ablate: Ablate, spec_path: Path
     found = rows(out)
     assert len(found) == 4 and {row["status"] for row in found.values()} == {"ok"}
     run = json.loads((out / "run.json").read_text())
+    assert run["specs"]["tiny"]["answers"] == "ranking"
     assert run["specs"]["tiny"]["title"] == "A tiny question" and run["specs"]["tiny"]["trials"] == list(found)
     assert (run["workload"], run["model"], run["weights"]) == ("embedded", "digits_vit_tiny", "random")
     assert run["images"] == 10

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ablations.records.kinds import ANSWERS, kind_of
 from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.expand import expand
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
@@ -156,6 +157,7 @@ def test_trials_that_are_the_same_appear_once(target: Target) -> None:
         ("[48, 96]", "[{a: 1}]", "base.vary.K"),
         ("name: tiny", "name: ../../etc/passwd", "lower-case letters"),
         ("name: tiny", "name: 7", "name: "),
+        ("name: tiny", "name: tiny\nanswers: opinions", ":2: answers: .*'scores'.*'ranking'"),
         ("name: tiny", "name: tiny\nname: other", ":2: duplicate key 'name'"),
         ("{method: ats}", "{method: ats, method: topk}", "duplicate key 'method'"),
         ("title: A tiny question", "1: A", "no plain name"),
@@ -202,6 +204,19 @@ def test_a_file_that_is_large_missing_or_no_text_is_refused(tmp_path: Path) -> N
         load_spec(tmp_path / "missing.yaml")
     with pytest.raises(SpecError, match="cannot be read"):
         load_spec(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_spec_names_the_kind_of_its_answer_which_is_in_no_key(path: Path, target: Target) -> None:
+    file = load_spec(path)
+    assert kind_of(path.stem) == file.spec.answers, "records of before are read alike"
+    assert kind_of(path.stem, {ANSWERS: file.spec.answers}) == file.spec.answers
+    other = dataclasses.replace(file, spec=file.spec.model_copy(update={ANSWERS: "ranking"}))
+    assert [trial.key for trial in expand(other, target)] == [trial.key for trial in expand(file, target)]
+
+
+def test_of_a_spec_that_says_nothing_else_who_leads_is_asked() -> None:
+    assert parse_spec(SPEC).spec.answers == kind_of("tiny") == kind_of("methods", {ANSWERS: "unheard of"}) == "ranking"
 
 
 def test_an_unknown_spec_name_gets_a_suggestion() -> None:

@@ -26,7 +26,8 @@ from ablations.trial.stages import Stages
 from ablations.trial.target import Target
 from ablations.trial.trial import TrialResult
 from ablations.workloads import ImageSource, open_model
-from analysis import comparison, stats
+from analysis import stats
+from analysis.facts import comparison
 from reducers import available, build, placement_from, reduce_tokens
 from tests.finetune import taught
 

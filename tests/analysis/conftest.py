@@ -12,9 +12,13 @@ import pytest
 from PIL import Image
 
 from analysis import page, plots, style
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import Overview
+from analysis.facts.spec import Facts
 from analysis.frame import Results, read_results
-from analysis.outcomes import with_answers
 from analysis.plots import Drawn
+from analysis.plots.shared import shared_figures
+from analysis.questions import question_of
 from analysis.report import Written, write_analysis
 from tests.analysis.runs import whole_run
 from tests.analysis.synthetic import Maker
@@ -66,10 +70,11 @@ def drawn(results: Results, answered: pd.DataFrame, looks: dict[str, style.Look]
     """Every figure of the whole run, under a title as long as they get."""
     subtitle = "cluttered digits, some_model, 400 images, off the shelf\nONLY 48 IMAGES: too few to rank methods"
     pictures = page.read_samples(results.folder / "samples")
-    scene = plots.Scene(results.images, looks, subtitle, pictures, "digits_vit_small", imagenet=True, count=400)
-    found = plots.shared_figures(answered[answered["model"] == "digits_vit_small"], scene)
-    for name, rows in answered.groupby("spec", sort=False):
-        found += plots.spec_figures(str(name), "A title", rows, scene)
+    scene = plots.Scene(looks, subtitle, pictures, "digits_vit_small", imagenet=True, count=400)
+    found = shared_figures(Overview(answered[answered["model"] == "digits_vit_small"], results.images), scene)
+    for _, rows in answered.groupby("spec", sort=False):
+        facts = Facts(rows, results.images)
+        found += question_of(facts.kind).figures(facts, "A title", scene)
     return found
 
 

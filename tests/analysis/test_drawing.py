@@ -19,6 +19,7 @@ from analysis.__main__ import main
 from analysis.frame import read_results
 from analysis.plots.tradeoff import tradeoff
 from analysis.report import write_analysis
+from tests.analysis.asked import draw
 from tests.analysis.synthetic import Maker
 from tests.hostile import RC
 
@@ -137,7 +138,7 @@ def test_an_interval_that_is_not_known_is_no_bar() -> None:
                   top1_high=None, dense_gmacs=None)  # fmt: skip
     from analysis.frame import tidy
 
-    axes = tradeoff(tidy(maker.frame()), looks={}, title="A title", subtitle="").axes[0]
+    axes = draw(tradeoff, tidy(maker.frame())).axes[0]
     (bars,) = axes.containers[0].lines[2]
     assert not any(np.isfinite(segment).all() for segment in bars.get_segments() if len(segment))
     assert axes.child_axes == [], "no share of a cost that nobody knows"

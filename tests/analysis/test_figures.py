@@ -9,11 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import kept, matching, plots, published, stats, style
-from analysis.comparison import versus, versus_curve
+from analysis import plots, published, stats, style
+from analysis.facts import agreement as facts_agreement
+from analysis.facts import kept, matching
+from analysis.facts import tokens as facts_tokens
+from analysis.facts.comparison import versus, versus_curve
+from analysis.facts.matching import merge_seeds
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import Overview, overview, staged_trial
+from analysis.facts.spec import Facts
+from analysis.facts.transfer import trained_at
 from analysis.frame import Results, tidy
-from analysis.matching import merge_seeds
-from analysis.outcomes import with_answers
 from analysis.page import read_samples
 from analysis.plots import (
     agreement,
@@ -28,14 +34,15 @@ from analysis.plots import (
     runtime,
     sampling,
     scaling,
-    shared,
     single_multi,
     stages,
     tradeoff,
     transfer,
 )
+from analysis.plots.shared import shared_figures
+from tests.analysis.asked import WORDS, draw
 from tests.analysis.synthetic import DENSE_GMACS, Maker
-from tests.analysis.test_plots import WORDS, curves, legend, overlapping_texts
+from tests.analysis.test_plots import curves, legend, overlapping_texts
 
 Looks = Mapping[str, style.Look]
 
@@ -46,7 +53,7 @@ def spec(answered: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def test_differences_are_paired_and_say_which_are_told_apart(answered: pd.DataFrame, looks: Looks) -> None:
     rows = spec(answered, "sampling_method")
-    found = difference.find(rows)
+    found = Facts(rows).versus
     assert {one.reference for one in found} == {"inverse transform (paper)"} and len(found) == 6
     one = next(f for f in found if f.name == "top-K" and f.level == pytest.approx(0.5 * DENSE_GMACS))
     pair = [rows[(rows["variant"] == name) & (rows["x"] == 0.5)].iloc[0] for name in ("top-K", one.reference)]
@@ -54,14 +61,14 @@ def test_differences_are_paired_and_say_which_are_told_apart(answered: pd.DataFr
     assert one.p_holm == pytest.approx(
         dict(zip(map(id, found), stats.holm([f.paired.p_value for f in found]), strict=True))[id(one)]
     )
-    axes = difference.difference(found, rows, looks=looks, **WORDS).axes[0]
+    axes = draw(difference.difference, rows, looks).axes[0]
     drawn = curves(axes)
     assert sorted(drawn["top-K"][1]) == pytest.approx(
         sorted(100 * f.paired.difference for f in found if f.name == "top-K")
     )
     filled = sum(line.get_gid() == "apart" for line in axes.lines)
     assert filled == sum(f.told_apart for f in found) and filled >= 3
-    table = difference.table(found)
+    table = difference.table(Facts(rows))
     assert len(table) == 6 and all(len(key) == 16 for keys in table["keys"] for key in keys.split(" "))
 
 
@@ -87,7 +94,7 @@ def test_many_series_get_a_panel_each(looks: Looks) -> None:
     rows = with_answers(tidy(maker.frame()), maker.images)
     own = style.assign_looks(rows)
     assert len({(look.colour, look.marker) for look in own.values()}) == 13
-    figure = tradeoff.tradeoff(rows, looks=own, **WORDS)
+    figure = draw(tradeoff.tradeoff, rows, own)
     assert [axes.get_title() for axes in figure.axes] == [f"m{i}" for i in range(13)]
     line = next(line for line in figure.axes[2].lines if line.get_label() == "m2")
     expected = rows[rows["variant"] == "m2"].sort_values("gmacs_mean")
@@ -104,12 +111,12 @@ def test_labels_are_spread_as_little_as_it_takes() -> None:
 
 def test_the_front_holds_what_no_cheaper_trial_equals(answered: pd.DataFrame, looks: Looks) -> None:
     rows = merge_seeds(spec(answered, "methods"))
-    edge = pareto.front(rows[~rows["dense"]])
+    edge = Facts(spec(answered, "methods")).front
     for row in rows[~rows["dense"]].to_dict("records"):
         beaten = ((edge["gmacs_mean"] <= row["gmacs_mean"]) & (edge["top1"] >= row["top1"])).any()
         assert beaten or row["key"] in set(edge["key"])
     assert edge["top1"].is_monotonic_increasing and edge["gmacs_mean"].is_monotonic_increasing
-    axes = pareto.pareto(spec(answered, "methods"), looks=looks, **WORDS).axes[0]
+    axes = draw(pareto.pareto, spec(answered, "methods"), looks).axes[0]
     step = next(line for line in axes.lines if line.get_gid() == "front")
     assert np.asarray(step.get_ydata())[:-1] == pytest.approx(100 * edge["top1"].to_numpy())
     assert len(axes.collections) == edge["variant"].nunique()  # bands
@@ -119,25 +126,27 @@ def test_the_front_holds_what_no_cheaper_trial_equals(answered: pd.DataFrame, lo
 
 def test_single_seeds_stand_beside_their_mean(answered: pd.DataFrame, looks: Looks) -> None:
     rows = spec(answered, "score_functions")
-    axes = tradeoff.tradeoff(rows, looks=looks, **WORDS).axes[0]
+    axes = draw(tradeoff.tradeoff, rows, looks).axes[0]
     dots = next(line for line in axes.lines if line.get_gid() == "seeds")
     expected = 100 * rows.loc[rows["variant"] == "random", "top1"]
-    assert sorted(dots.get_ydata()) == pytest.approx(sorted(expected)) and "single seeds" in tradeoff.caption(rows)
+    assert sorted(dots.get_ydata()) == pytest.approx(sorted(expected)) and "single seeds" in tradeoff.caption(
+        Facts(rows), plots.Scene({}, "")
+    )
 
 
 def test_samplers_show_both_printed_costs(answered: pd.DataFrame, looks: Looks) -> None:
-    axes = sampling.sampling(spec(answered, "sampling_method"), looks=looks, **WORDS).axes
+    axes = draw(sampling.sampling, spec(answered, "sampling_method"), looks).axes
     assert [one.get_title() for one in axes] == ["off the shelf, set to a cost", "off the shelf, settings of their own"]
     assert list(curves(axes[1])) == ["inverse transform (official), as many points as patches"]
     lines = [float(line.get_xdata()[0]) for line in axes[0].lines if line.get_gid() == "printed"]
     assert lines == pytest.approx([2.9 / 4.6 * DENSE_GMACS, 3.4 / 4.6 * DENSE_GMACS])
     assert "inverse transform (paper)" in curves(axes[0])
-    both = sampling.sampling(spec(answered, "finetuning").assign(spec="sampling_method"), looks=looks, **WORDS).axes
+    both = draw(sampling.sampling, spec(answered, "finetuning").assign(spec="sampling_method"), looks).axes
     assert [one.get_title() for one in both] == ["off the shelf", "finetuned"]
 
 
 def test_one_or_many_stages_with_the_printed_saving(answered: pd.DataFrame, looks: Looks) -> None:
-    axes = single_multi.single_multi(spec(answered, "single_multi_stage"), looks=looks, **WORDS).axes[0]
+    axes = draw(single_multi.single_multi, spec(answered, "single_multi_stage"), looks).axes[0]
     line = next(line for line in axes.lines if line.get_gid() == "published")
     assert line.get_xdata()[0] == pytest.approx(0.63 * DENSE_GMACS)
     assert {"ATS (block 3)", "ATS (blocks 3-11)"} <= set(curves(axes))
@@ -145,8 +154,8 @@ def test_one_or_many_stages_with_the_printed_saving(answered: pd.DataFrame, look
 
 def test_models_are_set_against_their_own_dense_accuracy(answered: pd.DataFrame) -> None:
     rows = spec(answered, "model_scaling")
-    assert scaling.models(rows) == ["digits_vit_tiny", "digits_vit_small"]
-    accuracy, loss = scaling.scaling(rows, **WORDS).axes
+    assert list(Facts(rows).models) == ["digits_vit_tiny", "digits_vit_small"]
+    accuracy, loss = draw(scaling.scaling, rows).axes
     stars = {
         float(line.get_xdata()[0]): float(line.get_ydata()[0]) for line in accuracy.lines if line.get_gid() == "dense"
     }
@@ -159,7 +168,7 @@ def test_models_are_set_against_their_own_dense_accuracy(answered: pd.DataFrame)
 
 def test_runtime_sets_the_clock_beside_the_count(answered: pd.DataFrame, looks: Looks) -> None:
     rows = spec(answered, "runtime")
-    against, batches = runtime.runtime(rows, looks=looks, **WORDS).axes
+    against, batches = draw(runtime.runtime, rows, looks).axes
     x, y = curves(against)["ToMe"]
     assert x.astype(float) == pytest.approx([1.67] * 3) and sorted(y) == pytest.approx(
         sorted(1.4 - 0.3 / b for b in (1, 8, 32))
@@ -168,11 +177,12 @@ def test_runtime_sets_the_clock_beside_the_count(answered: pd.DataFrame, looks: 
     assert (star.get_xdata()[0], star.get_ydata()[0]) == pytest.approx((4.6 / 2.9, 1403 / 1010))
     line = next(line for line in batches.lines if line.get_label() == "ToMe")
     assert list(line.get_xdata()) == [1, 8, 32]
-    assert runtime.timed(spec(answered, "methods")).empty and "cpu" in runtime.caption(rows)
+    assert Facts(spec(answered, "methods")).timed.empty
+    assert "cpu" in runtime.caption(Facts(rows), plots.Scene({}, ""))
 
 
 def test_histograms_by_stage_hold_every_image(results: Results, answered: pd.DataFrame) -> None:
-    row = shared.staged_trial(spec(answered, "adaptivity"), results.images)
+    row = staged_trial(spec(answered, "adaptivity"), results.images)
     assert row is not None and len(row["blocks"]) == 9
     table = results.images[str(row["key"])]
     figure = stages.stages(row, table, **WORDS)
@@ -188,7 +198,7 @@ def test_histograms_by_stage_hold_every_image(results: Results, answered: pd.Dat
 
 
 def test_the_plainest_images_come_first_and_the_busiest_last(results: Results, answered: pd.DataFrame) -> None:
-    row = shared.staged_trial(spec(answered, "adaptivity"), results.images)
+    row = staged_trial(spec(answered, "adaptivity"), results.images)
     assert row is not None
     table, pictures = results.images[str(row["key"])], read_samples(results.folder / "samples")
     order = extremes.ranked(table, pictures)
@@ -203,12 +213,12 @@ def test_the_plainest_images_come_first_and_the_busiest_last(results: Results, a
 
 
 def test_rank_correlation_is_tested_for_every_method(results: Results, answered: pd.DataFrame, looks: Looks) -> None:
-    rows = shared.overview(answered)
-    found, what = clutter.correlations(rows, results.images)
-    assert what == clutter.CLUTTER and set(found["variant"]) == {"ATS", "top-K", "EViT", "ToMe", "random"}
+    rows = overview(answered)
+    found, what = facts_tokens.correlations(rows, results.images)
+    assert what == facts_tokens.CLUTTER and set(found["variant"]) == {"ATS", "top-K", "EViT", "ToMe", "random"}
     ats = found.set_index("variant").loc["ATS"]
     table = results.images[ats["key"]]
-    rho = stats.spearman(clutter.tokens_kept(table, clutter.LAST), table["clutter"].to_numpy(dtype=float))
+    rho = stats.spearman(facts_tokens.tokens_kept(table, facts_tokens.LAST), table["clutter"].to_numpy(dtype=float))
     assert (ats["rho"], ats["low"], ats["high"]) == pytest.approx((rho.value, rho.low, rho.high)) and ats["clear"]
     assert found["rho"].isna().sum() == 4 and "top-K" in clutter.caption(found, what, "at one cost")
     axes = clutter.clutter(found, what, looks=looks, **WORDS).axes[0]
@@ -218,13 +228,13 @@ def test_rank_correlation_is_tested_for_every_method(results: Results, answered:
 
 
 def test_without_clutter_the_plain_models_loss_stands_in(results: Results, answered: pd.DataFrame) -> None:
-    rows = shared.overview(answered)
+    rows = overview(answered)
     blind = {key: results.images[key].assign(clutter=np.nan) for key in answered["key"]}
-    hard = clutter.hardness(answered, blind)
+    hard = facts_tokens.hardness(answered, blind)
     assert hard is not None and hard.index.is_unique
-    found, what = clutter.correlations(rows, blind, hard)
-    assert what == clutter.HARDNESS and found["rho"].notna().sum() == 1
-    assert clutter.correlations(rows, blind, None)[0].empty
+    found, what = facts_tokens.correlations(rows, blind, hard)
+    assert what == facts_tokens.HARDNESS and found["rho"].notna().sum() == 1
+    assert facts_tokens.correlations(rows, blind, None)[0].empty
 
 
 def test_agreement_knows_chance_from_choice() -> None:
@@ -242,10 +252,10 @@ def test_agreement_knows_chance_from_choice() -> None:
 
 
 def test_agreement_is_drawn_for_every_pair(results: Results, answered: pd.DataFrame) -> None:
-    rows = shared.overview(answered)
-    pairs, left = agreement.matrix(rows, results.images)
+    rows = overview(answered)
+    pairs, left = facts_agreement.matrix(rows, results.images)
     assert left == [] and len(pairs) == 15 and set(pairs["first"]) == set(rows["variant"])
-    values = agreement.square(pairs)
+    values = facts_agreement.square(pairs)
     assert np.allclose(values, values.T) and np.allclose(np.diag(values), 1)
     one = pairs[(pairs["first"] == "ATS") & (pairs["second"] == "EViT")].iloc[0]
     a, b = (kept.last_kept(results.images, key) for key in one["keys"].split(" "))
@@ -264,29 +274,29 @@ def test_agreement_without_the_spec_of_all_methods_takes_every_spec_once(
     results: Results, answered: pd.DataFrame
 ) -> None:
     trials = answered[(answered["spec"] != "methods") & (answered["model"] == "digits_vit_small")]
-    rows = shared.overview(trials)
-    both = agreement.across_specs(trials, rows)
+    rows = overview(trials)
+    both = facts_agreement.across_specs(trials, rows)
     assert set(rows["key"]) <= set(both["key"]) and both["spec"].nunique() > 1 and both["variant"].is_unique
     assert not both.duplicated(["reducer", "placement"]).any()
     assert (both["gmacs_mean"] - rows["gmacs_mean"].median()).abs().max() <= 0.06 * DENSE_GMACS
-    scene = plots.Scene(results.images, {}, "subtitle", [], "digits_vit_small", count=400)
-    drawn = next(one for one in plots.shared_figures(trials, scene) if one.name == "agreement")
+    scene = plots.Scene({}, "subtitle", [], "digits_vit_small", count=400)
+    drawn = next(one for one in shared_figures(Overview(trials, results.images), scene) if one.name == "agreement")
     assert overlapping_texts(drawn.figure) == []
 
 
 def test_agreement_leaves_out_specs_that_have_nothing_near(answered: pd.DataFrame) -> None:
     trials = answered[(answered["spec"] != "methods") & (answered["model"] == "digits_vit_small")]
-    rows = shared.overview(trials)
+    rows = overview(trials)
     others = trials["spec"] != rows["spec"].iloc[0]
     far = trials.assign(gmacs_mean=trials["gmacs_mean"].where(~others, 100 * DENSE_GMACS))
-    assert list(agreement.across_specs(far, rows)["key"]) == list(rows["key"])
+    assert list(facts_agreement.across_specs(far, rows)["key"]) == list(rows["key"])
 
 
 def test_a_smaller_input_has_patches_of_its_own(results: Results, answered: pd.DataFrame) -> None:
-    rows = shared.overview(answered)
+    rows = overview(answered)
     small = rows.assign(tokens=[[40, 40] if name == "ToMe" else list(row) for name, row in zip(
         rows["variant"], rows["tokens"], strict=True)])  # fmt: skip
-    pairs, left = agreement.matrix(small, results.images)
+    pairs, left = facts_agreement.matrix(small, results.images)
     assert left == ["ToMe"] and "ToMe" not in set(pairs["first"])
     assert "Not here, because its patches are not those of the full image: ToMe." in coverage.caption(small)
 
@@ -295,19 +305,19 @@ def test_a_method_that_reduces_in_the_first_block_is_compared_on_the_full_grid()
     maker = Maker(images=50)
     for name, blocks in (("early", [0]), ("late", [3])):
         maker.add("methods", name, reducer=[{"name": name}], blocks=blocks, keep=0.4, accuracy=0.8, target=0.5)
-    pairs, left = agreement.matrix(merge_seeds(tidy(maker.frame())), maker.images)
+    pairs, left = facts_agreement.matrix(merge_seeds(tidy(maker.frame())), maker.images)
     assert left == [] and len(pairs) == 3  # each with itself, and with the other
     other = pairs[pairs["first"] != pairs["second"]].iloc[0]
     assert other["kappa"] == pytest.approx(0.0, abs=0.05) and other["chance"] == pytest.approx(0.25, abs=0.02)
     missing = pairs[pairs["first"] == pairs["second"]]
-    assert np.isnan(agreement.square(missing).loc["early", "late"])  # not known is not zero
+    assert np.isnan(facts_agreement.square(missing).loc["early", "late"])  # not known is not zero
 
 
 def test_finetuned_rows_are_set_against_the_same_off_the_shelf(answered: pd.DataFrame, looks: Looks) -> None:
     rows = spec(answered, "finetuning")
-    found = finetuning.pairs(rows)
+    found = Facts(rows).recovered
     assert len(found) == 4 and {one.name for one in found} == {"ATS", "top-K"}
-    accuracy, change = finetuning.finetuning(rows, looks=looks, **WORDS).axes
+    accuracy, change = draw(finetuning.finetuning, rows, looks).axes
     assert set(curves(accuracy)) == {"ATS", "ATS (finetuned)", "top-K", "top-K (finetuned)"}
     tuned = merge_seeds(rows[rows["finetuned"] & (rows["variant"] == "ATS (finetuned)")]).sort_values("gmacs_mean")
     assert curves(accuracy)["ATS (finetuned)"][1] == pytest.approx(100 * tuned["top1"].to_numpy())
@@ -319,14 +329,14 @@ def test_finetuned_rows_are_set_against_the_same_off_the_shelf(answered: pd.Data
 
 def test_budget_transfer_has_a_curve_for_each_training(answered: pd.DataFrame) -> None:
     rows = spec(answered, "budget_transfer")
-    named = transfer.labelled(rows)
+    named = Facts(rows).trainings
     assert set(named["trained"]) == {"K = 16", "K = 32"} and named["home"].sum() == 4
-    ats, topk = transfer.transfer(rows, **WORDS).axes
+    ats, topk = draw(transfer.transfer, rows).axes
     assert (ats.get_title(), topk.get_title()) == ("ats", "topk") and set(curves(ats)) == {"K = 16", "K = 32"}
     home = [line for line in ats.lines if line.get_gid() == "home"]
     own = named[named["home"] & (named["method"] == "ats")]
     assert sorted(float(line.get_ydata()[0]) for line in home) == pytest.approx(sorted(100 * own["top1"]))
-    assert "finetuned at K = 16" in legend(transfer.transfer(rows, **WORDS))
+    assert "finetuned at K = 16" in legend(draw(transfer.transfer, rows))
 
 
 @pytest.mark.parametrize(
@@ -342,14 +352,14 @@ def test_budget_transfer_has_a_curve_for_each_training(answered: pd.DataFrame) -
     ],
 )
 def test_the_budget_of_a_training_in_words(training: str, words: str) -> None:
-    assert transfer.trained_at(training) == words
+    assert trained_at(training) == words
 
 
 def test_table_one_stands_as_printed_beside_ours(answered: pd.DataFrame) -> None:
     rows = spec(answered, "methods")
     printed = published_points.printed_pairs(published_points.table_one())
     assert len(printed) == 7 and printed.set_index("model").loc["DeiT-S", "dense_top1"] == 79.8
-    absolute, relative = published_points.published_points(rows, same_data=True, **WORDS).axes
+    absolute, relative = draw(published_points.published_points, rows, imagenet=True).axes
     dots = next(line for line in absolute.lines if line.get_gid() == "published")
     table = published.load()
     table = table[table["source"].str.startswith("ATS") & (table["table"] == "Table 1")]
@@ -357,10 +367,10 @@ def test_table_one_stands_as_printed_beside_ours(answered: pd.DataFrame) -> None
     pairs = next(line for line in relative.lines if line.get_gid() == "published-ats")
     saved = dict(zip(np.round(pairs.get_xdata(), 1), np.round(pairs.get_ydata(), 1), strict=True))
     assert saved[37.0] == -0.1  # DeiT-S: 4.6 -> 2.9, 79.8 -> 79.7
-    front = pareto.front(merge_seeds(rows[~rows["dense"]]))
+    front = Facts(rows).front
     ours = next(line for line in absolute.lines if line.get_gid() == "ours")
     assert np.asarray(ours.get_ydata()) == pytest.approx(100 * front["top1"].to_numpy())
-    assert len(published_points.published_points(rows, same_data=False, **WORDS).axes) == 1
+    assert len(draw(published_points.published_points, rows, imagenet=False).axes) == 1
 
 
 def test_bits_of_a_table_in_memory_are_read_alike(results: Results) -> None:

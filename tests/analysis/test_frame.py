@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import matching, stats
+from analysis import stats
+from analysis.facts import matching
+from analysis.facts.outcomes import with_answers
 from analysis.frame import AnalysisError, Results, read_results, reducer_names, tidy
-from analysis.outcomes import with_answers
 from tests.analysis.synthetic import DENSE_GMACS, Maker
 
 

@@ -10,15 +10,20 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analysis import beside, findings, page, plots, published, questions, style, tables
-from analysis.comparison import Comparison, comparisons, natural, tally, versus
+from analysis import page, plots, published, style, tables
+from analysis.facts import tokens
+from analysis.facts.comparison import Comparison, comparisons, versus
+from analysis.facts.matching import merge_seeds
+from analysis.facts.outcomes import with_answers
+from analysis.facts.spec import Facts
 from analysis.frame import Results, read_results, tidy
-from analysis.matching import merge_seeds
-from analysis.outcomes import with_answers
 from analysis.plots import clutter, difference, placement
+from analysis.questions import beside, front, stacking, stages
 from analysis.report import write_analysis
+from analysis.words import natural, tally
+from tests.analysis.asked import answers, beside_print, draw, figures
 from tests.analysis.synthetic import DENSE_GMACS, Maker
-from tests.analysis.test_plots import WORDS, legend, overlapping_texts
+from tests.analysis.test_plots import legend, overlapping_texts
 
 
 def rows_of(maker: Maker) -> pd.DataFrame:
@@ -63,19 +68,19 @@ def test_being_clear_is_said_of_the_leader_that_is() -> None:
     ],
 )
 def test_one_clear_difference_of_many_is_not_a_verdict(better: int, worse: int, words: str) -> None:
-    assert questions._pays(better, worse, 8) == words
+    assert stacking._pays(better, worse, 8) == words
 
 
 def test_a_claim_about_ats_in_print_is_not_laid_on_others(results: Results, answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "single_multi_stage"]
-    assert all("ATS" in what for what in beside.beside("single_multi_stage", rows)["what"])
-    for said in questions.stages(rows):
+    assert all("ATS" in what for what in beside_print(rows)["what"])
+    for said in stages.found(Facts(rows)):
         assert ("in print" in said.text) == said.text.startswith("ATS")
 
 
 def test_trials_at_settings_of_their_own_are_named_once(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "sampling_method"]
-    said = findings.answers("sampling_method", rows)
+    said = answers(rows)
     name = "inverse transform (official), as many points as patches"
     assert sum(name in one.detail for one in said) == 0
     assert sum(one.text.startswith("Run at settings of their own") and name in one.text for one in said) == 1
@@ -88,7 +93,7 @@ def test_printed_values_stand_beside_ours_as_the_papers_print_them() -> None:
         "IA-RED2": (78.6, 2.9), "DynamicViT": (79.3, 2.9), "EViT": (79.5, 3.0), "ATS": (79.7, 2.9),
         "ToMe": (79.36, 2.7),
     }  # fmt: skip
-    assert {name: values(*where) for name, (_, where, _) in beside.METHODS.items()} == methods
+    assert {name: values(*where) for name, (_, where, _) in front.KNOWN.items()} == methods
     assert {name: values("Table A.3", method) for name, (_, method) in beside.SAMPLERS.items()} == {
         "top-K": (78.9, 2.9), "inverse transform": (79.7, 2.9),
     }  # fmt: skip
@@ -104,7 +109,7 @@ def values(table: str, method: str) -> tuple[float, float]:
 
 
 def test_an_order_of_numbers_says_which_are_told_apart(answered: pd.DataFrame) -> None:
-    found = beside.beside("class_token", answered[answered["spec"] == "class_token"])
+    found = beside_print(answered[answered["spec"] == "class_token"])
     assert len(found) == 1 and "told apart from the first (Holm): " in found["measured here"].iloc[0]
 
 
@@ -114,7 +119,7 @@ def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
 
     def add(variant: str, share: float, accuracy: float, *, trained: bool = True) -> None:
         about = {"epochs": 3, "train_images": 5000, "train_seconds": 61.0, "finetuned": True} if trained else {}
-        maker.add("trained_methods", variant, reducer=[{"name": variant.lower()}], blocks=[3, 6, 9], keep=share,
+        maker.add("trained_methods", variant, reducer=[{"name": variant.split(",")[0]}], blocks=[3, 6, 9], keep=share,
                   target=share, x=share, accuracy=accuracy, **about)  # fmt: skip
 
     for share, accuracy in ((0.4, 0.6), (0.5, 0.7), (0.6, 0.75)):
@@ -123,13 +128,13 @@ def test_trained_methods_are_held_against_random_drop_trained_as_long() -> None:
     for variant, share, accuracy in (("A", 0.5, 0.85), ("B", 0.5, 0.5), ("C", 0.5, 0.7), ("D", 0.2, 0.65)):
         add(variant, share, accuracy)
     rows = with_answers(tidy(maker.frame()), maker.images)
-    head, alone, *_ = findings.answers("trained_methods", rows)
+    head, alone, *_ = answers(rows)
     assert head.headline and head.text.startswith("Against random drop trained as long, in points")
     _, better, worse, same = head.text.split(". ")
     assert "Clearly better: A +1" in better and "Clearly worse: B −1" in worse and ": C " in same
     assert "off the shelf" not in head.text and "D" not in head.text
     assert alone.text.startswith("D came to") and "no random drop to compare with: the nearest has" in alone.text
-    shown = tables.display(tables.measured(rows))
+    shown = tables.display(tables.measured(Facts(rows)))
     assert set(shown["trained"]) == {"", "5,000 images in 3 epochs, 61 s"}
 
 
@@ -141,7 +146,7 @@ def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
     late = maker.add("s", "late", reducer=[{"name": "ats"}], blocks=[9], keep=0.5, accuracy=0.8, target=0.5,
                      reached=False, target_note=why)  # fmt: skip
     results = read_results(maker.save(tmp_path))
-    table = tables.measured(results.finished)
+    table = tables.measured(Facts(results.finished))
     assert [text for text in tables.reasons(table) if text] == [why]
     written = write_analysis(results)
     text = written.report.read_text(encoding="utf-8")
@@ -153,7 +158,7 @@ def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
 def test_the_plain_models_numbers_say_where_they_come_from(tmp_path: Path) -> None:
     maker = Maker(images=60)
     maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8)
-    shown = tables.display(tables.measured(tidy(maker.frame())))
+    shown = tables.display(tables.measured(Facts(tidy(maker.frame()))))
     assert shown.loc[shown["variant"] == "dense", "trial"].tolist() == ["every trial"]
 
 
@@ -181,7 +186,7 @@ def test_sets_of_blocks_have_room_for_their_names_and_marks_are_explained() -> N
             if blocks != [5] or share != 0.5:  # a gap between neighbours
                 maker.add("stage_placement", "p", reducer=[{"name": "ats"}], blocks=blocks, keep=share, accuracy=0.8,
                           target=share, x=share)  # fmt: skip
-    figure = placement.placement(rows_of(maker), title="A title", subtitle=WORDS["subtitle"])
+    figure = draw(placement.placement, rows_of(maker))
     assert overlapping_texts(figure) == []
     assert {"95 % interval over images", "dense model"} <= set(legend(figure))
     assert "interpolated between neighbours" in legend(figure)  # block 5 has 0.36 and 0.6 on either side of 0.5
@@ -194,15 +199,15 @@ def test_lines_do_not_cross_blocks_that_were_not_measured() -> None:
     maker = Maker(images=60)
     for block in (0, 1, 3, 6):
         maker.add("stage_placement", "p", reducer=[{"name": "ats"}], blocks=[block], keep=0.5, accuracy=0.8, target=0.5)
-    accuracy = placement.placement(rows_of(maker), title="A title", subtitle="").axes[0]
+    accuracy = draw(placement.placement, rows_of(maker)).axes[0]
     drawn = [c.lines[0] for c in accuracy.containers]
     assert sorted(len(np.asarray(line.get_xdata())) for line in drawn) == [1, 1, 2]
 
 
 def test_a_cross_and_the_bars_are_in_the_legend_of_differences(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "evit_stacking"]
-    found = difference.find(rows, "EViT")
-    figure = difference.difference(found, rows, looks=style.assign_looks(rows), title="A title", subtitle="")
+    found = Facts(rows).versus
+    figure = draw(difference.difference, rows, style.assign_looks(rows))
     crossed = any(one.how == "interpolated" for one in found)
     assert ("interpolated between neighbours" in legend(figure)) == crossed
     assert "paired 95 % interval" in legend(figure)
@@ -214,11 +219,11 @@ def test_a_trial_that_removes_nothing_tells_how_hard_images_are() -> None:
     rows = tidy(maker.frame())
     key = rows["key"].iloc[0]
     maker.images[key]["correct"] = maker.images[key]["dense_correct"]
-    hard = clutter.hardness(rows, maker.images)
+    hard = tokens.hardness(rows, maker.images)
     assert hard is not None and len(hard) == 60
     maker.images[key]["correct"] = ~maker.images[key]["dense_correct"]
-    assert clutter.hardness(rows, maker.images) is None
-    assert clutter.question(clutter.HARDNESS) != clutter.question(clutter.CLUTTER)
+    assert tokens.hardness(rows, maker.images) is None
+    assert clutter.question(tokens.HARDNESS) != clutter.question(tokens.CLUTTER)
 
 
 def test_text_is_as_wide_in_the_file_as_it_was_laid_out() -> None:
@@ -234,7 +239,7 @@ def test_text_is_as_wide_in_the_file_as_it_was_laid_out() -> None:
 
 def test_pictures_say_that_only_stored_thumbnails_were_ranked(results: Results, answered: pd.DataFrame) -> None:
     pictures = page.read_samples(results.folder / "samples")
-    scene = plots.Scene(results.images, {}, "subtitle", pictures, "digits_vit_small", count=400)
-    drawn = plots.spec_figures("adaptivity", "Adaptivity", answered[answered["spec"] == "adaptivity"], scene)
+    scene = plots.Scene({}, "subtitle", pictures, "digits_vit_small", count=400)
+    drawn = figures(answered[answered["spec"] == "adaptivity"], results.images, "Adaptivity", scene)
     caption = next(one.caption for one in drawn if one.name == "adaptivity_extremes")
     assert f"Only the {len(pictures)} images whose thumbnails the run stored are ranked, not all 400" in caption

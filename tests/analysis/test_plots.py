@@ -14,18 +14,20 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from analysis import plots, style
+from analysis import style
+from analysis.facts.matching import merge_seeds
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import overview, pictured_methods
+from analysis.facts.spec import PLACED, Facts
 from analysis.frame import Results, tidy
-from analysis.matching import merge_seeds
-from analysis.outcomes import with_answers
 from analysis.page import read_samples
-from analysis.plots import Drawn, adaptivity, class_token, coverage, k_effect, placement, samples, shared, stacking
+from analysis.plots import Drawn, adaptivity, class_token, coverage, k_effect, placement, samples, stacking
 from analysis.plots import tokens_per_block as tokens
 from analysis.plots.tradeoff import tradeoff
+from tests.analysis.asked import WORDS, draw
 from tests.analysis.synthetic import DENSE_GMACS, Maker
 
 Looks = Mapping[str, style.Look]
-WORDS = {"title": "A title", "subtitle": "cluttered digits, some_model, 400 images, off the shelf"}
 
 
 def spec(results: Results, name: str) -> pd.DataFrame:
@@ -82,7 +84,7 @@ def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
 
 def test_accuracy_against_cost_shows_every_series_and_the_dense_model(results: Results, looks: Looks) -> None:
     rows = spec(results, "methods")
-    figure = tradeoff(rows, looks=looks, **WORDS)
+    figure = draw(tradeoff, rows, looks)
     axes = figure.axes[0]
     drawn = curves(axes)
     assert list(drawn) == ["ATS", "top-K", "EViT", "ToMe", "random"]
@@ -101,7 +103,7 @@ def test_accuracy_against_cost_shows_every_series_and_the_dense_model(results: R
 
 def test_error_bars_are_the_intervals_of_the_results(results: Results, looks: Looks) -> None:
     rows = spec(results, "methods")
-    axes = tradeoff(rows, looks=looks, **WORDS).axes[0]
+    axes = draw(tradeoff, rows, looks).axes[0]
     container = next(c for c in axes.containers if c.get_label() == "ATS")
     expected = rows[rows["variant"] == "ATS"].sort_values("gmacs_mean")
     segments = np.array(container.lines[2][0].get_segments())[:, :, 1]
@@ -112,14 +114,14 @@ def test_points_of_several_placements_are_not_joined(looks: Looks) -> None:
     maker = Maker(images=30)
     for block in (0, 3, 6):
         maker.add("s", "single block", reducer=[{"name": "ats"}], blocks=[block], keep=0.5, accuracy=0.8, x=block)
-    axes = tradeoff(tidy(maker.frame()), looks=looks, **WORDS).axes[0]
+    axes = draw(tradeoff, tidy(maker.frame()), looks).axes[0]
     container = next(c for c in axes.containers if c.get_label() == "single block")
     assert container.lines[0].get_linestyle() == "None" and len(container.lines[0].get_xdata()) == 3
 
 
 def test_k_has_a_panel_for_accuracy_and_one_for_cost(results: Results, looks: Looks) -> None:
     rows = spec(results, "k_values")
-    figure = k_effect.k_effect(rows, looks=looks, **WORDS)
+    figure = draw(k_effect.k_effect, rows, looks)
     accuracy, cost = figure.axes
     assert set(curves(accuracy)) == {"ATS", "top-K"}
     assert curves(accuracy)["ATS"][0].tolist() == [8, 16, 24, 32, 48, 64]
@@ -131,18 +133,18 @@ def test_k_has_a_panel_for_accuracy_and_one_for_cost(results: Results, looks: Lo
 
 def test_placements_run_from_first_to_last_block_then_sets(results: Results) -> None:
     rows = spec(results, "stage_placement")
-    figure = placement.placement(rows, **WORDS)
+    figure = draw(placement.placement, rows)
     accuracy, cost = figure.axes
     ticks = [tick.get_text() for tick in cost.get_xticklabels()]
     assert ticks == ["0", "1", "3", "5", "6", "9", "3, 6, 9", "3-11"]
-    assert 1 <= len(placement.placement_levels(rows)) <= placement.LEVELS
+    assert 1 <= len(Facts(rows).placement_levels) <= PLACED
     assert all("GMACs" in name for name in curves(accuracy)) and cost.get_ylim()[0] == 0
     assert any("% of dense" in name for name in legend(figure))
 
 
 def test_class_token_figure_shows_how_often_it_was_dropped(results: Results, looks: Looks) -> None:
     rows = spec(results, "class_token")
-    accuracy, dropped = class_token.class_token(rows, looks=looks, **WORDS).axes
+    accuracy, dropped = draw(class_token.class_token, rows, looks).axes
     assert list(curves(accuracy)) == ["class token kept", "class token sampled"]
     lines = {str(line.get_label()): line for line in dropped.lines}
     assert np.all(np.asarray(lines["class token kept"].get_ydata()) == 0)
@@ -153,8 +155,8 @@ def test_class_token_figure_shows_how_often_it_was_dropped(results: Results, loo
 
 def test_stacks_are_set_against_their_base_with_the_same_budget(results: Results, looks: Looks) -> None:
     rows = spec(results, "evit_stacking")
-    assert stacking.base_variant(rows) == "EViT"
-    found = stacking.gains(rows)
+    assert Facts(rows).base == "EViT"
+    found = Facts(rows).gains
     assert len(found) == 10 and {gain.variant for gain in found} == {
         "ATS chooses, EViT fuses",
         "EViT then ATS",
@@ -164,12 +166,12 @@ def test_stacks_are_set_against_their_base_with_the_same_budget(results: Results
     b = rows[(rows["variant"] == "EViT") & (rows["x"] == 0.7)].iloc[0]
     assert gain.saved == pytest.approx(1 - a["gmacs_mean"] / b["gmacs_mean"])
     assert gain.paired is not None and gain.paired.difference == pytest.approx(a["top1"] - b["top1"])
-    change = stacking.stacking(rows, looks=looks, **WORDS).axes[1]
+    change = draw(stacking.stacking, rows, looks).axes[1]
     assert len(curves(change)) == 2 and "points" in change.get_ylabel()
 
 
 def test_tokens_per_block_has_a_line_a_method_and_bands_where_images_differ(results: Results, looks: Looks) -> None:
-    rows = plots.overview(results.finished)
+    rows = overview(results.finished)
     assert set(rows["spec"]) == {"methods"} and rows["variant"].is_unique and not rows["dense"].any()
     figure = tokens.tokens_per_block(rows, results.images, looks=looks, **WORDS)
     axes = figure.axes[0]
@@ -182,7 +184,7 @@ def test_tokens_per_block_has_a_line_a_method_and_bands_where_images_differ(resu
 def test_where_a_table_is_missing_every_band_is_a_standard_deviation_and_says_so(
     results: Results, looks: Looks
 ) -> None:
-    rows = plots.overview(results.finished)
+    rows = overview(results.finished)
     figure = tokens.tokens_per_block(rows, {}, looks=looks, **WORDS)
     assert len(figure.axes[0].collections) == 1
     assert tokens.SPREAD in legend(figure) and tokens.SPREAD in tokens.caption(rows, {}, "x")
@@ -194,7 +196,7 @@ def test_where_a_table_is_missing_every_band_is_a_standard_deviation_and_says_so
 
 
 def test_adaptivity_states_the_rank_correlation(results: Results, looks: Looks) -> None:
-    rows = adaptivity.adaptive(plots.overview(results.finished), results.images)
+    rows = adaptivity.adaptive(overview(results.finished), results.images)
     assert rows["variant"].tolist() == ["ATS"]
     figure = adaptivity.adaptivity(rows, results.images, looks=looks, **WORDS)
     rho = adaptivity.correlation(results.images[rows["key"].iloc[0]], adaptivity.counted_in(rows, results.images))
@@ -215,7 +217,7 @@ def test_bins_hold_equally_many_of_the_values_that_can_occur() -> None:
 
 
 def test_adaptivity_without_clutter_is_one_panel(results: Results, looks: Looks) -> None:
-    rows = adaptivity.adaptive(plots.overview(results.finished), results.images)
+    rows = adaptivity.adaptive(overview(results.finished), results.images)
     blind = {key: results.images[key].assign(clutter=None) for key in rows["key"]}
     assert len(adaptivity.adaptivity(rows, blind, looks=looks, **WORDS).axes) == 1
 
@@ -228,7 +230,7 @@ def test_coverage_is_in_percent_with_intervals(results: Results, looks: Looks) -
 
 
 def test_samples_show_the_input_then_each_stage_of_each_method(results: Results) -> None:
-    rows = shared.pictured_methods(plots.overview(results.finished), results.images)
+    rows = pictured_methods(overview(results.finished), results.images)
     assert len(rows) == 3 and rows["variant"].iloc[0] == "ATS"
     pictures = read_samples(results.folder / "samples")
     figure = samples.samples(rows, results.images, pictures, **WORDS)
@@ -281,7 +283,7 @@ def test_a_title_says_when_not_to_believe_it(images: int, weights: str, words: s
     maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8)
     rows = tidy(maker.frame())
     setting = Results(Path("nowhere"), rows).settings()[0]
-    figure = tradeoff(rows, looks=looks, title="T", subtitle=style.describe(setting, rows))
+    figure = draw(tradeoff, rows, looks, subtitle=style.describe(setting, rows))
     assert words in figure.get_suptitle().replace("\n", " ")
     assert f"{images:,} images, off the shelf" in figure.get_suptitle().replace("\n", " ")
 
@@ -300,7 +302,7 @@ def test_one_series_without_a_dense_row_is_still_a_figure(looks: Looks) -> None:
     maker = Maker(images=30)
     row = {"dense_top1": None, "dense_gmacs": None, "top1_low": None, "top1_high": None}
     maker.add("odd spec", "only", reducer=[{"name": "new"}], blocks=[2], keep=0.5, accuracy=0.8, **row)
-    figure = tradeoff(tidy(maker.frame()), looks={}, **WORDS)
+    figure = draw(tradeoff, tidy(maker.frame()), {})
     assert list(curves(figure.axes[0])) == ["only"] and "dense model" not in legend(figure)
 
 
@@ -312,6 +314,6 @@ def test_no_text_of_any_figure_overlaps_another(drawn: list[Drawn]) -> None:
 def test_figures_do_not_change_the_frames_they_draw(results: Results, looks: Looks) -> None:
     rows = spec(results, "score_functions")
     before = rows.copy(deep=True)
-    tradeoff(rows, looks=looks, **WORDS)
+    draw(tradeoff, rows, looks)
     merge_seeds(rows)
     pd.testing.assert_frame_equal(rows, before)

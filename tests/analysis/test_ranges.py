@@ -14,9 +14,14 @@ from matplotlib.figure import Figure
 
 from ablations.cli.main import main as ablate
 from analysis import page, plots, style, tables
+from analysis.facts import tokens
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import Overview
+from analysis.facts.spec import Facts
 from analysis.frame import read_results, tidy
-from analysis.outcomes import with_answers
-from analysis.plots import Drawn, adaptivity, clutter, coverage, runtime, samples, single_multi
+from analysis.plots import Drawn, adaptivity, clutter, coverage, samples, single_multi
+from analysis.plots.shared import shared_figures
+from tests.analysis.asked import draw, figures
 from tests.analysis.synthetic import DENSE_GMACS, DEPTH, PATCHES, Maker
 
 HAIR = 1e-6
@@ -101,7 +106,7 @@ def test_every_number_of_every_figure_is_one_that_its_label_allows(drawn: list[D
 
 def test_every_number_of_a_table_is_one_that_its_column_allows(answered: pd.DataFrame) -> None:
     for _, part in answered.groupby(["spec", "model"]):
-        table = tables.measured(part)
+        table = tables.measured(Facts(part))
         bounds = {"top1": (0, 1), "top1_low": (0, 1), "top1_high": (0, 1), "coverage": (0, 1), "class_kept": (0, 1),
                   "share_of_dense": (HAIR, OVER), "gmacs": (HAIR, OVER * DENSE_GMACS), "tokens_out": (1, PATCHES + 1),
                   "difference": (-1, 1), "seeds": (1, 100), "speedup": (HAIR, 1000)}  # fmt: skip
@@ -135,8 +140,10 @@ def test_a_real_run_is_drawn_within_its_labels(real: Path) -> None:
     results = read_results(real)
     trials = with_answers(results.finished, results.images)
     pictures = page.read_samples(real / "samples")
-    scene = plots.Scene(results.images, style.assign_looks(trials), "subtitle", pictures, patches=64, count=10)
-    drawn = plots.shared_figures(trials, scene) + plots.spec_figures("adaptivity", "Adaptivity", trials, scene)
+    scene = plots.Scene(style.assign_looks(trials), "subtitle", pictures, patches=64, count=10)
+    drawn = shared_figures(Overview(trials, results.images), scene) + figures(
+        trials, results.images, "Adaptivity", scene
+    )
     allowed = ranges(tokens=65, gmacs=float(trials["dense_gmacs"].iloc[0]), images=10)
     assert len(drawn) >= 4 and [(one.name, wrong) for one in drawn for wrong in astray(one.figure, allowed)] == []
 
@@ -156,7 +163,7 @@ def test_tokens_are_counted_one_way_in_a_figure_that_says_which(same: bool) -> N
     late(maker, "ATS", same_at_the_end=False)
     late(maker, "ends alike", same_at_the_end=same)
     rows = tidy(maker.frame())
-    assert len(adaptivity.adaptive(rows, maker.images)) == 2
+    assert len(tokens.adaptive(rows, maker.images)) == 2
     figure = adaptivity.adaptivity(rows, maker.images, looks={}, title="T", subtitle="")
     label = figure.axes[0].get_xlabel()
     assert label == ("tokens in a block, mean over all blocks" if same else "tokens leaving the last block")
@@ -164,7 +171,7 @@ def test_tokens_are_counted_one_way_in_a_figure_that_says_which(same: bool) -> N
         " ".join(figure.axes[1].get_ylabel().split()) == label
         and astray(figure, ranges(tokens=PATCHES + 1, gmacs=DENSE_GMACS, images=80)) == []
     )
-    found, what = clutter.correlations(rows, maker.images)
+    found, what = tokens.correlations(rows, maker.images)
     assert label in clutter.clutter(found, what, looks={}, title="T", subtitle="").axes[0].get_xlabel()
     counts = np.stack(maker.images[rows["key"].iloc[0]]["tokens"].to_list())
     expected = counts[:, :-1].mean(axis=1) if same else counts[:, -1]
@@ -175,22 +182,22 @@ def test_tokens_are_counted_one_way_in_a_figure_that_says_which(same: bool) -> N
 def test_a_rate_taken_apart_is_no_measured_speed_up(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "runtime"]
     apart = rows.assign(speedup=np.where(rows["variant"] == "ToMe", np.nan, rows["speedup"]))
-    assert set(runtime.timed(apart)["variant"]) == {"ATS (blocks 3-11)"}
+    assert set(Facts(apart).timed["variant"]) == {"ATS (blocks 3-11)"}
 
 
 def test_a_share_is_no_k(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "k_values"]
-    scene = plots.Scene({}, {}, "subtitle")
-    names = [[one.name for one in plots.spec_figures("k_values", "T", part, scene)]
+    scene = plots.Scene({}, "subtitle")
+    names = [[one.name for one in figures(part, {}, "T", scene)]
              for part in (rows, rows.assign(x=rows["x"] / 100))]  # fmt: skip
     assert "k_values_effect" in names[0] and "k_values_effect" not in names[1]
 
 
 def test_the_dearest_trial_does_not_pass_for_the_dense_model(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "single_multi_stage"].assign(dense_gmacs=np.nan)
-    table = tables.measured(rows)
+    table = tables.measured(Facts(rows))
     assert table["share_of_dense"].isna()[table["variant"] != "dense"].all()
-    axes = single_multi.single_multi(rows, looks={}, title="T", subtitle="").axes[0]
+    axes = draw(single_multi.single_multi, rows).axes[0]
     printed = next(line for line in axes.lines if line.get_gid() == "published")
     assert np.isnan(printed.get_xdata()[0])
 

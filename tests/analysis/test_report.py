@@ -14,13 +14,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import beside, caveats, comparison, findings, page, plots, published, stats, tables
+from analysis import caveats, findings, page, published, stats, tables, words
 from analysis.__main__ import main
-from analysis.frame import Results, Setting, read_results
-from analysis.matching import merge_seeds
-from analysis.outcomes import with_answers
+from analysis.facts import comparison
+from analysis.facts.matching import merge_seeds
+from analysis.facts.outcomes import with_answers
+from analysis.facts.overview import Overview
+from analysis.facts.spec import Facts
+from analysis.frame import Results, Setting, read_results, tidy
 from analysis.plots import Drawn
+from analysis.questions import beside, question_of
 from analysis.report import Written, write_analysis
+from tests.analysis.asked import answers, beside_print
 from tests.analysis.runs import whole_run
 from tests.analysis.synthetic import DENSE_TOP1, SPECS, Maker
 from tests.samples import sampled
@@ -58,7 +63,7 @@ def spec(results: Results, name: str) -> pd.DataFrame:
 
 def test_a_table_holds_the_numbers_of_the_trials(results: Results) -> None:
     rows = spec(results, "methods")
-    table = tables.measured(rows)
+    table = tables.measured(Facts(rows))
     assert table["variant"].iloc[0] == "dense" and table["share_of_dense"].iloc[0] == 1
     assert len(table) == 26
     row = rows[(rows["variant"] == "ToMe") & (rows["x"] == 0.45)].iloc[0]
@@ -70,7 +75,7 @@ def test_a_table_holds_the_numbers_of_the_trials(results: Results) -> None:
 
 
 def test_a_table_is_shown_with_units_intervals_and_keys(results: Results) -> None:
-    shown = tables.display(tables.measured(spec(results, "score_functions")))
+    shown = tables.display(tables.measured(Facts(spec(results, "score_functions"))))
     assert list(shown.columns)[3:10] == [
         "GMACs",
         "GMACs, reference",
@@ -113,16 +118,16 @@ def test_published_numbers_stand_apart_and_say_what_differs(results: Results, wr
 
 
 def test_published_rows_fit_the_question() -> None:
-    stacking = published.published_rows("evit_stacking", DEIT_TINY)
+    stacking = published.published_rows(question_of("stacking").printed, DEIT_TINY)
     assert {79.5, 79.8} <= set(stacking["top1"]) and set(stacking["table"]) == {"Table A.5", "README"}
-    methods = published.published_rows("methods", DEIT_TINY)
+    methods = published.published_rows(question_of("front").printed, DEIT_TINY)
     assert methods["model"].iloc[0] == "DeiT-Ti" and "other model" not in methods["differs"].iloc[0]
     assert "all 50,000 images of ImageNet-1k val (here 928 images)" in methods["differs"].iloc[0]
     assert set(methods["model"]) <= {"DeiT-Ti", "DeiT-S", "DeiT-B"} and "Kinetics-400" not in set(methods["dataset"])
-    assert published.published_rows("unheard_of", DEIT_TINY).empty
-    assert published.published_rows("score_functions", DEIT_TINY).empty
-    assert "curves only" in published.published_note("score_functions")
-    placed = published.published_rows("stage_placement", DEIT_TINY)
+    assert published.published_rows(question_of("ranking").printed, DEIT_TINY).empty
+    assert published.published_rows(question_of("scores").printed, DEIT_TINY).empty
+    assert "curves only" in question_of("scores").note
+    placed = published.published_rows(question_of("placement").printed, DEIT_TINY)
     assert not placed["differs"].str.contains("trained").any()  # Table A.4 is off the shelf
 
 
@@ -131,13 +136,13 @@ def test_a_clear_leader_is_told_from_one_that_is_not(results: Results) -> None:
     found = comparison.comparisons(rows, by="variant")
     cheapest = found[0]
     assert cheapest.names[0] == "class token kept" and cheapest.clear
-    head = comparison.tally(found, "treatment of the class token")
+    head = words.tally(found, "treatment of the class token")
     assert (
         head is not None
         and f"class token kept has the highest top-1 at {len(found)} of {len(found)} costs" in head.text
         and head.headline
     )
-    scores = findings.answers("score_functions", spec(results, "score_functions"))
+    scores = answers(spec(results, "score_functions"))
     assert "Clearly behind wherever compared: " in scores[0].text and "random" in scores[0].text
     assert any("not distinguishable from it: class attention" in finding.text for finding in scores)
     assert all(key in set(results.trials["key"]) for finding in scores for key in finding.keys)
@@ -149,7 +154,7 @@ def test_a_dearer_leader_has_not_beaten_a_cheaper_trial() -> None:
         maker.add("s", name, reducer=[{"name": name}], blocks=[3], keep=keep, accuracy=accuracy)
     found = comparison.comparisons(merge_seeds_of(maker), by="variant")
     assert found[0].standing == ("cheaper",) and not found[0].clear
-    assert "Behind, but also cheaper" in comparison.say(found[0], 0.16).detail
+    assert "Behind, but also cheaper" in words.say(found[0], 0.16).detail
 
 
 def merge_seeds_of(maker: Maker) -> pd.DataFrame:
@@ -160,7 +165,7 @@ def merge_seeds_of(maker: Maker) -> pd.DataFrame:
 
 def test_findings_answer_each_question(results: Results) -> None:
     def said(name: str) -> str:
-        return " ".join(f.text for f in findings.answers(name, spec(results, name)))
+        return " ".join(f.text for f in answers(spec(results, name)))
 
     assert re.search(r"ATS: K = 8: 0\.\d+ GMACs, \d+\.\d %", said("k_values"))
     assert re.search("(Best placement|No placement is clearly best): block", said("stage_placement"))
@@ -169,6 +174,13 @@ def test_findings_answer_each_question(results: Results) -> None:
     assert "Against EViT alone at the same cost, stacking" in said("evit_stacking")
     assert re.search(r"saves \d+\.\d to \d+\.\d % of its GMACs", said("evit_stacking"))
     assert "not distinguishable from the dense model" in said("methods")
+
+
+def test_a_spec_of_anyones_own_is_answered_by_the_kind_it_names(results: Results) -> None:
+    rows = spec(results, "evit_stacking").assign(spec="mine")
+    assert "stacking" in answers(tidy(rows, {"mine": {"answers": "stacking"}}))[0].text
+    assert tidy(rows)["kind"].tolist() == ["ranking"] * len(rows)
+    assert answers(tidy(rows))[0].text.startswith("No series is clearly best")
 
 
 def test_the_limits_of_the_images_are_said_in_words(results: Results) -> None:
@@ -331,7 +343,7 @@ def test_analysis_needs_neither_torch_nor_the_other_packages() -> None:
 
 def test_each_question_opens_the_report_with_its_own_answer(results: Results) -> None:
     def heads(name: str) -> str:
-        return " ".join(f.text for f in findings.answers(name, spec(results, name)) if f.headline)
+        return " ".join(f.text for f in answers(spec(results, name)) if f.headline)
 
     assert "comparisons with a leader" in heads("score_functions") and "are told apart (Holm)" in heads(
         "score_functions"
@@ -343,44 +355,42 @@ def test_each_question_opens_the_report_with_its_own_answer(results: Results) ->
     assert re.search(r"topk: evaluated at a budget it was not trained for", heads("budget_transfer"))
     sizes = r"digits_vit_small with ATS \(block 3\) at 0\.05\d GMACs against digits_vit_tiny left whole at 0\.053: [−+]"
     assert re.search(sizes, heads("model_scaling"))
-    said = " ".join(f.text for f in findings.answers("single_multi_stage", spec(results, "single_multi_stage")))
+    said = " ".join(f.text for f in answers(spec(results, "single_multi_stage")))
     assert "9 of 12" not in said and "Targets not reached: " in said and "too dear, block 11, aimed at 0.080" in said
     assert "on 128 calibration images, none of which is evaluated" in said
 
 
 def test_plain_images_are_said_to_keep_fewer_tokens_by_a_test(results: Results) -> None:
     rows = with_answers(results.of(results.settings()[0]), results.images)
-    found = findings.adaptivity(plots.overview(rows), rows, results.images)
+    found = findings.adaptivity(Overview(rows, results.images))
     assert found[0].headline and "1 keep more tokens where there is more clutter" in found[0].text
     assert re.match(r"ATS: Spearman's rho \+0\.\d\d \[", found[1].text) and found[1].keys
 
 
 def test_published_values_stand_beside_the_nearest_of_ours(results: Results) -> None:
-    placed = beside.beside("stage_placement", spec(results, "stage_placement"))
+    placed = beside_print(spec(results, "stage_placement"))
     assert placed["what"].tolist()[1] == "ATS at block 3 (Table A.4)" and "78.5" in placed["published"][1]
     key = placed["trials"][1].split(" ")[0]
     row = results.finished.set_index("key").loc[key]
     assert row["placement"] == "block 3" and f"({tables.percent(row['top1'])};" in placed["measured here"][1]
     assert abs(row["gmacs_mean"] / 0.160 - 2.9 / 4.6) <= beside.NEAREST
-    stacked = beside.beside("evit_stacking", spec(results, "evit_stacking"))
+    stacked = beside_print(spec(results, "evit_stacking"))
     assert len(stacked) == 3 and "79.5; 3 of 4.6" in stacked["published"][0]
-    speed = beside.beside("runtime", spec(results, "runtime"))
+    speed = beside_print(spec(results, "runtime"))
     assert speed["measured here"][1].startswith("1.10 ×") or "× at 1.67 × fewer GMACs" in speed["measured here"][1]
-    assert beside.beside("unheard_of", spec(results, "methods")).empty
-    assert beside.beside("k_values", spec(results, "k_values"), patches=64)["what"][0].startswith(
-        "ATS, one stage, K = 16"
-    )
+    assert beside_print(spec(results, "methods").assign(kind="ranking")).empty
+    assert beside_print(spec(results, "k_values"), patches=64)["what"][0].startswith("ATS, one stage, K = 16")
 
 
 def test_caveats_come_from_the_data(results: Results) -> None:
     rows = spec(results, "single_multi_stage")
-    said = " ".join(caveats.caveats("single_multi_stage", results.settings()[0], rows))
+    said = " ".join(caveats.caveats(question_of("stages"), results.settings()[0], rows))
     assert "calibrated to their target on 128 images, by cost alone, and evaluated on others" in said
     assert "3 of 9 targets could not be reached" in said and "off the shelf, without training" in said
-    easy = " ".join(caveats.caveats("methods", DEIT_TINY, rows.assign(dense_top1=0.805)))
+    easy = " ".join(caveats.caveats(question_of("front"), DEIT_TINY, rows.assign(dense_top1=0.805)))
     assert "easier than the whole validation set: the dense model has 80.5 % here and 72.2 % in print" in easy
     blind = rows.assign(interval="as recorded")
-    assert "9 trials left no per-image table" in " ".join(caveats.caveats("x", DEIT_TINY, blind))
+    assert "9 trials left no per-image table" in " ".join(caveats.caveats(question_of("ranking"), DEIT_TINY, blind))
 
 
 def test_one_section_holds_all_models_of_a_comparison_of_models(results: Results, written: Written) -> None:
@@ -395,12 +405,12 @@ def test_one_section_holds_all_models_of_a_comparison_of_models(results: Results
 
 def test_tables_hold_every_test_and_full_keys(results: Results) -> None:
     row = spec(results, "methods").query("variant == 'EViT'").iloc[:1]
-    line = tables.measured(row).iloc[1]
+    line = tables.measured(Facts(row)).iloc[1]
     paired = stats.mcnemar(row.iloc[0]["answers"], row.iloc[0]["dense_answers"])
     assert line["p_value"] == paired.p_value and line["mid_p"] == paired.mid_p and line["test"] == "McNemar"
     assert (line["difference_boot_low"], line["difference_boot_high"]) == (paired.boot_low, paired.boot_high)
     assert line["keys"] == row.iloc[0]["key"] and line["interval"] == "bootstrap"
-    shown = tables.display(tables.measured(spec(results, "single_multi_stage")))
+    shown = tables.display(tables.measured(Facts(spec(results, "single_multi_stage"))))
     assert "0.080*" in set(shown["target"]) and "0.080" in set(shown["target"])
 
 

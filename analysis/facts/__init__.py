@@ -1,0 +1,1 @@
+"""What the data say, computed once for words, tables and figures alike: no sentence, no picture."""

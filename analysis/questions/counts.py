@@ -1,0 +1,57 @@
+"""How many tokens to keep: what K costs and what it buys (Figure A.1 of the ATS paper)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+
+from analysis import style
+from analysis.facts.spec import Facts
+from analysis.frame import reducer_names
+from analysis.plots import difference, k_effect, tradeoff
+from analysis.published import number, of_ats, printed, share
+from analysis.questions.base import Line, Question, cheapest_like_dense
+from analysis.questions.beside import line, records
+from analysis.tables import percent
+from analysis.words import Finding, spoken
+
+
+def found(facts: Facts) -> list[Finding]:
+    """What a small, a middle and the largest K cost and reach, for each series; then the cheapest like the dense
+    model.
+    """
+    rows = facts.rows[facts.rows["x"].notna()]
+    said = []
+    for name, group in rows.groupby("variant", sort=False):
+        group = group.sort_values("x").reset_index(drop=True)
+        chosen = group.loc[sorted({0, len(group) // 3, 2 * len(group) // 3, len(group) - 1})]
+        parts = [
+            f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in chosen.itertuples()
+        ]
+        said.append(Finding(f"{spoken(name)}: {'; '.join(parts)}.", keys=tuple(chosen["key"]), headline=True))
+    return said + [replace(one, headline=True) for one in cheapest_like_dense(facts, rows)]
+
+
+def _claims(facts: Facts, patches: int | None) -> list[Line]:
+    """The one point of Figure A.1 that is stated, at the same share of the patches."""
+    ats = [row for row in records(facts) if reducer_names(row["reducer"]) == ["ats"] and not pd.isna(row["x"])]
+    printed_k = number("Figure A.1", "ATS", "K = ")
+    count = printed_k if not patches else printed_k * patches / PATCHES
+    row = min(ats, key=lambda one: abs(one["x"] - count), default=None)
+    if row is None:
+        return []
+    known, dense = printed("Figure A.1", "ATS"), printed("Table 1", "")
+    claim = f"about {known.gflops:g} of {dense.gflops:g} GFLOPs, {100 * share(known):.0f} % of dense"
+    what = f"ATS, one stage, K = {row['x']:g} (Figure A.1: K = {printed_k:g} of {PATCHES})"
+    return [line(what, claim, row, facts)]
+
+
+PATCHES = 196  # of DeiT-S at 224 pixels
+QUESTION = Question(
+    found=found,
+    plots=(tradeoff.PLOT, k_effect.PLOT, difference.PLOT),
+    printed=of_ats("Figure A.1"),
+    note="The curves of Figure A.1 are not given as numbers; only this point is stated.",
+    claims=_claims,
+)

@@ -1,0 +1,50 @@
+"""How much of the multiply-adds that are saved is saved in time (Table A.1 of the ATS paper)."""
+
+from __future__ import annotations
+
+from analysis.facts.spec import Facts
+from analysis.plots import runtime, tradeoff
+from analysis.published import of_ats, printed
+from analysis.questions.base import Line, Question
+from analysis.tables import percent
+from analysis.words import Finding, spoken
+
+
+def found(facts: Facts) -> list[Finding]:
+    """Measured speed-up as a share of what the count promises."""
+    said = []
+    for name, part in facts.timed.groupby("variant", sort=False):
+        faster, ratio = part["faster"], part["ratio"]
+        batches = sorted({f"{size:g}" for size in part["at_batch"].dropna()}, key=float)
+        text = (
+            f"{spoken(name)}: {_range(f'{faster.min():.2f}', f'{faster.max():.2f}')} times as fast as dense at "
+            f"{_range(f'{ratio.min():.2f}', f'{ratio.max():.2f}')} times fewer GMACs: "
+            f"{_range(percent((faster / ratio).min()), percent((faster / ratio).max()))} % of the ratio "
+            f"(batch {', '.join(batches)})."
+        )
+        said.append(Finding(text, keys=tuple(part["key"]), headline=True))
+    return said
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def _claims(facts: Facts, patches: int | None) -> list[Line]:
+    if facts.timed.empty:
+        return []
+    dense, ats = (printed("Table A.1", method) for method in ("", "ATS"))
+    fewer, faster = dense.gflops / ats.gflops, ats.images_per_second / dense.images_per_second
+    rates = f"{dense.images_per_second:g} to {ats.images_per_second:g} images/s"
+    claim = f"{faster:.2f} × ({rates}) at {fewer:.2f} × fewer GFLOPs"
+    lines = []
+    for name, part in facts.timed.groupby("variant", sort=False):
+        row = part.loc[(part["ratio"] - fewer).abs().idxmin()]
+        here = f"{row['faster']:.2f} × at {row['ratio']:.2f} × fewer GMACs (batch {row['at_batch']:g})"
+        lines.append((f"{name} (Table A.1)", claim, here, row["key"]))
+    return lines
+
+
+QUESTION = Question(
+    found=found, ranked=False, plots=(runtime.PLOT, tradeoff.PLOT), printed=of_ats("Table A.1"), claims=_claims
+)

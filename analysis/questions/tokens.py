@@ -1,0 +1,34 @@
+"""How many tokens an image keeps, and how far images differ in it (Figures 5 to 7 of the ATS paper)."""
+
+from __future__ import annotations
+
+from analysis import style
+from analysis.facts.spec import Facts
+from analysis.plots import tradeoff
+from analysis.plots.shared import staged
+from analysis.questions.base import Question
+from analysis.words import Finding, spoken
+
+
+def found(facts: Facts) -> list[Finding]:
+    """How many tokens are left after the first and the last stage."""
+    said = []
+    for row in facts.rows.to_dict("records"):
+        blocks, counts, spread = row["blocks"], row["tokens"], row["tokens_std"]
+        if len(blocks) > 1 and len(counts) > max(blocks) + 1 and len(spread) == len(counts):
+            first, last = int(blocks[0]) + 1, int(blocks[-1]) + 1
+            text = (
+                f"{spoken(row['variant'])} at {style.cost(row['gmacs_mean'])} GMACs: {counts[first]:.0f} ± "
+                f"{spread[first]:.0f} tokens after block {blocks[0]}, {counts[last]:.0f} ± {spread[last]:.0f} after "
+                f"block {blocks[-1]} (mean and standard deviation over images, prefix included)."
+            )
+            said.append(Finding(text, keys=tuple(row["keys"]), headline=True))
+    return said
+
+
+QUESTION = Question(
+    found=found,
+    opens=True,
+    plots=(tradeoff.PLOT,),
+    more=lambda facts, title, scene: staged(facts, facts.name, title, scene),
+)
