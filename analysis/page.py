@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import logging
@@ -29,7 +30,7 @@ PNG_DPI = 160
 ABSOLUTE = re.compile(r"(?<![\w./~-])(?:/[^\s'\"/]+){2,}/?")  # a path from the root, two folders or more
 
 
-def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) -> str:
+def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...], others: Sequence[str] = ()) -> str:
     """The report as one HTML text. Everything that comes from files is escaped by the template engine."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"),
@@ -42,6 +43,7 @@ def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...]) 
     return environment.get_template("report.html.j2").render(
         parts=parts,
         skipped_specs=skipped,
+        others=others,
         failed=results.failed.to_dict("records"),
         images_skipped=results.skipped_images,
         account=read_account(run),
@@ -67,8 +69,36 @@ def save_figure(drawn: Drawn, folder: Path, name: str) -> tuple[list[Path], str]
         drawn.figure.savefig(png, dpi=PNG_DPI, backend="agg", metadata={"Title": drawn.title})
         buffer = io.StringIO()
         drawn.figure.savefig(buffer, format="svg", backend="svg", metadata={"Title": drawn.title, "Date": None})
-        svg.write_text(buffer.getvalue(), encoding="utf-8")
-    return [png, svg], buffer.getvalue()
+    text = with_settings(buffer.getvalue(), drawn.figure)
+    svg.write_text(text, encoding="utf-8")
+    return [png, svg], text
+
+
+def settings_of(figure: Figure) -> list[dict[str, Any]]:
+    """Where on a laid out figure its points are, in pixels of 1/96 inch from the top left, and what each stands for."""
+    found = []
+    height = float(figure.get_figheight())
+    for axes in figure.axes:
+        for line in axes.lines:
+            if isinstance(line, style.Settings):
+                places = axes.transData.transform(np.column_stack([line.get_xdata(), line.get_ydata()])) / figure.dpi
+                inside = axes.get_window_extent().padded(1).transformed(figure.dpi_scale_trans.inverted())
+                found += [
+                    {"x": round(96 * x, 1), "y": round(96 * (height - y), 1), "text": text}
+                    for (x, y), text in zip(places.tolist(), line.texts, strict=True)
+                    if inside.contains(x, y)
+                ]
+    return found
+
+
+def with_settings(svg: str, figure: Figure) -> str:
+    """The text of a figure with a title for each of its points."""
+    circles = "".join(
+        f'<circle cx="{0.75 * one["x"]:.1f}" cy="{0.75 * one["y"]:.1f}" r="5" fill-opacity="0">'
+        f"<title>{html.escape(one['text'])}</title></circle>\n"
+        for one in settings_of(figure)
+    )
+    return svg.replace("</svg>", f'<g id="settings">\n{circles}</g>\n</svg>') if circles else svg
 
 
 def _settle(figure: Figure) -> None:
@@ -81,7 +111,7 @@ def _settle(figure: Figure) -> None:
         axes.set_position(np.round(axes.get_position(original=True).bounds, 6).tolist())
 
 
-def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[str, list[Path]]) -> dict[str, str]:
+def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[str, list[Path]]) -> dict[str, Any]:
     """Save a figure, and its numbers where no table has them, and return what the page needs of it. An image element
     isolates the figure's own ids from the page's.
     """
@@ -92,6 +122,7 @@ def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[st
         path = folders[names.TABLES] / f"{name}.csv"
         path.write_text(drawn.data.to_csv(index=False), encoding="utf-8")
         files[names.TABLES].append(path)
+    points = settings_of(drawn.figure)
     source = "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8")).decode("ascii")
     width, height = (round(96 * inches) for inches in _size(drawn.figure))
     return {
@@ -101,6 +132,7 @@ def embed(drawn: Drawn, prefix: str, folders: Mapping[str, Path], files: dict[st
         "source": source,
         "width": str(width),
         "height": str(height),
+        "points": points,
         "numbers": f"{names.TABLES}/{name}.csv" if drawn.data is not None else "",
     }
 

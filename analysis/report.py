@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import pandas as pd
 
@@ -46,7 +47,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Section:
-    """One spec in the report."""
+    """One spec in the report: its verdict and a few rows, and everything behind them."""
 
     name: str
     anchor: str
@@ -54,7 +55,9 @@ class Section:
     question: str
     about: str
     findings: list[Finding]
-    figures: list[dict[str, str]]
+    figures: list[dict[str, Any]]
+    verdict: str
+    few: pd.DataFrame
     table: pd.DataFrame
     reasons: list[str]  # a row of the table each: why it missed its target, or ""
     beside: pd.DataFrame | None
@@ -62,11 +65,7 @@ class Section:
     note: str
     caveats: list[str]
     failed: int
-
-    @property
-    def headlines(self) -> list[Finding]:
-        """What the report opens with."""
-        return [one for one in self.findings if one.headline] or self.findings[:1]
+    rows: list[dict[str, Any]]  # of the table of all methods
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class Part:
     cautions: list[str]
     limits: list[str]
     sections: list[Section]
-    shared: list[dict[str, str]]
+    shared: list[dict[str, Any]]
+    everything: list[dict[str, Any]]
     shared_findings: list[Finding] = field(default_factory=list)
 
 
@@ -96,7 +96,7 @@ class _Desk:
         data = self.results.run.get("data")
         return Path(data).name if isinstance(data, str) and setting.workload == "imagefolder" else ""
 
-    def embed(self, drawn: list[Drawn], prefix: str) -> list[dict[str, str]]:
+    def embed(self, drawn: list[Drawn], prefix: str) -> list[dict[str, Any]]:
         return [page.embed(one, prefix, self.folders, self.files) for one in drawn]
 
 
@@ -127,6 +127,7 @@ def _write(results: Results, home: Path) -> Written:
     desk = _Desk(results, looks, folders, {name: [] for name in folders})
     everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
     main = [setting for setting in everything if not _aside(setting, everything, results)]
+    main, others = _of_last_run(main, results)
     parts = []
     for number, setting in enumerate(main):
         prefix = f"{setting.slug}-" if len(main) > 1 else ""  # one setting, the usual case: plain file names
@@ -135,8 +136,27 @@ def _write(results: Results, home: Path) -> Written:
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
     out = home / names.REPORT
-    out.write_text(page.render(results, parts, skipped), encoding="utf-8")
+    said = [_named(setting, results) for setting in others]
+    out.write_text(page.render(results, parts, skipped, said), encoding="utf-8")
     return Written(out, tuple(desk.files[names.FIGURES]), tuple(desk.files[names.TABLES]), skipped)
+
+
+def _of_last_run(main: list[Setting], results: Results) -> tuple[list[Setting], list[Setting]]:
+    """The settings of the run that was last, and the others: by its record, else by which trial finished last."""
+    models = results.run.get("models")
+    about = [one for one in models if isinstance(one, Mapping)] if isinstance(models, list) else []
+    last = {(one.get("weights_digest"), one.get("data_digest")) for one in about}
+    own = [one for one in main if (one.weights_digest, one.data_digest) in last]
+    if not own and main:
+        created = {setting: max(results.of(setting)["created"]) for setting in main}
+        own = [one for one in main if created[one] == max(created.values())]
+    return own, [one for one in main if one not in own]
+
+
+def _named(setting: Setting, results: Results) -> str:
+    """A setting that is not shown, in words."""
+    trials = results.of(setting)
+    return f"{style.describe(setting, trials).splitlines()[0]} ({len(trials)} trials)"
 
 
 def across_models(results: Results) -> set[str]:
@@ -193,6 +213,7 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
         findings.limits(setting, trials),
         sections,
         shared,
+        [{"spec": section.title, **row} for section in sections for row in section.rows],
         findings.adaptivity(together),
     )
 
@@ -227,6 +248,8 @@ def _section(desk: _Desk, setting: Setting, facts: Facts, scene: Scene, prefix: 
         str(about.get("caption") or about.get("description") or ""),
         question.answers(facts),
         desk.embed(question.figures(facts, title, scene), prefix),
+        question.verdict(facts),
+        question.few(facts),
         shown,
         tables.reasons(table),
         sided if len(sided) else None,
@@ -234,6 +257,7 @@ def _section(desk: _Desk, setting: Setting, facts: Facts, scene: Scene, prefix: 
         note,
         caveats.caveats(question, setting, rows, desk.results.run),
         int((desk.results.failed["spec"] == spec).sum()),
+        tables.listed(table),
     )
 
 

@@ -146,11 +146,11 @@ def paired_bootstrap(first: ArrayLike, second: ArrayLike, *, level: float = LEVE
     return Paired(len(a), more, less, float(apart.mean()), low, high, p, math.nan, low, high, "paired bootstrap")
 
 
-def paired(first: ArrayLike, second: ArrayLike) -> Paired:
+def paired(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> Paired:
     """McNemar's test where both sides are right or wrong, else the paired bootstrap."""
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     binary = bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return mcnemar(a > 0.5, b > 0.5) if binary else paired_bootstrap(a, b)
+    return mcnemar(a > 0.5, b > 0.5, level=level) if binary else paired_bootstrap(a, b, level=level)
 
 
 def resolution(images: int, *, accuracy: float, discordance: float) -> Resolution:

@@ -82,6 +82,31 @@ class Look:
         }
 
 
+class Settings(Line2D):
+    """What each drawn point stands for, a text a point: a page shows it where the point is touched. Draws nothing."""
+
+    def __init__(self, x: Sequence[float], y: Sequence[float], texts: Sequence[str]) -> None:
+        super().__init__(x, y, linestyle="none", marker="", gid="settings")
+        self.texts = tuple(texts)
+
+
+def settle(axes: Axes, x: Iterable[float], y: Iterable[float], texts: Iterable[str]) -> None:
+    """Say what the points drawn at these places stand for."""
+    axes.add_line(Settings(list(x), list(y), list(texts)))
+
+
+def setting(row: Mapping[Any, Any]) -> str:
+    """A row as a point of a curve stands for it: series, blocks, budget, cost, accuracy."""
+    name, placement = str(row["variant"]).replace("_", " "), str(row["placement"])
+    budget = row["budget"] or ("" if pd.isna(row["x"]) or not pd.isna(row["target"]) else f"x = {row['x']:g}")
+    where = "" if placement in name else placement
+    share = "" if pd.isna(row["dense_gmacs"]) else f" ({100 * row['gmacs_mean'] / row['dense_gmacs']:.0f} % of dense)"
+    low, high = row["top1_low"], row["top1_high"]
+    bounds = "" if pd.isna(low) or pd.isna(high) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    head = ", ".join(part for part in (name, where, str(budget)) if part)
+    return f"{head}: {cost(row['gmacs_mean'])} GMACs{share}, top-1 {100 * row['top1']:.1f} %{bounds}"
+
+
 @contextmanager
 def theme() -> Iterator[None]:
     """The settings every figure is made and saved under, none of the user's; these are restored."""

@@ -130,6 +130,34 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
 
 
+def listed(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """``measured`` as lines of the table of everything: words, and numbers that it can be sorted by."""
+    shown = display(table)
+    return [
+        {
+            "name": str(row["variant"]).replace("_", " "),
+            "placement": row["placement"],
+            "budget": shown["budget"].iloc[i],
+            "share": _sortable(100 * row["share_of_dense"], 1),
+            "gmacs": _sortable(row["gmacs"], 3),
+            "top1": _sortable(100 * row["top1"], 1),
+            "bounds": _range(100 * row["top1_low"], 100 * row["top1_high"]),
+            "change": _sortable(100 * row["difference"], 1),
+            "speedup": _sortable(row["speedup"], 2),
+        }
+        for i, row in enumerate(table.to_dict("records"))
+    ]
+
+
+def _sortable(value: float, digits: int) -> tuple[str, str]:
+    """A number as it is shown, and as it is sorted by."""
+    return (_number(value, digits).replace("-", "−"), "" if pd.isna(value) else f"{value:.6g}")
+
+
+def _range(low: float, high: float) -> str:
+    return "" if pd.isna(low) or pd.isna(high) else f"{low:.1f} to {high:.1f}"
+
+
 def reasons(table: pd.DataFrame) -> list[str]:
     """For each row of ``measured`` why it did not reach the cost it aimed at; "" where it did."""
     return [

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 Answer = Literal[
+    "front",  # which of many methods to take at which cost
     "scores",  # what decides which tokens are kept
     "placement",  # in which blocks
     "stages",  # in one stage or in several
@@ -16,7 +17,6 @@ Answer = Literal[
     "samplers",  # how tokens are drawn from their scores
     "dropping",  # whether the class token may go
     "stacking",  # whether a second reducer on top of another pays
-    "front",  # which of many methods to take at which cost
     "tokens",  # how many tokens different images keep
     "sizes",  # a reduced large model or a whole small one
     "speed",  # what the clock says

@@ -66,6 +66,7 @@ class Versus:
     how: str  # the less direct of the two ways in which they came to this cost
     paired: stats.Paired
     p_holm: float  # corrected over all of a call's comparisons
+    bounds: tuple[float, float]  # of the difference, for all of them at once (95 %, Bonferroni)
     keys: tuple[str, ...]
 
     @property
@@ -137,6 +138,9 @@ def _test(pairs: list[_Pair], by: str) -> list[Versus]:
     tests = [(pair, paired(pair[1], pair[2])) for pair in pairs]
     known = [(pair, test) for pair, test in tests if test is not None]
     corrected = stats.holm([test.p_value for _, test in known])
+    strict = 1 - (1 - stats.LEVEL) / max(1, len(known))
+    wide = [paired(pair[1], pair[2], level=strict) for pair, _ in known]
+    bounds = [(one.low, one.high) for one in wide if one is not None]
     return [
         Versus(
             name=str(row[by]),
@@ -146,7 +150,8 @@ def _test(pairs: list[_Pair], by: str) -> list[Versus]:
             how=INTERPOLATED if INTERPOLATED in (row["how"], base["how"]) else str(row["how"]),
             paired=test,
             p_holm=p,
+            bounds=wide,
             keys=(*row["keys"], *base["keys"]),
         )
-        for ((level, row, base), test), p in zip(known, corrected, strict=True)
+        for ((level, row, base), test), p, wide in zip(known, corrected, bounds, strict=True)
     ]

@@ -61,10 +61,10 @@ def answers_of(row: Mapping[str, Any]) -> np.ndarray | None:
     return answers if isinstance(answers, np.ndarray) else None
 
 
-def paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> stats.Paired | None:
+def paired(first: Mapping[str, Any], second: Mapping[str, Any], *, level: float = stats.LEVEL) -> stats.Paired | None:
     """Two rows compared on the same images; None where the answers of one are not known."""
     a, b = answers_of(first), answers_of(second)
-    return stats.paired(a, b) if a is not None and b is not None and len(a) == len(b) else None
+    return stats.paired(a, b, level=level) if a is not None and b is not None and len(a) == len(b) else None
 
 
 def against_dense(row: Mapping[str, Any]) -> stats.Paired | None:

@@ -10,9 +10,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.facts import differences, recovery, stacking, transfer
+from analysis.facts.choice import Choice, choice, decisive
 from analysis.facts.comparison import Comparison, Versus, comparisons
 from analysis.facts.matching import cost_levels, dense_cost, dense_gmacs, merge_seeds
 
+PICTURED = 0.55  # share of the dense cost at which a question is answered in few rows
 PLACED = 4  # costs at which placements are compared: few, so that intervals stay apart
 
 
@@ -64,6 +66,16 @@ class Facts:
     def comparisons(self) -> list[Comparison]:
         """The ranking of the series (or placements) at each cost."""
         return comparisons(self.rows, by=self.by, levels=self.placement_levels if self.by == "placement" else None)
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """What the ranking comes to."""
+        return choice(self.comparisons)
+
+    @cached_property
+    def decisive(self) -> Comparison | None:
+        """The ranking at the one cost that says most."""
+        return decisive(self.comparisons, PICTURED * dense_gmacs(self.trials))
 
     @cached_property
     def base(self) -> str | None:

@@ -85,6 +85,7 @@ def draw_versus(axes: Axes, found: Sequence[Versus], *, looks: Mapping[str, Look
         look = style.look_of(name, looks)
         line = look.line() | {"marker": "", "linewidth": 1.0, "label": name}
         axes.errorbar(x, y, yerr=np.clip([low, high], 0, None), elinewidth=1, capsize=2, **line)
+        style.settle(axes, x, y, map(_said, part))
         for one, at, value in zip(part, x, y, strict=True):
             clear = one.told_apart
             axes.plot(
@@ -102,6 +103,14 @@ def draw_versus(axes: Axes, found: Sequence[Versus], *, looks: Mapping[str, Look
                 axes.plot([at], [value], marker="x", markersize=4, color=centre, linestyle="none", gid="interpolated")
     axes.axhline(0, color=style.DENSE_COLOUR, linewidth=1)
     return names
+
+
+def _said(one: Versus) -> str:
+    """A point in words."""
+    told = "told apart" if one.told_apart else "not told apart"
+    name = one.name.replace("_", " ")
+    low, high = (f"{100 * value:+.1f}" for value in (one.paired.low, one.paired.high))
+    return f"{name} at {style.cost(one.gmacs)} GMACs: {100 * one.paired.difference:+.1f} points [{low}, {high}], {told}"
 
 
 def signs(found: Sequence[Versus]) -> list[Line2D]:

@@ -28,6 +28,7 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
     figure = style.new_figure(height=5.2)
     axes = figure.subplots()
     axes.plot(rows["gmacs_mean"], 100 * rows["top1"], linestyle="none", marker=".", color="#bdbdbd", gid="all")
+    style.settle(axes, rows["gmacs_mean"], 100 * rows["top1"], map(style.setting, rows.to_dict("records")))
     axes.step(
         [*edge["gmacs_mean"], max(dense_gmacs(facts.trials), float(rows["gmacs_mean"].max()))],
         [*(100 * edge["top1"]), 100 * float(edge["top1"].iloc[-1])],

@@ -77,6 +77,7 @@ def draw_intervals(
     line = look.line() | ({} if joined else {"linestyle": "none"})
     axes.errorbar(x, top1, yerr=bars, elinewidth=1, capsize=2, label=name, **line)
     draw_seeds(axes, x, rows, colour=look.colour)
+    style.settle(axes, x, top1, map(style.setting, rows.to_dict("records")))
 
 
 def draw_seeds(axes: Axes, x: pd.Series, rows: pd.DataFrame, *, colour: str) -> None:
@@ -155,6 +156,8 @@ def _many(facts: Facts, scene: Scene, title: str) -> Figure:
         line = look.line() | ({} if part["placement"].nunique() < 2 else {"linestyle": "none"})
         axes.plot(part["gmacs_mean"], 100 * part["top1"], label=name, **line)
         draw_seeds(axes, part["gmacs_mean"], part, colour=look.colour)
+        settings = map(style.setting, part.to_dict("records"))
+        style.settle(axes, part["gmacs_mean"], 100 * part["top1"], settings)
         draw_reference(axes, facts)
         panels.name_panel(axes, name)
     panels.share_limits(grid, style.GMACS, style.TOP1, figure)

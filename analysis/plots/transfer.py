@@ -41,6 +41,7 @@ def transfer(facts: Facts, scene: Scene, title: str) -> Figure:
             top1 = 100 * part["top1"]
             bars = np.clip([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1], 0, None)
             axes.errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, label=str(kind), **line)
+            style.settle(axes, part["gmacs_mean"], top1, map(style.setting, part.to_dict("records")))
             tradeoff.draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
             home = part[part["home"]]
             ring: dict[str, Any] = {

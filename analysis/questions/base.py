@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from analysis import stats, style
+from analysis import stats, style, verdict
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
 from analysis.plots import Drawn, Plot, Scene, difference, tradeoff
@@ -37,6 +37,8 @@ class Question:
     claims: Callable[[Facts, int | None], list[Line]] = lambda facts, patches: []  # beside the nearest of ours
     finetuned_in_print: bool = False
     across: bool = False  # between models: one section for all of them
+    short: Callable[[Facts], str | None] = lambda facts: None  # its own verdict; else what the ranking comes to
+    few: Callable[[Facts], pd.DataFrame] = verdict.short_table  # the answer in at most six rows
 
     @property
     def in_print(self) -> bool:
@@ -46,6 +48,16 @@ class Question:
         """The figures for which the data are there."""
         drawn = [one for plot in self.plots for one in plot.drawn(facts, title, scene)]
         return drawn + self.more(facts, title, scene)
+
+    def verdict(self, facts: Facts) -> str:
+        """The answer in at most 25 words."""
+        if facts.rows.empty:
+            return "Only the dense model was run: there is nothing to compare."
+        own = self.short(facts)
+        if own is not None:
+            return verdict.brief(own)
+        images = int(facts.trials["images"].iloc[0])
+        return verdict.of_choice(facts.choice, self.noun, facts.rows[facts.by].nunique(), images)
 
     def answers(self, facts: Facts) -> list[Finding]:
         """The findings of a spec, the headlines first."""

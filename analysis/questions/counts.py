@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pandas as pd
 
 from analysis import style
+from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
 from analysis.frame import reducer_names
 from analysis.plots import difference, k_effect, tradeoff
@@ -14,6 +16,7 @@ from analysis.published import number, of_ats, printed, share
 from analysis.questions.base import Line, Question, cheapest_like_dense
 from analysis.questions.beside import line, records
 from analysis.tables import percent
+from analysis.verdict import ROWS, points, table
 from analysis.words import Finding, spoken
 
 
@@ -47,8 +50,34 @@ def _claims(facts: Facts, patches: int | None) -> list[Line]:
     return [line(what, claim, row, facts)]
 
 
+MARGIN = 0.01  # a loss that most would accept, 1 point
+
+
+def _short(facts: Facts) -> str | None:
+    """The least that may be kept for a loss of a point, each trial on its own."""
+    rows = facts.rows[facts.rows["x"].notna()].sort_values("gmacs_mean", kind="stable").to_dict("records")
+    tests = [(row, test) for row in rows if (test := against_dense(row)) is not None]
+    if not tests:
+        return None
+    near = [(row, test) for row, test in tests if test.low >= -MARGIN]
+    row, test = near[0] if near else max(tests, key=lambda pair: pair[1].low)
+    share = "" if math.isnan(facts.dense) else f", {100 * row['gmacs_mean'] / facts.dense:.0f} % of the dense cost"
+    return (
+        f"{spoken(row['variant'])} with K = {row['x']:g}{share}, loses at most "
+        f"{points(max(0.0, -test.low))}{'' if near else '; no K is sure to lose less'}."
+    )
+
+
+def _few(facts: Facts) -> pd.DataFrame:
+    rows = facts.rows[facts.rows["x"].notna()].sort_values(["x", "variant"], ascending=False, kind="stable")
+    chosen = rows.iloc[sorted({round(i * (len(rows) - 1) / (ROWS - 1)) for i in range(ROWS)})] if len(rows) else rows
+    return table(chosen.assign(variant=[f"{row.variant}, K = {row.x:g}" for row in chosen.itertuples()]), facts.dense)
+
+
 PATCHES = 196  # of DeiT-S at 224 pixels
 QUESTION = Question(
+    short=_short,
+    few=_few,
     found=found,
     plots=(tradeoff.PLOT, k_effect.PLOT, difference.PLOT),
     printed=of_ats("Figure A.1"),

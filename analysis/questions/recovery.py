@@ -9,6 +9,7 @@ from analysis.published import of_ats
 from analysis.questions.base import Question
 from analysis.questions.beside import samplers
 from analysis.tables import percent
+from analysis.verdict import between, brief
 from analysis.words import Finding, spoken
 
 
@@ -30,4 +31,22 @@ def found(facts: Facts) -> list[Finding]:
     return said
 
 
-QUESTION = Question(found=found, plots=(finetuning.PLOT, difference.PLOT), printed=of_ats("Table A.3"), claims=samplers)
+def _short(facts: Facts) -> str | None:
+    """What training gives back, and to whom most."""
+    pairs = facts.recovered
+    if not pairs:
+        return None
+    corrected = stats.holm([one.paired.p_value for one in pairs])
+    clear = sum(p < stats.ALPHA for p in corrected)
+    moved = {one.paired.difference: spoken(one.name) for one in pairs}
+    return brief(
+        f"Training with the reduction changes top-1 by {between(list(moved), sign=True)} points, told apart at "
+        f"{clear} of {len(pairs)} settings; most for {moved[max(moved)]}.",
+        f"Training with the reduction changes top-1 by {between(list(moved), sign=True)} points, told apart at "
+        f"{clear} of {len(pairs)} settings.",
+    )
+
+
+QUESTION = Question(
+    short=_short, found=found, plots=(finetuning.PLOT, difference.PLOT), printed=of_ats("Table A.3"), claims=samplers
+)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from analysis import stats
 from analysis.facts.matching import paired
 from analysis.facts.spec import Facts
 from analysis.frame import reducer_names
 from analysis.questions.base import Question
 from analysis.tables import with_bounds
+from analysis.verdict import points
 from analysis.words import SAME, Finding, spoken
+
+Tests = list[tuple[dict[Any, Any], stats.Paired]]
+
+
+def _against_plain(facts: Facts) -> tuple[dict[Any, Any] | None, Tests]:
+    """The model of the same training that reduces nothing, and each other one against it."""
+    whole = facts.rows[[set(reducer_names(text)) <= {"identity"} for text in facts.rows["reducer"]]]
+    if whole.empty:
+        return None, []
+    plain = whole.iloc[0].to_dict()
+    rows = [row for row in facts.rows.to_dict("records") if row["key"] != plain["key"]]
+    return plain, [(row, test) for row in rows if (test := paired(row, plain)) is not None]
 
 
 def found(facts: Facts) -> list[Finding]:
     """Each reduced model against the one of the same training that reduces nothing."""
-    whole = facts.rows[[set(reducer_names(text)) <= {"identity"} for text in facts.rows["reducer"]]]
-    if whole.empty:
+    plain, tests = _against_plain(facts)
+    if plain is None:
         return []
-    plain = whole.iloc[0].to_dict()
-    rows = [row for row in facts.rows.to_dict("records") if row["key"] != plain["key"]]
-    tests = [(row, test) for row in rows if (test := paired(row, plain)) is not None]
     corrected = stats.holm([test.p_value for _, test in tests])
     return [
         Finding(
@@ -33,4 +45,17 @@ def found(facts: Facts) -> list[Finding]:
     ]
 
 
-QUESTION = Question(found=found, opens=True)
+def _short(facts: Facts) -> str | None:
+    """The least that a reduction costs."""
+    plain, tests = _against_plain(facts)
+    if plain is None or not tests:
+        return None
+    row, test = max(tests, key=lambda pair: pair[1].low)
+    share = 100 * row["gmacs_mean"] / plain["gmacs_mean"]
+    return (
+        f"{spoken(row['variant'])} does least harm: at {share:.0f} % of the cost of {spoken(plain['variant'])} it "
+        f"loses at most {points(max(0.0, -test.low))}."
+    )
+
+
+QUESTION = Question(short=_short, found=found, opens=True)

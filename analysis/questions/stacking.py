@@ -14,6 +14,7 @@ from analysis.published import of_ats, printed
 from analysis.questions.base import Line, Question
 from analysis.questions.beside import in_words, line, records
 from analysis.tables import percent, with_bounds
+from analysis.verdict import brief, points
 from analysis.words import SAME, Finding, spoken
 
 
@@ -90,8 +91,42 @@ def _rows(rows: pd.DataFrame) -> pd.Series[bool]:
     return of_ats("Table A.5")(rows) | own
 
 
+def _short(facts: Facts) -> str | None:
+    """Whether stacking pays, and by how much, or within what it does not matter."""
+    base, pairs = facts.base, facts.versus
+    if base is None or not pairs:
+        return None
+    moved = {one.paired.difference: spoken(one.name) for one in pairs if one.told_apart}
+    up, down = [value for value in moved if value > 0], [value for value in moved if value < 0]
+    if not moved:
+        most, least = max(one.bounds[1] for one in pairs), min(one.bounds[0] for one in pairs)
+        return (
+            f"It does not matter: at equal cost no stack gains over {points(most)} or loses over {points(-least)} "
+            f"against {base} alone."
+        )
+    word = _pays(len(up), len(down), len(pairs))
+    if not down:
+        return brief(
+            f"Stacking on {base} {word}: {len(up)} of {len(pairs)} gain clearly at equal cost, {moved[max(up)]} "
+            f"most, {points(max(up), sign=True)}.",
+            f"Stacking on {base}: {len(up)} of {len(pairs)} gain clearly at equal cost, at most "
+            f"{points(max(up), sign=True)}.",
+        )
+    if not up:
+        return brief(
+            f"Stacking on {base} {word}: {len(down)} of {len(pairs)} lose clearly at equal cost, up to "
+            f"{points(-min(down))}.",
+            f"Stacking on {base}: {len(down)} of {len(pairs)} lose clearly at equal cost, up to {points(-min(down))}.",
+        )
+    return (
+        f"Against {base} at equal cost {len(up)} of {len(pairs)} stacks gain clearly, up to {points(max(up))}; "
+        f"{len(down)} lose, up to {points(-min(down))}."
+    )
+
+
 PRINTED = {"evit", "ats"}
 QUESTION = Question(
+    short=_short,
     noun="stack",
     found=found,
     opens=True,

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pandas as pd
+
 from analysis import style
 from analysis.facts.comparison import Versus, versus_curve
 from analysis.facts.spec import Facts
 from analysis.frame import reducer_names
 from analysis.questions.base import Question
 from analysis.tables import percent
+from analysis.verdict import points
 from analysis.words import SAME, Finding, spoken
+
+
+def _random(facts: Facts) -> pd.DataFrame:
+    """Random drop that was trained, cheapest first."""
+    rows = facts.rows[facts.rows["finetuned"]]
+    return rows[[reducer_names(text) == ["random"] for text in rows["reducer"]]].sort_values("gmacs_mean")
+
+
+def against_random(facts: Facts) -> list[Versus]:
+    """Every trained row against the curve of trained random drop at its own cost."""
+    drop = _random(facts)
+    rows = facts.rows[facts.rows["finetuned"]]
+    return [] if drop.empty else versus_curve(rows, str(drop["variant"].iloc[0]), by="variant")
 
 
 def found(facts: Facts) -> list[Finding]:
     """Which methods beat random drop that was trained as long, each at the cost its training came to."""
-    rows = facts.rows[facts.rows["finetuned"]]
-    drop = rows[[reducer_names(text) == ["random"] for text in rows["reducer"]]].sort_values("gmacs_mean")
+    rows, drop, met = facts.rows[facts.rows["finetuned"]], _random(facts), against_random(facts)
     if drop.empty:
         return []
-    random = str(drop["variant"].iloc[0])
-    met = versus_curve(rows, random, by="variant")
     better = [one for one in met if one.told_apart and one.paired.difference > 0]
     worse = [one for one in met if one.told_apart and one.paired.difference < 0]
     same = [one for one in met if not one.told_apart]
@@ -29,7 +42,7 @@ def found(facts: Facts) -> list[Finding]:
     text = f"Against random drop trained as long, in points, each at its own cost (Holm). {'. '.join(parts)}."
     all_said = [Finding(text, keys=tuple(dict.fromkeys(key for one in met for key in one.keys)), headline=True)]
     cheapest = drop.iloc[0]
-    for row in rows[~rows["variant"].isin({random, *(one.name for one in met)})].to_dict("records"):
+    for row in rows[~rows["variant"].isin({*drop["variant"], *(one.name for one in met)})].to_dict("records"):
         text = (
             f"{spoken(row['variant'])} came to {style.cost(row['gmacs_mean'])} GMACs and {percent(row['top1'])} %, "
             f"where there is no random drop to compare with: the nearest has {percent(cheapest['top1'])} % at "
@@ -49,4 +62,21 @@ def _listed(part: Sequence[Versus]) -> str:
     return "; ".join(named)
 
 
-QUESTION = Question(noun="method", found=found, opens=True)
+def _short(facts: Facts) -> str | None:
+    """How many beat random drop trained as long, or within what they equal it."""
+    met = against_random(facts)
+    if not met:
+        return None
+    clear = {one.paired.difference: spoken(one.name) for one in met if one.told_apart}
+    better = len({name for value, name in clear.items() if value > 0})
+    count = len({one.name for one in met})
+    if not better:
+        most = max(one.bounds[1] for one in met)
+        return f"None of {count} methods clearly beats random drop trained as long; none gains over {points(most)}."
+    return (
+        f"{better} of {count} methods clearly beat random drop trained as long, {clear[max(clear)]} most, by "
+        f"{points(max(clear))}."
+    )
+
+
+QUESTION = Question(short=_short, noun="method", found=found, opens=True)

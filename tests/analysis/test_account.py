@@ -66,5 +66,5 @@ def test_what_an_account_says_is_escaped_and_kept_short(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     account = {**ACCOUNT, "skipped": {evil: 1}, "noted": {evil: 1}, "empty_classes": [evil, *map(str, range(500))]}
     text = report(tmp_path, {"images_account": account})
-    assert "<script" not in text and "&lt;script&gt;" in text
+    assert text.count("<script") == 1 and "&lt;script&gt;" in text
     assert "and 481 more" in text

@@ -1,0 +1,98 @@
+"""Which of several groups to take: one that is clear of the others, or any of several within a bound."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import stats
+from analysis.facts.comparison import Comparison
+from analysis.facts.matching import paired
+
+LEAST = 0.5  # of the costs compared: at fewer a group has not shown itself
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a ranking at several costs comes to."""
+
+    costs: int
+    groups: int
+    leads: dict[str, int]  # the costs at which a group has the highest accuracy, most first
+    clear: dict[str, tuple[float, ...]]  # by how much a leader beats the second, where it is clear of every other
+    best: tuple[str, ...]  # never clearly beaten, those that lead most first
+    bound: float | None  # between these the choice loses no more than this, at any cost (95 % for all pairs at once)
+    last: tuple[str, float] | None  # who is clearly behind wherever compared, and by how much at least
+
+    @property
+    def winner(self) -> str | None:
+        """The one that leads, clear of every other at half of the costs at least."""
+        first = next(iter(self.leads))
+        return first if len(self.leads) == 1 and 2 * len(self.clear.get(first, ())) >= self.costs else None
+
+
+def choice(found: Sequence[Comparison]) -> Choice | None:
+    """None where nothing is compared."""
+    found = [one for one in found if len(one.rows) > 1]
+    if not found:
+        return None
+    leads: dict[str, int] = {}
+    clear: dict[str, tuple[float, ...]] = {}
+    met: dict[str, list[str]] = {}
+    behind: dict[str, list[float]] = {}
+    for one in found:
+        lead, top1 = one.names[0], one.rows["top1"].to_list()
+        leads[lead] = leads.get(lead, 0) + 1
+        if one.clear:
+            clear[lead] = (*clear.get(lead, ()), top1[0] - top1[1])
+        for name, value, standing in zip(one.names, top1, ("lead", *one.standing), strict=True):
+            met.setdefault(name, []).append(standing)
+            behind.setdefault(name, []).append(top1[0] - value)
+    leads = dict(sorted(leads.items(), key=lambda item: -item[1]))
+    rank = {name: i for i, name in enumerate(leads)}
+    even = [n for n, how in met.items() if set(how) <= {"lead", "same"} and len(how) >= LEAST * len(found)]
+    best = tuple(sorted(even, key=lambda name: (rank.get(name, len(rank)), sum(behind[name]) / len(behind[name]))))
+    worse = {name: min(behind[name]) for name, how in met.items() if set(how) == {"worse"}}
+    last = max(worse.items(), key=lambda item: item[1], default=None)
+    return Choice(len(found), len(met), leads, clear, best, _bound(found, best), last)
+
+
+def _bound(found: Sequence[Comparison], names: Sequence[str]) -> float | None:
+    """The largest loss that is not excluded for any of ``names`` against the best of them at a cost; the intervals hold
+    for all pairs at once (Bonferroni).
+    """
+    pairs = []
+    for one in found:
+        rows = [row for row, name in zip(one.rows.to_dict("records"), one.names, strict=True) if name in names]
+        pairs += [(rows[0], row) for row in rows[1:]]
+    return widest(pairs)
+
+
+def widest(pairs: Sequence[tuple[Mapping[Any, Any], Mapping[Any, Any]]]) -> float | None:
+    """The largest upper bound of first minus second, for all pairs at once; None where answers are not known."""
+    level = 1 - (1 - stats.LEVEL) / max(1, len(pairs))
+    tests = [paired(first, second, level=level) for first, second in pairs]
+    highs = [test.high for test in tests if test is not None]
+    return max(0.0, *highs) if highs and len(highs) == len(tests) else None
+
+
+def decisive(found: Sequence[Comparison], wanted: float) -> Comparison | None:
+    """Of the costs at which most groups meet, the one nearest to ``wanted`` GMACs."""
+    full = [one for one in found if len(one.rows) > 1]
+    most = max((len(one.rows) for one in full), default=0)
+    near = [one for one in full if len(one.rows) >= 0.8 * most]
+    return min(near, key=lambda one: abs(one.level - wanted), default=None)
+
+
+def neighbours(rows: pd.DataFrame) -> list[tuple[stats.Paired, float] | None]:
+    """Each row against the next: the test, and its p-value corrected over all of them (Holm); None where answers are
+    not known, and for the last row.
+    """
+    records = rows.to_dict("records")
+    tests = [paired(one, other) for one, other in itertools.pairwise(records)]
+    corrected = iter(stats.holm([test.p_value for test in tests if test is not None]))
+    return [*(None if test is None else (test, next(corrected)) for test in tests), *([None] if records else [])]
