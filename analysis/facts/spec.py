@@ -128,3 +128,15 @@ class Facts:
         ranked = self.rows.sort_values(["gmacs_mean", "top1"], ascending=[True, False], kind="stable")
         best = ranked["top1"].cummax().shift(fill_value=-np.inf)
         return ranked[ranked["top1"] > best]
+
+    @cached_property
+    def lacks(self) -> dict[str, float]:
+        """How far each series lies below the front (0 .. 1), the mean over its rows; the nearest first."""
+        edge = self.front
+
+        def lack(part: pd.DataFrame) -> float:
+            place = np.searchsorted(edge["gmacs_mean"].to_numpy(), part["gmacs_mean"].to_numpy(), side="right") - 1
+            return float(np.mean(edge["top1"].to_numpy()[np.clip(place, 0, None)] - part["top1"].to_numpy()))
+
+        away = {str(name): lack(part) for name, part in self.rows.groupby("variant", sort=False)}
+        return dict(sorted(away.items(), key=lambda item: item[1]))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.facts.spec import Facts
+from analysis.plots.panels import pages
 from analysis.style import Look
 
 
@@ -45,6 +46,7 @@ class Scene:
     imagenet: bool = False  # the data and classes of the published tables
     patches: int | None = None  # patches of an image, where the run says it
     count: int = 0  # images
+    page: int = 0  # of a figure whose panels do not fit on one
 
 
 def reduces(facts: Facts) -> bool:
@@ -62,6 +64,7 @@ class Plot:
     suffix: str = ""  # of its files, after the spec's name
     needs: Callable[[Facts], bool] = reduces
     data: Callable[[Facts], pd.DataFrame] | None = None  # the numbers drawn, where no table has them
+    panels: Callable[[Facts], int] = lambda facts: 1  # of more than nine the others follow in figures of their own
     otherwise: Plot | None = None  # where the data are not there
 
     def drawn(self, facts: Facts, title: str, scene: Scene) -> list[Drawn]:
@@ -70,5 +73,10 @@ class Plot:
             return [] if self.otherwise is None else self.otherwise.drawn(facts, title, scene)
         heading = self.heading.format(title=title)
         data = None if self.data is None else self.data(facts)
-        figure = self.draw(facts, scene, heading)
-        return [Drawn(f"{facts.name}{self.suffix}", heading, self.caption(facts, scene), figure, data)]
+        caption, name, count = self.caption(facts, scene), f"{facts.name}{self.suffix}", pages(self.panels(facts))
+        drawn = [Drawn(name, heading, caption, self.draw(facts, scene, heading), data)]
+        for page in range(1, count):
+            more = f"{heading} ({page + 1} of {count})"
+            figure = self.draw(facts, replace(scene, page=page), more)
+            drawn.append(Drawn(f"{name}_appendix{page}", more, caption, figure))
+        return drawn

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from analysis.facts.spec import Facts
+from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_curves, legend
 
@@ -47,7 +48,7 @@ def class_token(facts: Facts, scene: Scene, title: str) -> Figure:
 PLOT = Plot(
     class_token,
     "{title}: accuracy, and how often it was dropped",
-    lambda facts, scene: CAPTION,
+    lambda facts, scene: CAPTION + labels.below(facts),
     suffix="_dropped",
     needs=lambda facts: bool(facts.rows["class_kept"].notna().any()),
 )

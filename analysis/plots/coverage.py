@@ -39,6 +39,12 @@ def caption(trials: pd.DataFrame) -> str:
     return CAPTION.format(where=MANY if rows["variant"][here].nunique() > panels.TOO_MANY else BOTH, left=left)
 
 
+def series(trials: pd.DataFrame) -> list[str]:
+    """The series that the figure shows."""
+    rows = trials[~trials["dense"] & trials["coverage"].notna()]
+    return list(dict.fromkeys(rows["variant"][[same_patches(row, trials) for row in rows.to_dict("records")]]))
+
+
 @style.themed
 def coverage(
     trials: pd.DataFrame,
@@ -47,6 +53,7 @@ def coverage(
     looks: Mapping[str, Look],
     title: str,
     subtitle: str,
+    page: int = 0,
 ) -> Figure:
     """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
     rows = merge_seeds(trials[~trials["dense"] & trials["coverage"].notna()])
@@ -54,7 +61,7 @@ def coverage(
     rows = rows.assign(left=[100 * _left(row) for row in rows.to_dict("records")])
     names = list(dict.fromkeys(rows["variant"]))
     if len(names) > panels.TOO_MANY:
-        return _many(rows, names, looks=looks, title=title, subtitle=subtitle)
+        return _many(rows, panels.page(names, page), looks=looks, title=title, subtitle=subtitle)
     figure = style.new_figure(height=4.6)
     against_cost, against_left = figure.subplots(1, 2, sharey=True)
     for name in names:

@@ -42,7 +42,10 @@ def caption(facts: Facts, scene: Scene) -> str:
     several = any(b - a < 1e-9 for a, b in itertools.pairwise(sorted(one.level for one in found)))
     few = len({one.name for one in found}) <= panels.TOO_MANY
     aside = ASIDE if several and few and _least_gap(found, dense_gmacs(trials)) else ""
-    return CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference), aside=aside)
+    more = "" if few else panels.MORE
+    return (
+        CAPTION.format(reference=reference, count=len(found), how=how.format(reference=reference), aside=aside) + more
+    )
 
 
 def table(facts: Facts) -> pd.DataFrame:
@@ -133,9 +136,10 @@ def difference(facts: Facts, scene: Scene, title: str) -> Figure:
     label = textwrap.fill(f"top-1 against {reference} (points)", 30)
     width = 0.6 * _least_gap(found, dense_gmacs(facts.trials))
     if len(names) > panels.TOO_MANY:
-        figure = panels.new_figure(len(names), extra=1.6)
-        grid = panels.subplots(figure, len(names))
-        for axes, name in zip(grid, names, strict=True):
+        shown = panels.page([name for name in facts.lacks if name in names], scene.page)
+        figure = panels.new_figure(len(shown), extra=1.6)
+        grid = panels.subplots(figure, len(shown))
+        for axes, name in zip(grid, shown, strict=True):
             draw_versus(axes, [one for one in found if one.name == name], looks=looks, width=width)
             panels.name_panel(axes, name)
         panels.share_limits(grid, style.GMACS, label, figure)
@@ -163,6 +167,7 @@ PLOT = Plot(
     "{title}: differences at equal cost",
     caption,
     suffix="_difference",
-    needs=lambda facts: bool(facts.versus),
+    needs=lambda facts: len(facts.versus) > 1,  # a single point is told in words
+    panels=lambda facts: len({one.name for one in facts.versus}),
     data=table,
 )

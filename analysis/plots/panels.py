@@ -13,10 +13,21 @@ from matplotlib.lines import Line2D
 
 from analysis import style
 
-TOO_MANY = 9  # series that one pair of axes can still show
-COLUMNS = 4
+TOO_MANY = 9  # series that one pair of axes can still show, and panels that one figure can
+COLUMNS = 3
+MORE = " At most nine panels a figure: those nearest to the front first, the others in the figures that follow."
 PANEL = 1.75  # inches high
 BEHIND: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 0.7, "zorder": 1}  # the other series of a panel
+
+
+def page(names: Sequence[str], number: int) -> list[str]:
+    """The series of one of the figures that show them all, nine a figure."""
+    return list(names[number * TOO_MANY : (number + 1) * TOO_MANY])
+
+
+def pages(count: int) -> int:
+    """Figures that so many series need where each has a panel."""
+    return max(1, -(-count // TOO_MANY))
 
 
 def behind_handle() -> Line2D:

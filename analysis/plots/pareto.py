@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.facts.matching import dense_gmacs
 from analysis.facts.spec import Facts
+from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_reference, share_axis
 
 CAPTION = (
-    "Every trial of every method (grey), and the Pareto front: trials that no cheaper one equals. The methods on the "
-    "front are drawn in full, with their 95 % bands over images; the thick grey line is the front. It was chosen after "
-    "looking, so its height is a little flattering: whether neighbours can be told apart is in the comparison."
+    "Every trial of every method (grey dots), and the Pareto front (thick grey line): trials that no cheaper one "
+    "equals. The {count} methods on the front or next to it are drawn in full, with their 95 % bands over images. The "
+    "front was chosen after looking, so its height is a little flattering: whether neighbours can be told apart is in "
+    "the comparison.{below}"
 )
+SHOWN = 5  # methods
+NEXT = 0.05  # of all images: a method that loses more to the front, in the mean, is not next to it
+
+
+def shown(facts: Facts) -> list[str]:
+    """The methods drawn: those that lie least below the front, of those that the axis shows at all."""
+    bottom = labels.floor(facts.rows)
+    seen = facts.rows if bottom is None else facts.rows[100 * facts.rows["top1"] >= bottom]
+    # one trial is a point, not a method's curve, as long as there are curves
+    several = seen["variant"].value_counts() > 1
+    on, away = set(facts.front["variant"]), facts.lacks
+    names = [name for name in away if name in several.index and (name in on or away[name] <= NEXT)]
+    return sorted(names, key=lambda name: not several[name])[:SHOWN]
 
 
 @style.themed
@@ -39,7 +51,7 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
         zorder=1.2,
         gid="front",
     )
-    names = list(dict.fromkeys(edge["variant"]))
+    names = shown(facts)
     for name in names:
         part = rows[rows["variant"] == name].sort_values("gmacs_mean", kind="stable")
         look = style.look_of(name, looks)
@@ -48,29 +60,22 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
         axes.plot(part["gmacs_mean"], 100 * part["top1"], label=name, **look.line())
     draw_reference(axes, facts)
     axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
-    _zoom(axes, rows)
+    labels.end_axis(axes, facts)
     share_axis(axes, facts)
     style.put_title(figure, title, scene.subtitle)
     others = Line2D([], [], linestyle="none", marker=".", color="#bdbdbd", label="other trials")
     line = Line2D([], [], color="#9a9a9a", linewidth=4, alpha=0.45, label="front")
     band = style.band_handle("95 % interval over images")
-    series = [style.handle(name, looks) for name in names]
-    style.put_legend(figure, [*series, band, line, others, style.dense_handle()])
+    axes.set_ylim(axes.get_ylim())
+    labels.beside(figure, axes, names, looks)
+    style.put_legend(figure, [band, line, others, style.dense_handle()])
     return style.finish(figure)
-
-
-def _zoom(axes: Axes, rows: pd.DataFrame) -> None:
-    """Few broken trials must not press everything else against the top: the axis ends below the lowest tenth."""
-    top1 = 100 * rows["top1"].to_numpy()
-    low, high = float(np.quantile(top1, 0.1)), float(top1.max())
-    if top1.min() < low - 0.5 * (high - low):
-        axes.set_ylim(bottom=low - 0.15 * (high - low))
 
 
 PLOT = Plot(
     pareto,
     "{title}: the Pareto front",
-    lambda facts, scene: CAPTION,
+    lambda facts, scene: CAPTION.format(count=len(shown(facts)), below=labels.below(facts)),
     suffix="_pareto",
     needs=lambda facts: len(facts.series) > 1,
 )

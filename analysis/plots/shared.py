@@ -17,6 +17,7 @@ from analysis.plots import samples as _samples
 from analysis.plots import stages as _stages
 from analysis.plots import tokens_per_block as _tokens
 from analysis.plots.base import Drawn, Scene
+from analysis.plots.panels import pages
 from analysis.style import cost
 
 
@@ -49,9 +50,11 @@ def shared_figures(facts: Overview, scene: Scene) -> list[Drawn]:
     own: dict[str, Any] = {"looks": scene.looks, "subtitle": scene.subtitle}
     drawn = []
     if any(len(tokens) for tokens in rows["tokens"]):
-        title = "Token survival against depth"
-        figure = _tokens.tokens_per_block(rows, images, title=title, **own)
-        drawn.append(Drawn("tokens_per_block", title, _tokens.caption(rows, images, level), figure))
+        title, text = "Token survival against depth", _tokens.caption(rows, images, level)
+        count = sum(bool(len(tokens)) for tokens in rows["tokens"])
+        for page, (more, name) in enumerate(_pages(title, "tokens_per_block", count)):
+            figure = _tokens.tokens_per_block(rows, images, title=more, page=page, **own)
+            drawn.append(Drawn(name, more, text, figure))
     if "tokens" not in set(facts.trials["kind"]):  # else its own section has them
         drawn += staged(facts, "adaptive", "Adaptivity", scene)
     drawn += _adaptive_figures(facts, level, own)
@@ -59,14 +62,22 @@ def shared_figures(facts: Overview, scene: Scene) -> list[Drawn]:
     covered = facts.trials[facts.trials["spec"] == rows["spec"].iloc[0]]
     if covered.loc[~covered["dense"], "coverage"].notna().any():
         title = "Coverage: do the surviving patches lie on the object?"
-        figure = _coverage.coverage(covered, images, title=title, **own)
-        drawn.append(Drawn("coverage", title, _coverage.caption(covered), figure))
+        for page, (more, name) in enumerate(_pages(title, "coverage", len(_coverage.series(covered)))):
+            figure = _coverage.coverage(covered, images, title=more, page=page, **own)
+            drawn.append(Drawn(name, more, _coverage.caption(covered), figure))
     pictured = pictured_methods(rows, images)
     if scene.pictures and len(pictured):
         title = "Sample images: surviving patches, stage by stage"
         figure = _samples.samples(pictured, images, scene.pictures, title=title, subtitle=scene.subtitle)
         drawn.append(Drawn("samples", title, _samples.CAPTION, figure))
     return drawn
+
+
+def _pages(title: str, name: str, count: int) -> list[tuple[str, str]]:
+    """Title and name of each figure that so many panels need."""
+    total = pages(count)
+    more = [(f"{title} ({page + 1} of {total})", f"{name}_appendix{page}") for page in range(1, total)]
+    return [(title, name), *more]
 
 
 def _adaptive_figures(facts: Overview, level: str, own: Mapping[str, Any]) -> list[Drawn]:

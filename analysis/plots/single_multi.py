@@ -7,8 +7,9 @@ from matplotlib.lines import Line2D
 
 from analysis import published, style
 from analysis.facts.spec import Facts
+from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
-from analysis.plots.tradeoff import draw_curves, legend, share_axis
+from analysis.plots.tradeoff import draw_curves, put_names, share_axis
 
 CAPTION = (
     "Top-1 accuracy against multiply-adds as executed, with 95 % intervals over images. The dotted line is the cost at "
@@ -32,13 +33,13 @@ def single_multi(facts: Facts, scene: Scene, title: str) -> Figure:
     share_axis(axes, facts)
     style.put_title(figure, title, scene.subtitle)
     line = Line2D([], [], color="#555555", linestyle=":", linewidth=1.4, label=f"{saved():g} % saved (published)")
-    style.put_legend(figure, [*legend(names, scene.looks, facts), line])
+    put_names(figure, axes, names, scene, facts, line)
     return style.finish(figure)
 
 
 PLOT = Plot(
     single_multi,
     "{title}: accuracy against cost",
-    lambda facts, scene: CAPTION.format(saved=saved()),
+    lambda facts, scene: CAPTION.format(saved=saved()) + labels.below(facts),
     needs=lambda facts: True,
 )

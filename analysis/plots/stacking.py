@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from analysis.facts.spec import Facts
+from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_curves, legend
 
@@ -51,7 +52,7 @@ def stacking(facts: Facts, scene: Scene, title: str) -> Figure:
 PLOT = Plot(
     stacking,
     "{title}: what the stack changes",
-    lambda facts, scene: CAPTION.format(base=facts.base),
+    lambda facts, scene: CAPTION.format(base=facts.base) + labels.below(facts),
     suffix="_gain",
     needs=lambda facts: bool(facts.gains),
 )

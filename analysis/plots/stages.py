@@ -11,14 +11,15 @@ from matplotlib.patches import Patch
 
 from analysis import style
 from analysis.plots import panels
+from analysis.plots.samples import stages as chosen_blocks
 
 CAPTION = (
-    "Tokens leaving each reducing block, prefix included: how many images keep how many. {name}, {cost} GMACs on "
-    "average. The vertical line is the mean over images.{split}"
+    "Tokens leaving each reducing block (of more than nine, nine of them), prefix included: how many images keep how "
+    "many. {name}, {cost} GMACs on average. The vertical line is the mean over images.{split}"
 )
 SPLIT = " Blue: the third of the images with least clutter; orange: the third with most."
 PLAIN, BUSY, ALL = style.COLOURS[0], style.COLOURS[1], "#6d7680"
-MAX_STAGES = 12
+MAX_STAGES = 9  # panels
 
 
 def counts(table: pd.DataFrame) -> np.ndarray:
@@ -38,7 +39,7 @@ def thirds(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray] | None:
 @style.themed
 def stages(row: Mapping[str, object], table: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     """One panel a reducing block of the trial ``row``, all on one scale."""
-    blocks = [int(block) for block in row["blocks"]][:MAX_STAGES]  # type: ignore[attr-defined]
+    blocks = chosen_blocks(row["blocks"], MAX_STAGES)  # type: ignore[arg-type]
     tokens, split = counts(table), thirds(table)
     columns = 3 if len(blocks) > 2 else len(blocks)
     figure = panels.new_figure(len(blocks), columns=columns, extra=1.6)

@@ -34,6 +34,7 @@ def tokens_per_block(
     looks: Mapping[str, Look],
     title: str,
     subtitle: str,
+    page: int = 0,
 ) -> Figure:
     """Mean tokens against block, one line a row of ``trials``; bands from the per-image tables, or of one standard
     deviation for all where a table is missing. A panel a method where there are many.
@@ -46,9 +47,11 @@ def tokens_per_block(
     varies = any(bool(np.any(high - low > 1e-9)) for low, high in bounds)
     band = [style.band_handle(MIDDLE if middle else SPREAD)] if varies else []
     if len(rows) > panels.TOO_MANY:
-        figure = panels.new_figure(len(rows))
-        grid = panels.subplots(figure, len(rows))
-        for axes, row, bound in zip(grid, rows, bounds, strict=True):
+        start = page * panels.TOO_MANY
+        shown = slice(start, start + panels.TOO_MANY)
+        figure = panels.new_figure(len(rows[shown]))
+        grid = panels.subplots(figure, len(rows[shown]))
+        for axes, row, bound in zip(grid, rows[shown], bounds[shown], strict=True):
             for other in rows:
                 axes.plot(range(len(other["tokens"])), other["tokens"], **panels.BEHIND)
             _draw(axes, row, bound, looks, width=1.8)

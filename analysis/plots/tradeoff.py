@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
 from analysis.facts.spec import Facts
-from analysis.plots import panels
+from analysis.plots import labels, panels
 from analysis.plots.base import Plot, Scene
 from analysis.style import Look
 
@@ -31,7 +31,9 @@ SEEDS = " Small hollow circles are single seeds, the curve is their mean; its in
 
 def caption(facts: Facts, scene: Scene) -> str:
     """What the figure of these trials shows."""
-    return (CAPTION_MANY if len(facts.series) > panels.TOO_MANY else CAPTION) + (SEEDS if has_seeds(facts) else "")
+    many = len(facts.series) > panels.TOO_MANY
+    text = (CAPTION_MANY if many else CAPTION) + (SEEDS if has_seeds(facts) else "") + labels.below(facts)
+    return text + panels.MORE if many else text
 
 
 def has_seeds(facts: Facts) -> bool:
@@ -47,6 +49,7 @@ def draw_curves(axes: Axes, facts: Facts, *, looks: Mapping[str, Look]) -> list[
         draw_intervals(axes, part["gmacs_mean"], part, name=name, looks=looks, joined=joined)
     draw_reference(axes, facts)
     axes.set(xlabel=style.GMACS, ylabel=style.TOP1)
+    labels.end_axis(axes, facts)
     return facts.series
 
 
@@ -55,6 +58,15 @@ def legend(names: Sequence[str], looks: Mapping[str, Look], facts: Facts, *, sta
     handles = [*(style.handle(name, looks) for name in names), style.interval_handle()]
     handles += [style.seeds_handle()] if has_seeds(facts) else []
     return handles + ([] if np.isnan(facts.dense_top1) else [style.dense_handle(star=star)])
+
+
+def put_names(figure: Figure, axes: Axes, names: list[str], scene: Scene, facts: Facts, *more: Line2D) -> None:
+    """Many names beside their curves, few in the legend; the other marks in the legend."""
+    direct = len(names) > labels.FEW
+    if direct:
+        axes.set_ylim(axes.get_ylim())
+        labels.beside(figure, axes, names, scene.looks)
+    style.put_legend(figure, [*legend([] if direct else names, scene.looks, facts), *more])
 
 
 def draw_reference(axes: Axes, facts: Facts, *, at_cost: bool = True) -> None:
@@ -131,16 +143,18 @@ def tradeoff(facts: Facts, scene: Scene, title: str) -> Figure:
     names = draw_curves(axes, facts, looks=scene.looks)
     share_axis(axes, facts)
     style.put_title(figure, title, scene.subtitle)
-    style.put_legend(figure, legend(names, scene.looks, facts))
+    put_names(figure, axes, names, scene, facts)
     return style.finish(figure)
 
 
 def _many(facts: Facts, scene: Scene, title: str) -> Figure:
     """The same as small multiples."""
     series = {str(name): part.sort_values("gmacs_mean") for name, part in facts.rows.groupby("variant", sort=False)}
-    figure = panels.new_figure(len(series))
-    grid = panels.subplots(figure, len(series))
-    for axes, (name, part) in zip(grid, series.items(), strict=True):
+    shown = panels.page(list(facts.lacks), scene.page)
+    figure = panels.new_figure(len(shown))
+    grid = panels.subplots(figure, len(shown))
+    for axes, name in zip(grid, shown, strict=True):
+        part = series[name]
         for other, rest in series.items():
             if other != name:
                 axes.plot(rest["gmacs_mean"], 100 * rest["top1"], **panels.BEHIND, gid="others")
@@ -160,6 +174,7 @@ def _many(facts: Facts, scene: Scene, title: str) -> Figure:
         style.settle(axes, part["gmacs_mean"], 100 * part["top1"], settings)
         draw_reference(axes, facts)
         panels.name_panel(axes, name)
+    labels.end_axis(grid[0], facts)
     panels.share_limits(grid, style.GMACS, style.TOP1, figure)
     style.put_title(figure, title, scene.subtitle)
     band = style.band_handle("95 % interval over images")
@@ -168,4 +183,10 @@ def _many(facts: Facts, scene: Scene, title: str) -> Figure:
     return style.finish(figure)
 
 
-PLOT = Plot(tradeoff, "{title}: accuracy against cost", caption, needs=lambda facts: True)
+PLOT = Plot(
+    tradeoff,
+    "{title}: accuracy against cost",
+    caption,
+    needs=lambda facts: True,
+    panels=lambda facts: len(facts.series),
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -94,12 +95,16 @@ def test_many_series_get_a_panel_each(looks: Looks) -> None:
     rows = with_answers(tidy(maker.frame()), maker.images)
     own = style.assign_looks(rows)
     assert len({(look.colour, look.marker) for look in own.values()}) == 13
-    figure = draw(tradeoff.tradeoff, rows, own)
-    assert [axes.get_title() for axes in figure.axes] == [f"m{i}" for i in range(13)]
-    line = next(line for line in figure.axes[2].lines if line.get_label() == "m2")
-    expected = rows[rows["variant"] == "m2"].sort_values("gmacs_mean")
+    facts, scene = Facts(rows), plots.Scene(own, "")
+    first, more = (one.figure for one in tradeoff.PLOT.drawn(facts, "A title", scene))
+    assert [axes.get_title() for axes in [*first.axes, *more.axes]] == list(facts.lacks)
+    assert len(first.axes) == 9 and "A title: accuracy against cost (2 of 2)" in more.get_suptitle()
+    axes = first.axes[2]
+    name = axes.get_title()
+    line = next(line for line in axes.lines if line.get_label() == name)
+    expected = rows[rows["variant"] == name].sort_values("gmacs_mean")
     assert np.asarray(line.get_ydata()) == pytest.approx(100 * expected["top1"].to_numpy())
-    assert sum(line.get_gid() == "others" for line in figure.axes[2].lines) == 12
+    assert sum(line.get_gid() == "others" for line in axes.lines) == 12
     assert len(style.assign_looks(pd.DataFrame({"spec": "s", "variant": [f"v{i}" for i in range(32)]}))) == 32
 
 
@@ -119,9 +124,34 @@ def test_the_front_holds_what_no_cheaper_trial_equals(answered: pd.DataFrame, lo
     axes = draw(pareto.pareto, spec(answered, "methods"), looks).axes[0]
     step = next(line for line in axes.lines if line.get_gid() == "front")
     assert np.asarray(step.get_ydata())[:-1] == pytest.approx(100 * edge["top1"].to_numpy())
-    assert len(axes.collections) == edge["variant"].nunique()  # bands
+    names = [text.get_text() for text in axes.texts if text.get_gid() == "name"]
+    assert set(edge["variant"]) <= set(names) and len(names) == len(axes.collections) <= 5  # bands
     dots = next(line for line in axes.lines if line.get_gid() == "all")
     assert len(dots.get_xdata()) == len(rows[~rows["dense"]])
+
+
+def test_a_method_below_the_axis_is_told_in_words_and_has_no_name_on_the_front() -> None:
+    maker = Maker(images=200)
+    for i, name in enumerate(("A", "B", "C", "D", "E", "F")):
+        for share in (0.4, 0.5, 0.6, 0.7):
+            maker.add(
+                "methods", name, reducer=[{"name": name}], blocks=[3], keep=share, x=share, accuracy=0.85 - 0.005 * i
+            )
+    maker.add("methods", "pooling", reducer=[{"name": "hvt"}], blocks=[0], keep=0.05, accuracy=0.15)
+    rows = with_answers(tidy(maker.frame()), maker.images)
+    facts, (one,) = Facts(rows), pareto.PLOT.drawn(Facts(rows), "A title", plots.Scene(style.assign_looks(rows), ""))
+    axes = one.figure.axes[0]
+    names = {text.get_text() for text in axes.texts if text.get_gid() == "name"}
+    assert len(names) == 5 and "pooling" in set(facts.front["variant"]) - names
+    assert axes.get_ylim()[0] > 60 and re.search(r"Below the axis: pooling \(down to 1\d\.\d %\)\.", one.caption)
+    assert overlapping_texts(one.figure) == []
+
+
+def test_one_comparison_is_no_figure(answered: pd.DataFrame) -> None:
+    rows = spec(answered, "sampling_method")
+    rows = rows[rows["target"].eq(0.5) & rows["variant"].isin(["top-K", "inverse transform (paper)"])]
+    assert len(Facts(rows).versus) == 1 and not difference.PLOT.needs(Facts(rows))
+    assert difference.PLOT.needs(Facts(spec(answered, "sampling_method")))
 
 
 def test_single_seeds_stand_beside_their_mean(answered: pd.DataFrame, looks: Looks) -> None:

@@ -97,7 +97,8 @@ def test_accuracy_against_cost_shows_every_series_and_the_dense_model(results: R
     assert list(line.get_ydata()) == [dense, dense]
     star = next(line for line in axes.lines if line.get_marker() == "*")
     assert (star.get_xdata()[0], star.get_ydata()[0]) == pytest.approx((DENSE_GMACS, dense))
-    assert legend(figure)[-1] == "dense model" and len(legend(figure)) == 7
+    assert legend(figure) == ["95 % interval over images", "dense model"]
+    assert [text.get_text() for text in axes.texts if text.get_gid() == "name"] == list(drawn)
     assert figure.get_suptitle().startswith("A title\ncluttered digits")
 
 

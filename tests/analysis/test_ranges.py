@@ -104,6 +104,21 @@ def test_every_number_of_every_figure_is_one_that_its_label_allows(drawn: list[D
     assert [(one.name, wrong) for one in drawn for wrong in astray(one.figure, allowed)] == []
 
 
+def test_no_figure_has_more_than_nine_panels_nor_a_name_without_a_curve(drawn: list[Drawn]) -> None:
+    for one in drawn:
+        shown = [axes for axes in one.figure.axes if axes.axison and not axes.images and (axes.lines or axes.patches)]
+        assert len(shown) <= 9, one.name
+        for axes in shown:
+            low, high = axes.get_ylim()
+            named = {" ".join(text.get_text().split()) for text in axes.texts if text.get_gid() == "name"}
+            seen = {
+                str(line.get_label()).replace("_", " ")
+                for line in [*axes.lines, *(box.lines[0] for box in axes.containers if hasattr(box, "lines"))]
+                if np.any((np.asarray(line.get_ydata()) >= low) & (np.asarray(line.get_ydata()) <= high))
+            } | {str(box.get_label()).replace("_", " ") for box in axes.containers}
+            assert named <= seen, one.name
+
+
 def test_every_number_of_a_table_is_one_that_its_column_allows(answered: pd.DataFrame) -> None:
     for _, part in answered.groupby(["spec", "model"]):
         table = tables.measured(Facts(part))
