@@ -6,12 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ablations.records.storage import as_folder, is_uri
 from ablations.records.streams import say
 from analysis import remote
 from analysis.frame import AnalysisError, Results, read_results
-from analysis.report import Written, write_analysis
+from analysis.report import Written, write_analysis, write_opening
 
 EPILOG = """\
 reads   OUT/results.parquet (or OUT/trials/*.parquet of a run that was stopped), OUT/run.json,
@@ -43,10 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "out", metavar="OUT", help="output folder of a run (make ablations OUT=...), or s3://BUCKET/FOLDER"
     )
     parser.add_argument("--to", metavar="FOLDER", help="write the report, figures and tables there, nothing to OUT")
+    parser.add_argument(
+        "--opening", metavar="FILE.png", help="draw that one figure instead: what survives beside what it costs"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if options.opening:
+            write_opening(read_results(as_folder(options.out)), Path(options.opening))
+            return 0
         results, written, report = _analyse(options.out, options.to)
     except (AnalysisError, PermissionError) as error:
         say(f"error: {error}", sys.stderr)

@@ -22,6 +22,7 @@ from analysis.facts.spec import Facts
 from analysis.frame import AnalysisError, Results, Setting
 from analysis.page import read_samples, safe
 from analysis.plots import Drawn, Scene
+from analysis.plots.opening import opening
 from analysis.plots.shared import shared_figures
 from analysis.questions import question_of
 from analysis.questions.beside import beside
@@ -139,6 +140,29 @@ def _write(results: Results, home: Path) -> Written:
     said = [_named(setting, results) for setting in others]
     out.write_text(page.render(results, parts, skipped, said), encoding="utf-8")
     return Written(out, tuple(desk.files[names.FIGURES]), tuple(desk.files[names.TABLES]), skipped)
+
+
+def write_opening(results: Results, path: Path) -> None:
+    """The figure that opens a README, as a PNG file: of the spec of many methods, in the setting of the last run.
+    AnalysisError if there is none, or the file cannot be written.
+    """
+    main, _ = _of_last_run(results.settings(), results)
+    for setting in main:
+        trials = with_answers(results.of(setting), results.images)
+        rows = trials[trials["kind"] == "front"]
+        if rows.empty:
+            continue
+        looks = style.assign_looks(results.finished, order=list(dict.fromkeys(rows["spec"])))
+        pictures = read_samples(results.folder / names.SAMPLES)
+        figure = opening(
+            Facts(rows, results.images), Scene(looks, style.describe(setting, rows), pictures, setting.model)
+        )
+        try:
+            figure.savefig(path, format="png", dpi=120)
+        except OSError as error:
+            raise AnalysisError(f"the figure cannot be written to {path} ({error}); name another file") from error
+        return
+    raise AnalysisError("no spec of many methods was run last (the spec `methods` is one): there is no opening figure")
 
 
 def _of_last_run(main: list[Setting], results: Results) -> tuple[list[Setting], list[Setting]]:

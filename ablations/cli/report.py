@@ -28,6 +28,9 @@ exit status: 0 written; 1 written, but no trial had finished; 2 OUT cannot be re
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_out(parser)
     parser.add_argument("--to", metavar="DIR", help="write the report, figures and tables there, nothing to OUT")
+    parser.add_argument(
+        "--opening", metavar="FILE.png", help="draw that one figure instead: what survives beside what it costs"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
 
 
@@ -36,6 +39,7 @@ def _report(arguments: argparse.Namespace) -> int:
     # of that name where somebody stands is something else (-P)
     command = [sys.executable, "-P", "-m", "analysis"]
     command += ["--quiet"] if arguments.quiet else []
+    command += ["--opening", arguments.opening] if arguments.opening else []
     command += ["--to", arguments.to] if arguments.to else []  # `--to ""`, as make passes it on, means none
     paths = [str(_TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
