@@ -35,8 +35,8 @@ def between(values: Sequence[float], *, sign: bool = False) -> str:
 def of_choice(found: Choice | None, noun: str, groups: int, images: int) -> str:
     """Which to take, or within what the choice does not matter."""
     if found is None:
-        many = f"{groups} {noun if noun == 'series' else f'{noun}s'}" if groups > 1 else f"One {noun} alone"
-        return f"{many}, compared at no common cost: nothing is ranked."
+        alone = "One series alone: there is nothing to rank."
+        return f"{groups} series meet at no common cost: nothing is ranked." if groups > 1 else alone
     first, *others = found.best or tuple(found.leads)
     if found.winner is not None:
         gaps = found.clear[found.winner]
@@ -72,6 +72,18 @@ def of_choice(found: Choice | None, noun: str, groups: int, images: int) -> str:
         *([f"{few}: between them {free} at any cost{last}."] if len(others) < 3 else []),
         f"{1 + len(others)} of {found.groups}, {first} first: between them {free} at any cost{last}.",
         f"Between {1 + len(others)} of {found.groups} {free} at any cost compared.",
+    )
+
+
+def of_tail(found: Choice, share: float) -> str:
+    """Within what the choice does not matter, from a share of the dense cost on."""
+    first, *others = found.best
+    last = "" if found.last is None else f"; {found.last[0]} loses {percent(found.last[1])} or more"
+    start = f"From {100 * share:.0f} % of the dense cost on"
+    few = f"between {first} and {others[0] if len(others) == 1 else f'{len(others)} more'}"
+    return brief(
+        f"{start} the choice {few} matters by at most {points(found.bound or 0.0)}{last}.",
+        f"{start} the choice {few} matters by at most {points(found.bound or 0.0)}.",
     )
 
 

@@ -20,6 +20,7 @@ LEAST = 0.5  # of the costs compared: at fewer a group has not shown itself
 class Choice:
     """What a ranking at several costs comes to."""
 
+    level: float  # GMACs of the cheapest of the costs
     costs: int
     groups: int
     leads: dict[str, int]  # the costs at which a group has the highest accuracy, most first
@@ -35,8 +36,8 @@ class Choice:
         return first if len(self.leads) == 1 and 2 * len(self.clear.get(first, ())) >= self.costs else None
 
 
-def choice(found: Sequence[Comparison]) -> Choice | None:
-    """None where nothing is compared."""
+def choice(found: Sequence[Comparison], tests: int = 0) -> Choice | None:
+    """None where nothing is compared. Intervals hold for ``tests`` pairs at once, or as many as are needed if more."""
     found = [one for one in found if len(one.rows) > 1]
     if not found:
         return None
@@ -58,10 +59,21 @@ def choice(found: Sequence[Comparison]) -> Choice | None:
     best = tuple(sorted(even, key=lambda name: (rank.get(name, len(rank)), sum(behind[name]) / len(behind[name]))))
     worse = {name: min(behind[name]) for name, how in met.items() if set(how) == {"worse"}}
     last = max(worse.items(), key=lambda item: item[1], default=None)
-    return Choice(len(found), len(met), leads, clear, best, _bound(found, best), last)
+    return Choice(found[0].level, len(found), len(met), leads, clear, best, _bound(found, best, tests), last)
 
 
-def _bound(found: Sequence[Comparison], names: Sequence[str]) -> float | None:
+def bounded(found: Sequence[Comparison], most: float) -> Choice | None:
+    """What the ranking comes to from the cheapest cost on from which the choice among the best matters by no more than
+    ``most``; the intervals hold for the pairs of all costs at once. None where there is no such cost.
+    """
+    tests = sum(len(one.rows) - 1 for one in found)
+    tails = (choice(found[start:], tests) for start in range(1, len(found)))
+    return next(
+        (one for one in tails if one and len(one.best) > 1 and one.bound is not None and one.bound <= most), None
+    )
+
+
+def _bound(found: Sequence[Comparison], names: Sequence[str], tests: int) -> float | None:
     """The largest loss that is not excluded for any of ``names`` against the best of them at a cost; the intervals hold
     for all pairs at once (Bonferroni).
     """
@@ -69,15 +81,15 @@ def _bound(found: Sequence[Comparison], names: Sequence[str]) -> float | None:
     for one in found:
         rows = [row for row, name in zip(one.rows.to_dict("records"), one.names, strict=True) if name in names]
         pairs += [(rows[0], row) for row in rows[1:]]
-    return widest(pairs)
+    return widest(pairs, tests)
 
 
-def widest(pairs: Sequence[tuple[Mapping[Any, Any], Mapping[Any, Any]]]) -> float | None:
+def widest(pairs: Sequence[tuple[Mapping[Any, Any], Mapping[Any, Any]]], tests: int = 0) -> float | None:
     """The largest upper bound of first minus second, for all pairs at once; None where answers are not known."""
-    level = 1 - (1 - stats.LEVEL) / max(1, len(pairs))
-    tests = [paired(first, second, level=level) for first, second in pairs]
-    highs = [test.high for test in tests if test is not None]
-    return max(0.0, *highs) if highs and len(highs) == len(tests) else None
+    level = 1 - (1 - stats.LEVEL) / max(1, len(pairs), tests)
+    made = [paired(first, second, level=level) for first, second in pairs]
+    highs = [one.high for one in made if one is not None]
+    return max(0.0, *highs) if highs and len(highs) == len(made) else None
 
 
 def decisive(found: Sequence[Comparison], wanted: float) -> Comparison | None:

@@ -52,6 +52,8 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
         gid="front",
     )
     names = shown(facts)
+    if len({style.look_of(name, looks).colour for name in names}) < len(names):  # names are told by colour alone here
+        looks = {name: style.look(slot) for slot, name in enumerate(names)}
     for name in names:
         part = rows[rows["variant"] == name].sort_values("gmacs_mean", kind="stable")
         look = style.look_of(name, looks)

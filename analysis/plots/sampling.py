@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis import published, style
 from analysis.facts.spec import Facts
+from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_curves, has_seeds, legend
 
@@ -19,6 +20,7 @@ CAPTION = (
     "was run, finetuned. The lines mark the two costs in print for the same sampler on DeiT-S: {paper} of {dense} "
     "GFLOPs (the paper) and {release} (its released code, measured by a user), as shares of the dense model's."
 )
+KINDS = ((False, "off the shelf"), (True, "finetuned"))
 OWN = "settings of their own"
 
 
@@ -27,13 +29,7 @@ def sampling(facts: Facts, scene: Scene, title: str) -> Figure:
     """Accuracy against GMACs; a panel off the shelf, and one finetuned where there are such trials."""
     trials, looks = facts.trials, scene.looks
     printed = {f"{own} of {dense} ({who})": own / dense for who, (own, dense) in published.ats_costs().items()}
-    groups = [
-        (words, trials[trials["finetuned"] == tuned])
-        for tuned, words in ((False, "off the shelf"), (True, "finetuned"))
-    ]
-    groups = [(words, part) for words, part in groups if len(part[~part["dense"]])]
-    # Natural settings lie close together: beside curves that fall to a few percent they would be one blot.
-    groups = [pair for words, part in groups for pair in _apart(words, part)]
+    groups = _groups(trials)
     figure = style.new_figure(height=4.9)
     panels = figure.subplots(1, len(groups), squeeze=False)[0]
     names: list[str] = []
@@ -55,6 +51,14 @@ def sampling(facts: Facts, scene: Scene, title: str) -> Figure:
     return style.finish(figure)
 
 
+def _groups(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """What has a panel of its own. Natural settings lie close together: beside curves that fall to a few percent they
+    would be one blot.
+    """
+    kinds = [(words, trials[trials["finetuned"] == tuned]) for tuned, words in KINDS]
+    return [pair for words, part in kinds if len(part[~part["dense"]]) for pair in _apart(words, part)]
+
+
 def _apart(words: str, part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Trials set to a cost, and trials at settings of their own; one group where there is only one kind."""
     own = part["target_gmacs"].isna() & ~part["dense"]
@@ -65,8 +69,9 @@ def _apart(words: str, part: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def caption(facts: Facts, scene: Scene) -> str:
     seeds = " Small hollow circles are single seeds." if has_seeds(facts) else ""
+    below = "".join(labels.below(Facts(part)) for _, part in _groups(facts.trials))
     (paper, dense), (release, _) = published.ats_costs().values()
-    return CAPTION.format(paper=paper, dense=dense, release=release) + seeds
+    return CAPTION.format(paper=paper, dense=dense, release=release) + seeds + below
 
 
 PLOT = Plot(sampling, "{title}: accuracy against cost", caption)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from analysis import stats, style, verdict
+from analysis.facts.choice import bounded
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
 from analysis.plots import Drawn, Plot, Scene, difference, tradeoff
@@ -57,7 +58,12 @@ class Question:
         if own is not None:
             return verdict.brief(own)
         images = int(facts.trials["images"].iloc[0])
-        return verdict.of_choice(facts.choice, self.noun, facts.rows[facts.by].nunique(), images)
+        groups, found = facts.rows[facts.by].nunique(), facts.choice
+        if found is not None and found.winner is None and (found.bound or 0.0) > verdict.OPEN:
+            tail = bounded(facts.comparisons, verdict.OPEN)
+            if tail is not None and not math.isnan(facts.dense):
+                return verdict.of_tail(tail, tail.level / facts.dense)
+        return verdict.of_choice(found, self.noun, groups, images)
 
     def answers(self, facts: Facts) -> list[Finding]:
         """The findings of a spec, the headlines first."""

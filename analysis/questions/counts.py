@@ -71,6 +71,7 @@ def _short(facts: Facts) -> str | None:
 def _few(facts: Facts) -> pd.DataFrame:
     rows = facts.rows[facts.rows["x"].notna()].sort_values(["x", "variant"], ascending=False, kind="stable")
     chosen = rows.iloc[sorted({round(i * (len(rows) - 1) / (ROWS - 1)) for i in range(ROWS)})] if len(rows) else rows
+    chosen = chosen.sort_values("top1", ascending=False, kind="stable")
     return table(chosen.assign(variant=[f"{row.variant}, K = {row.x:g}" for row in chosen.itertuples()]), facts.dense)
 
 

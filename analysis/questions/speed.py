@@ -54,6 +54,11 @@ def _short(facts: Facts) -> str | None:
         return None
     rows = facts.timed.assign(got=facts.timed["faster"] / facts.timed["ratio"])
     best = rows.loc[rows["faster"].idxmax()]
+    if best["faster"] <= 1:
+        return (
+            f"No time is saved: {spoken(best['variant'])}, the fastest, is {best['faster']:.2f} times as fast as the "
+            f"dense model at {best['ratio']:.2f} times fewer multiply-adds."
+        )
     return (
         f"Of the speed-up that the count promises {between(rows['got'].tolist())} % arrives; "
         f"{spoken(best['variant'])} is "

@@ -14,7 +14,7 @@ from analysis.published import of_ats, printed
 from analysis.questions.base import Line, Question
 from analysis.questions.beside import in_words, line, records
 from analysis.tables import percent, with_bounds
-from analysis.verdict import brief, points
+from analysis.verdict import OPEN, brief, points
 from analysis.words import SAME, Finding, spoken
 
 
@@ -98,6 +98,12 @@ def _short(facts: Facts) -> str | None:
         return None
     moved = {one.paired.difference: spoken(one.name) for one in pairs if one.told_apart}
     up, down = [value for value in moved if value > 0], [value for value in moved if value < 0]
+    if not moved and max(one.bounds[1] - one.bounds[0] for one in pairs) > 2 * OPEN:
+        most = max(max(abs(bound) for bound in one.bounds) for one in pairs)
+        return (
+            f"{pairs[0].paired.images:,} images do not decide: between {base} and its stacks up to {points(most)} "
+            "stay open."
+        )
     if not moved:
         most, least = max(one.bounds[1] for one in pairs), min(one.bounds[0] for one in pairs)
         return (
