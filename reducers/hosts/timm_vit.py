@@ -187,9 +187,8 @@ class TimmViT(TimmHost):
 
     def pooled(self, batch: TokenBatch) -> Tensor:
         """As ``forward_head(…, pre_logits=True)``: of class and distillation token the mean."""
-        base, x = self.model, self.model.norm(batch.x)
-        if isinstance(base, VisionTransformerDistilled):
-            first, second = _both(base, batch, x)
+        if isinstance(self.model, VisionTransformerDistilled):
+            first, second = _both(self.model, batch, self.model.norm(batch.x))
             return (first + second) / 2
         return super().pooled(batch)
 
