@@ -32,7 +32,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'variables (all optional):'
-	@echo '  WORKLOAD   embedded (default), imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
+	@echo '  WORKLOAD   embedded (default), embedded:v1, imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
 	@echo '  DATA       folder of the images, for workloads that read one'
 	@echo '  LABELS     a file of labels (val.txt, LOC_val_solution.csv), order or index (default: found out)'
 	@echo '  LINKS=no   do not follow links in DATA to folders or out of it'
@@ -115,6 +115,8 @@ docs: $(STAMP) ## make docs/methods and docs/families.md again from docstrings a
 
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
 	$(PY) -m ablations.workloads.train_embedded --out ablations/models/weights
+	$(PY) -m ablations.workloads.train_pairs --out ablations/models/weights
+	$(PY) -m ablations.measure.separation --card ablations/models/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
 	$(PY) -m ablations report --out '$(OUT)' $(call option,TO,to)

@@ -161,6 +161,11 @@ ablations.measure.finetune --out out/dense --set epochs=3 seed=1
 ablations.measure.finetune --workload imagefolder --data D --weights W --stages '[]' --limit 5 --no-evaluation --out OUT
 ablations.workloads.train_embedded --help
 ablations.workloads.train_embedded --out ablations/models/weights
+ablations.workloads.train_pairs --help
+ablations.workloads.train_pairs --out ablations/models/weights
+ablations.measure.separation --help
+ablations.measure.separation --workload embedded:v1 --limit 100
+ablations.measure.separation --card ablations/models/weights
 analysis --help
 analysis OUT
 analysis --quiet OUT

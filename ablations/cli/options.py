@@ -124,11 +124,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The workload and the model."""
     parser.add_argument(
-        "--workload", default="embedded", help="embedded, imagefolder, timm:…, torchvision:… or hub:… (embedded)"
-    )
+        "--workload", default="embedded",
+        help="embedded, embedded:v1, imagefolder, timm:…, torchvision:… or hub:… (embedded)",
+    )  # fmt: skip
     parser.add_argument(
         "--model", metavar="NAME",
-        help="timm name of the model (digits_vit_small, else deit_tiny_patch16_224), hf-hub:OWNER/NAME or "
+        help="timm name of the model (pairs_vit_tiny, else deit_tiny_patch16_224), hf-hub:OWNER/NAME or "
         "local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME; of several, 'A B', the first is the run's "
         "own and the others are for specs that say `models: all`",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The small ViTs that read cluttered digits, with weights that belong to the package."""
+"""The small ViTs that read the embedded scenes, with weights that belong to the package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+EMBEDDED, EMBEDDED_V1 = "embedded", "embedded:v1"  # workloads: digit pairs, and the older cluttered digits
 CANVAS = 64  # pixels per side of a scene
 CLASSES = 10
 PATCH = 8
@@ -18,13 +19,19 @@ MODELS: dict[str, dict[str, Any]] = {  # 12 blocks each, so that "blocks 3-11" m
     "digits_vit_small": {"embed_dim": 128, "num_heads": 4},
     "digits_vit_tiny": {"embed_dim": 64, "num_heads": 2},
 }
+PAIRS_MODEL = "pairs_vit_tiny"  # reads the digit pairs
+PAIRS_MODELS: dict[str, dict[str, Any]] = {PAIRS_MODEL: MODELS["digits_vit_tiny"]}
 # as HVT: no class token; the final norm, then the mean over the tokens. Trained from scratch, no weights are shipped.
 _HVT = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "digits_hvt_small": {**MODELS["digits_vit_small"], **_HVT},
     "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
 }
-KNOWN = {**MODELS, **FROM_SCRATCH}
+KNOWN = {**MODELS, **PAIRS_MODELS, **FROM_SCRATCH}
+SHIPPED: dict[str, tuple[str, ...]] = {  # by workload, the models whose weights read its scenes; the main one first
+    EMBEDDED: tuple(PAIRS_MODELS),
+    EMBEDDED_V1: tuple(MODELS),
+}
 WEIGHTS = Path(__file__).parent / "weights"
 
 

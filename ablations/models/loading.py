@@ -25,7 +25,6 @@ from ablations.records.files import absolute, user_path
 log = logging.getLogger(__name__)
 
 RANDOM = "random"
-DEFAULT_MODELS = {"embedded": ("digits_vit_small", "digits_vit_tiny")}
 DEFAULT_MODEL = "deit_tiny_patch16_224"  # of every other workload
 _HUB_FILE, _CONFIG = "model.safetensors", "config.json"
 _CONFIG_FIELDS = frozenset(field.name for field in fields(PretrainedCfg))
@@ -45,7 +44,7 @@ class LoadedModel:
 
 def default_models(workload: str) -> tuple[str, ...]:
     """The models a workload is measured with where none is named, the main one first."""
-    return DEFAULT_MODELS.get(workload, (DEFAULT_MODEL,))
+    return digits.SHIPPED.get(workload, (DEFAULT_MODEL,))
 
 
 def located_weights(weights: str | None) -> str | None:
@@ -170,8 +169,8 @@ def open_model(
     the usual one.
     """
     check_model(name)
-    if workload_name == "embedded" and name not in digits.KNOWN:
-        raise ModelError(embedded_needs(name))
+    if workload_name in digits.SHIPPED:
+        _check_reads(workload_name, name, weights)
     head = head_classes(name, weights=weights)
     if head is not None and classes is not None and head != classes:
         raise ModelError(
@@ -194,11 +193,23 @@ def open_model(
     return LoadedModel(model, state_digest(model), kind, params_m)
 
 
-def embedded_needs(name: str) -> str:
-    """Why another model cannot run on the embedded workload, and what to do."""
+def _check_reads(workload: str, name: str, weights: str | None) -> None:
+    """Refuse a model that has another input than the embedded scenes, or shipped weights that read the other set."""
+    if name not in digits.KNOWN:
+        raise ModelError(embedded_needs(name, workload))
+    home = next((other for other, models in digits.SHIPPED.items() if name in models), workload)
+    if weights is None and home != workload:
+        raise ModelError(
+            f"the shipped weights of {name} read the scenes of WORKLOAD={home}, not those of {workload}: use "
+            f"WORKLOAD={home}, or MODEL={' or MODEL='.join(digits.SHIPPED[workload])}, or give WEIGHTS"
+        )
+
+
+def embedded_needs(name: str, workload: str) -> str:
+    """Why another model cannot run on an embedded workload, and what to do."""
     return (
-        f"the embedded workload is 64 x 64 grey digits, which {name} cannot read: use MODEL="
-        f"{' or MODEL='.join(digits.MODELS)}, or give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
+        f"the {workload} workload is 64 x 64 grey digits, which {name} cannot read: use MODEL="
+        f"{' or MODEL='.join(digits.SHIPPED[workload])}, or give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
     )
 
 

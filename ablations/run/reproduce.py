@@ -146,11 +146,12 @@ def _run(
     from ablations.measure.evaluate import try_trial
     from ablations.measure.opening import choose_device, open_context, open_subject
     from ablations.run.session import Settings
+    from ablations.workloads.embedded import name_of
 
     files = dict(zip(settings.get("models", []), settings.get("weights_files", []), strict=False))
     opened = Settings(
         out=folder,
-        workload=settings["workload"],
+        workload=name_of(settings["workload"], trial.images, trial.data_digest),
         data=data or settings.get("data"),
         train_data=train_data or settings.get("train_data"),
         model=trial.model,

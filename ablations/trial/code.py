@@ -63,7 +63,10 @@ BESIDES: dict[str, tuple[str, ...]] = {
 and for all that is defined below it.
 """
 
-UNDIGESTED = {"embedded": ("ablations.workloads.embedded:embedded_workload",)}
+UNDIGESTED = {
+    "embedded": ("ablations.workloads.embedded:embedded_workload",),
+    "embedded:v1": ("ablations.workloads.embedded:first_workload",),
+}
 """By workload: what is drawn beside the pixels and labels that the data digest covers (masks, clutter)."""
 
 CLOSED = frozenset(

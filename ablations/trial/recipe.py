@@ -140,13 +140,12 @@ class Recipe:
         return Training.of(self.spec())
 
 
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "embedded": {
-        "epochs": 3, "images": 2048, "batch": 64, "lr": 3e-4, "min_lr": 1e-6, "weight_decay": 0.01, "warmup": 0.25,
-        "clip": 1.0, "augment": "light", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.05, "amp": "none",
-        "holdout": 256,
-    },
+_SCENES: dict[str, Any] = {
+    "epochs": 3, "images": 2048, "batch": 64, "lr": 3e-4, "min_lr": 1e-6, "weight_decay": 0.01, "warmup": 0.25,
+    "clip": 1.0, "augment": "light", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.05, "amp": "none",
+    "holdout": 256,
 }  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {"embedded": _SCENES, "embedded:v1": _SCENES}
 """What a workload changes in the defaults above."""
 
 

@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ablations.models.digits import KNOWN
+from ablations.models.digits import EMBEDDED, EMBEDDED_V1, KNOWN
 from ablations.models.loading import (
     LoadedModel,
     check_model,
@@ -43,13 +43,12 @@ __all__ = [
     "split_calibration",
 ]
 
-EMBEDDED_IMAGES = 2160  # the default: each held-out digit six times
-
 
 def available_workloads() -> dict[str, str]:
     """Every kind of workload name, with one line that says what it is."""
     return {
-        "embedded": "cluttered digits, made by the suite; nothing to download",
+        EMBEDDED: "digit pairs (which digit is shown twice?), made by the suite; nothing to download",
+        EMBEDDED_V1: "the scenes that embedded was before: cluttered digits",
         "imagefolder": "DATA=FOLDER with one folder a class, as ImageNet has (any subset) or any other, or LABELS=FILE",
         "timm:SPEC": "a data set of timm.data.create_dataset, kept in DATA",
         "torchvision:NAME": "a class of torchvision.datasets, kept in DATA; NAME@SPLIT chooses the split",
@@ -87,7 +86,7 @@ def open_images(source: ImageSource, model: str, *, weights: str | None = None, 
     """
     check_limit(source.limit)
     check_model(model)
-    if source.name == "embedded":
+    if source.name in embedded.WORKLOADS:
         return _embedded(source, model)
     family = source.name.partition(":")[0]
     if source.name != "imagefolder" and (":" not in source.name or family not in FAMILIES):
@@ -109,11 +108,11 @@ def open_images(source: ImageSource, model: str, *, weights: str | None = None, 
 def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
     """(images to calibrate on, images to evaluate), disjoint.
 
-    Scenes can be drawn without end, so the embedded workload is evaluated whole and further ones calibrate; others
+    Scenes can be drawn without end, so the embedded workloads are evaluated whole and further ones calibrate; others
     are split.
     """
-    if workload.name == "embedded":
-        return embedded.calibration_scenes(len(workload)), workload
+    if workload.name in embedded.CALIBRATIONS:
+        return embedded.CALIBRATIONS[workload.name](len(workload)), workload
     return base.split_calibration(workload)
 
 
@@ -127,8 +126,8 @@ def _embedded(source: ImageSource, model: str) -> Workload:
             f"the embedded workload makes its own images: leave DATA={source.data} out, or use WORKLOAD=imagefolder"
         )
     if model not in KNOWN:
-        raise WorkloadError(embedded_needs(model))
-    return embedded.embedded_workload(limit=EMBEDDED_IMAGES if source.limit is None else source.limit)
+        raise WorkloadError(embedded_needs(model, source.name))
+    return embedded.WORKLOADS[source.name](embedded.IMAGES[source.name] if source.limit is None else source.limit)
 
 
 def _unknown(name: str) -> str:

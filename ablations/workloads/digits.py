@@ -66,7 +66,7 @@ def _resize_weights(size: int, source: int) -> np.ndarray:
     return weights
 
 
-def _resize(source: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(source: np.ndarray, height: int, width: int) -> np.ndarray:
     """Enlarge a small image with values 0..16 to (height, width) uint8 with values 0..255."""
     rows = _resize_weights(height, source.shape[0])
     columns = _resize_weights(width, source.shape[1])
@@ -74,7 +74,7 @@ def _resize(source: np.ndarray, height: int, width: int) -> np.ndarray:
     return ((fixed * 255) // (16 * 65536)).astype(np.uint8)
 
 
-def _shear(image: np.ndarray, shear: int) -> np.ndarray:
+def shear(image: np.ndarray, shear: int) -> np.ndarray:
     """Slant an image: row y moves by shear / 256 pixels for each pixel above the middle; what leaves is cut."""
     height, width = image.shape
     shift = (shear * (height - 2 * np.arange(height))) >> 9
@@ -108,7 +108,7 @@ def render(split: Split, index: int, *, seed: int = 0, max_clutter: int = MAX_CL
 
     size = random.randint(DIGIT_SIZES[0], DIGIT_SIZES[1] + 1)
     height, width = np.clip(size + random.randint(-3, 4, size=2), *DIGIT_SIZES)
-    digit = _shear(_resize(images[chosen], height, width), random.randint(-64, 65))
+    digit = shear(resize(images[chosen], height, width), random.randint(-64, 65))
     box = _place(height, width, random)
     canvas = np.zeros((CANVAS, CANVAS), dtype=np.uint8)
     canvas[box] = digit
@@ -120,7 +120,7 @@ def render(split: Split, index: int, *, seed: int = 0, max_clutter: int = MAX_CL
         cut = random.randint(4, 6)  # a piece is a 4 x 4 or 5 x 5 cut of another digit's 8 x 8
         top, left = random.randint(0, _SOURCE - cut + 1, size=2)
         height, width = random.randint(PIECE_SIZES[0], PIECE_SIZES[1] + 1, size=2)
-        piece = _resize(other[top : top + cut, left : left + cut], height, width)
+        piece = resize(other[top : top + cut, left : left + cut], height, width)
         places = [_place(height, width, random) for _ in range(_TRIES)]
         free = [place for place in places if not _centre_inside(place, box)]
         if free:  # clutter may touch the digit, but a piece in its middle would make it another digit

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ablations.models.digits import MODELS, PATCH
 from ablations.workloads import digits
 from ablations.workloads.base import Workload
-from ablations.workloads.embedded import embedded_workload
+from ablations.workloads.embedded import first_workload
 from reducers import Count, Decision, Placement, RandomDrop, TokenReducer, TopK, at, reduce_tokens
 from reducers.kit.selection import keep_highest
 from reducers.reducer import State
@@ -106,7 +106,7 @@ def write_card(folder: Path, records: dict[str, dict[str, Any]], choices: dict[s
         "",
         "## Does token choice matter?",
         "",
-        f"Top-1 (%) on {len(embedded_workload()):,} held-out scenes, off the shelf, so many of the 64 patches kept at "
+        f"Top-1 (%) on {len(first_workload()):,} held-out scenes, off the shelf, so many of the 64 patches kept at "
         f"block {BLOCK}; random: mean of 3 seeds.",
         "",
         "| model | dense | " + " | ".join(key for key in next(iter(choices.values())) if key != "dense") + " |",

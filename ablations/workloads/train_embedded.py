@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ablations.models.digits import CLASSES, MODELS, PATCH, create_digits_model, normalise, save_weights
 from ablations.records.files import user_path
 from ablations.workloads import digits
-from ablations.workloads.embedded import embedded_workload
+from ablations.workloads.embedded import first_workload
 from ablations.workloads.model_card import read_records, token_choice, write_card
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def document(out: Path) -> Path:
         model = create_digits_model(name)
         model.load_state_dict({key: value.float() for key, value in load_file(out / f"{name}.safetensors").items()})
         log.info("%s: does token choice matter?", name)
-        choices[name] = token_choice(model.eval(), embedded_workload())
+        choices[name] = token_choice(model.eval(), first_workload())
     return write_card(out, records, choices)
 
 

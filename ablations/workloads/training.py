@@ -1,6 +1,6 @@
 """The images a workload is trained on: never those it is evaluated on.
 
-The embedded workload draws scenes of its endless train split, once, into a memory map. Image folders read DATA/train
+The embedded workloads draw scenes of their endless train split, once, into a memory map. Image folders read DATA/train
 beside DATA/val, or the folder named by --train-data. Which picture a place in an epoch gives is a function of (seed,
 epoch, image) alone, so that a restart, and any number of loading processes, sees the same pictures.
 """
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablations.models.digits import CANVAS, CLASSES, normalise
+from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, SHIPPED, normalise
 from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
-from ablations.workloads import digits, embedded
+from ablations.workloads import digits, embedded, pairs
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.folders.splits import class_root
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
@@ -34,6 +34,7 @@ SCENES = 24_576  # of the embedded train split, drawn once: six epochs of 4096 w
 SCENE_SEED = 1  # the shipped weights were trained on the scenes of seed 0
 SHIFT = 4  # pixels by which the light augmentation of scenes moves them, at most: half a patch
 _FOLDERS = ("train", "training")
+_KINDS = {EMBEDDED: ("pairs", pairs.VERSION), EMBEDDED_V1: ("digits", digits.VERSION)}  # in digests and file names
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class TrainingAccess:
     def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
         """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
         source = self.source
-        if source.name == "embedded":
+        if source.name in SHIPPED:
             if source.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")
-            return Scenes(self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed)
+            return Scenes(
+                self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed, workload=source.name
+            )
         root = training_root(source.data, source.train_data, workload=source.name, reading=source.reading)
         return Photographs(
             root,
@@ -98,7 +101,7 @@ def training_root(data: str | None, train_data: str | None, *, workload: str, re
 
 
 class Scenes(Dataset[tuple[Tensor, int]]):
-    """((1, 64, 64) float32, label) by (epoch, scene): ``count`` cluttered digits of the train split, drawn once.
+    """((1, 64, 64) float32, label) by (epoch, scene): ``count`` scenes of the train split, drawn once.
 
     ``held_out`` are further scenes of that split, never trained on.
 
@@ -106,26 +109,29 @@ class Scenes(Dataset[tuple[Tensor, int]]):
     Digits are neither mirrored nor turned: a 6 is no 9.
     """
 
-    name = "embedded"
     classes = CLASSES
 
-    def __init__(self, cache: Path, *, count: int, augment: Augment, holdout: int, seed: int) -> None:
+    def __init__(
+        self, cache: Path, *, count: int, augment: Augment, holdout: int, seed: int, workload: str = EMBEDDED
+    ) -> None:
         if augment == "strong":
             raise WorkloadError("augment 'strong' is for photographs: use 'light' or 'none' on the embedded workload")
         if count < 1:
             raise WorkloadError(f"{count} training scenes are none: give 1 or more")
-        self.pixels, self.labels = drawn_scenes(cache, 0, count)
+        self.name = workload
+        self.pixels, self.labels = drawn_scenes(cache, 0, count, workload=workload)
         self.held_out: Workload | None = None
         if holdout:
-            pixels, labels = drawn_scenes(cache, count, count + holdout)
+            pixels, labels = drawn_scenes(cache, count, count + holdout, workload=workload)
             ids = tuple(f"train/{SCENE_SEED}/{index}" for index in range(count, count + holdout))
-            like = embedded.embedded_workload(limit=1)
+            like = embedded.WORKLOADS[workload](1)
             digest = data_digest(pixels, labels=labels, ids=ids, mean=like.mean, std=like.std)
             self.held_out = Workload(
-                name="embedded train", pixels=pixels, labels=labels, ids=ids, mean=like.mean, std=like.std,
+                name=f"{workload} train", pixels=pixels, labels=labels, ids=ids, mean=like.mean, std=like.std,
                 classes=self.classes, digest=digest,
             )  # fmt: skip
-        content = {"digits": digits.VERSION, "split": "train", "seed": SCENE_SEED, "count": count}
+        kind, version = _KINDS[workload]
+        content = {kind: version, "split": "train", "seed": SCENE_SEED, "count": count}
         self.digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._shift = SHIFT if augment == "light" else 0
         self._seed = seed
@@ -152,18 +158,20 @@ def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
     return moved
 
 
-def drawn_scenes(cache: Path, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn_scenes(cache: Path, start: int, stop: int, *, workload: str = EMBEDDED) -> tuple[np.ndarray, np.ndarray]:
     """Scenes ``start`` … ``stop - 1`` of the train split: pixels (n, 64, 64, 1) uint8 and labels (n,) int64."""
     folder = cache / "training"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"digits-v{digits.VERSION}-seed{SCENE_SEED}-{start}-{stop}"
+    kind, version = _KINDS[workload]
+    stem = f"{kind}-v{version}-seed{SCENE_SEED}-{start}-{stop}"
     paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy", folder / f"{stem}.sha256"
     shape = (stop - start, CANVAS, CANVAS, 1)
     with locked(folder / f"{stem}.lock", what="drawing the training scenes"):
         found = _mapped(*paths, shape)
         if found is None:
             log.info("drawing %d training scenes, once", stop - start)
-            scenes = (digits.render("train", index, seed=SCENE_SEED) for index in range(start, stop))
+            draw = digits.render if workload == EMBEDDED_V1 else pairs.render
+            scenes = (draw("train", index, seed=SCENE_SEED) for index in range(start, stop))
             pixels, labels = np.empty(shape, dtype=np.uint8), np.empty(stop - start, dtype=np.int64)
             for row, scene in enumerate(scenes):
                 pixels[row, :, :, 0], labels[row] = scene.image, scene.label

@@ -24,7 +24,7 @@ from ablations.trial.target import Target
 from ablations.trial.trial import Solution, Trial, TrialError
 from ablations.workloads import open_model
 from ablations.workloads.base import Workload, data_digest
-from ablations.workloads.embedded import calibration_scenes, embedded_workload
+from ablations.workloads.embedded import first_calibration_scenes, first_workload
 from reducers import ATS, Count, Placement, at, placement_from, reduce_tokens
 
 ATS3 = "{at: 3, stack: [{name: ats, budget: {count: auto}}]}"
@@ -40,8 +40,8 @@ def context_of(model: torch.nn.Module, name: str, workload: Workload, calibratio
 @pytest.fixture(scope="module")
 def embedded() -> TrialContext:
     """The trained embedded model: its scores are as peaked as those of a real one."""
-    model = open_model("digits_vit_small", weights=None, workload_name="embedded").model.eval()
-    return context_of(model, "digits_vit_small", embedded_workload(limit=40), calibration_scenes(40, 32))
+    model = open_model("digits_vit_small", weights=None, workload_name="embedded:v1").model.eval()
+    return context_of(model, "digits_vit_small", first_workload(limit=40), first_calibration_scenes(40, 32))
 
 
 @pytest.fixture(scope="module")

@@ -162,8 +162,8 @@ def test_a_file_that_is_moved_and_renamed_changes_no_key(project: Path) -> None:
             text = text.replace(f"from {old} import", f"from {new} import")
             text = text.replace(f"from {parent} import {name}\n", f"import {new} as {name}\n")
         text = text.replace(
-            "from ablations.workloads import digits, embedded",
-            "from ablations.workloads import embedded\nfrom ablations.measure import scenes as digits",
+            "from ablations.workloads import digits, ",
+            "from ablations.measure import scenes as digits\nfrom ablations.workloads import ",
         )
         file.write_text(text)
     read_again()
@@ -236,9 +236,13 @@ def test_a_method_inside_another_ones_settings_counts() -> None:
 
 
 def test_masks_of_embedded_scenes_are_in_no_digest_of_data_and_so_in_the_code_of_who_sees_them() -> None:
+    pairs, cluttered = (dataclasses.replace(using("ats"), workload=name) for name in ("embedded", "embedded:v1"))
+    slip = edited("ablations/workloads/pairs.py", ("_MASK_LEVEL = ", "_MASK_LEVEL = 1 + "))
+    assert changed(slip, using("ats")) == changed(slip, cluttered) == []
+    assert changed(slip, pairs) == ["evaluation"]
     slip = edited("ablations/workloads/digits.py", ("_MASK_LEVEL = ", "_MASK_LEVEL = 1 + "))
-    assert changed(slip, using("ats")) == []
-    assert changed(slip, dataclasses.replace(using("ats"), workload="embedded")) == ["evaluation"]
+    assert changed(slip, using("ats")) == changed(slip, pairs) == []
+    assert changed(slip, cluttered) == ["evaluation"]
 
 
 @pytest.mark.parametrize(

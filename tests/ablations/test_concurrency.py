@@ -10,7 +10,7 @@ from ablations.store.store import Store
 from tests.ablations.runs import PATIENCE, assert_same_results, run
 
 QUESTIONS = ("methods", "score_functions", "evit_stacking")  # calibrated, adaptive, random, stacked
-SMALL = ("--model", "digits_vit_tiny", "--limit", "60", "--batch", "16")
+SMALL = ("--model", "pairs_vit_tiny", "--limit", "60", "--batch", "16")
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ablations.run.contexts import context_files, load_context, make_context, sa
 from ablations.run.session import Session, Settings, open_session
 
 CPU = torch.device("cpu")
-NAME = "digits_vit_tiny"
+NAME = "pairs_vit_tiny"
 
 
 @pytest.fixture

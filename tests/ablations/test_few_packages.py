@@ -51,7 +51,7 @@ def test_a_command_says_which_package_it_lacks(tmp_path: Path) -> None:
 def test_a_method_is_trained_and_compared_without_pydantic_and_pyarrow(tmp_path: Path) -> None:
     lacking = ("ray", "pydantic", "pyarrow", "pandas", "rich", "fvcore")
     recipe = ("--set", "epochs=1", "images=8", "batch=4", "holdout=0", "warmup=0")
-    words = ("train", "evit", "--model", "digits_vit_tiny", "--limit", "6", "--out", tmp_path / "out", *recipe)
+    words = ("train", "evit", "--model", "pairs_vit_tiny", "--limit", "6", "--out", tmp_path / "out", *recipe)
     done = command_without(lacking, *words, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "train").glob("*/train.json"))) == 1

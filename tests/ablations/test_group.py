@@ -46,7 +46,7 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "tiny.yaml").write_text(SPEC)
     return open_session(
         Settings(
-            out=folder / "out", model="digits_vit_tiny", weights=request.param, limit=10, batch=4,
+            out=folder / "out", model="pairs_vit_tiny", weights=request.param, limit=10, batch=4,
             specs=(str(folder / "tiny.yaml"),),
         )
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 
 from ablations.run.session import Settings, preview
 
-BOTH = ("--model", "digits_vit_tiny digits_vit_small")
+BOTH = ("--workload", "embedded:v1", "--model", "digits_vit_tiny digits_vit_small")
 
 SCALING = """\
 name: scaling
@@ -41,7 +41,7 @@ def test_models_all_takes_each_and_other_specs_the_first(
     assert small["weights_digest"] != large["weights_digest"] and small["dense_gmacs"] < large["dense_gmacs"]
     assert small["params_m"] < large["params_m"]
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["model"] == "digits_vit_tiny" and [about["model"] for about in run["models"]] == BOTH[1].split()
+    assert run["model"] == "digits_vit_tiny" and [about["model"] for about in run["models"]] == BOTH[-1].split()
     assert run["calibration_images"] == 128
 
 
@@ -53,10 +53,11 @@ def test_a_second_model_that_no_spec_asks_for_is_not_opened(
     assert [about["model"] for about in run["models"]] == ["digits_vit_tiny"]
 
 
-def test_the_embedded_workload_has_two_models_of_its_own(scaling: Path) -> None:
-    trials = preview(Settings(specs=(str(scaling),))).trials["scaling"]
+def test_the_embedded_workloads_have_models_of_their_own(scaling: Path) -> None:
+    trials = preview(Settings(workload="embedded:v1", specs=(str(scaling),))).trials["scaling"]
     assert [trial.model for trial in trials] == ["digits_vit_small", "digits_vit_tiny"]
-    assert Settings().model_name == "digits_vit_small"
+    assert Settings(workload="embedded:v1").model_name == "digits_vit_small"
+    assert Settings().model_name == "pairs_vit_tiny"
     assert Settings(workload="imagefolder").model_name == "deit_tiny_patch16_224"
 
 
@@ -65,7 +66,7 @@ def test_each_model_has_its_weights() -> None:
     assert Settings(model="a b").chosen() == [("a", None), ("b", None)]
     assert Settings(model="a b", weights="random").chosen() == [("a", "random"), ("b", "random")]
     assert Settings(model="a", weights="my weights.safetensors").chosen() == [("a", "my weights.safetensors")]
-    assert Settings(weights="mine.safetensors").chosen() == [("digits_vit_small", "mine.safetensors")]
+    assert Settings(weights="mine.safetensors").chosen() == [("pairs_vit_tiny", "mine.safetensors")]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ SOUGHT = [arm for arm in written_arms(TRAINED) if free_kinds(arm.stages)]
 @pytest.mark.parametrize("arm", SOUGHT, ids=lambda arm: arm.variant)
 @torch.inference_mode()
 def test_a_budget_that_is_sought_may_stand_anywhere_on_its_ladder(arm: Any) -> None:
-    model = open_model("digits_vit_tiny", weights="random", workload_name="embedded").model
+    model = open_model("pairs_vit_tiny", weights="random", workload_name="embedded").model
     (kind,) = free_kinds(arm.stages)
     rungs = ladder(arm.stages, kind, 64)
     least, most = (
@@ -113,7 +113,7 @@ def test_every_method_has_an_example_that_can_be_built(name: str) -> None:
 
 
 def train_tiny(ablate: Ablate, out: Path, *words: str) -> int:
-    return ablate("train", *words, "--out", out, "--model", "digits_vit_tiny", "--limit", "12", *SHORT)
+    return ablate("train", *words, "--out", out, "--model", "pairs_vit_tiny", "--limit", "12", *SHORT)
 
 
 def test_a_method_is_trained_evaluated_and_compared(
@@ -122,7 +122,7 @@ def test_a_method_is_trained_evaluated_and_compared(
     words = (taught.NAME, "--at", "3,6", "--settings", '{"budget": {"ratio": 0.5}}')
     assert train_tiny(ablate, tmp_path, *words) == 0
     printed = capsys.readouterr().out
-    assert "digits_vit_tiny (embedded weights) on 12 images of embedded" in printed
+    assert "pairs_vit_tiny (embedded weights) on 12 images of embedded" in printed
     for column in ("method", "trained as long", "verdict", taught.NAME, "1 epochs, 8 images", "random drop"):
         assert column in printed
     folder = tmp_path / "train" / "taught-for-a-test"
@@ -235,7 +235,7 @@ def test_verdicts_are_corrected_over_all_methods_of_a_call() -> None:
 
 def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of a method that learns what to keep depends on what it learned."""
-    subject = open_subject(ImageSource(limit=4), "digits_vit_tiny", cache=tmp_path)
+    subject = open_subject(ImageSource(limit=4), "pairs_vit_tiny", cache=tmp_path)
     context = open_context(subject, torch.device("cpu"), cache=tmp_path)
     seen: list[torch.Tensor] = []
     measured = evaluate.reduce_tokens

@@ -41,8 +41,8 @@ arms:
 
 @pytest.fixture
 def context(tmp_path: Path, few_scenes: None) -> TrialContext:
-    loaded = open_model("digits_vit_tiny", weights=None, workload_name="embedded")
-    facts = model_facts(loaded.model, name="digits_vit_tiny", weights="embedded", digest="w" * 64, params_m=0.6)
+    loaded = open_model("pairs_vit_tiny", weights=None, workload_name="embedded")
+    facts = model_facts(loaded.model, name="pairs_vit_tiny", weights="embedded", digest="w" * 64, params_m=0.6)
     images = embedded_workload(limit=6)
     dense = dense_predictions(loaded.model, images, batch=6, device=CPU)
     return TrialContext(

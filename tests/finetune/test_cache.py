@@ -164,7 +164,7 @@ def test_saved_weights_are_what_was_trained(context: Any) -> None:
 
 def test_the_command_trains_evaluates_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
-        "--out", str(tmp_path), "--model", "digits_vit_tiny", "--limit", "4", "--device", "cpu",
+        "--out", str(tmp_path), "--model", "pairs_vit_tiny", "--limit", "4", "--device", "cpu",
         "--at", "3", "--reducer", '{"name": "topk", "budget": {"count": 16}}',
         "--set", "epochs=1", "images=8", "batch=4", "holdout=0", "distill.tau=2",
     ]  # fmt: skip
@@ -174,7 +174,7 @@ def test_the_command_trains_evaluates_and_writes(tmp_path: Path, capsys: pytest.
     assert log["recipe"]["distill"] == {"alpha": 0.5, "tau": 2} and log["training"]["teacher"] is True
     assert log["evaluation"]["after"]["reduced"][1] < log["evaluation"]["after"]["dense"][1]
     weights = load_file(tmp_path / "finetuned.safetensors")
-    loaded = open_model("digits_vit_tiny", weights=str(tmp_path / "finetuned.safetensors"), workload_name="embedded")
+    loaded = open_model("pairs_vit_tiny", weights=str(tmp_path / "finetuned.safetensors"), workload_name="embedded")
     assert torch.equal(loaded.model.state_dict()["head.weight"], weights["head.weight"])
     assert not (tmp_path / "reducers.safetensors").exists()
 

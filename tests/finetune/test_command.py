@@ -22,13 +22,13 @@ from tests.finetune.conftest import CPU
 
 @pytest.mark.usefixtures("few_scenes")
 def test_what_is_told_is_what_a_run_gives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--out", str(tmp_path), "--model", "digits_vit_tiny", "--limit", "12", "--device", "cpu", "--workers", "0"]
+    words = ["--out", str(tmp_path), "--model", "pairs_vit_tiny", "--limit", "12", "--device", "cpu", "--workers", "0"]
     recipe = ["epochs=1", "images=8", "batch=4", "holdout=0"]
     assert main([*words, "--stages", json.dumps([STAGE]), "--set", *recipe]) == 0
     told = json.loads((tmp_path / "finetune.json").read_text())["evaluation"]
     assert len(capsys.readouterr().out.splitlines()) == 4
     for moment, weights in (("before", None), ("after", str(tmp_path / "finetuned.safetensors"))):
-        subject = open_subject(ImageSource(limit=12), "digits_vit_tiny", weights=weights, batch=64)
+        subject = open_subject(ImageSource(limit=12), "pairs_vit_tiny", weights=weights, batch=64)
         context = open_context(subject, CPU, cache=tmp_path / "cache")
         for what, placement in (("dense", Placement()), ("reduced", placement_from([STAGE], depth=12))):
             trial = subject.target.trial(
@@ -43,7 +43,7 @@ def test_a_budget_that_is_not_known_is_refused_before_anything_is_evaluated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = {"at": [3], "stack": [{"name": "topk", "budget": {"ratio": "auto"}}]}
-    words = ["--out", str(tmp_path), "--model", "digits_vit_tiny", "--limit", "2", "--set", "target=0.5"]
+    words = ["--out", str(tmp_path), "--model", "pairs_vit_tiny", "--limit", "2", "--set", "target=0.5"]
     assert main([*words, "--stages", json.dumps([stage])]) == 2
     assert "write a number here" in capsys.readouterr().err
     assert list((tmp_path / "cache").glob("dense-*")) == []

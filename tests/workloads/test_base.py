@@ -189,7 +189,7 @@ def test_scenes_are_evaluated_whole_and_others_calibrate() -> None:
     whole = embedded_workload(limit=6)
     calibration, evaluated = split(whole)
     assert evaluated is whole and len(calibration) == 128
-    assert calibration.ids[0] == "test/6" and not set(calibration.ids) & set(whole.ids)
+    assert calibration.ids[0] == "pairs/6" and not set(calibration.ids) & set(whole.ids)
     np.testing.assert_array_equal(calibration.pixels[0], embedded_workload(limit=7).pixels[6])
     general, rest = split(many(40))
     assert (len(general), len(rest)) == (10, 30)

@@ -1,4 +1,4 @@
-"""The embedded workload: bit-reproducible scenes, shipped weights that are as good as their card says."""
+"""The cluttered digits, ``embedded:v1``: bit-reproducible scenes, shipped weights as good as their card says."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from ablations.models.digits import CANVAS, MODELS, PATCH, WEIGHTS, create_digits_model, normalise
 from ablations.workloads import digits, open_model
-from ablations.workloads.embedded import embedded_workload
+from ablations.workloads.embedded import first_workload
 from ablations.workloads.model_card import token_choice, write_card
 from ablations.workloads.train_embedded import RECIPES, learning_rate, train
 
-SHIPPED = sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+SHIPPED = [name for name in sorted(MODELS) if (WEIGHTS / f"{name}.safetensors").is_file()]
 
 
 def test_scenes_are_the_same_bits_on_every_machine() -> None:
@@ -46,7 +46,7 @@ def test_the_mask_is_the_digit_and_clutter_stays_off_its_middle() -> None:
 
 
 def test_the_amount_of_clutter_varies() -> None:
-    clutter = embedded_workload(360).clutter
+    clutter = first_workload(360).clutter
     assert clutter is not None
     assert set(clutter.tolist()) >= set(range(9))
 
@@ -63,7 +63,7 @@ def test_an_unknown_split_is_refused() -> None:
 
 
 def test_the_workload_normalises_as_training_does() -> None:
-    workload = embedded_workload(4)
+    workload = first_workload(4)
     trained = normalise(torch.from_numpy(workload.pixels[..., 0]))
     torch.testing.assert_close(workload.batch(0, 4), trained, rtol=0, atol=1e-6)
 
@@ -71,7 +71,7 @@ def test_the_workload_normalises_as_training_does() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_are_as_good_as_their_record_says(name: str) -> None:
     record = json.loads((WEIGHTS / f"{name}.training.json").read_text())
-    model, workload = open_model(name, weights=None, workload_name="embedded").model, embedded_workload(360)
+    model, workload = open_model(name, weights=None, workload_name="embedded:v1").model, first_workload(360)
     with torch.inference_mode():
         top1 = (model(workload.batch(0, 360)).argmax(1).numpy() == workload.labels).mean()
     assert top1 == pytest.approx(record["curve"][-1]["top1"], abs=0.04)  # 360 of the 1080 scenes of the record
@@ -87,8 +87,8 @@ def test_the_small_model_ships_with_its_card() -> None:
 
 @pytest.mark.slow
 def test_token_choice_matters() -> None:
-    model = open_model("digits_vit_small", weights=None, workload_name="embedded").model
-    found = token_choice(model, embedded_workload(360))
+    model = open_model("digits_vit_small", weights=None, workload_name="embedded:v1").model
+    found = token_choice(model, first_workload(360))
     assert found["dense"] - found["32 by the mask"] <= 0.03
     assert found["dense"] - found["32 at random"] >= 0.10
 
@@ -103,7 +103,7 @@ def test_training_writes_weights_a_curve_and_a_card(tmp_path, monkeypatch) -> No
     assert [point["images"] for point in record["curve"]] == [128, 256]
     model = create_digits_model("digits_vit_tiny")
     model.load_state_dict(open_model("digits_vit_tiny", weights=str(tmp_path / "digits_vit_tiny.safetensors"),
-                                     workload_name="embedded").model.state_dict())  # fmt: skip
+                                     workload_name="embedded:v1").model.state_dict())  # fmt: skip
     choice = {"dense": 0.5, "32 by the mask": 0.5}
     card = write_card(tmp_path, {"digits_vit_tiny": record}, {"digits_vit_tiny": choice}).read_text()
     assert "digits_vit_tiny" in card

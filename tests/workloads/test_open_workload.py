@@ -41,7 +41,9 @@ def test_a_named_data_set_is_opened_through_the_same_door() -> None:
 
 @pytest.mark.parametrize("name", ["imagefolders", "tensorflow:mnist", "folder", ""])
 def test_an_unknown_workload_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(WorkloadError, match=r"unknown workload .*embedded, imagefolder, timm:SPEC") as caught:
+    with pytest.raises(
+        WorkloadError, match=r"unknown workload .*embedded, embedded:v1, imagefolder, timm:SPEC"
+    ) as caught:
         open_workload(name, data=None, model="test_vit", **OPTIONS)
     assert all(kind in str(caught.value) for kind in available_workloads())
 
@@ -59,10 +61,23 @@ def test_a_limit_of_nothing_is_refused() -> None:
 def test_the_embedded_workload_refuses_what_it_cannot_use() -> None:
     with pytest.raises(WorkloadError, match="makes its own images"):
         open_workload("embedded", data="/somewhere", model="digits_vit_small", **OPTIONS)
-    with pytest.raises(WorkloadError, match="MODEL=digits_vit_small"):
+    with pytest.raises(WorkloadError, match="MODEL=pairs_vit_tiny"):
         open_workload("embedded", data=None, model="test_vit", **OPTIONS)
-    with pytest.raises(ModelError, match="MODEL=digits_vit_small"):
+    with pytest.raises(ModelError, match="MODEL=pairs_vit_tiny"):
         open_model("test_vit", weights="random", workload_name="embedded")
+    with pytest.raises(ModelError, match="MODEL=digits_vit_small or MODEL=digits_vit_tiny"):
+        open_model("test_vit", weights="random", workload_name="embedded:v1")
+
+
+@pytest.mark.parametrize(
+    ("model", "home", "other"),
+    [("digits_vit_tiny", "embedded:v1", "embedded"), ("pairs_vit_tiny", "embedded", "embedded:v1")],
+)
+def test_shipped_weights_are_opened_for_the_scenes_that_they_read(model: str, home: str, other: str) -> None:
+    assert open_model(model, weights=None, workload_name=home).weights == "embedded"
+    with pytest.raises(ModelError, match=f"read the scenes of WORKLOAD={home}, not those of {other}"):
+        open_model(model, weights=None, workload_name=other)
+    assert open_model(model, weights="random", workload_name=other).weights == "random"
 
 
 def test_the_embedded_workload_opens_with_its_masks_and_its_limit() -> None:

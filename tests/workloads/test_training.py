@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ablations.models.digits import normalise
-from ablations.workloads import digits
+from ablations.workloads import digits, pairs
 from ablations.workloads.base import WorkloadError
 from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.photographs import Photographs, seeded
@@ -27,15 +28,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def test_scenes_are_of_the_train_split_and_drawn_once(cache: Path) -> None:
-    scenes = Scenes(cache, count=6, augment="none", holdout=3, seed=0)
+@pytest.mark.parametrize(("workload", "render"), [("embedded", pairs.render), ("embedded:v1", digits.render)])
+def test_scenes_are_of_the_train_split_and_drawn_once(
+    cache: Path, workload: str, render: Callable[..., digits.Scene]
+) -> None:
+    scenes = Scenes(cache, count=6, augment="none", holdout=3, seed=0, workload=workload)
     image, label = scenes[0, 4]
-    wanted = digits.render("train", 4, seed=1)
+    wanted = render("train", 4, seed=1)
     assert label == wanted.label and torch.equal(image, normalise(torch.from_numpy(wanted.image)[None])[0])
     assert scenes.held_out is not None and len(scenes) == 6 and len(scenes.held_out) == 3
-    assert np.array_equal(scenes.held_out.pixels[0, :, :, 0], digits.render("train", 6, seed=1).image)
+    assert np.array_equal(scenes.held_out.pixels[0, :, :, 0], render("train", 6, seed=1).image)
     files = {path: path.stat().st_mtime_ns for path in (cache / "training").glob("*.npy")}
-    Scenes(cache, count=6, augment="none", holdout=3, seed=0)
+    Scenes(cache, count=6, augment="none", holdout=3, seed=0, workload=workload)
     assert files == {path: path.stat().st_mtime_ns for path in (cache / "training").glob("*.npy")}
 
 

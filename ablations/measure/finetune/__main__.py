@@ -110,7 +110,7 @@ def _workers(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None:
         workers: int = arguments.workers
         return workers
-    return 0 if arguments.workload == "embedded" else max(1, min(16, cores() - 1))
+    return 0 if arguments.workload.startswith("embedded") else max(1, min(16, cores() - 1))
 
 
 def _evaluated(recipe: Recipe, context: TrialContext, *, trained: bool) -> dict[str, tuple[float, float]]:
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, help="folder of the results")
-    parser.add_argument("--workload", choices=("embedded", "imagefolder"), default="embedded")
+    parser.add_argument("--workload", choices=("embedded", "embedded:v1", "imagefolder"), default="embedded")
     parser.add_argument("--data", help="image folder with train and val, for imagefolder")
     parser.add_argument("--train-data", help="folder of the images to train on, where it is not DATA/train")
     parser.add_argument("--labels", help="a file of labels of DATA's images, or order, or index: as of `run --help`")
