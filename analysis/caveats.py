@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import published
+from analysis import published, style
 from analysis.facts.matching import dense_cost
 from analysis.frame import Setting
 from analysis.questions.base import Question
@@ -75,9 +75,10 @@ def _calibration(trials: pd.DataFrame) -> list[str]:
 
 
 def _data(setting: Setting, trials: pd.DataFrame) -> list[str]:
-    if setting.workload == "embedded":
+    if scene := style.scenes(setting.workload, setting.model, setting.weights):
         return [
-            "Cluttered digits and a small model of the project's own: what holds here need not hold on photographs."
+            f"{scene.capitalize()} and a small model of the project's own: "
+            "what holds here need not hold on photographs."
         ]
     known, print_value = trials["dense_top1"].dropna(), published.dense_top1(published.model_name(setting.model))
     if len(known) and print_value is not None and 100 * known.iloc[0] > print_value + EASIER:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,6 +25,17 @@ def read_rows(out: Path, *, needed: Sequence[str]) -> pa.Table | None:
     folder = Disk(out / TRIALS)
     parts = sorted(path.name for path in folder.root.glob(f"*{SUFFIX}"))
     return _read_trials(folder, parts, needed) if parts else None
+
+
+def read_left_rows(out: Path, keys: Collection[str], *, needed: Sequence[str]) -> pa.Table | None:
+    """The rows of trials that a folder holds besides those of ``keys``; None where no such can be read."""
+    folder = Disk(out / TRIALS)
+    parts = sorted(path.name for path in folder.root.glob(f"*{SUFFIX}") if path.name.removesuffix(SUFFIX) not in keys)
+    try:
+        return _read_trials(folder, parts, needed) if parts else None
+    except (OSError, pa.ArrowException) as error:
+        log.warning("trials of earlier runs cannot be read (%s): the report does not name them", error)
+        return None
 
 
 def _read_trials(folder: Disk, names: list[str], needed: Sequence[str]) -> pa.Table:

@@ -22,7 +22,7 @@ from ablations.records.kinds import kind_of
 from ablations.records.names import IMAGES, RESULTS, RUN, SUFFIX, TRIALS
 from ablations.records.parquet import owner, read_parquet
 from ablations.records.storage import Disk
-from analysis.files import read_rows
+from analysis.files import read_left_rows, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +165,11 @@ class Results:
         columns = ["workload", "model", "weights", "images", "weights_digest", "data_digest"]
         groups = rows.groupby(columns, sort=False, dropna=False).size()
         return [Setting(w, m, k, int(n), str(wd), str(dd)) for w, m, k, n, wd, dd in groups.index]
+
+    def left(self) -> Results:
+        """The trials of earlier runs that the folder holds and this record does not."""
+        found = read_left_rows(self.folder, set(self.trials["key"]), needed=REQUIRED)
+        return Results(self.folder, self.trials.iloc[:0] if found is None else tidy(found.to_pandas()), self.run)
 
     def of(self, setting: Setting, spec: str | None = None) -> pd.DataFrame:
         """Finished trials of a setting (and a spec)."""

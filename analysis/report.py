@@ -137,7 +137,8 @@ def _write(results: Results, home: Path) -> Written:
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
     out = home / names.REPORT
-    said = [_named(setting, results) for setting in others]
+    left = results.left()
+    said = [*(_named(setting, results) for setting in others), *(_named(setting, left) for setting in left.settings())]
     out.write_text(page.render(results, parts, skipped, said), encoding="utf-8")
     return Written(out, tuple(desk.files[names.FIGURES]), tuple(desk.files[names.TABLES]), skipped)
 
@@ -211,12 +212,13 @@ def _aside(setting: Setting, everything: Mapping[Setting, pd.DataFrame], results
 def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFrame], prefix: str, anchor: str) -> Part:
     """Figures, tables and findings of one setting."""
     results, trials = desk.results, everything[setting]
+    embedded = style.scenes(setting.workload, setting.model, setting.weights)
     scene = Scene(
         desk.looks,
         style.describe(setting, trials, data=desk.data(setting)),
         read_samples(results.folder / names.SAMPLES),
         setting.model,
-        imagenet=setting.workload != "embedded" and results.run.get("classes", 1000) == 1000,
+        imagenet=not embedded and results.run.get("classes", 1000) == 1000,
         patches=_whole(results.run.get("patches")),
         count=setting.images,
     )

@@ -55,7 +55,9 @@ MARKERS = (
     "p",
 )  # 11: no colour meets its first marker again soon
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
-WORKLOADS = {"embedded": "cluttered digits", "imagefolder": "image folder"}
+PAIRS, CLUTTERED = "digit pairs", "cluttered digits"  # the scenes of the embedded workloads
+WORKLOADS = {"embedded": PAIRS, "embedded:v1": CLUTTERED, "imagefolder": "image folder"}
+_READ_CLUTTERED = ("digits_vit_small", "digits_vit_tiny")  # their shipped weights read no other scenes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -200,9 +202,19 @@ def label(variant: str) -> str:
     return textwrap.fill(variant.replace("_", " "), 34)
 
 
+def scenes(workload: object, model: object, weights: object) -> str:
+    """Which scenes an embedded workload shows; "" for any other. Before the digit pairs, the cluttered digits were
+    ``embedded``: where they are meant, the weights tell.
+    """
+    if workload == "embedded" and model in _READ_CLUTTERED and weights == "embedded":
+        return CLUTTERED
+    return WORKLOADS[workload] if workload in ("embedded", "embedded:v1") else ""
+
+
 def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:
     """Workload, model, number of images, trained how: what a title has to say to be honest."""
-    workload = WORKLOADS.get(setting.workload, setting.workload) + (f" {data}" if data else "")
+    scene = scenes(setting.workload, setting.model, setting.weights)
+    workload = scene or WORKLOADS.get(setting.workload, setting.workload) + (f" {data}" if data else "")
     tuned = set(trials["finetuned"])
     how = "off the shelf" if tuned <= {False} else "finetuned" if tuned == {True} else "off the shelf and finetuned"
     if setting.weights == "random" and tuned == {True}:
