@@ -181,7 +181,8 @@ def _of_last_run(main: list[Setting], results: Results) -> tuple[list[Setting], 
 def _named(setting: Setting, results: Results) -> str:
     """A setting that is not shown, in words."""
     trials = results.of(setting)
-    return f"{style.describe(setting, trials).splitlines()[0]} ({len(trials)} trials)"
+    count = f"{len(trials)} trial{'s' if len(trials) > 1 else ''}"
+    return f"{style.describe(setting, trials).splitlines()[0]} ({count})"
 
 
 def across_models(results: Results) -> set[str]:

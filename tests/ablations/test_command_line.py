@@ -45,7 +45,7 @@ def test_a_run_leaves_results_record_and_samples(ablate: Ablate, spec_path: Path
     for entry in samples["images"]:
         with Image.open(out / "samples" / entry["file"]) as picture:
             assert (picture.mode, picture.size) == ("RGB", (64, 64))
-        assert entry["image"] == f"test/{entry['row']}"
+        assert entry["image"] == f"pairs/{entry['row']}"
     assert not (out / "ray").exists()
 
 

@@ -292,8 +292,8 @@ def test_the_set_of_the_last_run_is_shown_and_the_other_named(tmp_path: Path) ->
                   weights_digest=digest)  # fmt: skip
     run = {"models": [{"model": "tiny", "weights_digest": "2" * 64, "data_digest": "d" * 64}]}
     text = write_analysis(read_results(maker.save(tmp_path, run=run))).report.read_text(encoding="utf-8")
-    assert "Not shown" in text and "cluttered digits, small, 30 images, off the shelf (1 trials)" in text
-    assert text.count("<h2>In short") == 1 and "In short: cluttered digits, tiny" in text
+    assert "Not shown" in text and "digit pairs, small, 30 images, off the shelf (1 trial)" in text
+    assert text.count("<h2>In short") == 1 and "In short: digit pairs, tiny" in text
 
 
 def test_hashes_stand_behind_a_touch_alone(written: Written) -> None:
