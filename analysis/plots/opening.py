@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,7 +123,7 @@ def _curves(figure: Figure, axes: Axes, facts: Facts, scene: Scene, named: list[
     best = max(float(np.nanmax(top1)), 100 * facts.dense_top1)
     axes.set_ylim(float(np.nanmin(top1)) - 2, best + 2)
     axes.axhline(100 * facts.dense_top1, color=style.GREY, linestyle=":", linewidth=1.2)
-    above = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": SMALL, "color": style.GREY}
+    above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": SMALL, "color": style.GREY}
     axes.annotate("dense", (low - 1.5, 100 * facts.dense_top1), **above)
     axes.set(xlabel="share of the dense model's multiply-adds (%)", ylabel=style.TOP1)
     axes.set_title(scene.subtitle.splitlines()[0], fontsize=SMALL, loc="left")
