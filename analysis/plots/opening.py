@@ -66,9 +66,9 @@ def opening(facts: Facts, scene: Scene) -> Figure:
             "the opening figure needs a run of the spec `methods` with pictures (OUT/samples) and its images; run it"
         )
     figure = style.new_figure(height=HEIGHT, width=WIDTH)
-    left, right = figure.add_gridspec(1, 2, width_ratios=[1.0, 1.45])
-    _pictures(figure, left, facts, scene, pictured)
-    _curves(figure, figure.add_subplot(right), facts, scene, list(known.values()))
+    grid = figure.add_gridspec(1, 2, width_ratios=[1.0, 1.45])
+    _pictures(figure, grid[0], facts, scene, pictured)
+    _curves(figure, figure.add_subplot(grid[1]), facts, scene, list(known.values()))
     return figure
 
 
