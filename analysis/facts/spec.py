@@ -13,8 +13,10 @@ from analysis.facts import differences, recovery, stacking, transfer
 from analysis.facts.choice import Choice, choice, decisive
 from analysis.facts.comparison import Comparison, Versus, comparisons
 from analysis.facts.matching import cost_levels, dense_cost, dense_gmacs, merge_seeds
+from analysis.frame import reducer_names
 
 PICTURED = 0.55  # share of the dense cost at which a question is answered in few rows
+ORACLES = {"back_tracking"}  # methods that read what nobody has beforehand: drawn and listed, and nobody's choice
 PLACED = 4  # costs at which placements are compared: few, so that intervals stay apart
 
 
@@ -63,9 +65,18 @@ class Facts:
         return cost_levels(self.rows, by="placement", count=PLACED)
 
     @cached_property
+    def candidates(self) -> pd.DataFrame:
+        """The rows that somebody could choose: all but those of oracles, where there are others."""
+        rows = self.rows
+        own = rows[[not ORACLES & set(reducer_names(text)) for text in rows["reducer"]]]
+        return own if len(own) else rows
+
+    @cached_property
     def comparisons(self) -> list[Comparison]:
         """The ranking of the series (or placements) at each cost."""
-        return comparisons(self.rows, by=self.by, levels=self.placement_levels if self.by == "placement" else None)
+        return comparisons(
+            self.candidates, by=self.by, levels=self.placement_levels if self.by == "placement" else None
+        )
 
     @cached_property
     def choice(self) -> Choice | None:

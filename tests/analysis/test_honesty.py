@@ -243,3 +243,14 @@ def test_pictures_say_that_only_stored_thumbnails_were_ranked(results: Results, 
     drawn = figures(answered[answered["spec"] == "adaptivity"], results.images, "Adaptivity", scene)
     caption = next(one.caption for one in drawn if one.name == "adaptivity_extremes")
     assert f"Only the {len(pictures)} images whose thumbnails the run stored are ranked, not all 400" in caption
+
+
+def test_an_oracle_is_drawn_and_listed_and_nobodys_choice(tmp_path: Path) -> None:
+    maker = Maker(images=200)
+    for name, accuracy in (("back_tracking", 0.95), ("tome", 0.8), ("random", 0.5)):
+        for keep in (0.4, 0.6, 0.8):
+            maker.add("s", name, reducer=[{"name": name}], blocks=[3], keep=keep, accuracy=accuracy)
+    results = read_results(maker.save(tmp_path))
+    facts = Facts(with_answers(results.finished, results.images), results.images)
+    assert "back_tracking" in facts.series
+    assert facts.comparisons and all(one.rows["variant"].iloc[0] == "tome" for one in facts.comparisons)
