@@ -1,4 +1,4 @@
-"""From the tokens that are left to a dense map: every original patch in its place again (methods, section 17).
+"""From the tokens that are left to a dense map: every original patch in its place again.
 
 A patch that is carried, by a row of its own or by the row it was merged into, shows the features of that row. The rules
 differ in what they say of patches that were dropped:

@@ -85,12 +85,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, device: torch.dev
     return float((torch.cat(found) == labels).double().mean())
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float = PEAK_LR) -> float:
     """One cycle: linear warm-up, then half a cosine down to zero."""
     warm = max(1, round(WARMUP * steps))
     if step < warm:
-        return PEAK_LR * (step + 1) / warm
-    return PEAK_LR * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0, log_every: int = 160) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from torch.nn import functional as F
 from ablations.models.digits import CLASSES, PAIRS_MODEL, PATCH, WEIGHTS, create_digits_model, normalise, save_weights
 from ablations.records.files import user_path
 from ablations.workloads import pairs
-from ablations.workloads.train_embedded import accuracy
+from ablations.workloads.train_embedded import accuracy, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ START = "digits_vit_tiny"  # the same shape, trained by ``train_embedded``
 CYCLES = ((38_400, 1e-3), (25_600, 5e-4))  # scenes of a one-cycle schedule, and its peak learning rate
 BATCH = 64
 WEIGHT_DECAY = 0.05
-WARMUP = 0.05  # of the steps of a cycle
 TOKEN_LOSS = 0.5
 SMOOTHING = 0.05
 DEVELOPMENT_SEED = 1000  # settings were chosen, and the curve is drawn, on scenes of this seed: never those evaluated
@@ -77,14 +75,6 @@ def development(count: int) -> tuple[Tensor, Tensor]:
     scenes = [pairs.render("test", i, seed=DEVELOPMENT_SEED, crowded=crowded) for i in range(count)]
     images = normalise(torch.from_numpy(np.stack([scene.image for scene in scenes])))
     return images, torch.tensor([scene.label for scene in scenes])
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """One cycle: linear warm-up, then half a cosine down to zero."""
-    warm = max(1, round(WARMUP * steps))
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 @contextlib.contextmanager

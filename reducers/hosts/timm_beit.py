@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ from reducers.hosts.timm_parts import (
     fused_parts,
     mlp_row,
 )
-from reducers.hosts.timm_vit import TimmBlock, TimmCore
+from reducers.hosts.timm_vit import GammaScaled, TimmBlock, TimmCore
 from reducers.tokens import TokenBatch
 
 _RESTATED = ((Block, Block.forward), (Attention, Attention.forward))
@@ -85,12 +84,8 @@ class BiasedBlock(TimmBlock):
         return self.core_kind(self.module.attn, x, batch)
 
 
-class BeitBlock(BiasedBlock):
+class BeitBlock(GammaScaled, BiasedBlock):
     """timm's ``beit.Block``."""
-
-    def scale(self, branch: int) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]  # not all have one
-        gamma = self.module.gamma_2 if branch else self.module.gamma_1
-        return None if gamma is None else lambda added: gamma * added
 
 
 class BiasedHost(TimmHost):

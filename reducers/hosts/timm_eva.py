@@ -34,7 +34,7 @@ from reducers.hosts.timm_parts import (
     fused_parts,
     mlp_row,
 )
-from reducers.hosts.timm_vit import TimmBlock, TimmCore
+from reducers.hosts.timm_vit import GammaScaled, PostNormed, TimmCore
 from reducers.lazy import cached_property
 from reducers.tokens import TokenBatch
 
@@ -81,7 +81,7 @@ class EvaCore(TimmCore):
         return turned(part, self._rows if rows is None else self._rows.index_select(0, rows), half=rope.half)
 
 
-class EvaBlockView(TimmBlock):
+class EvaBlockView(GammaScaled):
     """timm's ``EvaBlock``."""
 
     module: Any
@@ -101,23 +101,12 @@ class EvaBlockView(TimmBlock):
         output_row = attn.proj.weight.numel() + (0 if attn.gate is None else attn.gate.weight.numel())
         return BlockCost(query_row, key_row, attn.head_dim * attn.num_heads, output_row, mlp_row(self.mlp))
 
-    def scale(self, branch: int) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]  # Sapiens2 has one
-        gamma = self.module.gamma_2 if branch else self.module.gamma_1
-        return None if gamma is None else lambda added: gamma * added
-
     def attention(self, x: Tensor, batch: TokenBatch) -> EvaCore:
         return EvaCore(self.module.attn, x, batch, self.index)
 
 
-class EvaPostNormView(EvaBlockView):
-    """timm's ``EvaBlockPostNorm``: ``x + norm1(attention(x)); x + norm2(mlp(x))``."""
-
-    def norm(self, branch: int) -> nn.Module:
-        return nn.Identity()
-
-    def scale(self, branch: int) -> nn.Module:
-        norm: nn.Module = self.module.norm2 if branch else self.module.norm1
-        return norm
+class EvaPostNormView(PostNormed, EvaBlockView):
+    """timm's ``EvaBlockPostNorm``."""
 
 
 class RopedHost(TimmHost):

@@ -22,6 +22,7 @@ from reducers.hosts import SUPPORTED
 from reducers.hosts.protocol import Family, HostBlock
 from reducers.hosts.timm_beit import BiasedBlock, BiasedCore, BiasedHost
 from reducers.hosts.timm_parts import check_attention, check_kind, check_rest, check_unreplaced
+from reducers.hosts.timm_vit import PostNormed
 
 _RESTATED = tuple((kind, kind.forward) for kind in (RelPosBlock, ResPostRelPosBlock, RelPosAttention))
 _BIASES = (RelPosBias, RelPosMlp)
@@ -44,15 +45,8 @@ class RelPosBlockView(BiasedBlock):
     core_kind: ClassVar[type[BiasedCore]] = RelPosCore
 
 
-class ResPostRelPosBlockView(RelPosBlockView):
-    """timm's ``ResPostRelPosBlock``: ``x + norm1(attention(x)); x + norm2(mlp(x))``."""
-
-    def norm(self, branch: int) -> nn.Module:
-        return nn.Identity()
-
-    def scale(self, branch: int) -> nn.Module:
-        norm: nn.Module = self.module.norm2 if branch else self.module.norm1
-        return norm
+class ResPostRelPosBlockView(PostNormed, RelPosBlockView):
+    """timm's ``ResPostRelPosBlock``."""
 
 
 class TimmRelPos(BiasedHost):

@@ -108,6 +108,29 @@ class TimmBlock(PreNormBlock):
         return attn.proj, attn.proj_drop
 
 
+class GammaScaled(TimmBlock):
+    """A block of timm whose branches are scaled by ``gamma_1`` and ``gamma_2``, where it has them."""
+
+    module: Any
+
+    def scale(self, branch: int) -> Callable[[Tensor], Tensor] | None:  # type: ignore[override]  # not all have one
+        gamma = self.module.gamma_2 if branch else self.module.gamma_1
+        return None if gamma is None else lambda added: gamma * added
+
+
+class PostNormed(TimmBlock):
+    """A block of timm with norms behind its branches: ``x + norm1(attention(x)); x + norm2(mlp(x))``."""
+
+    module: Any
+
+    def norm(self, branch: int) -> nn.Module:
+        return nn.Identity()
+
+    def scale(self, branch: int) -> nn.Module:
+        norm: nn.Module = self.module.norm2 if branch else self.module.norm1
+        return norm
+
+
 class TimmViT(TimmHost):
     """timm's ``VisionTransformer`` and ``VisionTransformerDistilled``."""
 
