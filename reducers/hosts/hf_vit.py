@@ -29,6 +29,7 @@ from reducers.hosts.protocol import (
     Stage,
     StochasticDepth,
 )
+from reducers.hosts.rope import Rope, Turning
 from reducers.tokens import Layout, TokenBatch
 
 _ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")  # what they compute is the runtime's own
@@ -133,10 +134,6 @@ class HFCore(Core):
     def __init__(self, kind: Kind, attn: Any, x: Tensor, batch: TokenBatch) -> None:
         super().__init__(x, batch.layout)
         self.kind, self.attn = kind, attn
-        if batch.tables is not None and kind.resizes == "turned":
-            assert batch.pos is not None
-            # (T, 1, d) each; what has no place finds the last row, which turns nothing
-            self.cosine, self.sine = (table[batch.pos][:, None] for table in batch.tables)
 
     @property
     def scale(self) -> float:
@@ -156,13 +153,14 @@ class HFCore(Core):
         return added
 
 
-class HFTurnedCore(HFCore):
-    """With rotary places: pairs are the first and the second half of a head's features."""
+class HFTurnedCore(Turning, HFCore):
+    """With rotary places, the same ones in every layer."""
 
-    def turn(self, part: Tensor, rows: Tensor | None) -> Tensor:
-        cosine, sine = (self.cosine, self.sine) if rows is None else (self.cosine[rows], self.sine[rows])
-        first, second = part.chunk(2, dim=-1)
-        return part * cosine + torch.cat([-second, first], dim=-1) * sine
+    block = 0
+
+    def __init__(self, kind: Kind, attn: Any, x: Tensor, batch: TokenBatch) -> None:
+        super().__init__(kind, attn, x, batch)
+        self.batch = batch
 
 
 class HFBlock(PreNormBlock):
@@ -306,11 +304,6 @@ class HFViT(Host):
         return int(images.shape[-2]) // int(down), int(images.shape[-1]) // int(across)
 
     def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
-        if self.kind.resizes == "turned":
-            raise ReducerError(
-                f"{type(self.model).__name__} turns its tokens by their places, and images cannot be resized in it; "
-                "give it smaller images"
-            )
         down, across = _part(self.tower, self.kind.patches).kernel_size
         return self.grid_of(images), (int(down), int(across))
 
@@ -330,8 +323,11 @@ class HFViT(Host):
         if not turned:
             return batch
         cosine, sine = tower.rope_embeddings(images)
-        tables = torch.cat([cosine, torch.ones_like(cosine[:1])]), torch.cat([sine, torch.zeros_like(sine[:1])])
-        return replace(batch, tables=tables)
+        # pairs are the first and the second half of a head's features
+        return replace(batch, tables=Rope.of(torch.cat([sine, cosine], dim=-1)[:, None], batch, half=True))
+
+    def relocated(self, tables: Rope | None, original: Tensor, patches: int) -> Rope | None:
+        return None if tables is None else tables.relocated(original, patches)
 
     def _check_images(self, images: Tensor, resized: bool) -> None:
         height, width = (int(side) for side in images.shape[-2:])

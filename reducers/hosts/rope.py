@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reducers.lazy import cached_property
 from reducers.tokens import TokenBatch
 
 At = Callable[[Tensor, int], Tensor]
@@ -58,6 +59,26 @@ class Rope:
         rows = rows.expand(*self.table.shape[:-3], patches + 1, *self.table.shape[-2:]).clone()
         rows.index_copy_(self.table.dim() - 3, original, self.table.narrow(-3, 0, len(original)))
         return replace(self, table=rows)
+
+
+class Turning:
+    """What the ``Core`` of a block adds whose queries and keys are turned by ``TokenBatch.tables``, where there is a
+    rope in it.
+    """
+
+    batch: TokenBatch
+    block: int
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        rope: Rope = self.batch.tables
+        return rope.rows(self.batch, self.block)
+
+    def turn(self, part: Tensor, rows: Tensor | None) -> Tensor:
+        rope: Rope | None = self.batch.tables
+        if rope is None:
+            return part
+        return turned(part, self._rows if rows is None else self._rows.index_select(0, rows), half=rope.half)
 
 
 def turned(part: Tensor, rows: Tensor, *, half: bool) -> Tensor:

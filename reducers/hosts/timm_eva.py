@@ -23,7 +23,7 @@ from reducers.cost import BlockCost, linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import SUPPORTED
 from reducers.hosts.protocol import Family, Grid, HostBlock
-from reducers.hosts.rope import Rope, turned, with_centroids
+from reducers.hosts.rope import Rope, Turning, with_centroids
 from reducers.hosts.timm_parts import (
     TimmHost,
     check_attention,
@@ -35,7 +35,6 @@ from reducers.hosts.timm_parts import (
     mlp_row,
 )
 from reducers.hosts.timm_vit import GammaScaled, PostNormed, TimmCore
-from reducers.lazy import cached_property
 from reducers.tokens import TokenBatch
 
 _RESTATED = tuple((kind, kind.forward) for kind in (EvaBlock, EvaBlockPostNorm, EvaAttention, AttentionRope))
@@ -44,7 +43,7 @@ _ROPES = ("RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed",
 _BY_COORDINATES = _ROPES[:3]
 
 
-class EvaCore(TimmCore):
+class EvaCore(Turning, TimmCore):
     """timm's ``EvaAttention`` and ``AttentionRope``: one projection or three, grouped keys, rope."""
 
     def __init__(self, attn: Any, x: Tensor, batch: TokenBatch, block: int) -> None:
@@ -68,17 +67,6 @@ class EvaCore(TimmCore):
             part = norm(part)
         groups = self.attn.num_heads // part.shape[1]
         return part if groups == 1 else part.repeat_interleave(groups, dim=1)
-
-    @cached_property
-    def _rows(self) -> Tensor:
-        rope: Rope = self.batch.tables
-        return rope.rows(self.batch, self.block)
-
-    def turn(self, part: Tensor, rows: Tensor | None) -> Tensor:
-        rope: Rope | None = self.batch.tables
-        if rope is None:
-            return part
-        return turned(part, self._rows if rows is None else self._rows.index_select(0, rows), half=rope.half)
 
 
 class EvaBlockView(GammaScaled):

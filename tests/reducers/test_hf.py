@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from reducers import (
@@ -221,13 +223,20 @@ def test_images_of_another_size_are_taken_as_the_library_takes_them(name: str, i
         assert fast.trace(wide)[1].tokens[0, 0] == fast.host.prefix + 40
 
 
+@pytest.mark.parametrize("name", ["Dinov2Model", "DINOv3ViTModel"])
 @torch.no_grad()
-def test_a_smaller_input_runs_where_positions_are_added_and_is_refused_where_they_turn(images: Tensor) -> None:
-    small = build({"name": "small_input", "budget": {"count": 9}})
-    fast = reduce_tokens(make_hf("Dinov2Model"), at(0, small))
-    assert fast(images).last_hidden_state.shape == (4, 37, 32) and fast.trace(images)[1].tokens[0, 0] == 10
-    with pytest.raises(ReducerError, match="DINOv3ViTModel turns its tokens by their places"):
-        reduce_tokens(make_hf("DINOv3ViTModel"), at(0, small))(images)
+def test_a_smaller_input_is_the_library_on_smaller_images(name: str, images: Tensor) -> None:
+    model = make_hf(name)
+    fast = reduce_tokens(model, at(0, build({"name": "small_input", "budget": {"count": 9}})))
+    smaller = F.interpolate(images, (24, 24), mode="bicubic", antialias=True)
+    prefix = fast.host.prefix
+    same = partial(torch.testing.assert_close, rtol=0, atol=1e-9)
+    same(fast(images).pooler_output, model(smaller).pooler_output)
+    assert fast(images).last_hidden_state.shape == (4, prefix + 36, 32)
+    assert fast.trace(images)[1].tokens[0, 0] == prefix + 9
+    # and where a block reduces after it, places are told in the image as it was given
+    both = reduce_tokens(model, at(0, build({"name": "small_input", "budget": {"count": 9}})) | at(1, TopK(Count(9))))
+    same(both(pixel_values=images, restore="zero").pooler_output, model(smaller).pooler_output)
 
 
 @torch.no_grad()
