@@ -6,7 +6,7 @@ here imports transformers before a model of it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -29,6 +29,7 @@ from reducers.hosts.protocol import (
     Stage,
     StochasticDepth,
 )
+from reducers.hosts.riding import riding
 from reducers.hosts.rope import Rope, Turning
 from reducers.tokens import Layout, TokenBatch
 
@@ -587,16 +588,15 @@ def _check_layer(index: int, layer: nn.Module, kind: Kind) -> None:
 
 def _check_whole(module: nn.Module, where: str) -> None:
     """Refuse what rides on a module that is restated and not called: hooks of any kind, a forward of its own."""
-    if "forward" in module.__dict__:
+    kind = riding(module, _CAPTURES)
+    if kind == "forward":
         raise UnsupportedModel(
             f"the forward of {where} was replaced by another function, which would be bypassed (device_map=… does "
             "that too); load the model without it, and move the reduced one"
         )
-    hooks: Iterable[Any] = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    acting = [hook for hook in hooks if getattr(hook, "__module__", "") not in (_CAPTURES, "fvcore.nn.jit_analysis")]
-    if acting or module._backward_hooks or module._backward_pre_hooks:
+    if kind is not None:
         raise UnsupportedModel(
-            f"{where} has a hook, which would be bypassed; remove it, or hook a part that is called (norms, mlp, "
+            f"{where} has a {kind}, which would be bypassed; remove it, or hook a part that is called (norms, mlp, "
             "projections, embeddings), or the reduced model"
         )
 

@@ -24,6 +24,7 @@ from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import SUPPORTED, refuse_type
 from reducers.hosts.pools import class_or_mean
 from reducers.hosts.protocol import Family, Grid, Host, Stage, StochasticDepth
+from reducers.hosts.riding import riding
 from reducers.tokens import Layout, TokenBatch
 
 _ROWWISE_MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)  # each token by itself; one that mixes tokens would be run wrongly
@@ -234,28 +235,19 @@ def check_pool(model: Any) -> None:
 
 def check_whole(module: nn.Module, where: str) -> None:
     """Refuse what rides on a module that is restated and not called: hooks of any kind, a forward of its own."""
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    if (before or after) and any(_acts(hook) for hook in (*before.values(), *after.values())):
-        kind = "forward hook"
-    elif module._backward_hooks or module._backward_pre_hooks:
-        kind = "backward hook"
-    elif "forward" in module.__dict__:
+    kind = riding(module)
+    if kind is None:
+        return
+    if kind == "forward":
         raise UnsupportedModel(
             f"the forward of {where} was replaced by another function, which would be bypassed; undo that. {SUPPORTED}."
         )
-    else:
-        return
     owner, _, part = where.partition("'s ")
     raise UnsupportedModel(
         f"{owner} has a {kind}{f' on its {part}' if part else ''}, which would be bypassed; remove the hook, or make "
         "the pruning or weight norm permanent, first. Hooks on the reduced model and on parts that are called (norm1, "
         f"mlp, patch_embed, head, …) are run. {SUPPORTED}."
     )
-
-
-def _acts(hook: object) -> bool:
-    """fvcore hooks every module while it counts, to name where an operator stands, and nothing comes of it."""
-    return type(hook).__module__ != "fvcore.nn.jit_analysis"
 
 
 def check_unreplaced(*restated: tuple[type[nn.Module], Callable[..., Any]]) -> None:

@@ -296,7 +296,7 @@ def _spoil(model: Any, where: str) -> None:
         ("layer", "layer 2 is a Sequential, not transformers' ViTLayer.*put the plain layer back"),
         ("attention", "layer 2 attends with _Attention, not transformers' ViTAttention.*put the plain attention back"),
         ("mlp", "layer 2 has the MLP Conv1d, which is not known to act token by token"),
-        ("hook", "layer 2 has a hook, which would be bypassed; remove it"),
+        ("hook", "layer 2 has a forward hook, which would be bypassed; remove it"),
         ("forward", "the forward of layer 2's attention was replaced"),
         ("device_map", "the forward of ViTForImageClassification's tower was replaced.*device_map"),
         ("implementation", "attn_implementation='mine'.*set_attn_implementation\\('sdpa'\\)"),

@@ -110,8 +110,9 @@ def test_training_writes_weights_a_curve_and_a_card(tmp_path, monkeypatch) -> No
     assert "50.0" in card
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    rates = [learning_rate(step, 1000) for step in range(1001)]
-    assert max(rates) == rates[50] or max(rates) == rates[49]
+@pytest.mark.parametrize("peak", [1e-3, 2e-3])
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_zero(peak: float) -> None:
+    rates = [learning_rate(step, 1000, peak) for step in range(1001)]
+    assert max(rates) == pytest.approx(peak) and rates.index(max(rates)) in (49, 50)
     assert rates[-1] == pytest.approx(0, abs=1e-9)
     assert PATCH * 8 == CANVAS

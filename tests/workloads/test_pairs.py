@@ -14,7 +14,7 @@ import torch
 from ablations.models.digits import CLASSES, PAIRS_MODEL, SHIPPED, WEIGHTS
 from ablations.workloads import digits, open_model, pairs
 from ablations.workloads.embedded import embedded_workload, first_workload, name_of
-from ablations.workloads.train_pairs import BATCH, CYCLES, learning_rate, train
+from ablations.workloads.train_pairs import BATCH, CYCLES, train
 
 
 def test_scenes_are_the_same_bits_on_every_machine() -> None:
@@ -96,12 +96,6 @@ def test_training_writes_weights_and_a_curve(tmp_path: Path, monkeypatch: pytest
     trained = open_model(PAIRS_MODEL, weights=own, workload_name="embedded").model
     start = open_model("digits_vit_tiny", weights=None, workload_name="embedded:v1").model
     assert not torch.equal(trained.head.weight, start.head.weight)  # type: ignore[union-attr,arg-type]
-
-
-def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
-    rates = [learning_rate(step, 1000, 1e-3) for step in range(1001)]
-    assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) in (49, 50)
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
 
 
 def test_no_digit_of_the_test_split_is_trained_on() -> None:
