@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from analysis import style
+from analysis.facts.choice import standings
 from analysis.facts.comparison import Comparison
 from analysis.facts.matching import INTERPOLATED, NOT_AIMED
 from analysis.tables import percent, with_bounds
@@ -57,18 +58,12 @@ def tally(found: list[Comparison], noun: str) -> Finding | None:
     """Which ``noun`` is best over all costs compared, who was never clearly beaten, and who always was."""
     if not found:
         return None
-    leads: dict[str, list[bool]] = {}  # at each cost that a group leads: whether it is clear of every other
-    met: dict[str, list[str]] = {}  # how each group stood wherever it was compared
-    for one in found:
-        leads.setdefault(one.names[0], []).append(one.clear)
-        for name, standing in zip(one.names, ("lead", *one.standing), strict=True):
-            met.setdefault(name, []).append(standing)
-    ranked = sorted(leads.items(), key=lambda item: -len(item[1]))
+    stood = standings(found)
     clear = sum(one.clear for one in found)
-    said = [_verdict(noun, ranked, len(found))]
+    said = [_verdict(noun, list(stood.leads.items()), len(found))]
     # behind and a little cheaper everywhere is not even with anybody
-    even = [n for n, standing in met.items() if "worse" not in standing and set(standing) != {"cheaper"}]
-    beaten = [name for name, standing in met.items() if set(standing) == {"worse"}]
+    even = [n for n, standing in stood.met.items() if "worse" not in standing and set(standing) != {"cheaper"}]
+    beaten = [name for name, standing in stood.met.items() if set(standing) == {"worse"}]
     said += [f"Never clearly beaten: {_few(even)}"] if even and clear != len(found) else []
     said += [f"Clearly behind wherever compared: {_few(beaten)}"] if beaten else []
     apart = sum(standing != "same" for one in found for standing in one.standing)

@@ -36,30 +36,45 @@ class Choice:
         return first if len(self.leads) == 1 and 2 * len(self.clear.get(first, ())) >= self.costs else None
 
 
+@dataclass(frozen=True)
+class Standings:
+    """How each group did at the costs at which it was compared."""
+
+    leads: dict[str, list[bool]]  # at each cost that a group leads, those that lead most first: clear of every other?
+    met: dict[str, list[str]]  # how each group stood wherever it was compared: "lead", "same", "worse" or "cheaper"
+
+
+def standings(found: Sequence[Comparison]) -> Standings:
+    leads: dict[str, list[bool]] = {}
+    met: dict[str, list[str]] = {}
+    for one in found:
+        leads.setdefault(one.names[0], []).append(one.clear)
+        for name, standing in zip(one.names, ("lead", *one.standing), strict=True):
+            met.setdefault(name, []).append(standing)
+    return Standings(dict(sorted(leads.items(), key=lambda item: -len(item[1]))), met)
+
+
 def choice(found: Sequence[Comparison], tests: int = 0) -> Choice | None:
     """None where nothing is compared. Intervals hold for ``tests`` pairs at once, or as many as are needed if more."""
     found = [one for one in found if len(one.rows) > 1]
     if not found:
         return None
-    leads: dict[str, int] = {}
+    stood = standings(found)
     clear: dict[str, tuple[float, ...]] = {}
-    met: dict[str, list[str]] = {}
     behind: dict[str, list[float]] = {}
     for one in found:
         lead, top1 = one.names[0], one.rows["top1"].to_list()
-        leads[lead] = leads.get(lead, 0) + 1
         if one.clear:
             clear[lead] = (*clear.get(lead, ()), top1[0] - top1[1])
-        for name, value, standing in zip(one.names, top1, ("lead", *one.standing), strict=True):
-            met.setdefault(name, []).append(standing)
+        for name, value in zip(one.names, top1, strict=True):
             behind.setdefault(name, []).append(top1[0] - value)
-    leads = dict(sorted(leads.items(), key=lambda item: -item[1]))
+    leads = {name: len(clear_there) for name, clear_there in stood.leads.items()}
     rank = {name: i for i, name in enumerate(leads)}
-    even = [n for n, how in met.items() if set(how) <= {"lead", "same"} and len(how) >= LEAST * len(found)]
+    even = [n for n, how in stood.met.items() if set(how) <= {"lead", "same"} and len(how) >= LEAST * len(found)]
     best = tuple(sorted(even, key=lambda name: (rank.get(name, len(rank)), sum(behind[name]) / len(behind[name]))))
-    worse = {name: min(behind[name]) for name, how in met.items() if set(how) == {"worse"}}
+    worse = {name: min(behind[name]) for name, how in stood.met.items() if set(how) == {"worse"}}
     last = max(worse.items(), key=lambda item: item[1], default=None)
-    return Choice(found[0].level, len(found), len(met), leads, clear, best, _bound(found, best, tests), last)
+    return Choice(found[0].level, len(found), len(stood.met), leads, clear, best, _bound(found, best, tests), last)
 
 
 def bounded(found: Sequence[Comparison], most: float) -> Choice | None:
