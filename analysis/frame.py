@@ -35,6 +35,7 @@ FLAGS = tuple(name for name in row_columns(Kind.FLAG) if name != FINETUNED)
 LISTS = row_columns(Kind.REALS, Kind.WHOLES)
 REMEDY = "run the experiments first: make ablations OUT={out}"
 KEPT_ROWS = 1_000_000  # rows of per-image tables held at once: some hundreds of megabytes
+ORACLES = {"back_tracking"}  # methods that read what nobody has beforehand: drawn and listed, and nobody's choice
 
 
 class AnalysisError(ValueError):
@@ -248,6 +249,11 @@ def is_dense(row: Mapping[str, Any]) -> bool:
         return False
     plain = row["status"] == "ok" and row["reducer"] != "" and set(reducer_names(row["reducer"])) <= {"identity"}
     return plain or str(row["variant"]).casefold() == "dense"
+
+
+def choosable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that somebody could choose: all but those of oracles."""
+    return rows[[not ORACLES & set(reducer_names(text)) for text in rows["reducer"]]]
 
 
 def reducer_names(stages: str) -> list[str]:

@@ -13,10 +13,9 @@ from analysis.facts import differences, recovery, stacking, transfer
 from analysis.facts.choice import Choice, choice, decisive
 from analysis.facts.comparison import Comparison, Versus, comparisons
 from analysis.facts.matching import cost_levels, dense_cost, dense_gmacs, merge_seeds
-from analysis.frame import reducer_names
+from analysis.frame import choosable
 
 PICTURED = 0.55  # share of the dense cost at which a question is answered in few rows
-ORACLES = {"back_tracking"}  # methods that read what nobody has beforehand: drawn and listed, and nobody's choice
 PLACED = 4  # costs at which placements are compared: few, so that intervals stay apart
 
 
@@ -67,9 +66,8 @@ class Facts:
     @cached_property
     def candidates(self) -> pd.DataFrame:
         """The rows that somebody could choose: all but those of oracles, where there are others."""
-        rows = self.rows
-        own = rows[[not ORACLES & set(reducer_names(text)) for text in rows["reducer"]]]
-        return own if len(own) else rows
+        own = choosable(self.rows)
+        return own if len(own) else self.rows
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
@@ -135,8 +133,8 @@ class Facts:
 
     @cached_property
     def front(self) -> pd.DataFrame:
-        """The rows that no row of at most their cost equals or exceeds in accuracy, cheapest first."""
-        ranked = self.rows.sort_values(["gmacs_mean", "top1"], ascending=[True, False], kind="stable")
+        """The candidates that none of at most their cost equals or exceeds in accuracy, cheapest first."""
+        ranked = self.candidates.sort_values(["gmacs_mean", "top1"], ascending=[True, False], kind="stable")
         best = ranked["top1"].cummax().shift(fill_value=-np.inf)
         return ranked[ranked["top1"] > best]
 

@@ -34,15 +34,28 @@ def caption(trials: pd.DataFrame) -> str:
     """What the figure of these trials shows, and which series it leaves out."""
     rows = trials[~trials["dense"] & trials["coverage"].notna()]
     here = np.array([same_patches(row, trials) for row in rows.to_dict("records")], dtype=bool)
-    out = [name.replace("_", " ") for name in dict.fromkeys(rows["variant"]) if name not in set(rows["variant"][here])]
-    left = f" Not here, because its patches are not those of the full image: {', '.join(out)}." if out else ""
-    return CAPTION.format(where=MANY if rows["variant"][here].nunique() > panels.TOO_MANY else BOTH, left=left)
+    shown, comparable = series(trials), set(rows["variant"][here])
+    others = [name for name in dict.fromkeys(rows["variant"]) if name not in comparable]
+    nothing = [name for name in dict.fromkeys(rows["variant"]) if name in comparable and name not in shown]
+    left = ""
+    for names, why in (
+        (others, "its patches are not those of the full image"),
+        (nothing, "no patch leaves its last block"),
+    ):
+        left += f" Not here, because {why}: {', '.join(name.replace('_', ' ') for name in names)}." if names else ""
+    return CAPTION.format(where=MANY if len(shown) > panels.TOO_MANY else BOTH, left=left)
 
 
 def series(trials: pd.DataFrame) -> list[str]:
-    """The series that the figure shows."""
+    """The series that the figure shows: of the same patches as the others, and with any that survive."""
+    return list(dict.fromkeys(_shown(trials)["variant"]))
+
+
+def _shown(trials: pd.DataFrame) -> pd.DataFrame:
     rows = trials[~trials["dense"] & trials["coverage"].notna()]
-    return list(dict.fromkeys(rows["variant"][[same_patches(row, trials) for row in rows.to_dict("records")]]))
+    rows = rows[[same_patches(row, trials) for row in rows.to_dict("records")]]
+    survive = rows.groupby("variant", sort=False)["coverage"].transform("max") > 0
+    return rows[survive]
 
 
 @style.themed
@@ -56,8 +69,7 @@ def coverage(
     page: int = 0,
 ) -> Figure:
     """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
-    rows = merge_seeds(trials[~trials["dense"] & trials["coverage"].notna()])
-    rows = rows[[same_patches(row, trials) for row in rows.to_dict("records")]]
+    rows = merge_seeds(_shown(trials))
     rows = rows.assign(left=[100 * _left(row) for row in rows.to_dict("records")])
     names = list(dict.fromkeys(rows["variant"]))
     if len(names) > panels.TOO_MANY:

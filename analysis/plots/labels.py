@@ -69,6 +69,12 @@ def floor(rows: pd.DataFrame) -> float | None:
     return low - 0.15 * (high - low) if top1.min() < low - 0.5 * (high - low) else None
 
 
+def seen(facts: Facts) -> list[str]:
+    """The series of which anything stands above that, those nearest to the front first."""
+    bottom, highest = floor(facts.rows), 100 * facts.rows.groupby("variant", sort=False)["top1"].max()
+    return [name for name in facts.lacks if bottom is None or highest[name] >= bottom]
+
+
 def end_axis(axes: Axes, facts: Facts) -> None:
     bottom = floor(facts.rows)
     if bottom is not None:

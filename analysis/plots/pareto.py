@@ -16,8 +16,9 @@ CAPTION = (
     "Every trial of every method (grey dots), and the Pareto front (thick grey line): trials that no cheaper one "
     "equals. The {count} methods on the front or next to it are drawn in full, with their 95 % bands over images. The "
     "front was chosen after looking, so its height is a little flattering: whether neighbours can be told apart is in "
-    "the comparison.{below}"
+    "the comparison.{oracle}{below}"
 )
+ORACLE = " What reads what nobody has beforehand (an oracle) is a grey dot and never on the front."
 SHOWN = 5  # methods
 NEXT = 0.05  # of all images: a method that loses more to the front, in the mean, is not next to it
 
@@ -25,7 +26,7 @@ NEXT = 0.05  # of all images: a method that loses more to the front, in the mean
 def shown(facts: Facts) -> list[str]:
     """The methods drawn: those that lie least below the front, of those that the axis shows at all."""
     bottom = labels.floor(facts.rows)
-    seen = facts.rows if bottom is None else facts.rows[100 * facts.rows["top1"] >= bottom]
+    seen = facts.candidates if bottom is None else facts.candidates[100 * facts.candidates["top1"] >= bottom]
     # one trial is a point, not a method's curve, as long as there are curves
     several = seen["variant"].value_counts() > 1
     on, away = set(facts.front["variant"]), facts.lacks
@@ -77,7 +78,11 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
 PLOT = Plot(
     pareto,
     "{title}: the Pareto front",
-    lambda facts, scene: CAPTION.format(count=len(shown(facts)), below=labels.below(facts)),
+    lambda facts, scene: CAPTION.format(
+        count=len(shown(facts)),
+        oracle=ORACLE if len(facts.candidates) < len(facts.rows) else "",
+        below=labels.below(facts),
+    ),
     suffix="_pareto",
     needs=lambda facts: len(facts.series) > 1,
 )

@@ -150,7 +150,7 @@ def tradeoff(facts: Facts, scene: Scene, title: str) -> Figure:
 def _many(facts: Facts, scene: Scene, title: str) -> Figure:
     """The same as small multiples."""
     series = {str(name): part.sort_values("gmacs_mean") for name, part in facts.rows.groupby("variant", sort=False)}
-    shown = panels.page(list(facts.lacks), scene.page)
+    shown = panels.page(labels.seen(facts), scene.page)
     figure = panels.new_figure(len(shown))
     grid = panels.subplots(figure, len(shown))
     for axes, name in zip(grid, shown, strict=True):
@@ -188,5 +188,5 @@ PLOT = Plot(
     "{title}: accuracy against cost",
     caption,
     needs=lambda facts: True,
-    panels=lambda facts: len(facts.series),
+    panels=lambda facts: len(labels.seen(facts)),
 )

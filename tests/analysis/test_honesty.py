@@ -17,7 +17,7 @@ from analysis.facts.matching import merge_seeds
 from analysis.facts.outcomes import with_answers
 from analysis.facts.spec import Facts
 from analysis.frame import Results, read_results, tidy
-from analysis.plots import clutter, difference, placement
+from analysis.plots import Scene, clutter, coverage, difference, labels, pareto, placement
 from analysis.questions import beside, front, stacking, stages
 from analysis.report import write_analysis
 from analysis.words import natural, tally
@@ -254,3 +254,24 @@ def test_an_oracle_is_drawn_and_listed_and_nobodys_choice(tmp_path: Path) -> Non
     facts = Facts(with_answers(results.finished, results.images), results.images)
     assert "back_tracking" in facts.series
     assert facts.comparisons and all(one.rows["variant"].iloc[0] == "tome" for one in facts.comparisons)
+    assert "back_tracking" not in set(facts.front["variant"]) and "back_tracking" not in pareto.shown(facts)
+    assert "(an oracle)" in pareto.PLOT.caption(facts, Scene({}, ""))
+
+
+def test_a_series_wholly_below_the_axis_has_no_panel_of_its_own_and_is_named_in_words(tmp_path: Path) -> None:
+    maker = Maker(images=200)
+    for i in range(12):
+        for keep in (0.4, 0.6, 0.8):
+            maker.add("s", f"series {i}", reducer=[{"name": "topk"}], blocks=[3], keep=keep, accuracy=0.8 + 0.01 * (i % 2))
+    maker.add("s", "broken", reducer=[{"name": "hvt_pool"}], blocks=[3], keep=0.5, accuracy=0.05)
+    facts = Facts(read_results(maker.save(tmp_path)).finished)
+    assert "broken" not in labels.seen(facts) and len(labels.seen(facts)) == 12
+    assert "Below the axis: broken" in labels.below(facts)
+
+
+def test_what_leaves_no_patch_has_no_curve_of_coverage_and_the_caption_says_so() -> None:
+    rows = pd.DataFrame(
+        {"variant": ["topk", "none"], "dense": False, "coverage": [0.7, 0.0], "tokens": [[65, 30], [65, 1]]}
+    )
+    assert coverage.series(rows) == ["topk"]
+    assert "Not here, because no patch leaves its last block: none." in coverage.caption(rows)
