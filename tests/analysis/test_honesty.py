@@ -259,14 +259,19 @@ def test_an_oracle_is_drawn_and_listed_and_nobodys_choice(tmp_path: Path) -> Non
 
 
 def test_a_series_wholly_below_the_axis_has_no_panel_of_its_own_and_is_named_in_words(tmp_path: Path) -> None:
-    maker = Maker(images=200)
+    maker, tops = Maker(images=20), {0.4: 0.80, 0.6: 0.82, 0.8: 0.84}
     for i in range(12):
-        for keep in (0.4, 0.6, 0.8):
-            maker.add("s", f"series {i}", reducer=[{"name": "topk"}], blocks=[3], keep=keep, accuracy=0.8 + 0.01 * (i % 2))
-    maker.add("s", "broken", reducer=[{"name": "hvt_pool"}], blocks=[3], keep=0.5, accuracy=0.05)
-    facts = Facts(read_results(maker.save(tmp_path)).finished)
+        for keep in tops:
+            maker.add("s", f"series {i}", reducer=[{"name": "topk"}], blocks=[3], keep=keep, accuracy=0.5, x=keep)
+    maker.add("s", "broken", reducer=[{"name": "hvt_pool"}], blocks=[3], keep=0.5, accuracy=0.5)
+    trials = read_results(maker.save(tmp_path)).finished
+    facts = Facts(
+        trials.assign(
+            top1=[0.05 if v == "broken" else tops[x] for v, x in zip(trials["variant"], trials["x"], strict=True)]
+        )
+    )
     assert "broken" not in labels.seen(facts) and len(labels.seen(facts)) == 12
-    assert "Below the axis: broken" in labels.below(facts)
+    assert "Below the axis: broken (down to 5.0 %)" in labels.below(facts)
 
 
 def test_what_leaves_no_patch_has_no_curve_of_coverage_and_the_caption_says_so() -> None:
