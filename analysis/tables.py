@@ -262,7 +262,8 @@ def write(
     note: str,
 ) -> list[Path]:
     """Write a spec's tables: <name>.md and .tex with both parts apart, <name>.csv with our numbers only, and
-    <name>_published.csv where there are published ones. Returns what was written."""
+    <name>_published.csv where there are published ones. Returns what was written.
+    """
     shown, printed = display(ours), display_published(published)
     heading = ". ".join(subtitle.split("\n"))
     missed = spoken_reasons(ours)

@@ -122,7 +122,8 @@ class Placement:
 
     def __or__(self, other: Placement) -> Placement:
         """Both placements; where they share a block,
-        this one's reducer acts first and the other's on what it leaves."""
+        this one's reducer acts first and the other's on what it leaves.
+        """
         return Placement(parts=self.parts + other.parts)
 
     def resolve(self, depth: int, first: int = 0) -> Placement:

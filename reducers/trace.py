@@ -34,7 +34,8 @@ class Trace:
 
     def kept(self, block: int) -> Tensor:
         """(B, N0) bool:
-        the patch still has a row of its own after the block (of a merged group its heaviest member)."""
+        the patch still has a row of its own after the block (of a merged group its heaviest member).
+        """
         return self._kept[block]
 
     def class_kept(self, block: int) -> Tensor:

@@ -78,7 +78,8 @@ class RowIndex:
 
     def save(self, *, alone: bool = False) -> None:
         """Append what was read since the last time. ``alone``: no one else writes here,
-        so many segments may be joined."""
+        so many segments may be joined.
+        """
         if self._table is None or not (self._unsaved or alone):
             return
         with suppress(OSError):  # somebody else's folder, or no space: the next reader reads again

@@ -131,7 +131,8 @@ def render(split: Split, index: int, *, seed: int = 0, max_clutter: int = MAX_CL
 
 def mask_patches(mask: np.ndarray, patch: int) -> np.ndarray:
     """Which patches hold at least one pixel of the digit: (..., S, S) bool -> (..., (S / patch)^2) bool,
-    raster order."""
+    raster order.
+    """
     *batch, height, width = mask.shape
     grid = mask.reshape(*batch, height // patch, patch, width // patch, patch)
     return grid.any(axis=(-3, -1)).reshape(*batch, -1)

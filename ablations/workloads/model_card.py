@@ -1,5 +1,6 @@
 """The model card beside the shipped weights: recipe, training curve,
-and whether token choice matters to these models."""
+and whether token choice matters to these models.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ Lookup = Literal["inverse", "nearest"]
 
 def significance(scores: Tensor, valid: Tensor) -> Tensor:
     """Scores as a distribution over the candidates, float32 or wider;
-    all-zero scores mean that all are alike. (B, N)"""
+    all-zero scores mean that all are alike. (B, N)
+    """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~valid, 0)
     total = scores.sum(dim=1, keepdim=True)
     even = valid.to(scores.dtype) / valid.sum(dim=1, keepdim=True).clamp(min=1)

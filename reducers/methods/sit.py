@@ -44,7 +44,8 @@ class Slimming(Pooler):
 
 class Expansion(Slimming):
     """The reverse, for training alone: every original patch as a mix of the tokens that are left,
-    then a linear layer."""
+    then a linear layer.
+    """
 
     def __init__(self, width: int, count: int) -> None:
         super().__init__(width, count)

@@ -130,7 +130,8 @@ class PackedAttention:
 
     def map(self) -> Tensor:
         """The whole attention map (B, H, L, K) over the keys, after the softmax, at least float32;
-        padded places are 0."""
+        padded places are 0.
+        """
         if self._given is not None:
             return self._given
         layout, keys, wide = self.layout, self.keys_layout, torch.promote_types(self.x.dtype, torch.float32)

@@ -167,7 +167,8 @@ def _image_by_image(
     dropout: float,
 ) -> Tensor:
     """On a CPU a call for each image costs less than padding would: nothing is copied,
-    nothing is multiplied in vain."""
+    nothing is multiplied in vain.
+    """
     plain = dropout == 0 and not torch.is_grad_enabled() and q.dtype in (torch.float32, torch.float64)
     by_head = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, d)
     counts = queries.counts, keys.counts, keys.counts
