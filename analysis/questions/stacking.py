@@ -96,8 +96,9 @@ def _short(facts: Facts) -> str | None:
     base, pairs = facts.base, facts.versus
     if base is None or not pairs:
         return None
-    moved = {one.paired.difference: spoken(one.name) for one in pairs if one.told_apart}
-    up, down = [value for value in moved if value > 0], [value for value in moved if value < 0]
+    moved = [one for one in pairs if one.told_apart]
+    up = [one.paired.difference for one in moved if one.paired.difference > 0]
+    down = [one.paired.difference for one in moved if one.paired.difference < 0]
     if not moved and max(one.bounds[1] - one.bounds[0] for one in pairs) > 2 * OPEN:
         most = max(max(abs(bound) for bound in one.bounds) for one in pairs)
         return (
@@ -112,8 +113,9 @@ def _short(facts: Facts) -> str | None:
         )
     word = _pays(len(up), len(down), len(pairs))
     if not down:
+        most_gained = spoken(max(moved, key=lambda one: one.paired.difference).name)
         return brief(
-            f"Stacking on {base} {word}: {len(up)} of {len(pairs)} gain clearly at equal cost, {moved[max(up)]} "
+            f"Stacking on {base} {word}: {len(up)} of {len(pairs)} gain clearly at equal cost, {most_gained} "
             f"most, {points(max(up), sign=True)}.",
             f"Stacking on {base}: {len(up)} of {len(pairs)} gain clearly at equal cost, at most "
             f"{points(max(up), sign=True)}.",
