@@ -160,15 +160,17 @@ class ReducedViT(nn.Module):
         logits: Tensor = self._run(images, None)
         return logits
 
-    def trace(self, images: Tensor, shared: Shared | None = None) -> tuple[Tensor, Trace]:
+    def trace(self, images: Tensor, shared: Shared | None = None, *, pooled: bool = False) -> tuple[Tensor, Trace]:
         """The logits (B, classes), or of a model without a head the pooled embedding, and a trace of every image's
         tokens and cost.
 
-        ``shared``: what other placements on the same images have computed of the blocks before ``first_block``.
+        ``shared``: what other placements on the same images have computed of the blocks before ``first_block``;
+        ``pooled``: the embedding of ``features``, (B, D), in place of the logits. The cost is that of the whole model.
         """
         tracer = Tracer()
-        logits = self._run(images, tracer, shared)
-        return logits, tracer.finish()
+        host, batch = self._through(images, tracer, shared)
+        answer = host.pooled(batch) if pooled else host.classify(batch)
+        return answer, tracer.finish()
 
     @torch.no_grad()
     def cost(self, images: Tensor, shared: Shared | None = None) -> Tensor:
