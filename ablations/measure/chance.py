@@ -57,15 +57,17 @@ def chance_of(dense: DensePredictions, workload: Workload) -> Chance:
     """
     classes = workload.classes
     labels = np.bincount(workload.labels, minlength=classes) / len(workload)
-    answers = np.bincount(dense.prediction, minlength=classes)[:classes] / len(workload)
+    answers = np.bincount(dense.reference["prediction"], minlength=classes)[:classes] / len(workload)
     expected = float(labels @ answers) if labels.max() < 1 else 0.0
-    correct = int(dense.correct.sum())
+    correct = int(dense.reference["correct"].sum())
     low, high = wilson(correct, len(workload))
     return Chance(correct, len(workload), classes, max(expected, 1 / classes), low, high)
 
 
 def warn_at_chance(name: str, weights: str, dense: DensePredictions, workload: Workload) -> None:
-    """Say loudly that a plain model knows nothing of these images."""
+    """Say loudly that a plain model knows nothing of these images; nothing where it was not asked for classes."""
+    if not dense.classifies:
+        return
     found = chance_of(dense, workload)
     if not found.at_chance:
         return

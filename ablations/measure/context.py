@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ablations.measure.failures import halving
 from ablations.measure.metrics import GIGA, finite, patch_masks
 from ablations.measure.profile import Profile
-from ablations.models.answers import logits_of
+from ablations.tasks import Task, task_of
 from ablations.trial.code import code_of
-from ablations.trial.trial import ModelFacts, Trial, TrialError
+from ablations.trial.trial import CLASSIFY, ModelFacts, Trial, TrialError
 from ablations.workloads.base import Workload
 from ablations.workloads.reading import ImageSource
 from reducers import Placement, Shared, reduce_tokens
@@ -35,17 +35,29 @@ def _unwatched() -> None:
     """What nobody watches over need not say that it lives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DensePredictions:
-    """What the plain timm model says of every image, and what it costs."""
+    """What is kept of the plain model's answer to every image, and what it costs."""
 
-    prediction: np.ndarray  # (n,) int64
-    correct: np.ndarray  # (n,) bool
+    reference: Mapping[str, np.ndarray]  # (n, …), by the names in the task's ``kept``
     gmacs: float  # billions of multiply-adds per image
+
+    def of(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The reference of the images ``start`` … ``stop - 1``."""
+        return {name: array[start:stop] for name, array in self.reference.items()}
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the plain model was asked for classes."""
+        return "prediction" in self.reference
 
     @property
     def top1(self) -> float:
-        return float(self.correct.mean())
+        """Its accuracy, where it was asked for classes."""
+        return float(self.reference["correct"].mean())
+
+    def __len__(self) -> int:
+        return len(next(iter(self.reference.values())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +69,7 @@ class TrialContext:
     facts: ModelFacts
     dense: DensePredictions  # of the evaluated images
     device: torch.device
+    task: Task = field(default_factory=lambda: task_of(CLASSIFY))  # what is asked of the model
     calibration: Workload | None = None  # the images that settings are sought on; none of them is evaluated
     probes: MutableMapping[Any, float] = field(default_factory=dict)  # (family, setting) -> mean GMACs there
     source: ImageSource = field(default_factory=ImageSource)  # where images come from: finetuning starts there
@@ -122,28 +135,35 @@ def use_exact_float32() -> None:
 
 
 @torch.inference_mode()
-def dense_predictions(model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> DensePredictions:
-    """Run the plain timm model over all images. Its cost is counted by the same rules as a reduced model's.
+def dense_predictions(
+    model: nn.Module, workload: Workload, *, batch: int, device: torch.device, task: Task | None = None
+) -> DensePredictions:
+    """Ask the plain model about all images (``task`` None: their classes). Its cost is counted by the same rules as a
+    reduced model's.
 
     Where the GPU's memory runs out, with half as many images at once, down to one.
     """
     use_exact_float32()
+    asked = task or task_of(CLASSIFY)
 
-    def predict(at_once: int) -> list[np.ndarray]:
-        return [
-            finite(logits_of(model(workload.batch(start, stop).to(device))), start).argmax(1).cpu().numpy()
-            for start, stop in spans(len(workload), at_once)
-        ]
+    def answer(start: int, stop: int) -> dict[str, np.ndarray]:
+        found = finite(asked.ask(model, workload.batch(start, stop).to(device)), start, what=asked.answers)
+        return asked.keep(found, labels=workload.labels[start:stop])
 
-    predictions = halving(predict, at_once=batch, what="the plain model is run")
+    found = halving(
+        lambda at_once: [answer(*span) for span in spans(len(workload), at_once)],
+        at_once=batch,
+        what="the plain model is run",
+    )
     _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
-    prediction = np.concatenate(predictions).astype(np.int64)
-    return DensePredictions(prediction, prediction == workload.labels, float(trace.macs[0]) / GIGA)
+    reference = {name: np.concatenate([each[name] for each in found]) for name in asked.kept}
+    return DensePredictions(reference, float(trace.macs[0]) / GIGA)
 
 
 def check_inputs(trial: Trial, context: TrialContext) -> None:
     """The context must hold what the trial was planned with: a key names its inputs."""
     inputs = [
+        ("task", trial.task, context.task.name),
         ("data", trial.data_digest, context.workload.digest),
         ("weights", trial.weights_digest, context.facts.weights_digest),
         ("code", trial.code, code_of(trial) if trial.code else ""),

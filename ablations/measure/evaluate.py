@@ -153,12 +153,13 @@ class _Run:
         context.beat()
         _set_random_state(self._random, context.device)
         with context.profile.measure("evaluation"):
-            logits, trace = self.fast.trace(images, shared=shared if self.shares else None)
-            logits = finite(logits, span[0])
+            answer, trace = context.task.trace(self.fast, images, shared if self.shares else None)
+            answer = finite(answer, span[0], what=context.task.answers)
         self._random = _random_state(context.device)
         with context.profile.measure("bookkeeping"):
-            labels = context.workload.labels[slice(*span)]
-            self._batches.append(batch_columns(logits, trace, labels=labels, depth=context.facts.depth))
+            labels, reference = context.workload.labels[slice(*span)], context.dense.of(*span)
+            own = context.task.columns(answer, labels=labels, reference=reference)
+            self._batches.append({**own, **batch_columns(trace, depth=context.facts.depth)})
 
     def result(self, context: TrialContext) -> TrialResult:
         """The finished result."""
@@ -166,13 +167,14 @@ class _Run:
         images = image_columns(
             self._batches,
             ids=workload.ids,
-            dense_correct=dense.correct,
             objects=context.object_patches,
             clutter=workload.clutter,
         )
         row = {
             **base_row(self.trial, context.facts, self.solution),
-            **summary(images, dense_prediction=dense.prediction),
+            **context.task.metrics(images),
+            **context.task.of_plain(dense.reference),
+            **summary(images),
         }
         if self.tuned is not None:
             row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
@@ -185,7 +187,6 @@ class _Run:
         row.update(
             status="ok",
             dense_gmacs=dense.gmacs,
-            dense_top1=dense.top1,
             shared_prefix=self.shares,
             evaluated_batch=self.at_once,
             attempts=self.attempts,

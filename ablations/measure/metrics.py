@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from ablations.records.wilson import wilson
 from ablations.trial.trial import TrialError
 from reducers.trace import Trace
 
@@ -27,31 +25,29 @@ def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return cells.any(axis=(2, 4)).reshape(images, rows * columns)
 
 
-def finite(logits: Tensor, start: int) -> Tensor:
-    """The logits, or an error that names the first image whose are not finite; ``start`` is where the batch begins."""
-    bad = ~torch.isfinite(logits).all(dim=1)
+def finite(answers: Tensor, start: int, *, what: str) -> Tensor:
+    """The answers (B, …), or an error that names the first image whose are not finite; ``start`` is where the batch
+    begins, ``what`` their name in the plural.
+    """
+    bad = ~torch.isfinite(answers.flatten(1)).all(dim=1)
     if bool(bad.any()):
         first = start + int(bad.nonzero()[0])
         raise TrialError(
-            f"the logits of {int(bad.sum())} of {len(logits)} images are not finite (first: image {first}); "
+            f"the {what} of {int(bad.sum())} of {len(answers)} images are not finite (first: image {first}); "
             "check the weights, and whether the placement leaves any token for these images"
         )
-    return logits
+    return answers
 
 
-def batch_columns(logits: Tensor, trace: Trace, *, labels: np.ndarray, depth: int) -> dict[str, np.ndarray]:
-    """One entry per image of the batch in every column; names with a leading underscore are for the summary alone."""
-    truth = torch.from_numpy(np.array(labels)).to(logits.device)
+def batch_columns(trace: Trace, *, depth: int) -> dict[str, np.ndarray]:
+    """What a trace says of the images of a batch, whatever was asked; names with a leading underscore are for the
+    summary alone.
+    """
     kept = torch.stack([trace.kept(block) for block in range(depth)], dim=1)  # (B, depth, N0)
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     columns = {
-        "label": truth,
-        "prediction": logits.argmax(1),
-        "loss": cross_entropy(logits, truth, reduction="none"),
         "gmacs": trace.macs / GIGA,
         "tokens": trace.tokens,
         "class_kept": trace.class_kept(depth - 1),
-        "_top5": (best == truth[:, None]).any(1),
         "_reference": trace.reference_macs / GIGA,
         "_reducer": trace.reducer_macs / GIGA,
         "_kept_last": kept[:, -1],
@@ -65,11 +61,10 @@ def image_columns(
     batches: Sequence[Mapping[str, np.ndarray]],
     *,
     ids: Sequence[str],
-    dense_correct: np.ndarray,
     objects: np.ndarray | None,
     clutter: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The batches joined, with what follows from the predictions and the surviving patches.
+    """The batches joined, with what follows from the surviving patches.
 
     ``objects`` (n, N0) bool are the patches of each image's object, where known.
     """
@@ -82,26 +77,17 @@ def image_columns(
     return {
         "image": list(ids),
         **columns,
-        "correct": columns["prediction"] == columns["label"],
-        "dense_correct": dense_correct,
         "kept": [[block.tobytes() for block in image] for image in bits],
         "coverage": coverage,
         "clutter": None if clutter is None else np.asarray(clutter).tolist(),
     }
 
 
-def summary(images: Mapping[str, Any], *, dense_prediction: np.ndarray) -> dict[str, Any]:
-    """The metrics of the row. Means are over images; ``top1_low`` and ``top1_high`` are the 95 % Wilson interval."""
-    correct: np.ndarray = images["correct"]
+def summary(images: Mapping[str, Any]) -> dict[str, Any]:
+    """What the row says of cost and tokens, whatever was asked: means over images, and their spread."""
     tokens: np.ndarray = images["tokens"]
-    low, high = wilson(int(correct.sum()), len(correct))
     coverage = images["coverage"]
     return {
-        "top1": float(correct.mean()),
-        "top1_low": low,
-        "top1_high": high,
-        "top5": float(images["_top5"].mean()),
-        "agreement": float((images["prediction"] == dense_prediction).mean()),
         "gmacs_mean": float(images["gmacs"].mean()),
         "gmacs_std": float(images["gmacs"].std()),
         "reference_gmacs_mean": float(images["_reference"].mean()),

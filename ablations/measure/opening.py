@@ -16,9 +16,10 @@ from ablations.measure.context import DensePredictions, TrialContext, dense_pred
 from ablations.measure.probes import Probes
 from ablations.measure.profile import Profile
 from ablations.records.files import atomic
+from ablations.tasks import Task, task_of
 from ablations.trial.code import runtime_code
 from ablations.trial.target import Target
-from ablations.trial.trial import RESULT_VERSION, ModelFacts
+from ablations.trial.trial import CLASSIFY, RESULT_VERSION, ModelFacts
 from ablations.workloads import ImageSource, LoadedModel, Workload, open_images, open_model, split_calibration
 from reducers import Placement, reduce_tokens
 
@@ -37,6 +38,11 @@ class Subject:
     calibration: Workload | None  # others, on which settings are sought
     target: Target
 
+    @property
+    def task(self) -> Task:
+        """What is asked of the model."""
+        return task_of(self.target.task)
+
 
 def open_subject(
     source: ImageSource,
@@ -46,11 +52,12 @@ def open_subject(
     cache: Path | None = None,
     batch: int | None = None,
     calibrated: bool = True,
+    task: str = CLASSIFY,
 ) -> Subject:
     """One model with its weights, and the images as it reads them.
 
-    ``cache`` is the folder that keeps decoded images. Without ``calibrated`` every image is evaluated, and no setting
-    can be sought.
+    ``task`` is what will be asked of the model: see ``ablations.tasks``. ``cache`` is the folder that keeps decoded
+    images. Without ``calibrated`` every image is evaluated, and no setting can be sought.
     """
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
@@ -60,7 +67,7 @@ def open_subject(
     loaded = open_model(model, weights=weights, workload_name=source.name, classes=images.classes)
     facts = facts_of(model, loaded)
     calibration, evaluated = split_calibration(images) if calibrated else (None, images)
-    target = target_of(facts, evaluated, calibration, batch=batch or default_batch(images))
+    target = target_of(facts, evaluated, calibration, batch=batch or default_batch(images), task=task)
     return Subject(source, loaded, weights, facts, evaluated, calibration, target)
 
 
@@ -71,10 +78,12 @@ def facts_of(name: str, loaded: LoadedModel) -> ModelFacts:
     return model_facts(loaded.model, name=name, weights=loaded.weights, digest=loaded.digest, params_m=loaded.params_m)
 
 
-def target_of(facts: ModelFacts, evaluated: Workload, calibration: Workload | None, *, batch: int) -> Target:
+def target_of(
+    facts: ModelFacts, evaluated: Workload, calibration: Workload | None, *, batch: int, task: str = CLASSIFY
+) -> Target:
     """What trials on these images have in common."""
     digest = "" if calibration is None else calibration.digest
-    return Target(facts, evaluated.name, evaluated.digest, len(evaluated), batch, digest)
+    return Target(facts, evaluated.name, evaluated.digest, len(evaluated), batch, digest, task)
 
 
 def default_batch(workload: Workload) -> int:
@@ -98,9 +107,12 @@ def open_context(
         dense = known_dense(subject, cache)
         if dense is None:
             log.info("running the plain %s on %d images", facts.name, len(subject.workload))
-            dense = dense_predictions(loaded.model, subject.workload, batch=subject.target.batch, device=device)
+            dense = dense_predictions(
+                loaded.model, subject.workload, batch=subject.target.batch, device=device, task=subject.task
+            )
             keep_dense(dense_file(subject, cache), dense)
-    log.info("%s, not reduced: top-1 %.1f %% at %.3f GMACs", facts.name, 100 * dense.top1, dense.gmacs)
+    told = subject.task.plain_in_words(dense.reference)
+    log.info("%s, not reduced: %s at %.3f GMACs", facts.name, told, dense.gmacs)
     warn_at_chance(facts.name, facts.weights, dense, subject.workload)
     return TrialContext(
         subject.workload,
@@ -108,6 +120,7 @@ def open_context(
         facts,
         dense,
         device,
+        task=subject.task,
         calibration=subject.calibration,
         probes={} if subject.calibration is None else probes_of(facts, subject.calibration, device, cache),
         source=subject.source.located(),
@@ -127,24 +140,24 @@ def probes_of(facts: ModelFacts, calibration: Workload, device: torch.device, ca
 
 def known_dense(subject: Subject, cache: Path) -> DensePredictions | None:
     """What the plain model says of the images, as far as this run or an earlier one has asked it."""
-    found = read_dense(dense_file(subject, cache))
-    return found if found is not None and len(found.prediction) == len(subject.workload) else None
+    found = read_dense(dense_file(subject, cache), subject.task)
+    return found if found is not None and len(found) == len(subject.workload) else None
 
 
 def dense_file(subject: Subject, cache: Path) -> Path:
     """Where what the plain model says of these images is kept."""
     identity = [
-        RESULT_VERSION, runtime_code(), subject.facts.name, subject.facts.weights_digest, subject.workload.digest,
-        subject.target.batch,
+        RESULT_VERSION, runtime_code(subject.task.name), subject.facts.name, subject.facts.weights_digest,
+        subject.workload.digest, subject.target.batch,
     ]  # fmt: skip
     return cache / f"dense-{short_digest(identity)}.npz"
 
 
-def read_dense(path: Path) -> DensePredictions | None:
-    """Predictions of the plain model that were kept, or None where there are none that can be read."""
+def read_dense(path: Path, task: Task) -> DensePredictions | None:
+    """Answers of the plain model that were kept, or None where there are none that can be read."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return DensePredictions(arrays["prediction"], arrays["correct"], float(arrays["gmacs"]))
+            return DensePredictions({name: arrays[name] for name in task.kept}, float(arrays["gmacs"]))
     except FileNotFoundError:
         return None
     except Exception as error:  # noqa: BLE001  # a damaged archive can make its readers raise nearly anything
@@ -153,9 +166,9 @@ def read_dense(path: Path) -> DensePredictions | None:
 
 
 def keep_dense(path: Path, dense: DensePredictions) -> None:
-    """Keep predictions of the plain model for later runs and for workers."""
+    """Keep answers of the plain model for later runs and for workers."""
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, prediction=dense.prediction, correct=dense.correct, gmacs=np.float64(dense.gmacs))
+        np.savez(file, gmacs=np.float64(dense.gmacs), **dense.reference)  # type: ignore[arg-type]  # arrays by name
 
 
 def short_digest(identity: object) -> str:

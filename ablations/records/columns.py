@@ -35,10 +35,11 @@ ROW: dict[str, Kind] = {
     "dense_images_per_second": _REAL, "speedup": _REAL, "speedup_low": _REAL, "speedup_high": _REAL,
     "measured_batch": _WHOLE, "peak_memory_mb": _REAL, "shared_prefix": _FLAG, "seconds": _REAL, "device": _TEXT,
     "versions": _TEXT, "data_digest": _TEXT, "weights_digest": _TEXT, "dense_top1": _REAL, "created": _TEXT,
-    "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT,
+    "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT, "task": _TEXT,
 }  # fmt: skip
 """The columns of ``results.parquet``. ``evaluated_batch``: images at a time as it was evaluated, fewer than ``batch``
-where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of.
+where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of; ``task``:
+what was asked of the model (null: ``classify``, in rows of the time before there were others).
 """
 
 IMAGE: dict[str, Kind] = {

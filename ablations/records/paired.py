@@ -21,13 +21,24 @@ def mcnemar(first_only: int, second_only: int) -> tuple[float, float]:
     p is of the exact (binomial) test; mid-p (Fagerland, Lydersen and Laake, 2013) is less conservative. Both are exact
     until the last division, whatever the numbers.
     """
-    count, less = first_only + second_only, min(first_only, second_only)
-    tail, ways = 0, 1  # of the draws of `count` fair coins: those with at most so many heads, those with just so many
-    for heads in range(less):
-        tail += ways
-        ways = ways * (count - heads) // (heads + 1)
-    draws = 1 << count
+    tail, ways = _tails(first_only + second_only, min(first_only, second_only))
+    draws = 1 << first_only + second_only
     return min(1.0, 2 * (tail + ways) / draws), min(1.0, (2 * tail + ways) / draws)
+
+
+def mcnemar_greater(first_only: int, second_only: int) -> float:
+    """The exact test one-sided: how often fair coins would give the first as many of the disagreements, or more."""
+    tail, ways = _tails(first_only + second_only, second_only)
+    return (tail + ways) / (1 << first_only + second_only)
+
+
+def _tails(count: int, heads: int) -> tuple[int, int]:
+    """Of the draws of ``count`` fair coins: those with fewer heads than so many, and those with just so many."""
+    tail, ways = 0, 1
+    for fewer in range(heads):
+        tail += ways
+        ways = ways * (count - fewer) // (fewer + 1)
+    return tail, ways
 
 
 def bonett_price(first_only: int, second_only: int, images: int, *, z: float = Z95) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from ablations.models.loading import RANDOM, located_weights
 from ablations.models.weight_files import ModelError, read_weights
 from ablations.records.files import atomic, write_json
 from ablations.run.session import Session
+from ablations.tasks import task_of
 from ablations.trial.trial import ModelFacts
 from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, open_model
 
@@ -61,12 +62,13 @@ def make_context(
 def save_context(session: Session, model: str) -> Path:
     """Write what a worker needs to open the context of one of the session's models; the path to hand it.
 
-    The plain model's predictions are a file of their own, which ``dense_file_of`` names.
+    The plain model's predictions are a file of their own, which ``missing_dense`` names.
     """
     subject, cache = session.subjects[model], session.store.cache
     assert subject.calibration is not None, "a run seeks settings"
     facts = subject.facts
-    path = cache / f"context-{short_digest([facts.name, facts.weights_digest, subject.workload.digest])}.json"
+    identity = [facts.name, facts.weights_digest, subject.workload.digest, subject.task.name]
+    path = cache / f"context-{short_digest(identity)}.json"
     description = {
         "workload": _save_workload(subject.workload, cache),
         "calibration": _save_workload(subject.calibration, cache),
@@ -74,6 +76,7 @@ def save_context(session: Session, model: str) -> Path:
         "cache": str(cache),
         "dense": str(dense_file(subject, cache)),
         "batch": subject.target.batch,
+        "task": subject.task.name,
         "weights": _save_weights(subject, cache),
         "facts": dataclasses.asdict(facts),
     }
@@ -81,9 +84,11 @@ def save_context(session: Session, model: str) -> Path:
     return path
 
 
-def dense_file_of(path: Path) -> Path:
-    """Where a saved context expects what the plain model says of its images."""
-    return Path(json.loads(path.read_text(encoding="utf-8"))["dense"])
+def missing_dense(path: Path) -> Path | None:
+    """Where a saved context expects what the plain model says of its images, as long as that is not known."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    file = Path(saved["dense"])
+    return file if read_dense(file, task_of(saved["task"])) is None else None
 
 
 def find_dense(path: Path, device: torch.device, *, locate: Locate = Path) -> DensePredictions:
@@ -91,7 +96,7 @@ def find_dense(path: Path, device: torch.device, *, locate: Locate = Path) -> De
     saved = json.loads(locate(path).read_text(encoding="utf-8"))
     workload = _load_workload(saved["workload"], locate)
     model = _load_model(saved, workload, locate).model.to(device)
-    return dense_predictions(model, workload, batch=saved["batch"], device=device)
+    return dense_predictions(model, workload, batch=saved["batch"], device=device, task=task_of(saved["task"]))
 
 
 def context_files(path: Path) -> list[Path]:
@@ -120,8 +125,9 @@ def load_context(
     facts = ModelFacts(**{**saved["facts"], "grid": tuple(saved["facts"]["grid"])})
     workload, calibration = (_load_workload(saved[name], locate) for name in ("workload", "calibration"))
     loaded = _load_model(saved, workload, locate)
-    dense = read_dense(locate(Path(saved["dense"])))
-    if dense is None or len(dense.prediction) != len(workload):
+    task = task_of(saved["task"])
+    dense = read_dense(locate(Path(saved["dense"])), task)
+    if dense is None or len(dense) != len(workload):
         raise OSError(f"the plain model's predictions are not in {saved['dense']}; run the same command again")
     facts = dataclasses.replace(facts, weights_digest=loaded.digest)  # a file that changed meanwhile must be noticed
     cache = cache or Path(saved["cache"])
@@ -131,6 +137,7 @@ def load_context(
         facts,
         dense,
         device,
+        task=task,
         calibration=calibration,
         probes=probes_of(facts, calibration, device, cache),
         source=_source(saved),

@@ -132,7 +132,7 @@ def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
         "width": facts.width,
         "grid": list(facts.grid),
         "data_digest": subject.target.data_digest,
-        "plain": None if dense is None else chance_of(dense, subject.workload).as_data(),
+        "plain": None if dense is None or not dense.classifies else chance_of(dense, subject.workload).as_data(),
     }
 
 

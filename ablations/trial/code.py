@@ -1,12 +1,13 @@
 """Which code a trial's numbers depend on, as a digest that stands in its key.
 
-A trial uses a part of the project: the evaluation, the methods it places, and where it has them the calibration, the
-training and the timing. Each part is what is reached from its roots, definition by definition: a definition is a
-statement at the top of a module, and it uses what it names, wherever that is defined. What the reached definitions say
-is put into one text each, and the digest is over the set of these texts. No text holds the name of a module, a comment,
-a docstring, an annotation, a message, a log line or an import, so that rewording, moving, renaming and splitting files
-leave results valid, and another constant, rule, default or decorator does not. A name is digested as what it stands
-for: ``F.linear`` and ``linear`` are one, and importing ``ceil`` in place of ``floor`` under the same name is a change.
+A trial uses a part of the project: the evaluation, its task, the methods it places, and where it has them the
+calibration, the training and the timing. Each part is what is reached from its roots, definition by definition: a
+definition is a statement at the top of a module, and it uses what it names, wherever that is defined. What the reached
+definitions say is put into one text each, and the digest is over the set of these texts. No text holds the name of a
+module, a comment, a docstring, an annotation, a message, a log line or an import, so that rewording, moving, renaming
+and splitting files leave results valid, and another constant, rule, default or decorator does not. A name is digested
+as what it stands for: ``F.linear`` and ``linear`` are one, and importing ``ceil`` in place of ``floor`` under the same
+name is a change.
 
 An annotation is not digested, yet the classes it names are followed: objects that were made elsewhere come in as
 arguments. What runs when a module is imported belongs to every definition of that module.
@@ -69,11 +70,14 @@ UNDIGESTED = {
 }
 """By workload: what is drawn beside the pixels and labels that the data digest covers (masks, clutter)."""
 
+TASKS = "ablations.tasks"  # here each task is a module, which is looked up by its name
+
 CLOSED = frozenset(
     {
         *(f"ablations.records.{name}" for name in (
             "columns", "files", "locks", "names", "paired", "parquet", "schema", "storage", "streams",
         )),
+        "ablations.tasks:task_of", "ablations.tasks:tasks",
         "ablations.store", "ablations.run", "ablations.spec", "ablations.cli",
         "ablations.catalogue", "ablations.system", "ablations.streams", "ablations.words",
         "ablations.trial.trial", "ablations.trial.code", "ablations.trial.code_sources", "ablations.trial.code_text",
@@ -96,12 +100,17 @@ REGISTRY = "reducers.registry"  # which knows a user's own methods
 def code_of(trial: Trial) -> str:
     """The code a trial uses as it is now: ``evaluation=3f9c… calibration=0ab1…``, one part for each step it has."""
     calibrated = trial.target is not None or bool(trial.calibration)
-    return _code(trial.stages, calibrated, trial.training, bool(trial.measure), trial.workload)
+    return _code(trial.stages, calibrated, trial.training, bool(trial.measure), trial.workload, trial.task)
 
 
-def runtime_code() -> str:
-    """The code that evaluates a model without reduction: every trial depends on it."""
-    return _part("evaluation", frozenset(), ())
+def runtime_code(task: str) -> str:
+    """The code that asks a model without reduction: every trial of the task depends on it."""
+    return _part("evaluation", frozenset(), (f"{TASKS}.{task}",))
+
+
+def is_task(name: str) -> bool:
+    """Whether this version knows a task of that name."""
+    return name.isidentifier() and _sources().file(f"{TASKS}.{name}") is not None
 
 
 def training_code(stages: Stages) -> str:
@@ -122,8 +131,9 @@ def read_again() -> None:
 
 
 @lru_cache(maxsize=65536)
-def _code(stages: Stages, calibrated: bool, training: Training, timed: bool, workload: str) -> str:
-    parts = {"evaluation": _part("evaluation", _names(stages), UNDIGESTED.get(workload, ()))}
+def _code(stages: Stages, calibrated: bool, training: Training, timed: bool, workload: str, task: str) -> str:
+    beside = (*UNDIGESTED.get(workload, ()), f"{TASKS}.{task}")
+    parts = {"evaluation": _part("evaluation", _names(stages), beside)}
     if calibrated:
         parts["calibration"] = _part("calibration", frozenset(), ())
     if training:
@@ -175,4 +185,4 @@ def _folders() -> dict[str, Path]:
     return {name: Path(spec.origin).parent for name, spec in found.items() if spec is not None and spec.origin}
 
 
-__all__ = ["changed_parts", "code_of", "read_again", "runtime_code", "training_code"]
+__all__ = ["changed_parts", "code_of", "is_task", "read_again", "runtime_code", "training_code"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from ablations.trial.code import changed_parts, code_of
-from ablations.trial.trial import RESULT_VERSION, Trial, TrialError, trial_from
+from ablations.trial.code import changed_parts, code_of, is_task
+from ablations.trial.trial import CLASSIFY, RESULT_VERSION, Trial, TrialError, trial_from
 
 UNTOLD = "written before results said which code they come from"
 _CODE = "another version of the code"
@@ -52,6 +52,8 @@ def changed_code(trial: Trial | None) -> str:
     """What changed in the code that the trial was computed with: "evaluation, timing"; "" for nothing."""
     if trial is None or not trial.code:
         return UNTOLD
+    if not is_task(trial.task):
+        return f"no task {trial.task!r}"
     try:
         now = code_of(trial)
     except KeyError as error:  # a method that is no longer registered
@@ -103,6 +105,8 @@ def reason(trial: Trial | None, run: Mapping[str, Any]) -> tuple[str, str]:
     }
     if run.get("result_version") != RESULT_VERSION:
         return "another version of the results", "that version alone asks"
+    if trial.task != run.get("task", CLASSIFY):
+        return f"another task ({trial.task})", f"`--task {trial.task}` asks"
     about = models.get(trial.model)
     if about is None:
         return f"another model ({trial.model})", f"`--model {trial.model}` asks"

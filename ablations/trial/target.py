@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ablations.trial.trial import ModelFacts, Trial
+from ablations.trial.trial import CLASSIFY, ModelFacts, Trial
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Target:
     images: int
     batch: int
     calibration: str = ""  # digest of the images on which cost targets are met
+    task: str = CLASSIFY  # what is asked of the model
 
     def trial(self, *, calibrated: bool, batch: int | None = None, **fields: Any) -> Trial:
         """A trial on these; ``fields`` are those of its own. ``calibrated``: it, or its training, seeks a setting."""
@@ -30,5 +31,6 @@ class Target:
             images=self.images,
             batch=batch or self.batch,
             calibration=self.calibration if calibrated else "",
+            task=self.task,
             **fields,
         )

@@ -26,8 +26,11 @@ from ablations.trial.stages import OFF_THE_SHELF, Canonical, Stages, Training, c
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
 
+CLASSIFY = "classify"
+"""What is asked of a model where nothing else is said: the name of a task (``ablations.tasks``)."""
+
 _ADDED_LATER = {  # fields, and what says nothing
-    "target": None, "training": "", "measure": "", "calibration": "", "code": "",
+    "target": None, "training": "", "measure": "", "calibration": "", "code": "", "task": CLASSIFY,
 }  # fmt: skip
 
 
@@ -80,6 +83,7 @@ class Trial:
     measure: str = ""  # "speed": timed alone on its device
     calibration: str = ""  # digest of the images a target is met on
     code: str = ""  # digests of the code it uses (``code.code_of``)
+    task: str = CLASSIFY  # what is asked of the model
 
     @cached_property
     def key(self) -> str:
@@ -237,7 +241,7 @@ def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) 
         "target_note": solution.note or None if solution else None,
         "seconds": 0.0, "device": "", "versions": "{}",
         "data_digest": trial.data_digest, "weights_digest": trial.weights_digest,
-        "code": trial.code, "trial": trial.description,
+        "code": trial.code, "trial": trial.description, "task": trial.task,
         "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),  # the clock that tests set
     }  # fmt: skip
 

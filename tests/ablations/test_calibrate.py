@@ -33,7 +33,7 @@ ATS3 = "{at: 3, stack: [{name: ats, budget: {count: auto}}]}"
 def context_of(model: torch.nn.Module, name: str, workload: Workload, calibration: Workload) -> TrialContext:
     facts = model_facts(model, name=name, weights="file", digest="w", params_m=1.0)
     _, trace = reduce_tokens(model, Placement()).trace(workload.batch(0, 1))
-    dense = DensePredictions(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=bool), float(trace.macs[0]) / 1e9)
+    dense = DensePredictions({}, float(trace.macs[0]) / 1e9)
     return TrialContext(workload, model, facts, dense, torch.device("cpu"), calibration=calibration)
 
 
@@ -207,7 +207,7 @@ def test_where_the_gpu_holds_few_images_costs_are_the_same(embedded: TrialContex
     finally:
         hook.remove()
     true = dense_predictions(embedded.model, embedded.workload, batch=16, device=torch.device("cpu"))
-    assert (dense.prediction == true.prediction).all() and dense.gmacs == true.gmacs
+    assert (dense.reference["prediction"] == true.reference["prediction"]).all() and dense.gmacs == true.gmacs
 
 
 def test_labels_play_no_part(embedded: TrialContext) -> None:

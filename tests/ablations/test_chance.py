@@ -22,7 +22,8 @@ def asked(labels: np.ndarray, predictions: np.ndarray, classes: int) -> bool:
     count = len(labels)
     pixels, names = np.zeros((count, 1, 1, 1), dtype=np.uint8), tuple(map(str, range(count)))
     workload = Workload("w", pixels, labels, names, (0.0,), (1.0,), classes, "")
-    return chance_of(DensePredictions(predictions, predictions == labels, 1.0), workload).at_chance
+    dense = DensePredictions({"prediction": predictions, "correct": predictions == labels}, 1.0)
+    return chance_of(dense, workload).at_chance
 
 
 @pytest.mark.parametrize(("count", "classes"), [(80, 1000), (500, 1000), (50_000, 1000), (400, 10), (1000, 2)])

@@ -44,9 +44,9 @@ from ray import tune
 from ray.exceptions import RayError, RayTaskError
 
 from ablations.measure.context import versions
-from ablations.measure.opening import keep_dense, read_dense
+from ablations.measure.opening import keep_dense
 from ablations.measure.profile import Profile
-from ablations.run.contexts import context_files, dense_file_of
+from ablations.run.contexts import context_files, missing_dense
 from ablations.run.jobs import Computation, Job, schedule, timings
 from ablations.run.progress import RunProgress
 from ablations.run.ray.address import address
@@ -147,7 +147,7 @@ class _Run:
 
     def _find_dense(self, contexts: Iterable[Path]) -> None:
         """Have the plain model's predictions found by a node that computes, where they are not known yet."""
-        missing = {path: dense_file_of(path) for path in contexts if read_dense(dense_file_of(path)) is None}
+        missing = {path: file for path in contexts if (file := missing_dense(path)) is not None}
         share = self._cluster.share
         with self._shown.profile.measure("dense"), _token(self._store, self._about):
             task = ray.remote(run_plain_model).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
