@@ -15,14 +15,16 @@ from reducers.placement import Placement, at, every, parse_blocks, placement_fro
 from reducers.reducer import State, TokenReducer
 from reducers.registry import available, build, register
 from reducers.runtime import ReducedViT, Shared, reduce_tokens
+from reducers.schedule import Early, Exponential, Flat, Late, Linear, Listed, Schedule, parse_schedule
 from reducers.scores import SCORES
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
 from reducers.trace import Trace
 
 __all__ = [
-    "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Identity", "Keep", "Layout", "Merge", "Mix", "Placement",
-    "RandomDrop", "Ratio", "ReducedViT", "ReducerError", "SCORES", "Shared", "Stack", "State", "ToMe", "TokenBatch",
-    "TokenMap", "TokenReducer", "TopK", "Trace", "UnsupportedModel", "at", "available", "build", "every",
-    "parse_blocks", "parse_budget", "placement_from", "reduce_tokens", "register",
+    "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Early", "Exponential", "Flat", "Identity", "Keep", "Late",
+    "Layout", "Linear", "Listed", "Merge", "Mix", "Placement", "RandomDrop", "Ratio", "ReducedViT", "ReducerError",
+    "SCORES", "Schedule", "Shared", "Stack", "State", "ToMe", "TokenBatch", "TokenMap", "TokenReducer", "TopK", "Trace",
+    "UnsupportedModel", "at", "available", "build", "every", "parse_blocks", "parse_budget", "parse_schedule",
+    "placement_from", "reduce_tokens", "register",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ def rounded_share(whole: Any, numerator: int, denominator: int, rounding: Roundi
             return (2 * share + denominator) // (2 * denominator)
 
 
-def _fraction(text: str) -> Fraction:
+def exact_fraction(text: str) -> Fraction:
     """The exact value of a number as text; of one so long that its digits alone would fill the memory, ValueError."""
     exponent = _EXPONENT.search(text)
     if len(text) > _LONGEST or (exponent and len(exponent[1]) > _EXPONENT_DIGITS):
@@ -100,7 +100,7 @@ class Ratio(Budget):
         count_prefix: bool = False,
     ) -> None:
         try:
-            exact = _fraction(str(value)).limit_denominator(10**6)
+            exact = exact_fraction(str(value)).limit_denominator(10**6)
         except (ValueError, ZeroDivisionError) as error:
             raise ReducerError(f"Ratio({value!r}) is no number; give a share of the tokens in (0, 1]") from error
         if isinstance(value, bool) or not 0 < exact <= 1:

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from reducers.budget import exact_fraction
 from reducers.checks import finite_number, whole_number
 from reducers.errors import ReducerError
 from reducers.lazy import cached_property
 from reducers.reducer import TokenReducer
 from reducers.registry import build
+from reducers.schedule import Listed, Schedule, Scheduled, parse_schedule
 from reducers.stack import Stack
 
 _FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all", "every 2 from 1", {last: 0.75} or {thirds: true}'
-_LATER = re.compile(r"\s*every\s+(\d+)(?:\s+from\s+(\d+))?\s*")
+_LATER = re.compile(r"\s*every\s+(\d{1,4})(?:\s+from\s+(\d{1,4}))?\s*")
+_RANGE = re.compile(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?")  # no network has as many, and a range is written out
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,20 @@ class Thirds:
 
 Later = Onwards | Last | Thirds  # blocks that are known once the network is
 Where = tuple[int, ...] | Later
+Part = tuple[Where, TokenReducer | Scheduled]
 
 
 @dataclass(frozen=True, init=False)
 class Placement:
     """Block index -> reducer. Blocks count from 0.
 
-    Where some depend on a network that is still to come (``every`` without ``depth=``, shares of the blocks),
-    ``blocks`` cannot be told before ``resolve``; ``reduce_tokens`` does that.
+    Where some depend on a network that is still to come (``every`` without ``depth=``, shares of the blocks, the counts
+    of a schedule), ``blocks`` cannot be told before ``resolve``; ``reduce_tokens`` does that.
     """
 
-    parts: tuple[tuple[Where, TokenReducer], ...]  # as placed, first to last
+    parts: tuple[Part, ...]  # as placed, first to last
 
-    def __init__(
-        self, blocks: Mapping[int, TokenReducer] | None = None, *, parts: Iterable[tuple[Where, TokenReducer]] = ()
-    ) -> None:
+    def __init__(self, blocks: Mapping[int, TokenReducer] | None = None, *, parts: Iterable[Part] = ()) -> None:
         placed = [((block,), reducer) for block, reducer in (blocks or {}).items()]
         object.__setattr__(self, "parts", (*placed, *parts))
         if self.is_resolved:
@@ -103,8 +105,13 @@ class Placement:
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the blocks are known."""
-        return not any(isinstance(where, Later) for where, _ in self.parts)
+        """Whether the blocks are known, and what acts there."""
+        return not (any(isinstance(where, Later) for where, _ in self.parts) or self.is_scheduled)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a schedule waits for the number of patches."""
+        return any(isinstance(what, Scheduled) for _, what in self.parts)
 
     @cached_property
     def blocks(self) -> Mapping[int, TokenReducer]:
@@ -116,6 +123,12 @@ class Placement:
                     f"which blocks {where.spec()!r} means depends on the network: ask placement.resolve(depth), give "
                     "every() or placement_from() its depth=…, or ask a reduced model, fast.placement.blocks"
                 )
+            if isinstance(reducer, Scheduled):
+                raise ReducerError(
+                    f"what the schedule {reducer.schedule.spec()!r} leaves at a block depends on the number of patches:"
+                    " ask placement.resolve(depth, patches=…), give placement_from() its depth=… and patches=…, or ask "
+                    "a reduced model, fast.placement.blocks"
+                )
             for block in where:
                 joined[block] = Stack(joined[block], reducer) if block in joined else reducer
         return joined
@@ -126,21 +139,22 @@ class Placement:
         """
         return Placement(parts=self.parts + other.parts)
 
-    def resolve(self, depth: int, first: int = 0) -> Placement:
+    def resolve(self, depth: int, first: int = 0, *, patches: int | None = None) -> Placement:
         """The same in a network of ``depth`` blocks, all of them known; blocks outside it are refused.
 
         ``first``: the first block where the network lets a reducer act; shares are of the blocks from there on.
+        ``patches``: patch tokens that enter block 0; without it schedules still wait, over blocks that are known.
         """
         placement = self
         if not self.is_resolved:
-            known = ((w.within(depth, first) if isinstance(w, Later) else w, reducer) for w, reducer in self.parts)
-            placement = Placement(parts=known)
-        check_blocks(placement.blocks, depth)
+            known = [(w.within(depth, first) if isinstance(w, Later) else w, what) for w, what in self.parts]
+            placement = Placement(parts=known if patches is None else _acting(known, patches))
+        check_blocks((block for where, _ in placement.parts if isinstance(where, tuple) for block in where), depth)
         return placement
 
     def spec(self) -> list[dict[str, Any]]:
         """The placement as plain data: blocks that share a reducer are written together, unless one part of it waits
-        for the network's depth; then each part is written as it was placed.
+        for the network; then each part is written as it was placed.
         """
         if not self.is_resolved:
             return [
@@ -158,7 +172,15 @@ class Placement:
         return stages
 
 
-def _stack_of(reducer: TokenReducer) -> list[dict[str, Any]]:
+def _acting(parts: Iterable[tuple[tuple[int, ...], TokenReducer | Scheduled]], patches: int) -> list[Part]:
+    """The parts with the reducers of single blocks in place of schedules."""
+    found: list[Part] = []
+    for where, what in parts:
+        found += what.acting(where, patches) if isinstance(what, Scheduled) else [(where, what)]
+    return found
+
+
+def _stack_of(reducer: TokenReducer | Scheduled) -> list[dict[str, Any]]:
     data = reducer.spec()
     stack: list[dict[str, Any]] = data["stack"] if data["name"] == "stack" else [data]
     return stack
@@ -180,15 +202,21 @@ def _nowhere(where: object, depth: int, first: int, needed: str = "a block") -> 
     return ReducerError(f"{where!r} needs {needed} of the network where reducers may act: {there}; name blocks instead")
 
 
-def at(blocks: int | Iterable[int] | Mapping[str, Any], reducer: TokenReducer) -> Placement:
+def at(
+    blocks: int | Iterable[int] | Mapping[str, Any], reducer: TokenReducer, *, schedule: Schedule | None = None
+) -> Placement:
     """``at([3, 6, 9], EViT(Ratio(0.7)))``: the reducer acts in these blocks.
 
     ``at({"last": 0.75}, …)`` and ``at({"thirds": True}, …)`` are resolved over the blocks where the model lets
     reducers act, and fit any depth: see ``Last`` and ``Thirds``.
+
+    ``schedule``: ``at(range(12), ToMe(Drop(96)), schedule=Late(2))`` removes 96 tokens in all, shared out over the
+    blocks; each has a reducer with a count of its own once the number of patches is known.
     """
     _check_reducer(reducer, "at")
+    what = _with_schedule(reducer, schedule, "at")
     if isinstance(blocks, Mapping):
-        return Placement(parts=[(_portion(blocks), reducer)])
+        return Placement(parts=[(_portion(blocks), what)])
     given: list[object]
     if whole_number(blocks) is not None:
         given = [blocks]
@@ -203,14 +231,20 @@ def at(blocks: int | Iterable[int] | Mapping[str, Any], reducer: TokenReducer) -
     known = tuple(block for block in listed if block is not None)
     if len(known) < len(listed):
         raise ReducerError(f"block indices are whole numbers; got {given!r}")
-    if len(set(known)) != len(known):
-        raise ReducerError(f"block named twice in {list(known)}; to act twice in one block, use Stack(first, second)")
-    return Placement(parts=[(known, reducer)])
+    _check_named_once(known)
+    return Placement(parts=[(known, what)])
 
 
-def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int | None = None) -> Placement:
+def _check_named_once(blocks: tuple[int, ...]) -> None:
+    if len(set(blocks)) != len(blocks):
+        raise ReducerError(f"block named twice in {list(blocks)}; to act twice in one block, use Stack(first, second)")
+
+
+def every(
+    step: int, reducer: TokenReducer, *, start: int = 0, depth: int | None = None, schedule: Schedule | None = None
+) -> Placement:
     """The reducer in every ``step``-th block from ``start`` to the last one; ``every(1, ToMe(Drop(13)))`` is ToMe's
-    own placement. The network's depth is the model's, once there is one, or ``depth``.
+    own placement. The network's depth is the model's, once there is one, or ``depth``. ``schedule``: as of ``at``.
     """
     _check_reducer(reducer, "every")
     steps, first = whole_number(step), whole_number(start)
@@ -218,13 +252,21 @@ def every(step: int, reducer: TokenReducer, *, start: int = 0, depth: int | None
         raise ReducerError(f"every({step!r}) must be a step of at least 1 block")
     if first is None or first < 0:
         raise ReducerError(f"every(start={start!r}) must be a block's index, 0 or more")
-    placement = Placement(parts=[(Onwards(steps, first), reducer)])
+    placement = Placement(parts=[(Onwards(steps, first), _with_schedule(reducer, schedule, "every"))])
     return placement if depth is None else placement.resolve(depth)
 
 
 def _check_reducer(reducer: object, function: str) -> None:
     if not isinstance(reducer, TokenReducer):
         raise ReducerError(f"{function}() places a reducer such as ATS(Count(108)); got {reducer!r}")
+
+
+def _with_schedule(reducer: TokenReducer, schedule: object, function: str) -> TokenReducer | Scheduled:
+    if schedule is None:
+        return reducer
+    if not isinstance(schedule, Schedule):
+        raise ReducerError(f"{function}(schedule=…) takes a schedule such as Late(2) or Flat(); got {schedule!r}")
+    return Scheduled(reducer, schedule)
 
 
 def parse_blocks(where: Any, depth: int, first: int = 0) -> list[int]:
@@ -249,7 +291,7 @@ def _portion(where: Mapping[str, Any]) -> Last | Thirds:
 def _share_of_blocks(given: object) -> Fraction:
     number = finite_number(given)
     try:
-        share = Fraction(str(given)) if isinstance(given, str | Fraction) or number is not None else None
+        share = exact_fraction(str(given)) if isinstance(given, str | Fraction) or number is not None else None
     except (ValueError, ZeroDivisionError):
         share = None
     if share is None or not 0 < share <= 1:
@@ -282,7 +324,7 @@ def _ranges(where: str) -> tuple[int, ...]:
     """``"3-5, 9"``"""
     blocks: list[int] = []
     for part in where.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = _RANGE.fullmatch(part)
         if not match:
             raise ReducerError(f"{_FORMS}; got {where!r}")
         first, last = int(match[1]), int(match[2] or match[1])
@@ -292,25 +334,47 @@ def _ranges(where: str) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def placement_from(stages: list[dict[str, Any]], depth: int | None = None, first: int = 0) -> Placement:
+def placement_from(
+    stages: list[dict[str, Any]], depth: int | None = None, first: int = 0, *, patches: int | None = None
+) -> Placement:
     """A placement from plain data, e.g. ``[{"at": [3, 6, 9], "stack": [{"name": "evit", "budget": {"ratio":
     0.7}}]}]``. What ``"all"`` blocks are is decided by ``depth``, or by the model where none is given; ``first`` is the
     first block where it lets a reducer act.
+
+    A reducer may have a schedule, ``{"name": "tome", "budget": {"drop": 104}, "schedule": {"late": 2}}``: 104 is then
+    the total over the stage's blocks. What it comes to at each is decided by ``patches`` (with ``depth``), the patch
+    tokens that enter block 0, or by the model.
     """
-    placement = Placement()
+    parts: list[Part] = []
     for stage in stages:
         if not isinstance(stage, dict) or "at" not in stage or ("stack" in stage) == ("reducer" in stage):
             raise ReducerError(f'a stage is written {{"at": [3], "stack": [{{"name": "ats", …}}]}}; got {stage!r}')
         unknown = set(stage) - {"at", "stack", "reducer"}
         if unknown:
             raise ReducerError(f"unknown key {sorted(unknown)[0]!r} in stage {stage!r}; it has at, stack or reducer")
-        parts = [build(part) for part in (stage["stack"] if "stack" in stage else [stage["reducer"]])]
-        if not parts:
+        written = stage["stack"] if "stack" in stage else [stage["reducer"]]
+        if not written:
             raise ReducerError(f"the stack of stage {stage!r} is empty; leave the stage out instead")
-        reducer = parts[0] if len(parts) == 1 else Stack(*parts)
         if stage["at"] == []:
             raise ReducerError(f"stage {stage!r} names no block; leave the stage out instead")
         where = _read_blocks(stage["at"])
-        placed = at(where, reducer) if isinstance(where, tuple) else Placement(parts=[(where, reducer)])
-        placement = placement | placed
-    return placement if depth is None else placement.resolve(depth, first)
+        if isinstance(where, tuple):
+            _check_named_once(where)
+        read = [_read_reducer(part) for part in written]
+        plain = [what.reducer if isinstance(what, Scheduled) else what for what in read]
+        stack = plain[0] if len(plain) == 1 else Stack(*plain)  # refused here, where it is written, if it cannot be one
+        scheduled = any(isinstance(what, Scheduled) for what in read)
+        parts += [(where, what) for what in read] if scheduled else [(where, stack)]
+    placement = Placement(parts=parts)
+    return placement if depth is None else placement.resolve(depth, first, patches=patches)
+
+
+def _read_reducer(data: Any) -> TokenReducer | Scheduled:
+    """A reducer as a stage has it, with or without a schedule."""
+    if not isinstance(data, dict) or "schedule" not in data:
+        return build(data)
+    schedule = parse_schedule(data["schedule"])
+    plain = {key: value for key, value in data.items() if key != "schedule"}
+    if isinstance(schedule, Listed) and "budget" not in plain:
+        plain["budget"] = {"drop": sum(schedule.numbers)}
+    return Scheduled(build(plain), schedule)

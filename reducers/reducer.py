@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Site = Literal["attention", "input"]
 Input = Literal["images", "clips"]
+Searchable = Mapping[str, tuple[Any, ...]]  # the settings of a method worth trying, each with its default first
 T = TypeVar("T")
 V = TypeVar("V")
 
@@ -46,6 +47,7 @@ class Traits:
     uses_random: bool = False
     uses_previous_attention: bool = False
     uses_positions: bool = False  # asks for ``positions``, which are not tracked otherwise
+    control: bool = False  # a yardstick for methods: it looks at no image's content, or says what a choice is worth
     oracle: bool = False  # its cost leaves something out: what it knows could not be had at that price
     inputs: tuple[Input, ...] = ("images",)  # what the images it acts on may be: by themselves, or frames of a clip
 
@@ -265,6 +267,13 @@ class TokenReducer(nn.Module):
     summary: ClassVar[str] = ""  # one line
     source: ClassVar[str] = ""  # paper
     traits: Traits = Traits()  # of the method; an instance whose settings say otherwise sets its own
+
+    scheduled_as: ClassVar[Literal["drop", "count"] | None] = "count"
+    """What a schedule makes of its share at a block: ``Drop`` of the tokens that go, for methods that match pairs, or
+    the ``Count`` of those that are left; None where the method has no count of its own at each block.
+    """
+    budgets: ClassVar[tuple[str, ...]] = ("count", "ratio", "drop")  # kinds its budget may be of, the natural one first
+    searchable: ClassVar[Searchable] = {}  # what of a method that works off the shelf a search may try
 
     # what a method that must be trained declares; the finetuning does the rest
     schedule: ClassVar[Mapping[str, Any]] = {}  # settings of the training recipe that the method's publication asks for

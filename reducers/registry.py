@@ -48,7 +48,9 @@ def build(data: dict[str, Any]) -> TokenReducer:
         if key == "name":
             continue
         if key not in parameters:
-            raise ReducerError(f"reducer {name!r} has no setting {key!r}; it has {', '.join(parameters) or 'none'}")
+            known = ", ".join(parameters) or "none"
+            known += "; a schedule is read with its stage, by placement_from()" * (key == "schedule")
+            raise ReducerError(f"reducer {name!r} has no setting {key!r}; it has {known}")
         if key == "budget":
             value = parse_budget(value)
         elif isinstance(value, dict) and "name" in value:

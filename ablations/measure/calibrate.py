@@ -1,8 +1,9 @@
 """Calibration to equal cost: the setting at which a method costs what a trial's target asks for.
 
-A target is a share of the dense model's multiply-adds. One setting is free (``auto``): K, a keep rate, or the tokens
-dropped at a block; its ladder of values rises in cost, and the rung whose mean cost over the calibration images is
-nearest is sought by bisection. Only costs are looked at, never labels, and never an image that is evaluated.
+A target is a share of the dense model's multiply-adds. One setting is free (``auto``): K, a keep rate, the tokens
+dropped at a block, or the total of a schedule; its ladder of values rises in cost, and the rung whose mean cost over
+the calibration images is nearest is sought by bisection. Only costs are looked at, never labels, and never an image
+that is evaluated.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
     goal = trial.target * context.dense.gmacs
 
     def placed(rung: int) -> Placement:
-        placement = placement_from(settle(stages, kind, rungs[rung], patches), depth=depth)
+        placement = placement_from(settle(stages, kind, rungs[rung], patches), depth=depth, patches=patches)
         return placement if load is None else load(placement)
 
     def cost(rung: int) -> float:
@@ -67,7 +68,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
         return float(context.probes[key])
 
     found = search(cost, len(rungs), goal)
-    setting, error = setting_label(kind, rungs[found.rung]), found.cost / goal - 1
+    setting, error = setting_label(kind, rungs[found.rung], stages, patches), found.cost / goal - 1
     reached = abs(error) <= REACHED
     return Solution(
         stages=Stages.of_placement(placed(found.rung)),

@@ -10,7 +10,18 @@ from typing import Any
 from ablations.spec.arms import LISTS
 from ablations.spec.model import AblationSpec, Arm, SpecFile
 from ablations.spec.plain_yaml import Place, substitute, variables
-from ablations.trial.free_settings import StageList, filled, free, free_kinds, stand_in, write
+from ablations.trial.free_settings import (
+    AUTO,
+    StageList,
+    budgets_in,
+    filled,
+    free,
+    free_kinds,
+    sought_schedules,
+    stand_in,
+    without_schedules,
+    write,
+)
 from ablations.trial.labels import with_nested
 from ablations.trial.stages import OFF_THE_SHELF, Stages, Training
 from ablations.trial.trial import ModelFacts
@@ -159,17 +170,43 @@ def _placed(
             place, f"several kinds of budget are auto ({', '.join(kinds)}): one cost decides one kind; use the same"
         )
     kind = kinds[0] if kinds else None
+    _check_schedules(file, place, stages)
     stood = stand_in(kind, stages, facts.patches) if kind else 0
     built: list[dict[str, Any]] = write(stages, kind, stood) if kind else stages
     for number, stage in enumerate(built):
         for index, reducer in enumerate(stage["stack"]):
             _check_reducer(file, (*place, number, "stack", index), reducer)
     try:
-        placement = placement_from(built, depth=facts.depth)
+        if sought_schedules(stages):  # which blocks act is known once the total is: it must be able to at all of them
+            placement = placement_from(without_schedules(built), depth=facts.depth)
+            spec = placement_from(built, depth=facts.depth).spec()
+        else:
+            placement = placement_from(built, depth=facts.depth, patches=facts.patches)
+            spec = placement.spec()
     except _BUILD_ERRORS as error:
         raise file.error(place, _reason(error)) from error
-    spec = placement.spec()
     return Placed(stages, placement, Stages.of(free(spec, kind, stood) if kind else spec), kind, place)
+
+
+def _check_schedules(file: SpecFile, place: Place, stages: StageList) -> None:
+    """What is sought with a schedule is one total for all that is sought."""
+    seeking = [reducer for stage in stages for reducer in stage["stack"] if free_kinds(reducer)]
+    scheduled = [reducer for reducer in seeking if "schedule" in reducer]
+    if not scheduled:
+        return
+    if len(scheduled) < len(seeking):
+        raise file.error(
+            place,
+            "a total with a schedule and a drop at each block are sought together, and one number cannot be both; give "
+            "the others `schedule: flat`",
+        )
+    for reducer in scheduled:
+        if isinstance(reducer["schedule"], list):
+            raise file.error(place, "a listed schedule is its own budget: nothing is left to seek; write {late: 2}")
+        if sum(AUTO in budget.values() for budget in budgets_in(reducer)) > 1:
+            raise file.error(
+                place, f"{reducer.get('name')} seeks two budgets, and the schedule is of one; write a number"
+            )
 
 
 def _stages_place(spec: AblationSpec, place: Place) -> Place:
@@ -208,7 +245,7 @@ def _check_reducer(file: SpecFile, place: Place, reducer: Any) -> None:
             (*place, "name"), f"unknown reducer {name!r}{did_you_mean(name, methods)}; there are {', '.join(methods)}"
         )
     try:
-        build(dict(reducer))
+        placement_from([{"at": [0], "reducer": dict(reducer)}]) if "schedule" in reducer else build(dict(reducer))
     except _BUILD_ERRORS as error:
         raise file.error(place, _reason(error)) from error
 

@@ -118,6 +118,7 @@ _EXACT_CALLS = frozenset(  # what they are given is looked for, or is an equatio
 )  # fmt: skip
 _EXACT_FIELDS = {ast.Dict: "keys", ast.Subscript: "slice", ast.MatchValue: "value", ast.MatchMapping: "keys"}
 _SAID_BY_CLASSES = frozenset({"summary", "source", "trained_as"})  # what a method says of itself
+_SAID_TO_SEARCHES = frozenset({"searchable", "budgets"})  # what of a method is tried; no trial asks
 _UNWRITTEN = frozenset({"ctx", "kind", "type_comment", "type_params", "simple", "annotation", "returns"})
 _WORD = re.compile(r"[^\W\d_]{2,}(?:['’\-/][^\W\d_]+)*")
 _EDGES = "\"'`.,:;!?…()[]{}<>*"
@@ -305,8 +306,10 @@ class Writer:
 
 
 def _is_saying(node: ast.stmt) -> bool:
-    """``summary = "…"`` in a class."""
+    """``summary = "…"`` or ``searchable = {…}`` in a class."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     value = getattr(node, "value", None)
-    only = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return only and all(isinstance(each, ast.Name) and each.id in _SAID_BY_CLASSES for each in targets)
+    said = _SAID_TO_SEARCHES
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        said = said | _SAID_BY_CLASSES
+    return value is not None and all(isinstance(each, ast.Name) and each.id in said for each in targets)

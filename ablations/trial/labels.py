@@ -7,8 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ablations.trial.free_settings import AUTO, KINDS, StageList, free_kinds, stand_in, write
-from ablations.trial.stages import plain
+from ablations.trial.free_settings import (
+    AUTO,
+    KINDS,
+    StageList,
+    free_kinds,
+    schedule_label,
+    stand_in,
+    without_schedules,
+    write,
+)
 
 if TYPE_CHECKING:
     from reducers import TokenReducer
@@ -75,6 +83,7 @@ def labels_of(stages: StageList, patches: int) -> dict[str, str | None]:
     scores: dict[str, None] = {}
     budgets: dict[str, None] = {}
     drops: list[float] = []  # one an acting block
+    counts: dict[str, dict[str, None]] = {}  # of each method, first block to last
     for blocks, spec in ((stage["at"], reducer) for stage in stages for reducer in stage["stack"]):
         inner = list(with_nested(build(_buildable(spec, patches))))
         chooser = inner[-1] if len(inner) > 1 else inner[0]
@@ -83,14 +92,32 @@ def labels_of(stages: StageList, patches: int) -> dict[str, str | None]:
             scores[score] = None
         if isinstance(spec.get("budget"), Mapping):
             label = budget_label(spec["budget"], patches)
-            if isinstance(spec["budget"].get("drop"), int):
+            if "schedule" in spec:
+                label = f"{label.replace('r', 'R', 1)}, {schedule_label(spec['schedule'])}"
+            elif isinstance(spec["budget"].get("drop"), int):
                 drops += [float(spec["budget"]["drop"])] * len(blocks)
                 label = "drop"
+            elif "count" in spec["budget"]:
+                counts.setdefault(spec["name"], {})[label] = None
             budgets[label] = None
+    budgets = _in_short(budgets, counts)
     if drops:
         mean = f"r = {sum(drops) / len(drops):.3g}" + (" on average" if len(set(drops)) > 1 else "")
         budgets = {mean if label == "drop" else label: None for label in budgets}
     return {"score": " + ".join(scores) or None, "budget": " + ".join(budgets) or None}
+
+
+def _in_short(budgets: Mapping[str, None], counts: Mapping[str, Mapping[str, None]]) -> dict[str, None]:
+    """The labels with ``K = 195 … 24`` for a method whose count is another at more than three blocks, as schedules have
+    it.
+    """
+    short = dict(budgets)
+    for own in counts.values():
+        if len(own) > 3:
+            first, *_, last = own
+            said = f"{first} … {last.removeprefix('K = ')}"
+            short = dict.fromkeys(said if label in own else label for label in short)
+    return short
 
 
 def target_label(target: float) -> str:
@@ -99,8 +126,8 @@ def target_label(target: float) -> str:
 
 
 def _buildable(reducer: Mapping[str, Any], patches: int) -> dict[str, Any]:
-    """A reducer that can be built: a setting still to be sought stands at some value."""
-    built: dict[str, Any] = plain(reducer)
+    """A reducer that can be built: a setting still to be sought stands at some value, and a schedule is left out."""
+    built: dict[str, Any] = without_schedules(reducer)
     for kind in free_kinds(reducer):
         built = write(built, kind, stand_in(kind, built, patches))
     return built

@@ -184,6 +184,8 @@ class PredictedKeep(TokenReducer):
     """What DynamicViT and dTPS have in common; they differ in what becomes of the dropped patches."""
 
     traits = Traits(trained=True, site="input")
+    scheduled_as = None  # its stages follow from one another
+    budgets = ("ratio", "count")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 100.0, "freeze": 0.167}
 
     def __init__(

@@ -108,6 +108,7 @@ class LearnedPooling(TokenReducer):
     """
 
     traits = Traits(trained=True, site="input")
+    budgets = ("count", "ratio")  # a number dropped would be of the tokens that enter the model, at each block anew
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
 
     def __init__(self, budget: Budget) -> None:

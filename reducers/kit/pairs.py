@@ -106,6 +106,9 @@ class PairMerging(TokenReducer):
     up what stays. ``proportional``: later attention is weighted by size.
     """
 
+    scheduled_as = "drop"
+    budgets = ("drop", "ratio", "count")
+
     def __init__(self, budget: Budget, *, proportional: bool = True) -> None:
         super().__init__()
         self.budget = checked_budget(budget, type(self).__name__)

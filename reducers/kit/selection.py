@@ -61,7 +61,10 @@ class Ranked(TokenReducer):
         self.seed = checked_seed(seed)
         self._score = find_score(score)
         self.traits = replace(
-            self.traits, needs_class_token=self._score.needs_class_token, uses_random=self._score.uses_random
+            self.traits,
+            control=self._score.uses_random,
+            needs_class_token=self._score.needs_class_token,
+            uses_random=self._score.uses_random,
         )
 
     def highest(self, signals: Signals, state: State, rounding: Rounding) -> Keep | None:

@@ -6,7 +6,7 @@ parts (Lance and Williams, 1967), and each cluster remembers its nearest other o
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from reducers.checks import checked_choice, checked_flag
 from reducers.decision import Decision
 from reducers.kit.clustering import labels_of, merge_labels
 from reducers.kit.selection import keep_count
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -117,6 +117,7 @@ class ATC(TokenReducer):
 
     summary = "cluster bottom-up, merge each cluster"
     source = "Haurum et al., ECCV 2024 (arXiv 2409.11923)"
+    searchable: ClassVar[Searchable] = {"linkage": ("average", "complete", "single"), "proportional": (True, False)}
 
     def __init__(self, budget: Budget, *, linkage: Linkage = "average", proportional: bool = True) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ choosing.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_choice, checked_flag, checked_seed
 from reducers.decision import Decision
 from reducers.maps import keep_patches, keep_rows
-from reducers.reducer import State, TokenReducer, Traits
+from reducers.reducer import Searchable, State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import Heads, find_score
 from reducers.signals import Signals
@@ -147,6 +147,11 @@ class ATS(TokenReducer):
     summary = "sample tokens by inverse transform over significance scores"
     source = "Fayyaz et al., ECCV 2022 (arXiv 2111.15667)"
     traits = Traits(adaptive=True, cuts_before_values=True)
+    searchable: ClassVar[Searchable] = {
+        "score": ("class_attention_value_norm", "class_attention", "attention_received", "value_norm"),
+        "heads": ("concat", "per_head"),
+        "lookup": ("inverse", "nearest"),
+    }
 
     def __init__(
         self,
@@ -170,6 +175,7 @@ class ATS(TokenReducer):
         self._score = find_score(score)
         self.traits = replace(
             self.traits,
+            control=self._score.uses_random,
             needs_class_token=self._score.needs_class_token,
             may_drop_class_token=not self.keep_class_token,
             uses_random=self._score.uses_random or variant == "gumbel",

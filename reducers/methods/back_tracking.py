@@ -40,7 +40,9 @@ class BackTracking(TokenReducer):
 
     summary = "keep what attention, traced back from the output, will read (oracle)"
     source = "Lee et al., ICLR 2023 (STTABT), oracle form"
-    traits = Traits(adaptive=True, needs_class_token=True, uses_positions=True)
+    traits = Traits(control=True, adaptive=True, needs_class_token=True, uses_positions=True)
+    scheduled_as = None
+    budgets = ("count", "ratio")
 
     def __init__(self, budget: Budget, *, count_planning: bool = True, mixing: float = 0.1) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from reducers.checks import checked_share, checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import keep_count, rank_patches
-from reducers.reducer import State, TokenReducer, Traits
+from reducers.reducer import Searchable, State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention
 from reducers.signals import Signals
@@ -136,6 +136,7 @@ class BAT(TokenReducer):
     summary = "keep attentive tokens, merge alike ones, cluster the rest"
     source = "Long et al., CVPR 2023 (arXiv 2211.11315), from its description"
     traits = Traits(needs_class_token=True)
+    searchable: ClassVar[Searchable] = {"clusters": (10, 5, 20), "alike": (0.1, 0.0, 0.3)}
 
     def __init__(self, budget: Budget, *, clusters: int = 10, alike: float = 0.1) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ The members of a cluster weigh alike, or by a weight that is learned for each to
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from reducers.checks import checked_choice, checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import Site, density_peaks, labels_of, merge_labels, nearest_centre, squared_distances
 from reducers.kit.selection import keep_count
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -59,6 +59,7 @@ class DPCKNN(TokenReducer):
     summary = "cluster by density peaks, merge each cluster"
     source = "Du et al., 2016; Zeng et al., CVPR 2022 (arXiv 2204.08680); Haurum et al., ICCVW 2023"
     trained_as = "learned weights: by the task loss, 30 epochs from DeiT in Haurum et al.'s benchmark"
+    searchable: ClassVar[Searchable] = {"neighbours": (5, 3, 10), "site": ("attention", "input")}
 
     def __init__(
         self, budget: Budget, *, neighbours: int = 5, weights: Weights = "equal", site: Site = "attention"

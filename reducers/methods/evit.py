@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import first_of, keep_count, keep_highest, rank_patches
 from reducers.maps import Keep, Merge
-from reducers.reducer import State, TokenReducer, Traits
+from reducers.reducer import Searchable, State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.scores import class_attention, find_score
 from reducers.signals import Signals
@@ -60,6 +61,11 @@ class EViT(TokenReducer):
 
     summary = "keep the most attended patches, fuse the rest into one token"
     source = "Liang et al., ICLR 2022 (arXiv 2202.07800)"
+    searchable: ClassVar[Searchable] = {
+        "fuse": (True, False),
+        "score": ("class_attention", "class_attention_value_norm", "attention_received", "value_norm"),
+        "select": (None, {"name": "ats", "budget": {"ratio": 1.0}}),  # as many points as there are tokens
+    }
 
     def __init__(
         self,
@@ -84,6 +90,7 @@ class EViT(TokenReducer):
         chooser = Traits() if select is None else select.traits
         self.traits = replace(
             self.traits,
+            control=self._score.uses_random or chooser.control,
             needs_class_token=fuse or self._score.needs_class_token or chooser.needs_class_token,
             uses_random=self._score.uses_random or chooser.uses_random,
             uses_previous_attention=chooser.uses_previous_attention,

@@ -55,7 +55,7 @@ class FixedPattern(TokenReducer):
 
     summary = "keep the middle of the image, whatever it shows"
     source = "Haurum et al., ICCVW 2023 (baseline)"
-    traits = Traits(uses_positions=True)
+    traits = Traits(control=True, uses_positions=True)
 
     def __init__(self, budget: Budget, *, norm: Norm = "l2") -> None:
         super().__init__()

@@ -14,7 +14,7 @@ class Identity(TokenReducer):
 
     summary = "no reduction"
     source = "control"
-    traits = Traits(cuts_before_values=True)  # it cuts nothing, so a stack is counted as its other members are
+    traits = Traits(control=True, cuts_before_values=True)  # it cuts nothing: a stack is counted as its others
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         return None

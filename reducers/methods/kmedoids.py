@@ -7,6 +7,7 @@ distances the new medoid: the objective, the weighted distance of all tokens to 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from reducers.decision import Decision
 from reducers.kit.clustering import Site, Weights, nearest_centre, squared_distances
 from reducers.kit.selection import first_of, keep_count
 from reducers.maps import keep_patches, keep_ranked
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -76,6 +77,11 @@ class KMedoids(TokenReducer):
 
     summary = "keep the medoids of a clustering"
     source = "Marin et al., 2021 (arXiv 2110.03860); Haurum et al., ICCVW 2023"
+    searchable: ClassVar[Searchable] = {
+        "weights": ("attention", "equal"),
+        "iterations": (3, 1),
+        "site": ("attention", "input"),
+    }
 
     def __init__(
         self, budget: Budget, *, weights: Weights = "attention", iterations: int = 3, site: Site = "attention"

@@ -5,6 +5,8 @@ A token that is like many others has a high energy and may be merged; one that i
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from reducers.checks import checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import merge_labels
 from reducers.kit.pairs import PairMerging
-from reducers.reducer import State
+from reducers.reducer import Searchable, State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -98,6 +100,7 @@ class PiToMe(PairMerging):
 
     summary = "merge redundant tokens, protect informative ones"
     source = "Tran et al., NeurIPS 2024 (arXiv 2405.16148)"
+    searchable: ClassVar[Searchable] = {"proportional": (False, True)}
 
     def __init__(self, budget: Budget, *, proportional: bool = False, bipartite: int = 0) -> None:
         super().__init__(budget, proportional=proportional)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from reducers.budget import Budget
 from reducers.decision import Decision
 from reducers.kit.selection import Ranked
-from reducers.reducer import State
+from reducers.reducer import State, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -23,6 +23,7 @@ class RandomDrop(Ranked):
 
     summary = "keep a random subset of the patch tokens"
     source = "baseline"
+    traits = Traits(control=True)
 
     def __init__(self, budget: Budget, *, seed: int = 0) -> None:
         super().__init__(budget, score="random", seed=seed)

@@ -68,7 +68,7 @@ class ShrinkingPattern(TokenReducer):
 
     summary = "keep the middle of the image within a radius that shrinks from block to block"
     source = "Haurum et al., ICCVW 2023 (baseline, contiguous)"
-    traits = Traits(uses_positions=True)
+    traits = Traits(control=True, uses_positions=True)
 
     def __init__(self, *, norm: Norm = "l2", start: int = 0, end: int | None = None) -> None:
         super().__init__()

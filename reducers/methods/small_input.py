@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from reducers.budget import Budget, checked_budget
 from reducers.decision import Decision
 from reducers.kit.grid import smaller_grid
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -31,6 +31,9 @@ class SmallInput(TokenReducer):
 
     summary = "a smaller input image, positions interpolated"
     source = "baseline"
+    traits = Traits(control=True)
+    scheduled_as = None
+    budgets = ("count", "ratio")
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ account here rests on memory [R].
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from reducers.checks import checked_share
 from reducers.decision import Decision
 from reducers.kit.pairs import PairMerging
 from reducers.maps import Keep, Merge
-from reducers.reducer import State
+from reducers.reducer import Searchable, State
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -78,6 +80,7 @@ class ToFu(PairMerging):
 
     summary = "prune matched tokens in early blocks, merge them with their norm kept in later ones"
     source = "Kim et al., WACV 2024 (arXiv 2312.01026)"
+    searchable: ClassVar[Searchable] = {"switch": (0.5, 0.25, 0.75), "proportional": (True, False)}
 
     def __init__(self, budget: Budget, *, switch: float = 0.5, proportional: bool = True) -> None:
         super().__init__(budget, proportional=proportional)

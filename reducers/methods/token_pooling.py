@@ -7,6 +7,7 @@ Its account here rests on memory [R]; how it starts and what becomes of empty cl
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from reducers.checks import checked_choice, checked_whole
 from reducers.decision import Decision
 from reducers.kit.clustering import Site, Weights, merge_labels
 from reducers.kit.selection import keep_count
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -94,6 +95,11 @@ class TokenPooling(TokenReducer):
 
     summary = "weighted k-means over the tokens, each cluster becomes its centroid"
     source = "Marin et al., 2021 (arXiv 2110.03860)"
+    searchable: ClassVar[Searchable] = {
+        "weights": ("attention", "equal"),
+        "iterations": (5, 2),
+        "site": ("attention", "input"),
+    }
 
     def __init__(
         self, budget: Budget, *, weights: Weights = "attention", iterations: int = 5, site: Site = "attention"

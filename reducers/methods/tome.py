@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from reducers.decision import Decision
 from reducers.kit.pairs import PairMerging
-from reducers.reducer import State
+from reducers.reducer import Searchable, State
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -25,6 +27,7 @@ class ToMe(PairMerging):
 
     summary = "merge the most similar token pairs"
     source = "Bolya et al., ICLR 2023 (arXiv 2210.09461)"
+    searchable: ClassVar[Searchable] = {"proportional": (True, False)}
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         merge = self.matched(signals, state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from reducers.budget import Budget, Rounding
 from reducers.decision import Decision
 from reducers.kit import selection
 from reducers.maps import Keep
-from reducers.reducer import State
+from reducers.reducer import Searchable, State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Counts, Layout
@@ -32,6 +32,9 @@ class TopK(selection.Ranked):
 
     summary = "keep the K patch tokens of highest score"
     source = "Fayyaz et al., ECCV 2022 (comparison); Haurum et al., ICCVW 2023"
+    searchable: ClassVar[Searchable] = {
+        "score": ("class_attention", "class_attention_value_norm", "attention_received", "value_norm"),
+    }
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         kept = self.highest(signals, state, "floor")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from reducers.decision import Decision
 from reducers.kit.keep_predictor import PredictedKeep
 from reducers.kit.selection import Ranked
 from reducers.maps import Keep, Mask, Merge
-from reducers.reducer import State
+from reducers.reducer import Searchable, State
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -183,6 +184,9 @@ class ETPS(Ranked):
 
     summary = "keep the most attended patches, squeeze the rest into them"
     source = "Wei et al., CVPR 2023 (arXiv 2304.10716)"
+    searchable: ClassVar[Searchable] = {
+        "score": ("class_attention", "class_attention_value_norm", "attention_received", "value_norm"),
+    }
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         kept = self.highest(signals, state, "ceil")

@@ -6,6 +6,8 @@ rest on memory [R] or are our decisions [D], as noted.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ from reducers.checks import checked_share, checked_whole
 from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.selection import first_of, keep_count, keep_highest
-from reducers.reducer import State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer
 from reducers.registry import register
 from reducers.signals import Signals
 
@@ -94,6 +96,7 @@ class ZeroTPrune(TokenReducer):
 
     summary = "prune by PageRank on attention and by similarity"
     source = "Wang et al., CVPR 2024 (arXiv 2305.17328)"
+    searchable: ClassVar[Searchable] = {"similar": (0.5, 0.25, 0.75)}
 
     def __init__(
         self,

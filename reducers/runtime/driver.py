@@ -67,7 +67,8 @@ class ReducedViT(nn.Module):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
-        placement = placement.resolve(host.depth, host.first_free)
+        patches = host.patches if placement.is_scheduled else None  # not every model has a size of its own
+        placement = placement.resolve(host.depth, host.first_free, patches=patches)
         self.base: Any = base
         reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
         plan = Plan.of(reducers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -19,7 +20,8 @@ from ablations.measure.calibrate import calibration_batches, mean_cost, search, 
 from ablations.measure.context import DensePredictions, TrialContext, dense_predictions, model_facts
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
-from ablations.trial.free_settings import drop_schedule, free_kinds, ladder, settle
+from ablations.spec.plain_yaml import SpecError
+from ablations.trial.free_settings import drop_schedule, free_kinds, ladder, realised_drops, settle, sought_schedules
 from ablations.trial.target import Target
 from ablations.trial.trial import Solution, Trial, TrialError
 from ablations.workloads import open_model
@@ -86,6 +88,9 @@ REACHABLE_TINY = [
     ("{at: [1, 3, 5], stack: [{name: evit, budget: {ratio: auto}}]}", 0.7),
     ("{at: 2-5, stack: [{name: ats, budget: {count: auto}}]}", 0.7),
     ("{at: all, stack: [{name: tome, budget: {drop: auto}}]}", 0.5),
+    ("{at: all, stack: [{name: tome, budget: {drop: auto}, schedule: {late: 2}}]}", 0.7),
+    ("{at: 1-5, stack: [{name: topk, budget: {drop: auto}, schedule: {early: 1.5}}]}", 0.5),
+    ("{at: 1-5, stack: [{name: evit, budget: {drop: auto}, schedule: {linear: [1, 3]}}]}", 0.6),
 ]  # fmt: skip
 REACHABLE_EMBEDDED = [
     (ATS3, 0.36),
@@ -299,3 +304,82 @@ def test_a_settled_ratio_is_exactly_what_it_says() -> None:
     stages = [{"at": [3], "stack": [{"name": "evit", "budget": {"ratio": "auto"}}]}]
     assert ladder(stages, "ratio", 64)[612] == Fraction(613, 1000)
     assert settle(stages, "ratio", Fraction(613, 1000), 64)[0]["stack"][0]["budget"] == {"ratio": 0.613}
+
+
+LATE = {"at": list(range(12)), "stack": [{"name": "tome", "budget": {"drop": "auto"}, "schedule": {"late": 2}}]}
+
+
+def test_the_ladder_of_a_schedule_has_the_totals_that_leave_other_counts() -> None:
+    rungs = ladder([LATE], "drop", 196)
+    assert rungs[-1] == 1 and all(before > after for before, after in pairwise(rungs))
+    drops = [realised_drops([(12, {"late": 2})], int(rung), 196)[0] for rung in rungs]
+    assert len(set(drops)) == len(drops)
+    removed = [sum((12 - block) * drop for block, drop in enumerate(each)) for each in drops]
+    slips = [after - before for before, after in pairwise(removed) if after > before]
+    assert max(slips) <= 24, "with one more in all, two shares may fall by one: largest remainders do that"
+    fine = [before - after for before, after in pairwise(removed[-1000:])]
+    assert max(fine) <= 60
+    assert len(drops[0]) == 12 and drops[0][:3] == (98, 49, 24), "the dearest keeps as little as can be"
+
+
+def test_a_settled_schedule_keeps_its_total_until_it_is_placed() -> None:
+    settled = settle([LATE], "drop", 192, 196)
+    assert settled == [{**LATE, "stack": [{**LATE["stack"][0], "budget": {"drop": 192}}]}]
+    placed = placement_from(settled, 12, patches=196)
+    assert sorted(placed.blocks) == list(range(1, 12)) and sought_schedules(placed.spec()) == []
+
+
+def test_a_solved_schedule_is_plain_stages_and_says_what_went(tiny: TrialContext) -> None:
+    trial = trial_for(tiny, "{at: all, stack: [{name: tome, budget: {drop: auto}, schedule: {late: 2}}]}", 0.9)
+    assert trial.stages.plain()[0]["stack"][0] == {"name": "tome", "budget": {"drop": "auto"}, "schedule": {"late": 2}}
+    solution = solve(trial, tiny)
+    assert "schedule" not in solution.stages.text
+    gone = sum(stage["stack"][0]["budget"]["drop"] for stage in solution.stages.plain() for _ in stage["at"])
+    assert re.fullmatch(rf"R = \d+, late 2 \({gone} go\)", solution.setting)
+    drops = {block: s["stack"][0]["budget"]["drop"] for s in solution.stages.plain() for block in s["at"]}
+    assert drops[5] > drops[2] and list(drops.values()) != sorted(drops.values(), reverse=True)
+
+
+def test_with_a_number_a_schedule_is_written_out_and_leaves_other_keys_alone(tiny: TrialContext) -> None:
+    about = Target(tiny.facts, "embedded", "d", 8, 8, "c")
+
+    def trials(*stacks: str) -> list[Trial]:
+        arms = ", ".join(f"{{variant: v, stages: [{{at: all, stack: [{stack}]}}]}}" for stack in stacks)
+        return expand(parse_spec(f"{{name: a, title: A, arms: [{arms}]}}"), about)
+
+    flat, each = "{name: tome, budget: {drop: 24}, schedule: flat}", "{name: tome, budget: {drop: 4}}"
+    assert [trial.key for trial in trials(flat)] == [trial.key for trial in trials(each)]
+    (late,) = trials("{name: tome, budget: {drop: 24}, schedule: {late: 2}}")
+    assert "schedule" not in late.stages.text and late.stages.placement(6).spec() == late.stages.plain()
+    free, scheduled = "{name: tome, budget: {drop: auto}}", "{name: tome, budget: {drop: auto}, schedule: flat}"
+    sought = [trial_for(tiny, f"{{at: all, stack: [{stack}]}}", 0.5) for stack in (free, scheduled)]
+    assert "schedule" not in sought[0].stages.text and sought[0].key != sought[1].key
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        ("{name: tome, budget: {drop: auto}}, {name: tome, budget: {drop: auto}, schedule: flat}", "sought together"),
+        ("{name: tome, budget: {drop: auto}, schedule: [1, 2, 3, 4, 5, 6]}", "nothing is left to seek"),
+        ("{name: tome, budget: {ratio: auto}, schedule: flat}", "the total over all blocks"),
+        ("{name: small_input, budget: {drop: auto}, schedule: flat}", "takes no schedule"),
+        ("{name: tome, budget: {drop: auto}, schedule: {late: -1}}", "from 0 to 64"),
+        (
+            "{name: evit, budget: {drop: auto}, schedule: flat, select: {name: ats, budget: {drop: auto}}}",
+            "two budgets",
+        ),
+    ],
+)
+def test_what_cannot_be_sought_is_refused_where_it_is_written(stack: str, message: str, tiny: TrialContext) -> None:
+    with pytest.raises(SpecError, match=message):
+        trial_for(tiny, f"{{at: all, stack: [{stack}]}}", 0.5)
+
+
+def test_a_sought_schedule_must_be_able_to_act_at_all_of_its_blocks(tiny: TrialContext) -> None:
+    """However little the early ones get of a small total."""
+    asked: list[list[int]] = []
+    stages = "[{at: all, stack: [{name: tome, budget: {drop: auto}, schedule: {late: 9}}]}]"
+    text = f"{{name: a, title: A, arms: [{{variant: v, target: [0.5], stages: {stages}}}]}}"
+    about = Target(tiny.facts, "embedded", "d", 8, 8, "c")
+    expand(parse_spec(text), about, check=lambda placement: asked.append(sorted(placement.blocks)))
+    assert asked == [[0, 1, 2, 3, 4, 5]]

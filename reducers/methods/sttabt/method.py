@@ -114,6 +114,8 @@ class STTABT(TokenReducer):
     summary = "keep what guessed attention, traced back from the output, will read"
     source = "Lee et al., ICLR 2023 (STTABT)"
     traits = Traits(adaptive=True, trained=True, needs_class_token=True, needs_teacher=True, uses_positions=True)
+    scheduled_as = None
+    budgets = ("count", "ratio")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
     trained_as = (
         "ApproxNet 30 epochs by distillation, AdamW lr 1e-4 without weight decay; then all 20 epochs, 14 of them "
