@@ -12,6 +12,7 @@ from reducers.errors import ReducerError, UnsupportedModel
 from reducers.maps import Keep, Merge, Mix, TokenMap
 from reducers.methods import ATS, EViT, Identity, RandomDrop, ToMe, TopK
 from reducers.placement import Placement, at, every, parse_blocks, placement_from
+from reducers.placement_file import load
 from reducers.reducer import State, TokenReducer
 from reducers.registry import available, build, register
 from reducers.runtime import ReducedViT, Shared, reduce_tokens
@@ -25,6 +26,6 @@ __all__ = [
     "ATS", "Budget", "Count", "Decision", "Drop", "EViT", "Early", "Exponential", "Flat", "Identity", "Keep", "Late",
     "Layout", "Linear", "Listed", "Merge", "Mix", "Placement", "RandomDrop", "Ratio", "ReducedViT", "ReducerError",
     "SCORES", "Schedule", "Shared", "Stack", "State", "ToMe", "TokenBatch", "TokenMap", "TokenReducer", "TopK", "Trace",
-    "UnsupportedModel", "at", "available", "build", "every", "parse_blocks", "parse_budget", "parse_schedule",
+    "UnsupportedModel", "at", "available", "build", "every", "load", "parse_blocks", "parse_budget", "parse_schedule",
     "placement_from", "reduce_tokens", "register",
 ]  # fmt: skip

@@ -19,8 +19,9 @@ from torch import nn
 from ablations.models import digits, hf
 from ablations.models.hub import hub_file
 from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
-from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights, state_digest
+from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights
 from ablations.records.files import absolute, user_path
+from reducers.digest import state_digest
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ Pickled checkpoints can run code when they are opened, so no other format is rea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -91,20 +90,6 @@ def load_into(model: nn.Module, weights: Mapping[str, Tensor], *, name: str, sou
         )
     _check_values(weights, shared, expected, source)
     model.load_state_dict(dict(weights))
-
-
-def state_digest(model: nn.Module) -> str:
-    """sha256 over names, shapes, types and bytes of all weights, so equal weights in two files have one digest."""
-    return tensors_digest(model.state_dict())
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """The same of tensors by name, in their order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

@@ -114,6 +114,7 @@ class AblationSpec(_Strict):
     published: Text = ""
     models: Literal["first", "all"] = "first"  # of the models of a run: the first, or every one
     default: bool = True  # run where no spec is named
+    recommended: dict[str, Any] | None = None  # of a placement file (reducers.load): what was found; no trial asks
     base: Arm = Field(default_factory=Arm)
     arms: list[Arm] = Field(min_length=1, max_length=100)
 

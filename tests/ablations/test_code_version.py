@@ -131,6 +131,8 @@ REWORDED = [
     ("ablations/workloads/base.py", "outside 0..{self.classes - 1}, the ", "outside the range, that is the "),
     (PROGRESS, "from __future__ import annotations", "from __future__ import annotations\n\nSLIP = 1"),
     ("ablations/measure/finetune/cache.py", 'what=f"the training {digest}"', 'what=f"what is trained as {digest}"'),
+    ("reducers/methods/tome.py", '"proportional": (True, False)', '"proportional": (True,)'),
+    ("reducers/kit/pairs.py", 'budgets = ("drop", "ratio", "count")', 'budgets = ("drop",)'),
     ("reducers/scores.py", '"class attention x value norm (ATS)"', '"what ATS takes"'),
     ("reducers/methods/ats.py", "Inverse-transform sampling over", "Sampling over"),
     ("reducers/methods/topk.py", 'summary = "keep the K patch tokens', 'summary = "leave the K patch tokens'),
@@ -217,7 +219,7 @@ NUMBERS: list[tuple[str, str, str, set[str] | frozenset[str]]] = [
     ("ablations/workloads/base.py", ".float() / 255", ".float() / 256", EVERY),
     ("ablations/workloads/base.py", "min(count, total // 4)", "min(count, total // 5)", set()),
     ("ablations/workloads/preprocess.py", 'resize: Resize = "auto"', 'resize: Resize = "never"', set()),
-    ("ablations/models/weight_files.py", "hashlib.sha256()", "hashlib.sha1()", EVERY),
+    ("reducers/digest.py", "hashlib.sha256()", "hashlib.sha1()", EVERY),
 ]  # fmt: skip
 
 
@@ -281,6 +283,9 @@ UNUSED = {
     "reducers/vit.py": "*: the old name of reducers.runtime",
     "reducers/runtime/export.py": "_translations export_onnx: exported graphs are evaluated by nobody",
     "reducers/placement.py": "every parse_blocks: for who places by hand; a trial's stages name their blocks",
+    "reducers/candidates.py": "*: for who searches",
+    "reducers/placement_file.py": "*: files of placements, for users",
+    "reducers/plain_yaml.py": "*: how files are read, before there are trials",
     "reducers/methods/topk.py": "_keep_count _keep_highest __getattr__: names that moved, for users' files",
     "reducers/registry.py": "available: for who lists the methods",
     "reducers/checks.py": "_named: words",

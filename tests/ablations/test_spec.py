@@ -20,7 +20,8 @@ from ablations.spec.expand import expand
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError, parse_yaml
 from ablations.trial.target import Target
-from reducers import available, reduce_tokens
+from reducers import Drop, EViT, Ratio, ToMe, at, available, load, reduce_tokens
+from reducers.placement_file import placement_text
 from tests.ablations.runs import SPEC
 
 
@@ -452,3 +453,20 @@ def test_arms_span_the_same_values_with_and_without_validation(path: Path) -> No
     validated = [dict(arm) for arm in load_spec(path).spec.merged()]
     assert [list(combinations(arm)) for arm in plain] == [list(combinations(arm)) for arm in validated]
     assert [arm["variant"] for arm in plain] == [arm["variant"] for arm in validated]
+
+
+def test_a_placement_file_is_a_spec_and_what_was_found_is_in_no_key(tmp_path: Path, target: Target) -> None:
+    placed = at([1, 2], ToMe(Drop(5))) | at([2, 3], EViT(Ratio("2/3"), fuse=False))
+    about = {"model": "m", "cost": 0.6, "interval": [0.7, 0.8], "by": {"images": 256}}
+    path = tmp_path / "0.60.yaml"
+    path.write_text(placement_text(placed, about, name="recommended_0_60", title="A"), encoding="utf-8")
+    file = load_spec(path)
+    (trial,) = expand(file, target)
+    assert trial.stages.plain() == placed.spec() == load(path).spec()
+    assert file.spec.recommended == {"version": 1, **about}
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    del data["recommended"]
+    (same,) = expand(parse_spec(yaml.safe_dump(data)), target)
+    assert same == trial and same.key == trial.key
+    with pytest.raises(SpecError, match="recommended"):
+        parse_spec(yaml.safe_dump({**data, "recommended": [1]}))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -238,6 +241,23 @@ def test_late_costs_what_it_should_at_deit_small() -> None:
 
     assert gmacs(Late(2), 192) == pytest.approx(3.384, abs=5e-4)
     assert gmacs(Flat(), 12 * 8) == pytest.approx(3.416, abs=5e-4)
+
+
+def test_the_table_of_the_documents_is_what_comes_out() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+    written = re.findall(r"^\| `(.+)` \| (\d+) \| ([\d ]+) \| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(written) == 6
+    model, image = timm.create_model("deit_small_patch16_224").eval(), torch.zeros(1, 3, 224, 224)
+
+    def gmacs(total: str, schedule: Schedule) -> float:
+        return float(reduce_tokens(model, every(1, ToMe(Drop(int(total))), schedule=schedule)).cost(image)) / 1e9
+
+    for data, total, removed, gone, cost in written:
+        schedule = parse_schedule(yaml.safe_load(data))
+        spent = clipped(schedule.drops(int(total), 12), 196)
+        assert removed == " ".join(map(str, spent)) and int(gone) == sum(spent)
+        assert f"{gmacs(total, schedule):.3f}" == cost
+    assert gmacs("188", Late(2)) <= gmacs("96", Flat()) < gmacs("187", Late(2))
 
 
 # --- as data ----------------------------------------------------------------------------------------------------------

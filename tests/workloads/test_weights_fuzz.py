@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from ablations.models.weight_files import ModelError, load_into, read_shapes, read_weights, state_digest
+from ablations.models.weight_files import ModelError, load_into, read_shapes, read_weights
+from reducers.digest import state_digest
 
 MODEL = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
 WHOLE = save({name: tensor.contiguous() for name, tensor in MODEL.state_dict().items()})

@@ -11,7 +11,8 @@ from torch import nn
 
 from ablations.models.digits import create_digits_model
 from ablations.models.loading import head_classes, open_model
-from ablations.models.weight_files import ModelError, read_shapes, state_digest
+from ablations.models.weight_files import ModelError, read_shapes
+from reducers.digest import state_digest
 
 NAME = "digits_vit_tiny"
 

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ablations.measure.finetune.training_state import joined, separate
-from ablations.models.weight_files import tensors_digest
 from ablations.records.files import atomic
+from reducers.digest import tensors_digest
 
 log = logging.getLogger(__name__)
 
