@@ -126,31 +126,33 @@ def input_config(name: str) -> dict[str, Any]:
     return found if known.size is None else {**found, "input_size": (found["input_size"][0], *known.size)}
 
 
-def head_classes(name: str, *, weights: str | None) -> int | None:
+def head_classes(name: str, *, weights: str | None, headless: bool = False) -> int | None:
     """How many classes the model's head tells apart; None for random weights, whose head follows the data.
 
-    A weights file decides by the shape of its head: a model finetuned on ten classes has ten.
+    A weights file decides by the shape of its head: a model finetuned on ten classes has ten. ``headless``: a model
+    without a classifier will do, and has 0; also one whose file of weights leaves it out.
     """
     check_model(name)
     known = parse_model_name(name)
-    if known.what in digits.KNOWN:
-        return digits.create_digits_model(known.what).num_classes
-    if weights == RANDOM:
+    own = known.what in digits.KNOWN
+    if weights == RANDOM and not own:
         return None
-    if weights is not None:
-        rows = _file_head(known, user_path(weights))
-        if rows is not None:
-            return rows
+    if weights not in (None, RANDOM) and (headless or not own):
+        rows = _file_head(known, user_path(str(weights)))
+        if rows is not None or (headless and known.source != TRANSFORMERS):
+            return rows or 0
+    if own:
+        return digits.create_digits_model(known.what).num_classes
     if known.source == TRANSFORMERS:
         classes = hf.classes_of(known, hf.config_of(known))
     else:
         classes = _described(known).config.num_classes
-    if not classes:
+    if not classes and not headless:
         raise ModelError(
             f"{name} comes without a classifier, so nothing can be scored: choose a model trained to classify, "
-            "or give WEIGHTS=file.safetensors with a head"
+            "or give WEIGHTS=file.safetensors with a head, or ask for its features alone with TASK=embed (--task embed)"
         )
-    return int(classes)
+    return int(classes or 0)
 
 
 def open_model(
@@ -161,26 +163,27 @@ def open_model(
     classes: int | None = None,
     seed: int = 0,
     hub_cache: Path | None = None,
+    headless: bool = False,
 ) -> LoadedModel:
     """A model in evaluation mode on the CPU, float32.
 
     ``weights``: None for the shipped ones (digits_*) or those that come with the name (``model_names``), "random"
     (seeded by ``seed``), or the path of a safetensors file. ``classes`` is the head the workload's labels refer to:
     another one is refused, and a random head is made to fit. ``hub_cache`` is the hub's download folder where it is not
-    the usual one.
+    the usual one. ``headless``: what its classifier says is not asked, and it may have none, or one of other classes.
     """
     check_model(name)
     if workload_name in digits.SHIPPED:
         _check_reads(workload_name, name, weights)
-    head = head_classes(name, weights=weights)
-    if head is not None and classes is not None and head != classes:
+    head = head_classes(name, weights=weights, headless=headless)
+    if head is not None and classes is not None and head != classes and not headless:
         raise ModelError(
             f"the head of {name} has {head} classes, the labels of {workload_name} have {classes}: "
             "choose a model, or WEIGHTS, trained on these classes"
         )
     kind: WeightsKind
     if weights == RANDOM:
-        model, kind = _random(name, classes=head or classes, seed=seed), "random"
+        model, kind = _random(name, classes=head or classes or None, seed=seed), "random"
     elif weights is not None:
         model, kind = _from_file(name, user_path(weights), classes=head), "file"
     elif name in digits.KNOWN:
@@ -230,12 +233,15 @@ def _shipped(name: str) -> Path:
 
 
 def create_model(name: str, *, classes: int | None = None) -> nn.Module:
-    """The architecture with random weights; ``classes`` None: as many as it has by itself."""
+    """The architecture with random weights; ``classes`` None: as many as it has by itself, 0: without a classifier."""
     known = parse_model_name(name)
     if known.source == TRANSFORMERS:
         return hf.create(known, hf.config_of(known), classes=classes)
     if known.what in digits.KNOWN:
-        return digits.create_digits_model(known.what)
+        model = digits.create_digits_model(known.what)
+        if classes == 0:
+            model.reset_classifier(0)
+        return model
     described = _described(known)
     if known.source and classes is None:
         classes = described.config.num_classes
@@ -302,7 +308,10 @@ def _from_timm(name: ModelName, cache: Path | None) -> nn.Module:
 
 def _file_head(name: ModelName, path: Path) -> int | None:
     """Rows of the classifier in a weights file, or None where it has none under the model's name for it."""
-    classifier = hf.CLASSIFIER if name.source == TRANSFORMERS else _described(name).config.classifier
+    if name.what in digits.KNOWN:
+        classifier: Any = "head"
+    else:
+        classifier = hf.CLASSIFIER if name.source == TRANSFORMERS else _described(name).config.classifier
     first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier
     shape = read_shapes(path).get(f"{first}.weight")
     return shape[0] if shape else None

@@ -152,8 +152,14 @@ def _listed(what: str, entries: list[str]) -> str:
     return f"{len(entries)} {what} ({', '.join(entries[:_SHOWN])}{more})"
 
 
+_HEADS = {"head", "head_dist", "fc", "classifier"}  # as libraries call what gives the logits
+
+
 def _remedy(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], name: str) -> str:
     prefix = next((p for p in ("module.", "model.", "base.") if any(key.startswith(p) for key in weights)), None)
     if prefix and any(key.removeprefix(prefix) in expected for key in weights):
         return f"The names begin with {prefix!r}: save the state dict of the bare model"
+    missing = {key.partition(".")[0] for key in expected if key not in weights}
+    if missing and missing <= _HEADS and not any(key not in expected for key in weights):
+        return "They hold no classifier: give some that do, or ask for features alone with TASK=embed (--task embed)"
     return f"Is {name} the MODEL these weights were trained for?"

@@ -78,11 +78,19 @@ def open_workload(
     return open_images(source, model, weights=weights, cache=cache)
 
 
-def open_images(source: ImageSource, model: str, *, weights: str | None = None, cache: Path | None = None) -> Workload:
+def open_images(
+    source: ImageSource,
+    model: str,
+    *,
+    weights: str | None = None,
+    cache: Path | None = None,
+    labelled: bool = True,
+) -> Workload:
     """Open images for a model, decoded and cropped to its input, with labels in its head's class numbering.
 
     ``weights`` is what ``open_model`` will be given: a file's head decides how many classes there are. ``cache`` is the
-    folder that keeps the decoded images (None: memory only).
+    folder that keeps the decoded images (None: memory only). Without ``labelled`` no classes are looked for, neither of
+    the images nor of the model.
     """
     check_limit(source.limit)
     check_model(model)
@@ -93,12 +101,13 @@ def open_images(source: ImageSource, model: str, *, weights: str | None = None, 
         raise WorkloadError(_unknown(source.name))
     options: dict[str, Any] = {
         "data": source.data,
-        "head": head_classes(model, weights=weights),
+        "head": head_classes(model, weights=weights) if labelled else None,
         "preprocess": Preprocess.from_config(input_config(model), resize=source.resize),
         "limit": source.limit,
         "strict": source.strict,
         "cache": cache,
         "reading": source.reading,
+        "labelled": labelled,
     }
     if source.name == "imagefolder":
         return open_image_folder(**options)

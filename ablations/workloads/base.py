@@ -22,6 +22,7 @@ from ablations.workloads.account import Account
 log = logging.getLogger(__name__)
 
 CALIBRATION = 128  # images that settings are sought on
+NO_LABEL = -1  # the label of each image of a workload without classes
 _LOGGED = 10  # skipped images named in the log; the workload holds them all
 _CHUNK = 256  # images hashed at once, so that a memory map never comes into memory whole
 
@@ -36,11 +37,11 @@ class Workload:
 
     name: str
     pixels: np.ndarray  # (n, H, W, C) uint8, may be a memory map
-    labels: np.ndarray  # (n,) int64: class index of the model's head
+    labels: np.ndarray  # (n,) int64: class index of the model's head; NO_LABEL where there are no classes
     ids: tuple[str, ...]  # a stable name for each image
     mean: tuple[float, ...]  # per channel, of pixel / 255
     std: tuple[float, ...]
-    classes: int  # size of the head the labels refer to
+    classes: int  # size of the head the labels refer to; 0: nothing is known of classes
     digest: str  # sha256 over all that is evaluated: see ``data_digest``
     skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) of what cannot be used
     masks: np.ndarray | None = None  # (n, H, W) bool: pixels of the object, where known
@@ -61,6 +62,8 @@ class Workload:
         self._check_labels()
 
     def _check_labels(self) -> None:
+        if self.classes == 0 and (self.labels == NO_LABEL).all():
+            return
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.classes))
         if len(outside):
             first = outside[0]

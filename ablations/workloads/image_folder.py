@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ablations.workloads.account import Account, Entry
-from ablations.workloads.base import Workload, refuse_or_keep, spread_subset
+from ablations.workloads.base import NO_LABEL, Workload, refuse_or_keep, spread_subset
 from ablations.workloads.classes import folder_classes
 from ablations.workloads.decode import Loaded, Source, decode, read_image
 from ablations.workloads.folders.copies import find_copies
 from ablations.workloads.folders.found import find_all_images, find_images, image_id, printable
 from ablations.workloads.folders.label_file import read_labels
-from ablations.workloads.folders.splits import Place, find_place
+from ablations.workloads.folders.splits import Place, find_place, unlabelled_place
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.reading import Reading
 
@@ -53,14 +53,20 @@ def open_image_folder(
     cache: Path | None,
     name: str = "imagefolder",
     reading: Reading | None = None,
+    labelled: bool = True,
 ) -> Workload:
     """Open a folder of images for a model whose head has ``head`` classes (None: random weights, any number).
 
+    Without ``labelled`` every image below the folder counts, and none has a class.
     Files that are there twice count once, and not at all where their labels differ: see ``copies``.
     """
     reading = reading or Reading()
-    place = find_place(data, reading)
-    found = labelled_images(place, head=head, reading=reading)
+    if labelled:
+        place = find_place(data, reading)
+        found = labelled_images(place, head=head, reading=reading)
+    else:
+        place = Place(unlabelled_place(data, reading))
+        found = unlabelled_images(place.folder, reading=reading)
     if strict:
         refuse_or_keep(found.lines, strict=True, name=str(place.labels))
     positions = spread_subset([image[0] for image in found.images], [image[1] for image in found.images], limit)
@@ -116,6 +122,13 @@ def labelled_images(place: Place, *, head: int | None, reading: Reading) -> Labe
         place.labels.name,
         said.problems,
     )
+
+
+def unlabelled_images(root: Path, *, reading: Reading) -> Labelled:
+    """Every image below a folder, whatever its folders mean."""
+    found = find_all_images(root, links=reading.links)
+    images = sorted((image_id(path, root), NO_LABEL, path) for path in found.files[""])
+    return Labelled(images, 0, found.targets, (), {}, found.skipped, found.ignored)
 
 
 def _emptied(found: Labelled, place: Place, skipped: tuple[Entry, ...]) -> list[str]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ablations.records.files import user_path
 from ablations.workloads.account import Account
-from ablations.workloads.base import Workload, WorkloadError, refuse_or_keep, spread_subset
+from ablations.workloads.base import NO_LABEL, Workload, WorkloadError, refuse_or_keep, spread_subset
 from ablations.workloads.classes import class_indices
 from ablations.workloads.decode import Loaded, Source, decode, read_image
 from ablations.workloads.preprocess import Preprocess
@@ -49,8 +49,11 @@ def open_named(
     cache: Path | None,
     download: bool = False,
     reading: Reading | None = None,
+    labelled: bool = True,
 ) -> Workload:
-    """Open a data set by name; ``data`` is the folder it is kept in, ``download=True`` lets torchvision fetch it."""
+    """Open a data set by name; ``data`` is the folder it is kept in, ``download=True`` lets torchvision fetch it.
+    Without ``labelled`` its targets are not looked at, and no image has a class.
+    """
     family, _, rest = name.partition(":")
     spec, _, split = rest.partition("@")
     if not spec:
@@ -61,10 +64,11 @@ def open_named(
     dataset = _create(name, family=family, spec=spec, split=split, data=data, download=download)
     count = _length(dataset, name)
     ids = [_item_id(dataset, position) for position in range(count)]
-    labels = _known_labels(dataset) or [0] * count
+    labels = (_known_labels(dataset) if labelled else None) or [0] * count
     chosen = spread_subset(ids, labels, limit)
-    sources = [_source(dataset, position, ids[position]) for position in chosen]
-    origin = f"{name} {user_path(data).resolve() if data else ''} {count} torchvision {torchvision.__version__}"
+    sources = [_source(dataset, position, ids[position], labelled=labelled) for position in chosen]
+    known_as = name if labelled else f"{name} (unlabelled)"
+    origin = f"{known_as} {user_path(data).resolve() if data else ''} {count} torchvision {torchvision.__version__}"
     behind = _behind(dataset, data, cache)
     origin = f"{origin} {behind}" if behind else origin
     # one thread: data sets are not promised to be thread-safe (FakeData sets the global seed)
@@ -73,13 +77,15 @@ def open_named(
     finally:
         _close(dataset)
     skipped = refuse_or_keep(decoded.skipped, strict=strict, name=name)
-    mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name, rule=reading.rule)
+    mapped, classes = decoded.labels, 0
+    if labelled:
+        mapped, classes = _map_labels(dataset, decoded.labels, head=head, name=name, rule=reading.rule)
     account = Account(
         found=count,
         used=len(decoded.ids),
         left_out=count - len(chosen),
         notes=decoded.notes,
-        empty_classes=_empty_classes(dataset, decoded.labels) if len(chosen) == count else (),
+        empty_classes=_empty_classes(dataset, decoded.labels) if labelled and len(chosen) == count else (),
     )
     return decoded.workload(
         name, preprocess=preprocess, labels=mapped, classes=classes, skipped=skipped, account=account
@@ -212,16 +218,19 @@ def _known_labels(dataset: Any) -> list[int] | None:
     return labels if len(labels) == len(dataset) else None
 
 
-def _source(dataset: Any, position: int, name: str) -> Source:
+def _source(dataset: Any, position: int, name: str, *, labelled: bool) -> Source:
+    def label(target: Any) -> int:
+        return _label(target) if labelled else NO_LABEL
+
     def load() -> Loaded:
         if hasattr(dataset, "reader"):
             # not dataset[position], which puts another image in the place of one it cannot read
             file, target, *_ = dataset.reader[position]
             with file:
                 pixels, notes = read_image(file, name=name)
-            return Loaded(pixels, _label(target), notes)
+            return Loaded(pixels, label(target), notes)
         image, target = dataset[position]
-        return Loaded(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), _label(target))
+        return Loaded(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)), label(target))
 
     return Source(name, _stamp(dataset, position), load)
 
@@ -312,7 +321,10 @@ def _map_labels(
 ) -> tuple[np.ndarray, int]:
     if labels.min() < 0:
         missing = int((labels < 0).sum())
-        raise WorkloadError(f"{name} has {missing} images without a label: choose a split that has labels (NAME@SPLIT)")
+        raise WorkloadError(
+            f"{name} has {missing} images without a label: choose a split that has labels (NAME@SPLIT), "
+            "or ask what needs none, TASK=embed (--task embed)"
+        )
     names = _class_names(dataset)
     if names:
         indices, classes = class_indices(

@@ -261,5 +261,5 @@ def _nothing_found(root: Path, skipped: list[Entry]) -> str:
 
 UNSORTED = (
     "put each image into a folder named after its class, or give their labels: val.txt or LOC_val_solution.csv beside "
-    "them, or LABELS=FILE"
+    "them, or LABELS=FILE; or ask what needs no classes, TASK=embed (--task embed)"
 )

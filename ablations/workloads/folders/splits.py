@@ -46,6 +46,20 @@ def find_place(data: str | None, reading: Reading) -> Place:
     return Place(folder, _labels(folder, root, reading))
 
 
+def unlabelled_place(data: str | None, reading: Reading) -> Path:
+    """DATA itself, or its validation split where DATA holds splits and no image beside them."""
+    root = _existing(data)
+    if holds_images(root):
+        return root
+    kinds = {folder: _kind(folder, reading) for folder in _folders(root)}
+    evaluated = [folder for folder in _called(kinds, EVALUATED_SPLITS) if kinds[folder] in ("classes", "images")]
+    others = set(_filled(kinds)) - set(_called(kinds, (*EVALUATED_SPLITS, *TRAINING_SPLITS)))
+    if not evaluated or others:
+        return root
+    log.info("%s holds splits: evaluating %s", data, evaluated[0].name)
+    return evaluated[0]
+
+
 def class_root(data: str | None, reading: Reading | None = None) -> Path:
     """The folder that ids are relative to: DATA itself, or its validation split."""
     return find_place(data, reading or Reading()).folder
