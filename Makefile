@@ -21,7 +21,7 @@ option = $(if $($(1)),--$(2) '$($(1))')
 FOLDER_OPTIONS = $(call option,LABELS,labels) $(if $(filter no 0 off false,$(LINKS)),--no-links)
 RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call option,MODEL,model) \
 	$(call option,IMG_SIZE,img-size) $(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers) \
-	$(call option,TRAIN_DATA,train-data) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
+	$(call option,TRAIN_DATA,train-data) $(call option,TASK,task) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help ablations smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu weights report clean
@@ -40,6 +40,7 @@ help: ## this list
 	@echo '             hf-hub:OWNER/NAME, local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME'
 	@echo '  IMG_SIZE   384, or 384,320 (height, width): another size of image than the model'"'"'s own'
 	@echo '  WEIGHTS    a .safetensors file, or random (default: the model'"'"'s own)'
+	@echo '  TASK       classify (default), or embed: features beside the dense model, no labels, no classifier'
 	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
 	@echo '  BATCH      images in a batch          WORKERS  trials at once'

@@ -32,6 +32,8 @@ examples:
   sievit run                         all specs on the embedded workload, into results/
   sievit run --specs k_values class_token --limit 200 --out out/quick
   sievit run --workload imagefolder --data IMAGES --model deit_small_patch16_224 --out out/imagenet
+  sievit run --task embed --workload imagefolder --data PICTURES --model vit_small_patch14_dinov2
+                                     pictures without classes, a model without a classifier
   sievit run --specs finetuning      a spec that runs only where it is named (`sievit list` marks them)
   sievit run --specs model_scaling --workload imagefolder --data IMAGES \\
       --model "deit_tiny_patch16_224 deit_small_patch16_224"   several models, for specs that compare them
@@ -51,6 +53,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--specs", nargs="+", default=[], metavar="SPEC", help="names of specs or .yaml files (all)")
     add_model_options(parser)
     add_data_options(parser)
+    parser.add_argument(
+        "--task", default="classify", metavar="TASK",
+        help="what is asked of the model: classify (accuracy against labels) or embed (cosine of its pooled features "
+        "with the dense model's, which needs neither labels nor a classifier) (classify)",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
     parser.add_argument("--strict", action="store_true", help="refuse images that cannot be used, instead of skipping")
     parser.add_argument("--download", action="store_true", help="let torchvision and timm fetch a data set into --data")
@@ -131,6 +138,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         download=arguments.download,
         labels=arguments.labels or None,
         links=not arguments.no_links,
+        task=arguments.task or "classify",
     )
 
 

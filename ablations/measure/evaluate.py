@@ -30,7 +30,7 @@ from ablations.measure.context import (
 )
 from ablations.measure.failures import DeviceError, again, device_lost, in_words
 from ablations.measure.metrics import batch_columns, finite, image_columns, summary
-from ablations.trial.trial import Solution, Trial, TrialResult, base_row, failed
+from ablations.trial.trial import Solution, Trial, TrialError, TrialResult, base_row, failed
 from reducers import Identity, at, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
 
@@ -232,6 +232,8 @@ def _finetuned(runs: Sequence[_Run], context: TrialContext, report: Report | Non
     from ablations.measure.finetune import finetuned  # most runs need none of it
 
     check_inputs(runs[0].trial, context)  # before hours of training
+    if not context.task.needs_labels:
+        raise TrialError(f"finetuning reads labels, and the task {context.task.name} knows none")
     with context.profile.measure("finetuning"):
         tuned = finetuned(training, context, report=report)
     for run in runs:

@@ -61,10 +61,13 @@ def open_subject(
     """
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
-    images = open_images(source, model, weights=weights, cache=cache)
+    labelled = task_of(task).needs_labels
+    images = open_images(source, model, weights=weights, cache=cache, labelled=labelled)
     if images.skipped:
         log.warning("%d images cannot be used and are skipped; run.json and the report list them", len(images.skipped))
-    loaded = open_model(model, weights=weights, workload_name=source.name, classes=images.classes)
+    loaded = open_model(
+        model, weights=weights, workload_name=source.name, classes=images.classes, headless=not labelled
+    )
     facts = facts_of(model, loaded)
     calibration, evaluated = split_calibration(images) if calibrated else (None, images)
     target = target_of(facts, evaluated, calibration, batch=batch or default_batch(images), task=task)

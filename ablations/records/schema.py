@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from ablations.records.columns import IMAGE, ROW, Kind
+from ablations.records.columns import IMAGE, IMAGE_ADDED_LATER, ROW, Kind
 
 _TYPES = {
     Kind.TEXT: pa.string(),
@@ -26,3 +26,18 @@ def as_known(table: pa.Table) -> pa.Table:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(table.num_rows, column.type))
     return table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+
+
+def images_as_known(table: pa.Table) -> pa.Table:
+    """The images of a trial as this version knows them: columns that were added since they were written are null.
+
+    Raises:
+        ValueError: it has other columns than any version writes.
+    """
+    later = [name for name in IMAGE_ADDED_LATER if name not in table.column_names]
+    if not table.schema.equals(pa.schema([each for each in IMAGE_SCHEMA if each.name not in later])):
+        raise ValueError("it has columns that no version up to this one writes")
+    for name in later:
+        column = IMAGE_SCHEMA.field(name)
+        table = table.append_column(column, pa.nulls(table.num_rows, column.type))
+    return table.select(IMAGE_SCHEMA.names)

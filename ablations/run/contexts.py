@@ -150,7 +150,8 @@ def load_context(
 def _load_model(saved: dict[str, Any], workload: Workload, locate: Locate) -> LoadedModel:
     weights = RANDOM if saved["weights"] == RANDOM else str(locate(Path(saved["weights"])))
     name, opened_as = saved["facts"]["name"], _source(saved).name
-    return open_model(name, weights=weights, workload_name=opened_as, classes=workload.classes)
+    headless = not task_of(saved["task"]).needs_labels
+    return open_model(name, weights=weights, workload_name=opened_as, classes=workload.classes, headless=headless)
 
 
 def _source(saved: dict[str, Any]) -> ImageSource:

@@ -23,6 +23,7 @@ from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
 from ablations.run.session import Session, Settings
 from ablations.store.store import Store
 from ablations.trial.staleness import outdated
+from ablations.trial.trial import CLASSIFY
 from ablations.version import own_version
 from ablations.workloads import Workload
 
@@ -78,7 +79,7 @@ def _earlier_specs(session: Session) -> dict[str, Any]:
     """Specs of earlier runs whose rows still compare: of the same models and images, computed by the same code."""
     earlier = session.store.read_json(RUN)
     plan = planned_keys(earlier)
-    if not plan or any(earlier.get(name) != value for name, value in session.identity.items()):
+    if not plan or any({"task": CLASSIFY, **earlier}.get(name) != value for name, value in session.identity.items()):
         return {}
     others = {key for name, keys in plan.items() if name not in session.trials for key in keys}
     old = outdated(session.store.table(), keys=others) if others else {}
@@ -145,7 +146,8 @@ def write_samples(session: Session) -> None:
         picture = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
         session.store.write(f"{SAMPLES}/{name}", picture.getvalue())
-        entries.append({"image": workload.ids[row], "file": name, "label": int(workload.labels[row]), "row": row})
+        label = int(workload.labels[row]) if workload.classes else None
+        entries.append({"image": workload.ids[row], "file": name, "label": label, "row": row})
     session.store.write_json(f"{SAMPLES}/{INDEX}", {"grid": list(session.facts.grid), "images": entries})
 
 

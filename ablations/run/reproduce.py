@@ -25,9 +25,10 @@ from ablations.records.names import IMAGES, RUN, images_file
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.store.status import find_key
 from ablations.store.store import Store
+from ablations.tasks import Task, task_of
 from ablations.trial.code import code_of
 from ablations.trial.staleness import changed_code
-from ablations.trial.trial import Trial, TrialError, trial_from
+from ablations.trial.trial import CLASSIFY, Trial, TrialError, trial_from
 from ablations.words import in_words
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ MAY_DIFFER = frozenset(
     {
         "seconds", "created", "train_seconds", "peak_memory_mb", "device", "versions", "shared_prefix", "probes",
         "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
-        "code", "trial", "key", "batch", "evaluated_batch", "attempts",
+        "code", "trial", "task", "key", "batch", "evaluated_batch", "attempts",
     }
 )  # fmt: skip
 """Times, memory, where and by what it ran, how many settings and attempts it took, and names made from these."""
@@ -161,9 +162,12 @@ def _run(
         strict=bool(settings.get("strict")),
         labels=labels or settings.get("labels"),
         links=bool(settings.get("links", True)),
+        task=trial.task,
     )
     own = Store(folder).create()
-    subject = open_subject(opened.source, trial.model, weights=opened.weights, cache=own.cache, batch=opened.batch)
+    subject = open_subject(
+        opened.source, trial.model, weights=opened.weights, cache=own.cache, batch=opened.batch, task=trial.task
+    )
     for what, planned, found, remedy in (
         ("images", trial.data_digest, subject.target.data_digest, "--data"),
         ("weights", trial.weights_digest, subject.facts.weights_digest, "--weights"),
@@ -273,7 +277,11 @@ def report(found: Reproduction) -> list[str]:
 
 
 def _ending(row: Mapping[str, Any]) -> str:
-    return f"failed, {row['error']}" if row["status"] == "failed" else f"ok, top-1 {100 * row['top1']:.2f} %"
+    return f"failed, {row['error']}" if row["status"] == "failed" else f"ok, {_task(row).row_in_words(row)}"
+
+
+def _task(row: Mapping[str, Any]) -> Task:
+    return task_of(row.get("task") or CLASSIFY)
 
 
 def _plural(count: int, word: str) -> str:

@@ -15,8 +15,9 @@ from ablations.run.jobs import Computation, computations
 from ablations.spec import expand as plan
 from ablations.spec.model import SpecFile, find_specs
 from ablations.store.store import Store
+from ablations.tasks import task_of
 from ablations.trial.target import Target
-from ablations.trial.trial import RESULT_VERSION, ModelFacts, Trial
+from ablations.trial.trial import CLASSIFY, RESULT_VERSION, ModelFacts, Trial
 from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, default_models, open_model
 from reducers import reduce_tokens
 
@@ -43,8 +44,11 @@ class Settings:
     download: bool = False
     labels: str | None = None  # see ``workloads.reading``
     links: bool = True
+    task: str = CLASSIFY  # what is asked of the models: see ``ablations.tasks``
 
     def __post_init__(self) -> None:
+        if not task_of(self.task).needs_labels and self.labels is not None:
+            raise ValueError(f"the task {self.task} reads no labels: leave LABELS={self.labels} (--labels) out")
         for name in ("limit", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -147,6 +151,7 @@ class Session:
             "data_digest": self.target.data_digest,
             "images": self.target.images,
             "batch": self.target.batch,
+            "task": self.target.task,
         }
 
 
@@ -158,7 +163,9 @@ def open_session(settings: Settings) -> Session:
     if not any(file.spec.models == "all" for file in files):
         chosen = chosen[:1]
     subjects = {
-        name: open_subject(settings.source, name, weights=weights, cache=store.cache, batch=settings.batch)
+        name: open_subject(
+            settings.source, name, weights=weights, cache=store.cache, batch=settings.batch, task=settings.task
+        )
         for name, weights in chosen
     }
     planned = [(subject.target, subject.loaded) for subject in subjects.values()]

@@ -23,7 +23,7 @@ from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
 from ablations.trial.stages import Training
 from ablations.trial.target import Target
-from ablations.trial.trial import ModelFacts, Trial
+from ablations.trial.trial import CLASSIFY, ModelFacts, Trial
 from reducers import Placement
 
 MAX_TRIALS = 5000  # of one spec: a slip in `vary` must not fill a disk
@@ -72,6 +72,12 @@ def _trial(
     if "\n" in variant or not 0 < len(variant) <= 120:
         raise file.error(place, f"the variant {variant!r:.60} is no label; use one line of at most 120 characters")
     training = training_of(file, arm, place, values, facts, workload=target.workload)
+    if training and target.task != CLASSIFY:
+        raise file.error(
+            place,
+            f"it finetunes, which is for the task {CLASSIFY} alone (its loss reads labels): leave the spec, or this "
+            f"arm, out of a run with --task {target.task} (TASK={target.task})",
+        )
     check_trained(file, place, placed, training=training, depth=facts.depth)
     share = values.get("target")
     trial = target.trial(

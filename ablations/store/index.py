@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from ablations.records.names import CACHE, IMAGES, KEY, SUFFIX, TRIALS, images_file, row_file
 from ablations.records.parquet import AT_ONCE, owner, parquet, read_parquet, read_row, read_together, short
-from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.records.schema import ROW_SCHEMA, images_as_known
 from ablations.records.storage import Entry, Storage
 
 log = logging.getLogger(__name__)
@@ -224,8 +224,7 @@ class RowIndex:
         """The same, and every byte of it is what was written."""
         try:
             found = read_parquet(self._storage, images_file(key))
-            whole = owner(found.schema.metadata) in (key, None) and found.schema.equals(IMAGE_SCHEMA)
-            return int(found.num_rows) if whole else None
+            return int(images_as_known(found).num_rows) if owner(found.schema.metadata) in (key, None) else None
         except (OSError, ValueError, pa.ArrowException):
             return None
 

@@ -27,7 +27,7 @@ from ablations.records.files import cache_home, json_bytes
 from ablations.records.locks import lock
 from ablations.records.names import CACHE, IMAGES, KEY, RESULTS, SAMPLES, TRIALS, images_file, row_file
 from ablations.records.parquet import owned, parquet, read_parquet, read_row, short
-from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA, images_as_known
 from ablations.records.storage import Disk, StoreError, open_storage, refused
 from ablations.store.index import RowIndex
 from ablations.store.lease import leased
@@ -196,8 +196,8 @@ class Store:
         return row
 
     def load_images(self, key: str) -> pa.Table:
-        """The table of a trial's images; OSError or ArrowException where it cannot be read."""
-        return read_parquet(self.storage, images_file(_checked(key))).cast(IMAGE_SCHEMA)
+        """The table of a trial's images; OSError, ValueError or ArrowException where it cannot be read."""
+        return images_as_known(read_parquet(self.storage, images_file(_checked(key))))
 
     def compact(self, plan: Collection[str]) -> int:
         """Write ``results.parquet`` from the planned trials that are on disk; how many they are.

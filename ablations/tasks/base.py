@@ -28,7 +28,6 @@ class Task(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]  # one line for people
     needs_labels: ClassVar[bool]  # images without classes are refused, and models without a classifier
-    trains: ClassVar[bool]  # weights can be finetuned for it
     answers: ClassVar[str]  # what it reads of a model, in the plural: "logits"
     kept: ClassVar[tuple[str, ...]]  # names of the arrays that are kept of the plain model
 
@@ -68,6 +67,10 @@ class Task(ABC):
     @abstractmethod
     def plain_in_words(self, reference: Mapping[str, np.ndarray]) -> str:
         """What the plain model answers, for the log."""
+
+    @abstractmethod
+    def row_in_words(self, row: Mapping[str, Any]) -> str:
+        """The primary metric of a row, for people: "top-1 71.20 %"."""
 
     def values(self, images: Mapping[str, Any]) -> np.ndarray:
         """(n,) float64: the quantity of each image whose mean is the primary metric."""

@@ -26,7 +26,6 @@ class Classify(Task):
     name = "classify"
     summary = "logits against labels: accuracy"
     needs_labels = True
-    trains = True
     answers = "logits"
     kept = ("prediction", "correct")
     metric = "accuracy"
@@ -79,6 +78,9 @@ class Classify(Task):
 
     def plain_in_words(self, reference: Mapping[str, np.ndarray]) -> str:
         return f"top-1 {100 * float(reference['correct'].mean()):.1f} %"
+
+    def row_in_words(self, row: Mapping[str, Any]) -> str:
+        return f"top-1 {100 * row['top1']:.2f} %"
 
     def interval(self, values: np.ndarray) -> tuple[float, float]:
         """Wilson's score interval."""

@@ -75,7 +75,7 @@ TASKS = "ablations.tasks"  # here each task is a module, which is looked up by i
 CLOSED = frozenset(
     {
         *(f"ablations.records.{name}" for name in (
-            "columns", "files", "locks", "names", "paired", "parquet", "schema", "storage", "streams",
+            "columns", "files", "locks", "names", "paired", "parquet", "schema", "sign_flips", "storage", "streams",
         )),
         "ablations.tasks:task_of", "ablations.tasks:tasks",
         "ablations.store", "ablations.run", "ablations.spec", "ablations.cli",

@@ -99,7 +99,7 @@ class Trial:
     @property
     def family(self) -> str:
         """What a cost depends on beside the free setting: trials that share it can share what they tried."""
-        unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest"}
+        unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest", "task"}
         content = dataclasses.replace(self, code=_untimed(self.code))._content()
         return _digest({name: value for name, value in content.items() if name not in unrelated})
 

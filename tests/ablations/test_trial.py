@@ -20,7 +20,7 @@ CHANGED: dict[str, Any] = {
     "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
     "target": 0.5, "training": Training('{"epochs":1}'), "measure": "speed", "calibration": "c" * 64,
-    "code": "evaluation=other",
+    "code": "evaluation=other", "task": "embed",
 }  # fmt: skip
 
 
