@@ -60,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not options.quiet:
         say(
-            f"{len(results.finished)} finished trials, {len(results.failed)} failed: "
+            f"{len(results.finished) + len(results.features)} finished trials, {len(results.failed)} failed: "
             f"{len(written.figures) // 2} figures, {len(written.tables)} tables, {report}",
             sys.stdout,
         )
-    if results.finished.empty:
+    if results.finished.empty and results.features.empty:
         say("error: no trial finished; the report lists the reasons", sys.stderr)
         return 1
     return 0

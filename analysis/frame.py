@@ -142,8 +142,15 @@ class Results:
         return rows[(rows["status"] == "ok") & rows["top1"].notna() & rows["gmacs_mean"].notna()]
 
     @property
+    def features(self) -> pd.DataFrame:
+        """Finished trials of the task ``embed``, which have a cosine and no accuracy: none of ``finished``."""
+        rows = self.trials
+        answered = (rows["task"] == "embed") & rows["cosine"].notna() & rows["gmacs_mean"].notna()
+        return rows[(rows["status"] == "ok") & answered & rows["top1"].isna()]
+
+    @property
     def failed(self) -> pd.DataFrame:
-        return self.trials.drop(self.finished.index)
+        return self.trials.drop(self.finished.index.union(self.features.index))
 
     @property
     def specs(self) -> list[str]:
@@ -161,8 +168,9 @@ class Results:
         """(file, reason) of each image the workload could not read."""
         return [_file_and_reason(entry) for entry in self.run.get("skipped") or self.run.get("skipped_images") or []]
 
-    def settings(self) -> list[Setting]:
-        rows = self.finished
+    def settings(self, rows: pd.DataFrame | None = None) -> list[Setting]:
+        """The settings of some trials (those of ``finished``)."""
+        rows = self.finished if rows is None else rows
         columns = ["workload", "model", "weights", "images", "weights_digest", "data_digest"]
         groups = rows.groupby(columns, sort=False, dropna=False).size()
         return [Setting(w, m, k, int(n), str(wd), str(dd)) for w, m, k, n, wd, dd in groups.index]
@@ -172,9 +180,9 @@ class Results:
         found = read_left_rows(self.folder, set(self.trials["key"]), needed=REQUIRED)
         return Results(self.folder, self.trials.iloc[:0] if found is None else tidy(found.to_pandas()), self.run)
 
-    def of(self, setting: Setting, spec: str | None = None) -> pd.DataFrame:
-        """Finished trials of a setting (and a spec)."""
-        rows = self.finished
+    def of(self, setting: Setting, spec: str | None = None, *, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Trials of a setting (and a spec): of ``rows``, or of ``finished``."""
+        rows = self.finished if rows is None else rows
         keep = np.ones(len(rows), dtype=bool)
         for name, value in vars(setting).items():
             keep &= (rows[name] == value).to_numpy()

@@ -21,6 +21,8 @@ from PIL import Image
 from ablations.records import names
 from analysis import style, tables
 from analysis.account import read_account
+from analysis.features import NOTE as FEATURES_NOTE
+from analysis.features import FeatureTable
 from analysis.frame import Results
 from analysis.plots import Drawn, Sample
 
@@ -30,7 +32,13 @@ PNG_DPI = 160
 ABSOLUTE = re.compile(r"(?<![\w./~-])(?:/[^\s'\"/]+){2,}/?")  # a path from the root, two folders or more
 
 
-def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...], others: Sequence[str] = ()) -> str:
+def render(
+    results: Results,
+    parts: Sequence[object],
+    skipped: tuple[str, ...],
+    others: Sequence[str] = (),
+    features: Sequence[FeatureTable] = (),
+) -> str:
     """The report as one HTML text. Everything that comes from files is escaped by the template engine."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"),
@@ -42,13 +50,15 @@ def render(results: Results, parts: Sequence[object], skipped: tuple[str, ...], 
     trials, run = results.trials, results.run
     return environment.get_template("report.html.j2").render(
         parts=parts,
+        features=features,
+        features_note=FEATURES_NOTE,
         skipped_specs=skipped,
         others=others,
         failed=results.failed.to_dict("records"),
         images_skipped=results.skipped_images,
         account=read_account(run),
         trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
-        finished=len(results.finished),
+        finished=len(results.finished) + len(results.features),
         versions=_versions(trials, run),
         command=_command(run.get("command")),
         devices=sorted({device for device in trials["device"] if device}),

@@ -19,6 +19,7 @@ from analysis import caveats, findings, page, published, style, tables
 from analysis.facts.outcomes import with_answers
 from analysis.facts.overview import Overview
 from analysis.facts.spec import Facts
+from analysis.features import feature_tables
 from analysis.frame import AnalysisError, Results, Setting
 from analysis.page import read_samples, safe
 from analysis.plots import Drawn, Scene
@@ -133,13 +134,19 @@ def _write(results: Results, home: Path) -> Written:
     for number, setting in enumerate(main):
         prefix = f"{setting.slug}-" if len(main) > 1 else ""  # one setting, the usual case: plain file names
         parts.append(_part(desk, setting, everything, prefix, f"p{number + 1}"))
-    skipped = tuple(name for name in results.specs if name not in set(results.finished["spec"]))
+    features = feature_tables(results)
+    for one in features:
+        path = folders[names.TABLES] / f"{one.anchor}.csv"
+        path.write_text(one.numbers.to_csv(index=False), encoding="utf-8")
+        desk.files[names.TABLES].append(path)
+    told = {*results.finished["spec"], *results.features["spec"]}
+    skipped = tuple(name for name in results.specs if name not in told)
     for name in skipped:
         log.warning("spec %s has no finished trial: no figure and no table", name)
     out = home / names.REPORT
     left = results.left()
     said = [*(_named(setting, results) for setting in others), *(_named(setting, left) for setting in left.settings())]
-    out.write_text(page.render(results, parts, skipped, said), encoding="utf-8")
+    out.write_text(page.render(results, parts, skipped, said, features), encoding="utf-8")
     return Written(out, tuple(desk.files[names.FIGURES]), tuple(desk.files[names.TABLES]), skipped)
 
 
