@@ -60,11 +60,15 @@ def make_context(
 
 
 def save_context(session: Session, model: str) -> Path:
-    """Write what a worker needs to open the context of one of the session's models; the path to hand it.
+    """``save_subject`` of one of the session's models."""
+    return save_subject(session.subjects[model], session.store.cache)
+
+
+def save_subject(subject: Subject, cache: Path) -> Path:
+    """Write what a worker needs to open the context of a model; the path to hand it.
 
     The plain model's predictions are a file of their own, which ``missing_dense`` names.
     """
-    subject, cache = session.subjects[model], session.store.cache
     assert subject.calibration is not None, "a run seeks settings"
     facts = subject.facts
     identity = [facts.name, facts.weights_digest, subject.workload.digest, subject.task.name]

@@ -66,7 +66,7 @@ def write_record(session: Session, *, command: Sequence[str]) -> None:
             "grid": list(facts.grid),
             "classes": facts.classes,
             "strict": settings.strict,
-            "settings": _settings(settings),
+            "settings": settings_in_full(settings),
             "skipped": [list(entry) for entry in session.workload.skipped],
             IMAGES_ACCOUNT: _images_account(session.workload),
             "versions": versions(),
@@ -92,7 +92,7 @@ def _earlier_specs(session: Session) -> dict[str, Any]:
     return kept
 
 
-def _settings(settings: Settings) -> dict[str, Any]:
+def settings_in_full(settings: Settings) -> dict[str, Any]:
     """What a trial of this run needs to be run again from anywhere: paths in full."""
     names = ("workload", "data", "train_data", "model", "weights", "limit", "batch", "strict")
     about = {name: getattr(settings, name) for name in names}

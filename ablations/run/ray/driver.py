@@ -112,7 +112,7 @@ def run_on_ray(
         finally:
             with shown.profile.measure("ray_start"):
                 ray.shutdown()
-                _forget_watches(store.cache)
+                forget_watches(store.cache)
 
 
 class _Run:
@@ -128,17 +128,7 @@ class _Run:
 
     def describe(self, contexts: Mapping[str, Path]) -> None:
         """What every worker is told of the run, as plain data and the handle to the driver's files."""
-        self._about = {
-            "id": uuid.uuid4().hex[:8],
-            "out": self._store.location,
-            "contexts": {model: str(path) for model, path in contexts.items()},
-            "limit": self._limit,
-            "joined": self._cluster.joined,
-            "versions": versions(),
-            "files": {},
-            "library": None,
-            "fetch": os.environ.get("SIEVIT_FETCH") == "always",  # else only what a node does not see
-        }
+        self._about = about_run(self._cluster, self._store, contexts, limit=self._limit)
         if self._cluster.joined:
             named = [file for path in contexts.values() for file in context_files(path)]
             self._about.update(library=open_library(map(str, named)), files=listed(f for f in named if f.exists()))
@@ -149,7 +139,7 @@ class _Run:
         """Have the plain model's predictions found by a node that computes, where they are not known yet."""
         missing = {path: file for path in contexts if (file := missing_dense(path)) is not None}
         share = self._cluster.share
-        with self._shown.profile.measure("dense"), _token(self._store, self._about):
+        with self._shown.profile.measure("dense"), token(self._store, self._about):
             task = ray.remote(run_plain_model).options(num_cpus=share["CPU"], num_gpus=share.get("GPU", 0))
             found = {path: task.remote(self._about, str(path)) for path in missing}
             try:
@@ -201,7 +191,7 @@ class _Run:
             limit=self._limit,
             joined=self._cluster.joined,
         )
-        with _scratch(self._cluster.folder) as folder, _token(self._store, about):
+        with scratch(self._cluster.folder) as folder, token(self._store, about):
             try:
                 tune.Tuner(
                     tune.with_resources(
@@ -256,8 +246,23 @@ class _Run:
             self._shown.progress.done(one.computation, error=one.reason)
 
 
+def about_run(cluster: Cluster, store: Store, contexts: Mapping[str, Path], *, limit: float | None) -> dict[str, Any]:
+    """What every worker is told, but for the driver's files."""
+    return {
+        "id": uuid.uuid4().hex[:8],
+        "out": store.location,
+        "contexts": {model: str(path) for model, path in contexts.items()},
+        "limit": limit,
+        "joined": cluster.joined,
+        "versions": versions(),
+        "files": {},
+        "library": None,
+        "fetch": os.environ.get("SIEVIT_FETCH") == "always",  # else only what a node does not see
+    }
+
+
 @contextmanager
-def _scratch(below: Path | None) -> Iterator[Path]:
+def scratch(below: Path | None) -> Iterator[Path]:
     """A folder for what Tune must write down somewhere; nothing of it is ever read again."""
     folder = Path(tempfile.mkdtemp(prefix="sievit-", dir=below))
     try:
@@ -267,17 +272,17 @@ def _scratch(below: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _token(store: Store, about: dict[str, Any]) -> Iterator[None]:
+def token(store: Store, about: dict[str, Any]) -> Iterator[None]:
     """A file by which a node finds out whether it sees where the results go."""
-    token = store.cache / f"run-{about['id']}.token"
-    about["token"] = str(token)
-    token.write_text("a run is going on\n", encoding="utf-8")
+    seen = store.cache / f"run-{about['id']}.token"
+    about["token"] = str(seen)
+    seen.write_text("a run is going on\n", encoding="utf-8")
     try:
         yield
     finally:
-        token.unlink(missing_ok=True)
+        seen.unlink(missing_ok=True)
 
 
-def _forget_watches(cache: Path) -> None:
+def forget_watches(cache: Path) -> None:
     """What workers left that hung has been read by now, and stands in the records."""
     shutil.rmtree(cache / "watch", ignore_errors=True)
