@@ -24,7 +24,7 @@ _ANY: Mapping[str, Setting] = dict.fromkeys(KINDS, 1)
 _WRITTEN = re.compile(r"\d+(?:\.\d+|/(\d+))?")
 _LONGEST = 64  # characters of a number
 _RATIO_STEPS = 1000  # a keep rate is sought in thousandths …
-_SAMPLERS = {"ats"}  # reducers whose count is of sample points, not of tokens
+SAMPLERS = {"ats"}  # reducers whose count is of sample points, not of tokens
 _POINT_STEP, _POINT_RUNGS = 1.05, 86  # 1.05 ** 85 is about 64
 _DROP_STEPS = 100  # … and the tokens dropped at a block, on average over the blocks, in hundredths
 _TOTALS_BY_ONE, _TOTAL_STEP, _MOST_TOTAL = 8, 1.005, 64  # totals: times the patches; a step; times patches and blocks
@@ -104,7 +104,7 @@ def ladder(stages: StageList, kind: str, patches: int) -> list[Setting]:
     """
     if kind == "count":
         counts: list[Setting] = list(range(1, patches + 1))
-        if _free_names(stages) <= _SAMPLERS:
+        if _free_names(stages) <= SAMPLERS:
             counts += sorted({round(patches * _POINT_STEP**n) for n in range(1, _POINT_RUNGS)} - set(counts))
         return counts
     if kind == "ratio":

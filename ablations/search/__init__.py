@@ -1,0 +1,1 @@
+"""The search for the best placement: what is tried, on which images, when it ends, and what may be said of it."""
