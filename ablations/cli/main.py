@@ -16,7 +16,7 @@ from ablations.records.streams import silence
 from ablations.streams import standard_streams
 from ablations.version import own_version
 
-COMMANDS = ("run", "list", "validate", "status", "log", "reproduce", "train", "report", "docs")
+COMMANDS = ("run", "list", "validate", "status", "log", "reproduce", "train", "report", "docs", "recommend")
 """In the order of ``sievit --help``; each is the ``COMMAND`` of the file of its name."""
 
 _DESCRIPTION = """\

@@ -35,15 +35,25 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    # a process, since experiments know nothing of how they are drawn; and of the analysis that came with them: a folder
-    # of that name where somebody stands is something else (-P)
-    command = [sys.executable, "-P", "-m", "analysis"]
-    command += ["--quiet"] if arguments.quiet else []
-    command += ["--opening", arguments.opening] if arguments.opening else []
-    command += ["--to", arguments.to] if arguments.to else []  # `--to ""`, as make passes it on, means none
+    options = ["--quiet"] if arguments.quiet else []
+    options += ["--opening", arguments.opening] if arguments.opening else []
+    options += ["--to", arguments.to] if arguments.to else []  # `--to ""`, as make passes it on, means none
+    return _analysis(*options, "--", str(run_place(arguments)))
+
+
+def draw_recommendation(out: Path | str) -> int:
+    """``recommend.html`` from ``recommend.json`` in OUT; the exit status."""
+    return _analysis("--recommendation", "--", str(out))
+
+
+def _analysis(*words: str) -> int:
+    """``python -m analysis``; a process, since experiments know nothing of how they are drawn; and of the analysis that
+    came with them: a folder of that name where somebody stands is something else (-P).
+    """
     paths = [str(_TOP), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    status = subprocess.run([*command, "--", str(run_place(arguments))], env=environment, check=False).returncode
+    command = [sys.executable, "-P", "-m", "analysis", *words]
+    status = subprocess.run(command, env=environment, check=False).returncode
     return status if status >= 0 else 128 - status  # ended by a signal: as a shell says it
 
 

@@ -26,6 +26,7 @@ DRIVER_PARTS = {
     "opening": "opening and decoding, model, plan",
     "dense": "the plain model's predictions",
     "ray_start": "start and end of Ray",
+    "planning": "planning what to try next (Optuna)",
     "speed": "speed trials, alone on the machine",
     "records": "records, samples and compaction",
 }

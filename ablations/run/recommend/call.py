@@ -1,0 +1,273 @@
+"""One call of ``sievit recommend``: singles, search, confirmation, in this order and for every cost that was asked.
+
+Nothing of the confirmation images is looked at before all candidates of all costs are chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from ablations.measure.context import TrialContext
+from ablations.measure.opening import Subject
+from ablations.run.recommend.pieces import Looked, Pieces, Proposal, TrialFailed
+from ablations.run.recommend.serial import ShareOf
+from ablations.run.recommend.singles import Single, singles
+from ablations.search.errors import SearchError
+from ablations.search.journal import Journal
+from ablations.search.parts import Parts
+from ablations.search.planner import Listed, Planner, Sampled
+from ablations.search.race import Race, Standing
+from ablations.search.space import Space, describe, methods, spread, starts
+from ablations.search.verdict import Comparison, compare, finalists
+from ablations.store.store import Store
+from ablations.trial.code import runtime_code
+from ablations.trial.free_settings import AUTO, StageList, filled
+from ablations.trial.stages import Stages
+from reducers import placement_from, reduce_tokens
+
+log = logging.getLogger(__name__)
+
+SHOWN = 5  # single methods on the confirmation images, the best on the search images among them
+OPENINGS = "openings.json"  # when the confirmation images of which search were looked at
+
+Searcher = Callable[[Race, Pieces, ShareOf, Callable[[Race], None]], None]
+"""Carries a race out: in this process, or on Ray."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a placement is wanted for: a share of the dense model's cost, or a speed."""
+
+    share: float | None = None
+    speed: float | None = None
+
+    @property
+    def name(self) -> str:
+        """``0.50`` or ``speed-1.50``: what its file is called."""
+        return f"{self.share:.2f}" if self.share is not None else f"speed-{self.speed:.2f}"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person asked for."""
+
+    goals: tuple[Goal, ...]
+    candidates: int = 96
+    seed: int = 0
+
+
+@dataclass
+class Entry:
+    """A placement on the search images, and where it was confirmed on the confirmation images too."""
+
+    standing: Standing
+    proposal: Proposal
+    control: bool = False
+    confirmed: Looked | None = None
+    comparison: Comparison | None = None  # with the comparator
+    timed: dict[str, float] | None = None
+
+
+@dataclass
+class Found:
+    """What one goal came to."""
+
+    goal: Goal
+    comparator: Entry
+    finalists: list[Entry]
+    others: list[Entry]  # further single methods and controls that are looked at beside them
+    singles: list[Standing]
+    search: Race
+    share_of: ShareOf
+    failed: list[tuple[str, str]] = field(default_factory=list)  # singles without a value, and why
+
+
+class Call:
+    """Carries a call out.
+
+    Args:
+        subject: the model and the images.
+        context: the same, opened, with the dense model's answers.
+        parts: the parts of the images.
+        store: where the candidates' results are kept.
+        wishes: what was asked for.
+        searcher: who carries races out.
+        told: hears how a race goes, by the name of its phase.
+        warm: results of an earlier run on these images.
+    """
+
+    def __init__(
+        self, subject: Subject, context: TrialContext, parts: Parts, store: Store, *, wishes: Wishes,
+        searcher: Searcher, told: Callable[[str, Race], None], warm: Store | None = None,
+    ) -> None:  # fmt: skip
+        self.subject, self.context, self.parts, self.store = subject, context, parts, store
+        self.wishes, self._searcher, self._told = wishes, searcher, told
+        self.pieces = Pieces(context, parts, store, batch=subject.target.batch, seed=wishes.seed, warm=warm)
+        self._rungs = len(parts.rungs)
+        self._dense = self.pieces.dense(*range(self._rungs))
+        self._journal = Journal(store.out / "searches" / f"{_short(self._identity())}.jsonl", identity=self._identity())
+
+    # --- searching ----------------------------------------------------------------------------------------------------
+
+    def search(self, goal: Goal, share: float, share_of: ShareOf) -> Found:
+        """The best single method and the best candidates for a goal, as the search images have it.
+
+        ``share``: of the dense model's cost, where candidates do not have shares of their own by ``share_of``.
+        """
+        known = singles(self.subject.target, self.subject.loaded.model, share)
+        if not [single for single in known if not single.control]:
+            raise SearchError("this model takes none of the methods of the spec `methods`: there is nothing to compare")
+        listed = [(single.label, single.stages) for single in known]
+        alone = self._race(partial(Listed, listed), f"singles {goal.name}", share_of, halving=False)
+        standing = {one.candidate.stages: one for one in alone.complete}
+        entries = {
+            single.stages: self._entry(standing[single.stages], share_of, single) for single in known
+            if single.stages in standing
+        }  # fmt: skip
+        published = [
+            entries[one.candidate.stages] for one in alone.complete if not entries[one.candidate.stages].control
+        ]
+        failed = [(one.candidate.label, one.ended) for one in alone.standings.values() if not one.complete]
+        if not published:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in failed[:3])
+            raise SearchError(
+                f"no method costs {share:g} of the dense model here ({reasons}); ask for another cost with COST"
+            )
+        comparator = published[0]
+        race = self._race(self._planner, f"search {goal.name}", share_of, incumbent=comparator.standing)
+        best = finalists(race.complete, comparator.standing)
+        others = published[1:SHOWN] + [entry for entry in entries.values() if entry.control]
+        return Found(
+            goal,
+            comparator,
+            [self._entry(one, share_of) for one in best],
+            others,
+            alone.complete,
+            race,
+            share_of,
+            failed,
+        )
+
+    def each_method(self, share: float) -> dict[str, Proposal]:
+        """Every method of the space, alone: as the spec places it, else at three blocks."""
+        space, found = self._space(), dict[str, Proposal]()
+        for single in singles(self.subject.target, self.subject.loaded.model, share):
+            name = single.stages.data[0]["stack"][0]["name"]
+            if not single.control:
+                found.setdefault(name, Proposal(single.stages, single.label, share))
+        for method in space.methods:
+            stages = [{"at": spread(space.free[len(space.free) // 4 :], 3),
+                       "stack": [{"name": method.name, "budget": {"ratio": AUTO}}]}]  # fmt: skip
+            found.setdefault(method.name, Proposal(Stages.of(stages), describe(stages), share))
+        return found
+
+    def _space(self) -> Space:
+        facts = self.context.facts
+        free = tuple(range(facts.first_free, facts.depth))
+        return Space(methods(self._fits, free[0]), free)
+
+    def _planner(self) -> Planner:
+        space = self._space()
+        return Sampled(
+            space, size=self.wishes.candidates, seed=self.wishes.seed, label=describe,
+            fits=lambda stages: self._fits(stages.data), starts=starts(space),
+        )  # fmt: skip
+
+    def _fits(self, stages: StageList) -> object:
+        """Raises ValueError for what the model cannot carry out; every free budget counts as one that can."""
+        facts = self.context.facts
+        one = filled(stages, {"count": max(1, facts.patches // 2), "ratio": 0.9, "drop": 1})
+        return reduce_tokens(self.context.model, placement_from(one, depth=facts.depth, patches=facts.patches))
+
+    def _race(
+        self, make: Callable[[], Planner], phase: str, share_of: ShareOf, *, incumbent: Standing | None = None,
+        halving: bool = True,
+    ) -> Race:  # fmt: skip
+        """A race, carried out from where it stands."""
+
+        def begin() -> Race:
+            return Race(
+                make(), rungs=self._rungs, dense=self._dense, test=self.test, incumbent=incumbent, halving=halving,
+                keep=partial(self._journal.add, phase),
+            )  # fmt: skip
+
+        race, events = begin(), self._journal.of(phase)
+        if events:
+            try:
+                race.resume(events, self._values)
+            except SearchError as error:
+                log.info("the search begins anew (%s); finished trials are not computed again", error)
+                self._journal.forget(phase)
+                race = begin()
+        self._searcher(race, self.pieces, share_of, partial(self._told, phase))
+        return race
+
+    def _values(self, key: str, rung: int) -> np.ndarray | None:
+        looked = self.pieces.known(key, rung)
+        return None if looked is None else looked.values
+
+    def test(self, first: np.ndarray, second: np.ndarray) -> float:
+        """The task's paired test, two-sided."""
+        task = self.context.task
+        return min(1.0, 2 * min(task.better(first, second), task.better(second, first)))
+
+    # --- confirming ---------------------------------------------------------------------------------------------------
+
+    def confirm(self, found: Iterable[Found]) -> int:
+        """Look at the confirmation images, for all goals at once; how often they were looked at before."""
+        all_found = list(found)
+        entries = [entry for one in all_found for entry in (one.comparator, *one.finalists, *one.others)]
+        seen = self._open([self.pieces.trial(entry.proposal, self._rungs).key for entry in entries])
+        for entry in entries:
+            try:
+                entry.confirmed = self.pieces.look(entry.proposal, self._rungs)
+            except TrialFailed as error:
+                log.warning("%s gave no result on the confirmation images: %s", entry.proposal.label, error)
+        for one in all_found:
+            if one.comparator.confirmed is None:
+                raise SearchError(f"{one.comparator.proposal.label} gave no result to compare with; run it again")
+            one.finalists = [entry for entry in one.finalists if entry.confirmed is not None]
+        questions = [(_values(one.comparator), [_values(entry) for entry in one.finalists]) for one in all_found]
+        for one, comparisons in zip(all_found, compare(questions, test=self.test), strict=True):
+            for entry, comparison in zip(one.finalists, comparisons, strict=True):
+                entry.comparison = comparison
+        return seen
+
+    def _open(self, keys: list[str]) -> int:
+        """Record that the confirmation images are looked at with these trials; how many others looked before."""
+        images = self.pieces.part_digest(self._rungs)
+        told = self.store.read_json(OPENINGS)
+        known = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
+        this = {"images": images, "trials": sorted(keys)}
+        before = [one for one in known if one.get("images") == images and one.get("trials") != this["trials"]]
+        if this not in known:
+            self.store.write_json(OPENINGS, [*known, this])
+        return len(before)
+
+    def _entry(self, standing: Standing, share_of: ShareOf, single: Single | None = None) -> Entry:
+        candidate = standing.candidate
+        proposal = Proposal(candidate.stages, candidate.label, share_of(candidate))
+        return Entry(standing, proposal, control=single is not None and single.control)
+
+    def _identity(self) -> list[object]:
+        target = self.subject.target
+        return [
+            target.facts.name, target.facts.weights_digest, target.workload, target.data_digest, target.calibration,
+            target.batch, target.task, self.wishes.seed, self.wishes.candidates, runtime_code(target.task),
+        ]  # fmt: skip
+
+
+def _values(entry: Entry) -> np.ndarray:
+    assert entry.confirmed is not None
+    return entry.confirmed.values
+
+
+def _short(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -1,0 +1,215 @@
+"""What a call came to, for people, for Python and for the page: sentences, placement files and ``recommend.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ablations.measure.opening import Subject
+from ablations.run.recommend.call import Call, Entry, Found, Goal
+from ablations.search.parts import difference_seen
+from ablations.search.verdict import winner
+from ablations.store.store import Store
+from ablations.trial.stages import Stages
+from ablations.version import own_version
+from reducers.placement_file import VERSION
+
+FOLDER = "recommended"  # in OUT: a placement file a goal
+RECORD = "recommend.json"
+FORMAT = 1
+
+
+def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any]:
+    """What one goal came to, as plain data.
+
+    Args:
+        call: the call, confirmed.
+        found: its goal.
+        seen: how often the confirmation images were looked at before.
+        tests: comparisons that Holm's correction went over.
+    """
+    won = winner([entry.comparison for entry in found.finalists if entry.comparison is not None])
+    chosen = found.comparator if won is None else found.finalists[won]
+    race = found.search
+    told = {
+        "goal": {"name": found.goal.name, "share": found.goal.share, "speed": found.goal.speed},
+        "recommended": _entry(call, chosen),
+        "better": won is not None,
+        "comparator": _entry(call, found.comparator),
+        "finalists": [_entry(call, entry) for entry in found.finalists],
+        "others": [_entry(call, entry) for entry in found.others if entry.confirmed is not None],
+        "candidates": race.asked,
+        "complete": len(race.complete),
+        "search_images": len(call.parts.search),
+        "confirmation_images": len(call.parts.confirmation),
+        "calibration_images": len(call.subject.calibration or ()),
+        "seen_before": seen,
+        "tests": tests,
+        "left_out": [list(each) for each in found.failed],
+    }
+    return {**told, "sentences": sentences(told, metric=call.context.task.metric)}
+
+
+def _entry(call: Call, entry: Entry) -> dict[str, Any]:
+    looked = entry.confirmed
+    assert looked is not None, "what is shown was confirmed"
+    low, high = call.context.task.interval(looked.values)
+    gmacs = float(looked.gmacs.mean())
+    told: dict[str, Any] = {
+        "label": entry.proposal.label,
+        "control": entry.control,
+        "stages": Stages(looked.row["reducer"]).plain(),
+        "asked": entry.proposal.stages.plain(),
+        "key": looked.row["key"],
+        "search": entry.standing.mean,
+        "value": float(looked.values.mean()),
+        "low": low,
+        "high": high,
+        "gmacs": gmacs,
+        "share": gmacs / call.context.dense.gmacs,
+    }
+    if entry.comparison is not None:
+        one = entry.comparison
+        told["difference"] = {"mean": one.difference, "low": one.low, "high": one.high, "p": one.p,
+                              "adjusted": one.adjusted, "better": one.better, "worse": one.worse}  # fmt: skip
+    return told if entry.timed is None else {**told, "timed": entry.timed}
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def sentences(told: Mapping[str, Any], *, metric: str) -> list[str]:
+    """The verdict in three: what to use, how sure that is, and what it rests on."""
+    chosen, other, images = told["recommended"], told["comparator"], told["confirmation_images"]
+    cost = _cost(told["goal"])
+    if told["better"]:
+        first = (
+            f"{cost}, use {chosen['label']}: {_percent(chosen)} {metric} on {images:,} images that the search never "
+            f"saw, where {other['label']}, the best single published method on the search images, has "
+            f"{_percent(other)}."
+        )
+        second = f"The gain of {_difference(chosen['difference'])} is told apart{_tests(told['tests'])}."
+    else:
+        first = (
+            f"{cost}, nothing found is better than {other['label']}, the best single published method on the search "
+            f"images: use it; it has {_percent(other)} {metric} on {images:,} images that the search never saw."
+        )
+        best = max(told["finalists"], key=lambda one: one["search"], default=None)
+        second = (
+            f"The best of what was found, {best['label']}, differs from it by {_difference(best['difference'])} there, "
+            f"{'told apart as worse' if best['difference']['worse'] else 'not told apart'}{_tests(told['tests'])}; so "
+            f"many images tell about {100 * difference_seen(images):.0f} points apart."
+            if best is not None
+            else f"None of the candidates was better on the {told['search_images']:,} search images."
+        )
+    fall = 100 * (chosen["search"] - chosen["value"])
+    third = (
+        f"{told['candidates']} candidates were looked at on up to {told['search_images']:,} search images, on which "
+        f"what is recommended had {100 * chosen['search']:.1f} %, {abs(fall):.1f} points "
+        f"{'more' if fall >= 0 else 'less'} than on the confirmation images; {_seen(told['seen_before'])}."
+    )
+    return [first, second, third]
+
+
+def _cost(goal: Mapping[str, Any]) -> str:
+    if goal["speed"] is not None:
+        return f"To run {goal['speed']:g} times as fast as the dense model on this machine"
+    return f"At {100 * goal['share']:g} % of the dense model's cost"
+
+
+def _percent(one: Mapping[str, Any]) -> str:
+    return f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+
+
+def _difference(one: Mapping[str, Any]) -> str:
+    return (
+        f"{100 * one['mean']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}] "
+        f"(p = {one['adjusted']:.2g})"
+    )
+
+
+def _tests(count: int) -> str:
+    return f" (Holm's correction over {count} tests)" if count > 1 else ""
+
+
+def _seen(times: int) -> str:
+    if not times:
+        return "the confirmation images were looked at once"
+    often = f"{times} time{'s' if times > 1 else ''}"
+    return f"the confirmation images were seen {often} before, so that this is a little flattering"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str:
+    """The YAML of a placement file: a spec of one arm, and what it was recommended for."""
+    chosen, facts, metric = told["recommended"], subject.facts, subject.task.metric
+    name = f"recommended_{goal.name.replace('-', '_').replace('.', '_')}"
+    about = {
+        "version": VERSION,
+        "sievit": own_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": facts.name,
+        "weights": facts.weights,
+        "weights_digest": facts.weights_digest,
+        "depth": facts.depth,
+        "patches": facts.patches,
+        "workload": subject.target.workload,
+        "data_digest": subject.target.data_digest,
+        "task": subject.target.task,
+        "cost": round(chosen["share"], 6),
+        "speed": goal.speed,
+        metric: round(chosen["value"], 6),
+        "interval": [round(chosen["low"], 6), round(chosen["high"], 6)],
+        "images": told["confirmation_images"],
+        "better_than": told["comparator"]["label"] if told["better"] else None,
+        "candidates": told["candidates"],
+    }
+    spec = {
+        "name": name,
+        "title": f"Recommended for {facts.name}"[:120],
+        "question": " ".join(told["sentences"]),
+        "recommended": about,
+        "arms": [{"variant": chosen["label"][:120], "stages": chosen["stages"]}],
+    }
+    heading = '# written by `sievit recommend`; in Python: reducers.load("this file"), in a run: --specs this file\n'
+    return heading + yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]) -> list[str]:
+    """``OUT/recommended/*.yaml`` and ``OUT/recommend.json``; the placement files' names."""
+    names = []
+    for one, goal in zip(told, (each.goal for each in found), strict=True):
+        name = f"{FOLDER}/{goal.name}.yaml"
+        out.write(name, placement_file(goal, one, call.subject).encode())
+        names.append(name)
+    facts, dense = call.subject.facts, call.context.dense
+    search = np.concatenate([call.pieces.dense(part) for part in range(len(call.parts.rungs))])
+    out.write_json(
+        RECORD,
+        {
+            "format": FORMAT,
+            "version": own_version(),
+            "model": facts.name,
+            "weights_digest": facts.weights_digest,
+            "depth": facts.depth,
+            "patches": facts.patches,
+            "grid": list(facts.grid),
+            "workload": call.subject.target.workload,
+            "task": call.context.task.name,
+            "metric": call.context.task.metric,
+            "dense": {
+                "gmacs": dense.gmacs,
+                "search": float(search.mean()),
+                "value": float(call.pieces.dense(len(call.parts.rungs)).mean()),
+            },
+            "seed": call.wishes.seed,
+            "goals": told,
+        },
+    )
+    return names
