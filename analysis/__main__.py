@@ -12,6 +12,7 @@ from ablations.records.storage import as_folder, is_uri
 from ablations.records.streams import say
 from analysis import remote
 from analysis.frame import AnalysisError, Results, read_results
+from analysis.recommendation import write_recommendation
 from analysis.report import Written, write_analysis, write_opening
 
 EPILOG = """\
@@ -47,12 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--opening", metavar="FILE.png", help="draw that one figure instead: what survives beside what it costs"
     )
+    parser.add_argument(
+        "--recommendation", action="store_true", help="draw recommend.html of a search (sievit recommend) instead"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but warnings and errors")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if options.opening:
             write_opening(read_results(as_folder(options.out)), Path(options.opening))
+            return 0
+        if options.recommendation:
+            say(str(write_recommendation(as_folder(options.out))), sys.stdout)
             return 0
         results, written, report = _analyse(options.out, options.to)
     except (AnalysisError, PermissionError) as error:

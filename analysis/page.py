@@ -32,6 +32,17 @@ PNG_DPI = 160
 ABSOLUTE = re.compile(r"(?<![\w./~-])(?:/[^\s'\"/]+){2,}/?")  # a path from the root, two folders or more
 
 
+def environment() -> jinja2.Environment:
+    """Where templates are found; what they are given is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("analysis"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+
 def render(
     results: Results,
     parts: Sequence[object],
@@ -40,34 +51,31 @@ def render(
     features: Sequence[FeatureTable] = (),
 ) -> str:
     """The report as one HTML text. Everything that comes from files is escaped by the template engine."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     trials, run = results.trials, results.run
-    return environment.get_template("report.html.j2").render(
-        parts=parts,
-        features=features,
-        features_note=FEATURES_NOTE,
-        skipped_specs=skipped,
-        others=others,
-        failed=results.failed.to_dict("records"),
-        images_skipped=results.skipped_images,
-        account=read_account(run),
-        trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
-        finished=len(results.finished) + len(results.features),
-        versions=_versions(trials, run),
-        command=_command(run.get("command")),
-        devices=sorted({device for device in trials["device"] if device}),
-        seconds=float(trials["seconds"].sum()),
-        created=max(trials["created"], default=""),
-        notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
-        profile=read_profile(results.folder / names.PROFILE),
-        short=tables.SHORT,
-        known={str(key)[: tables.SHORT] for key in trials["key"]},
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            parts=parts,
+            features=features,
+            features_note=FEATURES_NOTE,
+            skipped_specs=skipped,
+            others=others,
+            failed=results.failed.to_dict("records"),
+            images_skipped=results.skipped_images,
+            account=read_account(run),
+            trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
+            finished=len(results.finished) + len(results.features),
+            versions=_versions(trials, run),
+            command=_command(run.get("command")),
+            devices=sorted({device for device in trials["device"] if device}),
+            seconds=float(trials["seconds"].sum()),
+            created=max(trials["created"], default=""),
+            notes={"ours": tables.OUR_NOTE, "published": tables.PUBLISHED_NOTE},
+            profile=read_profile(results.folder / names.PROFILE),
+            short=tables.SHORT,
+            known={str(key)[: tables.SHORT] for key in trials["key"]},
+        )
     )
 
 

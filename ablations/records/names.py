@@ -18,8 +18,12 @@ TRIALS, IMAGES = "trials", "images"
 SAMPLES, INDEX = "samples", "index.json"
 """The folder of a few images to draw on, and the file in it that says which they are."""
 CACHE = "cache"
+CANDIDATES, RECOMMENDED, RECOMMENDATION = "recommend", "recommended", "recommend.json"
+"""What a search leaves: a folder of results of its candidates, the placement files, and what it came to."""
 FIGURES, TABLES, REPORT = "figures", "tables", "report.html"
 """What the analysis adds."""
+RECOMMENDATION_PAGE = "recommend.html"
+"""… and what it adds to a search."""
 
 
 def row_file(key: str) -> str:

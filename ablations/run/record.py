@@ -139,16 +139,20 @@ def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
 
 def write_samples(session: Session) -> None:
     """``OUT/samples``: a few images for the pictures, and which rows they are."""
-    workload = session.workload
+    save_samples(session.store, session.workload, session.facts.grid)
+
+
+def save_samples(store: Store, workload: Workload, grid: tuple[int, int], count: int = SAMPLE_COUNT) -> None:
+    """``samples`` of a store: ``count`` images of a workload."""
     entries = []
-    for number, row in enumerate(sample_rows(workload)):
+    for number, row in enumerate(sample_rows(workload, count)[:count]):
         name = f"{number + 1:04d}.png"
         picture = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
-        session.store.write(f"{SAMPLES}/{name}", picture.getvalue())
+        store.write(f"{SAMPLES}/{name}", picture.getvalue())
         label = int(workload.labels[row]) if workload.classes else None
         entries.append({"image": workload.ids[row], "file": name, "label": label, "row": row})
-    session.store.write_json(f"{SAMPLES}/{INDEX}", {"grid": list(session.facts.grid), "images": entries})
+    store.write_json(f"{SAMPLES}/{INDEX}", {"grid": list(grid), "images": entries})
 
 
 def sample_rows(workload: Workload, count: int = SAMPLE_COUNT) -> list[int]:

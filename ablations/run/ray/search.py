@@ -34,6 +34,7 @@ from ablations.run.recommend.serial import ShareOf
 from ablations.search.race import Race
 from ablations.store.store import Store
 
+_INSIDE = "/"  # between the names of what Tune gives a scheduler flattened
 _TRIES = 2  # times a candidate is handed out again whose worker was lost
 
 Searching = Callable[[Race, Pieces, ShareOf, Callable[[Race], None]], None]
@@ -123,7 +124,8 @@ class _Rounds:
         if "busy" not in result:
             return True  # Tune's own last word
         self.busy += result["busy"]
-        self._profile.merge(result.get("spent", {}))  # Tune leaves an empty one out
+        prefix = f"spent{_INSIDE}"
+        self._profile.merge({name.removeprefix(prefix): value for name, value in result.items() if prefix in name})
         standing = self.race.standings[number]
         if standing.ended or standing.complete:
             return False

@@ -10,6 +10,7 @@ from typing import Any
 
 from ablations.measure.opening import Subject, choose_device, open_context, open_subject
 from ablations.measure.profile import Profile
+from ablations.records.names import CANDIDATES
 from ablations.run.recommend import outcome
 from ablations.run.recommend.call import Call, Found, Goal, Searcher, Wishes
 from ablations.run.recommend.progress import SearchProgress
@@ -23,8 +24,6 @@ from ablations.store.store import Store
 log = logging.getLogger(__name__)
 
 _PATIENCE = 3600.0  # seconds without progress after which a worker is ended
-
-BELOW = "recommend"  # the candidates' own store in OUT
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def begin(
         SearchError: it cannot be answered; the message names the remedy.
     """
     out = Store(settings.out).create()
-    store = Store(out.storage.below(BELOW)).create()
+    store = Store(out.storage.below(CANDIDATES)).create()
     profile = Profile()
     with profile.measure("opening"):
         ((name, weights),) = settings.chosen()[:1]

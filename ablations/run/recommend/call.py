@@ -242,7 +242,7 @@ class Call:
 
     def _open(self, keys: list[str]) -> int:
         """Record that the confirmation images are looked at with these trials; how many others looked before."""
-        images = self.pieces.part_digest(self._rungs)
+        images = self.pieces.workload(self._rungs).digest
         told = self.store.read_json(OPENINGS)
         known = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
         this = {"images": images, "trials": sorted(keys)}

@@ -10,17 +10,17 @@ import numpy as np
 import yaml
 
 from ablations.measure.opening import Subject
+from ablations.records.names import RECOMMENDATION, RECOMMENDED
 from ablations.run.recommend.call import Call, Entry, Found, Goal
 from ablations.search.parts import difference_seen
+from ablations.search.race import Standing
 from ablations.search.verdict import winner
 from ablations.store.store import Store
 from ablations.trial.stages import Stages
 from ablations.version import own_version
 from reducers.placement_file import VERSION
 
-FOLDER = "recommended"  # in OUT: a placement file a goal
-RECORD = "recommend.json"
-FORMAT = 1
+FORMAT = 1  # of the record
 
 
 def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any]:
@@ -43,15 +43,20 @@ def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any
         "finalists": [_entry(call, entry) for entry in found.finalists],
         "others": [_entry(call, entry) for entry in found.others if entry.confirmed is not None],
         "candidates": race.asked,
-        "complete": len(race.complete),
         "search_images": len(call.parts.search),
         "confirmation_images": len(call.parts.confirmation),
         "calibration_images": len(call.subject.calibration or ()),
         "seen_before": seen,
         "tests": tests,
+        "singles": [_searched(one) for one in found.singles],
+        "complete": [_searched(one) for one in race.complete],
         "left_out": [list(each) for each in found.failed],
     }
     return {**told, "sentences": sentences(told, metric=call.context.task.metric)}
+
+
+def _searched(one: Standing) -> dict[str, Any]:
+    return {"label": one.candidate.label, "search": one.mean}
 
 
 def _entry(call: Call, entry: Entry) -> dict[str, Any]:
@@ -77,6 +82,11 @@ def _entry(call: Call, entry: Entry) -> dict[str, Any]:
         told["difference"] = {"mean": one.difference, "low": one.low, "high": one.high, "p": one.p,
                               "adjusted": one.adjusted, "better": one.better, "worse": one.worse}  # fmt: skip
     return told if entry.timed is None else {**told, "timed": entry.timed}
+
+
+def _source(subject: Subject) -> str:
+    """The library that opens the model by its name: ``timm``, ``transformers``, or nothing for a shipped one."""
+    return "" if subject.facts.weights == "embedded" else "transformers" if subject.facts.name[:3] == "hf:" else "timm"
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -185,13 +195,13 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
     """``OUT/recommended/*.yaml`` and ``OUT/recommend.json``; the placement files' names."""
     names = []
     for one, goal in zip(told, (each.goal for each in found), strict=True):
-        name = f"{FOLDER}/{goal.name}.yaml"
+        name = f"{RECOMMENDED}/{goal.name}.yaml"
         out.write(name, placement_file(goal, one, call.subject).encode())
         names.append(name)
     facts, dense = call.subject.facts, call.context.dense
     search = np.concatenate([call.pieces.dense(part) for part in range(len(call.parts.rungs))])
     out.write_json(
-        RECORD,
+        RECOMMENDATION,
         {
             "format": FORMAT,
             "version": own_version(),
@@ -201,6 +211,8 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
             "patches": facts.patches,
             "grid": list(facts.grid),
             "workload": call.subject.target.workload,
+            "weights": facts.weights,
+            "source": _source(call.subject),
             "task": call.context.task.name,
             "metric": call.context.task.metric,
             "dense": {

@@ -25,6 +25,7 @@ from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.stages import Stages
 from ablations.trial.trial import Solution, Trial, trial_from
+from ablations.workloads import Workload
 
 SPEC = "recommend"
 _LONGEST = 120  # characters of a label
@@ -126,9 +127,9 @@ class Pieces:
             [np.ones(count) if values is None else values for values, count in zip(found, whole, strict=True)]
         ).astype(np.float64)
 
-    def part_digest(self, part: int) -> str:
-        """What names the images of a part."""
-        return self._context(part).workload.digest
+    def workload(self, part: int) -> Workload:
+        """The images of a part."""
+        return self._context(part).workload
 
     def _trial(self, proposal: Proposal, context: TrialContext) -> Trial:
         open_budget = bool(free_kinds(proposal.stages.data))

@@ -11,11 +11,13 @@ from ablations.records.kinds import ANSWERS
 from ablations.records.names import RUN
 from ablations.run.recommend.call import Call
 from ablations.run.recommend.pieces import SPEC
-from ablations.run.record import settings_in_full
+from ablations.run.record import save_samples, settings_in_full
 from ablations.run.session import Settings
 from ablations.store.store import Store
 from ablations.trial.trial import RESULT_VERSION
 from ablations.version import own_version
+
+_PICTURES = 6  # of confirmation images, for the page
 
 
 def write_record(store: Store, call: Call, settings: Settings, *, command: Sequence[str]) -> None:
@@ -55,6 +57,7 @@ def write_record(store: Store, call: Call, settings: Settings, *, command: Seque
         },
     )
     store.compact(keys)
+    save_samples(store, call.pieces.workload(len(call.parts.rungs)), facts.grid, _PICTURES)
 
 
 def _weights(call: Call) -> str:
