@@ -163,8 +163,10 @@ def test_a_timed_trial_shares_its_evaluation_whatever_code_times_it(trial: Trial
 
 
 def test_seeds_derive_from_what_is_computed(trial: Trial) -> None:
-    """The same draws under any name, in any batch, at any target; others for anything that is evaluated otherwise."""
-    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights"}
+    """The same draws under any name, in any batch, at any target, whatever is asked; others for anything that is
+    evaluated otherwise.
+    """
+    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights", "task"}
     for name, value in CHANGED.items():
         other = dataclasses.replace(trial, **{name: value})
         assert (other.random_seed == trial.random_seed) == (name in alike), name
