@@ -9,10 +9,13 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ablations.catalogue import families
 from ablations.catalogue.docstrings import described, functions, markdown, parted, statements, tagged
@@ -201,15 +204,32 @@ def _weights(about: Properties) -> str:
 
 def work_of(placement: Placement) -> Work:
     """Counted on one image of noise in a DeiT-Ti with random weights, in float64 so that all machines agree."""
+    subject = _subject()
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.set_rng_state(subject.random)  # reducers draw their parameters as if the model had just been made
+        fast = reduce_tokens(subject.model, placement).eval()
+        trace = fast.trace(subject.images)[1]
+    own = {id(parameter): parameter.numel() for parameter in fast.reducers.parameters()}
+    return Work(float(trace.reducer_macs[0] / subject.macs), sum(own.values()))
+
+
+class _Subject(NamedTuple):
+    model: nn.Module
+    images: Tensor  # (1, 3, 224, 224)
+    macs: float  # of the dense model
+    random: Tensor  # the state of the random numbers once both were drawn
+
+
+@cache
+def _subject() -> _Subject:
+    """What work is counted on: the same for every method, and made once."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
         model = create_model(_MODEL).double().eval()
         images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
-        fast = reduce_tokens(model, placement).eval()
-        trace = fast.trace(images)[1]
+        state = torch.get_rng_state()
         dense = reduce_tokens(model, Placement()).eval().trace(images)[1]
-    own = {id(parameter): parameter.numel() for parameter in fast.reducers.parameters()}
-    return Work(float(trace.reducer_macs[0] / dense.macs[0]), sum(own.values()))
+    return _Subject(model, images, float(dense.macs[0]), state)
 
 
 def _percent(share: float) -> str:
