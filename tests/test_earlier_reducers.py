@@ -81,6 +81,7 @@ def kept_by(scores: Tensor, count: int) -> Tensor:
     return torch.zeros(scores.shape, dtype=torch.bool).scatter(1, scores.topk(count, dim=1).indices, True)
 
 
+@pytest.mark.slow  # tests/test_public_paths.py imports it in its fresh process
 def test_the_file_registers_its_reducers_in_a_process_of_its_own() -> None:
     program = (
         "import json, runpy, sys\n"

@@ -25,6 +25,12 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@functools.cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of a file's, found once for all rules."""
+    return tuple(ast.walk(parsed(path)))
+
+
 def sources(*folders: str) -> list[Path]:
     """Every Python file below the folders, which must have some."""
     found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
@@ -39,7 +45,7 @@ def relative(path: Path) -> str:
 def imports(*folders: str) -> Iterator[Where]:
     """Every module imported by name, wherever in a file the import stands."""
     for path in sources(*folders):
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 yield from ((relative(path), node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -49,7 +55,7 @@ def imports(*folders: str) -> Iterator[Where]:
 def calls(*folders: str) -> Iterator[Where]:
     """Every call of a plain or dotted name."""
     for path in sources(*folders):
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
                 yield relative(path), node.lineno, ast.unparse(node.func)
 
@@ -77,7 +83,7 @@ def test_no_spec_is_known_to_the_analysis_by_its_name() -> None:
     named = [
         (relative(path), node.lineno, node.value)
         for path in sources("analysis")
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and node.value in shipped
     ]
     assert len(shipped) > 10 and named == []
@@ -105,7 +111,7 @@ def test_packages_import_by_full_name() -> None:
     dotted = [
         (relative(path), node.lineno)
         for path in sources(*PACKAGES)
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.ImportFrom) and node.level
     ]
     assert dotted == []
@@ -147,7 +153,7 @@ def test_files_in_a_folder_of_results_are_named_in_one_place() -> None:
     elsewhere = [
         (relative(path), node.lineno, node.value)
         for path in sources("ablations", "analysis")
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and node.value in named
     ]
     assert {where[0] for where in elsewhere} == {"ablations/records/names.py"}
@@ -159,7 +165,7 @@ def test_object_stores_are_opened_and_files_are_locked_in_one_room() -> None:
     named = [
         relative(path)
         for path in sources(*PACKAGES)
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and node.value in {"fcntl", "msvcrt", "AWS_REGION", "SIEVIT_CACHE"}
     ]
     assert set(named) <= {f"ablations/records/{name}.py" for name in ("files", "locks", "storage")}
@@ -174,13 +180,13 @@ def test_within_the_reducers_hosts_and_backbones_alone_know_a_model_library() ->
     docstrings = {
         ast.get_docstring(node, clean=False)
         for path in sources("reducers")
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
     }
     named = [
         (relative(path), node.lineno, node.value)
         for path in sources("reducers")
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in docstrings
         and any(library in node.value for library in libraries)
     ]  # fmt: skip
@@ -239,7 +245,7 @@ def test_who_asks_what_a_reducer_is_asks_its_traits() -> None:
     otherwise = [
         (relative(path), node.lineno, ast.unparse(node))
         for path in sources("reducers", "ablations", "benchmarks")
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.Attribute) and node.attr in TRAITS and isinstance(node.ctx, ast.Load)
         if ast.unparse(node.value).rpartition(".")[2] not in {"traits", "told", "chooser", "one", *NOT_REDUCERS}
     ]
@@ -267,7 +273,7 @@ def test_numpy_arrays_are_loaded_without_pickles() -> None:
     allowing = [
         (relative(path), node.lineno)
         for path in sources(*PACKAGES)
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
     ]
     assert allowing == []
@@ -290,7 +296,7 @@ def imported_modules(package: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in known.items():
         named: set[str] = set()
-        for node in ast.walk(parsed(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 named |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -353,7 +359,7 @@ def test_no_function_takes_nine_things_by_their_order() -> None:
     long = [
         (relative(path), node.lineno, node.name)
         for path in sources(*PACKAGES)
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.FunctionDef) and len(node.args.posonlyargs + node.args.args) > MAX_POSITIONAL
     ]
     assert long == []
@@ -362,10 +368,8 @@ def test_no_function_takes_nine_things_by_their_order() -> None:
 def given(path: Path) -> set[str]:
     """The names that a file itself makes."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    made = {node.name for node in ast.walk(parsed(path)) if isinstance(node, kinds)}
-    return made | {
-        node.id for node in ast.walk(parsed(path)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
+    made = {node.name for node in nodes(path) if isinstance(node, kinds)}
+    return made | {node.id for node in nodes(path) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
@@ -375,7 +379,7 @@ def test_a_name_of_a_file_is_had_from_that_file_alone() -> None:
         (relative(path), node.lineno, f"{node.module}:{alias.name}")
         for path in sources(*PACKAGES, "tests")
         if path.parent != ROOT / "tests" / "data"  # a user's files, of an earlier version
-        for node in ast.walk(parsed(path))
+        for node in nodes(path)
         if isinstance(node, ast.ImportFrom) and node.module in made
         for alias in node.names
         if alias.name not in made[node.module]
@@ -402,6 +406,8 @@ import reducers, reducers.cost_fvcore
 assert reducers.available(), "no library of models is imported until a model of it comes"
 for name in libraries:
     del sys.modules[name]
+import benchmarks.__main__
+assert benchmarks.__main__.main(sys.argv[1:]) == 0
 
 for name in {"yaml", "sklearn", "scipy"}:
     del sys.modules[name]
@@ -416,9 +422,16 @@ import ablations.run.serial, ablations.run.session
 """
 
 
-def test_reducers_need_torch_and_timm_alone_trials_no_pydantic_and_serial_runs_no_ray() -> None:
+def test_reducers_and_benchmarks_need_torch_and_timm_alone_trials_no_pydantic_and_serial_runs_no_ray(
+    tmp_path: Path,
+) -> None:
+    options = ["--model", "test_vit", "--size", "32", "--batch", "1", "--rounds", "1", "--only", "top-K"]
+    options += ["--processes", "1", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
+        [sys.executable, "-c", WITHOUT, *options], cwd=ROOT, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "| top-K, half at block 1 |" in done.stdout and "matplotlib is not installed" in done.stderr
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
     assert "dynamicvit" in done.stdout, "`train` lists the methods it can train"

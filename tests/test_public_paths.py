@@ -218,6 +218,9 @@ def __getattr__(name: str) -> Any:
 """
 
 
+EARLIER = "reducer_3d191f9"  # in tests/data
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What came of every import and command: a fresh process, in which nothing was imported before."""
@@ -225,10 +228,15 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, text in MOVED.items():
         (moved / f"{name}.py").write_text(SHIM.format(text=text))
     imports = [*IMPORTS.items(), *documented_imports(), *((name, ("Ratio",)) for name in MOVED), ("reducers.gone", ())]
+    imports += [(EARLIER, ())]
     commands = [(words[0], tuple(words[1:])) for words in map(shlex.split, COMMANDS.splitlines())]
     known = {(module, words[0] if words and words[0].isalpha() else "") for module, words in commands}
     commands += [(module, (*filter(None, [word]), "--help")) for module, word in documented_commands() - known]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(moved)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(moved), str(ROOT / "tests" / "data")]),
+    }
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "probe_public.py"], cwd=ROOT,
         input=json.dumps({"imports": imports, "commands": commands}),
@@ -273,6 +281,11 @@ def test_every_import_of_the_documents_works(tried: dict[str, Any]) -> None:
     asked = [one for one in tried["imports"] if one[0][0] in IMPORTS or one[0] in documented_imports()]
     assert len(asked) >= len(IMPORTS)
     assert [fault for (module, _), came in asked for fault in faults(module, came)] == []
+
+
+def test_a_file_of_reducers_written_for_that_version_is_imported(tried: dict[str, Any]) -> None:
+    (came,) = [came for (module, _), came in tried["imports"] if module == EARLIER]
+    assert faults(EARLIER, came) == []
 
 
 def test_every_command_of_the_documents_understands_its_words(tried: dict[str, Any]) -> None:
