@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ablations.workloads import open_model
+from analysis import page
 from analysis.__main__ import main as draw
+from tests.analysis.conftest import plainly
 
 Ablate = Callable[..., int]
 WNIDS = ("n01440764", "n01484850", "n01491361")
@@ -56,7 +58,7 @@ def options(folder: Path, spec_path: Path) -> list[str | Path]:
 
 
 def test_a_run_over_bad_data_ends_well_and_says_what_it_left_out(
-    ablate: Ablate, options: list[str | Path], tmp_path: Path
+    ablate: Ablate, options: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     assert ablate("run", *options, "--limit", "100") == 0
@@ -72,6 +74,7 @@ def test_a_run_over_bad_data_ends_well_and_says_what_it_left_out(
     assert run["images"] + run["calibration_images"] == 9
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok"] and {row["images"] for row in rows} == {run["images"]}
+    monkeypatch.setattr(page, "save_figure", plainly)
     assert draw([str(out), "--quiet"]) == 0
     report = (out / "report.html").read_text(encoding="utf-8")
     used = f"9 are used ({run['calibration_images']} only to calibrate)"

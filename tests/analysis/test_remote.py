@@ -27,7 +27,7 @@ def bucket() -> Iterator[str]:
 def uploaded(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A small run in the bucket; its URI."""
     monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "cache"))
-    maker = Maker()
+    maker = Maker(images=40)
     scores(maker)
     folder = maker.save(tmp_path / "run")
     uri = f"{bucket}/{tmp_path.name}"
