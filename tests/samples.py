@@ -9,9 +9,14 @@ from zlib import crc32
 import pytest
 
 
-def sampled(names: Iterable[str], *, quick: Collection[str]) -> list[Any]:
+def sampled(names: Iterable[Any], *, quick: Collection[Any]) -> list[Any]:
     """All of the names; those that are not ``quick`` marked slow."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def shared_out(cases: Iterable[Any], *, of: int = 2) -> list[Any]:
+    """All of the cases; one in ``of`` of them quick, from the first on, the others marked slow."""
+    return [case if place % of == 0 else pytest.param(case, marks=pytest.mark.slow) for place, case in enumerate(cases)]
 
 
 def methods_first(cases: Mapping[str, Any]) -> list[Any]:
@@ -24,7 +29,7 @@ def methods_first(cases: Mapping[str, Any]) -> list[Any]:
     ]
 
 
-def in_turn(cases: Mapping[str, Any], *, of: int = 2) -> Callable[[Any], Any]:
+def in_turn(cases: Mapping[str, Any], *, of: int = 3) -> Callable[[Any], Any]:
     """A decorator: the test gets one in ``of`` of the methods and of the stacks in ``make test``, which ones follows
     from its name, so that several tests together see them all; in ``make test-slow`` it gets the others, and variants.
     """

@@ -21,6 +21,7 @@ from reducers import TokenReducer
 from reducers import registry as known_reducers
 from reducers.runtime import ReducedViT
 from tests.ablations.runs import SPEC
+from tests.samples import shared_out
 
 STAGES = {
     "ATS": "[{at: 3, stack: [{name: ats, budget: {count: 20}}]}]",
@@ -40,7 +41,7 @@ STAGES = {
 NOT_COMPARED = {"seconds", "created", "shared_prefix"}
 
 
-@pytest.fixture(scope="module", params=["random", None], ids=["random weights", "shipped weights"])
+@pytest.fixture(scope="module", params=shared_out(["random", None]), ids=["random weights", "shipped weights"])
 def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Session:
     folder = tmp_path_factory.mktemp("group")
     (folder / "tiny.yaml").write_text(SPEC)

@@ -12,6 +12,7 @@ from analysis.account import read_account
 from analysis.frame import read_results
 from analysis.report import write_analysis
 from tests.analysis.synthetic import Maker
+from tests.samples import shared_out
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
 
@@ -48,7 +49,10 @@ def test_the_report_counts_what_was_found_used_and_skipped_by_kind(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "account", [None, [], {"found": "many", "used": 1}, {"used": 3}, {"found": 1, "used": 1, "skipped": {"a": "b"}}]
+    "account",
+    shared_out(
+        [None, [], {"found": 1, "used": 1, "skipped": {"a": "b"}}, {"found": "many", "used": 1}, {"used": 3}], of=2
+    ),
 )
 def test_an_account_that_is_missing_or_odd_is_done_without(tmp_path: Path, account: object) -> None:
     assert read_account({"images_account": account}) is None

@@ -42,8 +42,7 @@ def fresh_compiler():
 
 def reduced(name: str):
     """Reduced in two blocks where that compiles quickly: the second works on what the first has left."""
-    depth, blocks = (3, [1, 2]) if name in QUICK else (2, [1])
-    return reduce_tokens(make_vit(depth=depth), at(blocks, fresh(FIXED[name])))
+    return reduce_tokens(make_vit(depth=2), at([0, 1] if name in QUICK else [1], fresh(FIXED[name])))
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -121,7 +120,7 @@ class RefuseCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", sampled(FIXED, quick=["topk", "dpc_knn", "gtp", QUICK[-1]]))
+@pytest.mark.parametrize("name", sampled(FIXED, quick=["dpc_knn", QUICK[-1]]))
 @torch.no_grad()
 def test_fixed_counts_never_wait_for_the_device(name):
     """A tensor of FakeTensorMode has no values: item(), tolist(), nonzero() or a bool index would raise."""

@@ -32,7 +32,7 @@ from reducers.methods import stvit
 from reducers.methods.sttabt import method as sttabt
 from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
-from tests.samples import in_turn
+from tests.samples import in_turn, methods_first, shared_out
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
@@ -109,7 +109,7 @@ def reduced(reducer: TokenReducer, kind: str = "class", dtype: torch.dtype = tor
     return reduce_tokens(make_vit(kind).to(dtype), at(PLACES, fresh(reducer)))
 
 
-@each
+@pytest.mark.parametrize("reducer", methods_first(CASES))
 @torch.no_grad()
 def test_an_image_alone_is_the_same_image_in_a_batch_in_float64(reducer, images):
     model = reduced(reducer)
@@ -306,7 +306,10 @@ def test_every_kind_of_model_runs_or_is_refused_by_name(reducer, images):
 
 @pytest.mark.parametrize(
     "reducer",
-    [r for r in CASES.values() if not isinstance(r, Stack) and r.only_decides and r.traits.site == "attention"],
+    shared_out(
+        [r for r in CASES.values() if not isinstance(r, Stack) and r.only_decides and r.traits.site == "attention"],
+        of=3,
+    ),
     ids=lambda r: str(r.spec())[:60],
 )
 @torch.no_grad()

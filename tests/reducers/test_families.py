@@ -40,13 +40,14 @@ from reducers.maps import Mask, keep_patches
 from reducers.runtime.attention import PackedAttention
 from reducers.runtime.plain import Listener
 from reducers.signals import Signals
-from tests.samples import sampled
+from tests.samples import sampled, shared_out
 
 from .conftest import DEPTH
 from .test_contract import KEEP_ALL, NEVER_THE_IDENTITY, settings
 from .timm_models import FAMILIES, MODELS, PLACED, ROPES, filled, made, shallow
 
 each = pytest.mark.parametrize("name", MODELS)
+turns = pytest.mark.parametrize("name", shared_out(MODELS))
 CONTRACT = ("eva02", "dinov3", "beit", "naflex")
 QUICK = {"ats", "topk", "evit", "tome", "dynamicvit"}
 BLOCKS = [1, 3]
@@ -75,7 +76,7 @@ def test_without_reduction_a_model_is_timms_block_by_block_and_by_its_own_blocks
     assert reduce_tokens(model, at(1, TopK(Ratio(0.5), score="value_norm")))(scenes[:0]).shape == (0, expected.shape[1])
 
 
-@each
+@turns
 def test_gradients_reach_every_parameter_and_without_reduction_they_are_timms(name: str, scenes: Tensor) -> None:
     model = made(name)
     model(scenes).square().sum().backward()
@@ -113,7 +114,7 @@ def bias_macs(model: Any) -> float:
     return counter.get_total_flops() / 2
 
 
-@each
+@turns
 @torch.no_grad()
 def test_costs_are_what_torch_counts(name: str, scenes: Tensor) -> None:
     model, one = made(name).requires_grad_(False), scenes[:1]

@@ -34,6 +34,7 @@ from reducers import (
 )  # fmt: skip
 from reducers.hosts import TYPES, host_of
 from reducers.hosts.hf_vit import MODELS
+from tests.samples import shared_out
 
 from .hf_models import CLASSES, DEPTH, make_hf
 
@@ -62,7 +63,7 @@ def test_every_class_of_the_table_is_made_here() -> None:
         assert getattr(tf, name).__module__ == module
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", shared_out(CLASSES))
 @torch.no_grad()
 def test_without_reduction_the_answer_is_the_librarys_and_the_cost_that_of_its_layers(
     name: str, images: Tensor

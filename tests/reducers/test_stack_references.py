@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reducers import ATS, Count, Drop, EViT, Placement, Ratio, ReducedViT, Stack, State, TokenBatch, ToMe, at, build
+from tests.samples import shared_out
 
 from . import reference as slow
 from .conftest import DEPTH, make_vit
@@ -95,7 +96,7 @@ def same(found: Tensor, expected: object, what: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qk_norm", "registers"])  # LayerScale, norms of queries and keys, one prefix or five
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", shared_out(CASES))
 @torch.no_grad()
 def test_reducers_that_meet_equal_the_slow_reference(case, kind, pictures):
     placement, stages = CASES[case]

@@ -7,6 +7,7 @@ import torch
 
 from reducers import ATS, Count, Drop, Identity, Ratio, ReducerError, ToMe, TopK, at, build, every, reduce_tokens
 from reducers.cost_fvcore import fvcore_macs
+from tests.samples import shared_out
 
 from .conftest import make_vit
 from .test_contract import CASES, fresh
@@ -50,7 +51,7 @@ def test_a_traced_graph_refuses_a_batch_of_another_size():
         graph(torch.randn(3, 3, 48, 48))
 
 
-@pytest.mark.parametrize("name", [name for name, reducer in CASES.items() if reducer.adaptive])
+@pytest.mark.parametrize("name", shared_out([name for name, reducer in CASES.items() if reducer.adaptive], of=4))
 @torch.no_grad()
 def test_adaptive_methods_refuse_to_be_traced_by_name(name):
     model = reduce_tokens(make_vit(), at([1, 3], fresh(CASES[name])))

@@ -23,6 +23,7 @@ from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import open_named
 from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import kind_of, reason_of
+from tests.samples import shared_out
 from tests.workloads.conftest import WNIDS, MakeTree, Open, folder_opener, noise
 
 NOBODY = 65534
@@ -113,7 +114,7 @@ NOTED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SKIPPED)
+@pytest.mark.parametrize("name", shared_out(SKIPPED))  # all of them together are read below
 def test_an_image_that_cannot_be_used_is_skipped_and_counted(make_tree: MakeTree, open_folder: Open, name: str) -> None:
     root = make_tree(count=1)
     spoil, kinds = SKIPPED[name]

@@ -14,6 +14,7 @@ from ablations.workloads import digits, open_model
 from ablations.workloads.embedded import first_workload
 from ablations.workloads.model_card import token_choice, write_card
 from ablations.workloads.train_embedded import RECIPES, learning_rate, train
+from tests.samples import sampled
 
 SHIPPED = [name for name in sorted(MODELS) if (WEIGHTS / f"{name}.safetensors").is_file()]
 
@@ -68,7 +69,7 @@ def test_the_workload_normalises_as_training_does() -> None:
     torch.testing.assert_close(workload.batch(0, 4), trained, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", sampled(SHIPPED, quick=["digits_vit_tiny"]))
 def test_shipped_weights_are_as_good_as_their_record_says(name: str) -> None:
     record = json.loads((WEIGHTS / f"{name}.training.json").read_text())
     model, workload = open_model(name, weights=None, workload_name="embedded:v1").model, first_workload(360)
