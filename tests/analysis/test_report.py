@@ -27,6 +27,7 @@ from analysis.plots import Drawn
 from analysis.questions import beside, question_of
 from analysis.report import Written, write_analysis
 from tests.analysis.asked import answers, beside_print, question
+from tests.analysis.conftest import plainly
 from tests.analysis.runs import whole_run
 from tests.analysis.synthetic import DENSE_TOP1, SPECS, Maker
 from tests.samples import sampled
@@ -323,9 +324,11 @@ def test_every_figure_is_written_under_its_name(written: Written) -> None:
             "methods_published", "score_functions_difference"} <= names  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["agreement", "clutter", "class_token_dropped", "samples"])
+FOUR = ("agreement", "clutter", "class_token_dropped", "samples")  # a heat map, a forest plot, curves, pictures
+
+
+@pytest.mark.parametrize("name", sampled(FOUR, quick=FOUR[:3]))
 def test_figures_are_written_as_png_and_svg(drawn: list[Drawn], tmp_path: Path, name: str) -> None:
-    """A heat map, a forest plot, curves, pictures."""
     paths, text = page.save_figure(copy.deepcopy(next(one for one in drawn if one.name == name)), tmp_path, name)
     assert [path.name for path in paths] == [f"{name}.png", f"{name}.svg"]
     assert paths[0].read_bytes().startswith(b"\x89PNG") and paths[1].read_text(encoding="utf-8") == text
@@ -390,14 +393,16 @@ def test_two_models_in_one_folder_get_files_of_their_own(tmp_path: Path) -> None
         for name in ("A", "B"):
             reducer = [{"name": name, "of": model}]
             maker.add("methods", name, reducer=reducer, blocks=[3], keep=0.5, accuracy=0.8, model=model)
-    written = write_analysis(read_results(maker.save(tmp_path)))
+    written = write_analysis(read_results(maker.save(tmp_path, samples=False)))
     names = [path.name for path in written.figures]
     assert len(set(names)) == len(names) and any("small" in n for n in names) and any("tiny" in n for n in names)
     found = Page(written.report.read_text(encoding="utf-8"))
     assert len(found.ids) == len(set(found.ids))
 
 
-def test_command_line_writes_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_writes_and_says_what(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     maker = Maker(images=30)
     maker.add("my_idea", "only", reducer=[{"name": "new"}], blocks=[2], keep=0.5, accuracy=0.8)
     maker.fail("my_idea", "other", "no memory")
@@ -405,6 +410,7 @@ def test_command_line_writes_and_says_what(tmp_path: Path, capsys: pytest.Captur
     assert main([str(out)]) == 0
     said = capsys.readouterr().out
     assert "1 finished trials, 1 failed: 3 figures" in said and str(out / "report.html") in said
+    monkeypatch.setattr(page, "save_figure", plainly)
     assert main([str(out), "--quiet"]) == 0 and capsys.readouterr().out == ""
 
 

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from reducers import Count, Identity, Ratio, ReducerError, at, build, reduce_tokens
 from reducers.methods.small_input import SmallInput
+from tests.samples import shared_out
 
 from .conftest import make_vit
 from .test_contract import CASES, fresh
@@ -29,7 +30,7 @@ def pair(size: tuple[int, int]) -> tuple[VisionTransformer, VisionTransformer]:
     return moving, made
 
 
-@pytest.mark.parametrize("name", [name for name in SAME if name != "small_input"])
+@pytest.mark.parametrize("name", shared_out([name for name in SAME if name != "small_input"], of=2))
 @torch.no_grad()
 def test_a_model_of_any_size_reduces_as_one_made_for_that_size(name):
     size = SIZES[SAME.index(name) % len(SIZES)]

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from reducers import ReducerError, at, reduce_tokens
+from tests.samples import shared_out
 
 from .conftest import make_vit
 from .test_contract import CASES, fresh
 
 
 @pytest.mark.parametrize("kind", ["class", "map"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", shared_out(CASES, of=3))
 @torch.no_grad()
 def test_no_image_gives_no_logits_no_trace_and_no_cost(name, kind):
     try:
