@@ -24,7 +24,7 @@ RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call o
 	$(call option,TRAIN_DATA,train-data) $(call option,TASK,task) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablations smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu weights report clean
+.PHONY: help ablations recommend smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu weights report clean
 
 help: ## this list
 	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
@@ -45,6 +45,8 @@ help: ## this list
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
 	@echo '  BATCH      images in a batch          WORKERS  trials at once'
 	@echo '  TRAIN_DATA folder of training images, for specs that finetune (default: DATA/train)'
+	@echo '  COST       for recommend: shares of the dense cost (COST="0.5 0.7"); SPEED=1.5: times as fast, here'
+	@echo '  CANDIDATES for recommend: placements to try for each (96); SEED: of the search (0)'
 	@echo '  METHOD     for train: registered names, or all (none: list them); SET="epochs=1" changes its recipe'
 	@echo '  PROFILE=1  tell where the time went'
 	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
@@ -64,6 +66,11 @@ ablations: $(STAMP) ## run the ablations that are not finished yet, then draw th
 	if [ $$status -gt 1 ]; then exit $$status; fi; \
 	$(PY) -m ablations report --out '$(OUT)' || exit $$?; \
 	exit $$status
+
+recommend: $(STAMP) ## which token reduction this model should use: COST=0.5 (or several), or SPEED=1.5 (minutes)
+	@$(PY) -m ablations recommend --out '$(OUT)' $(call option,COST,cost) $(call option,SPEED,speed) \
+		$(call option,LIMIT,limit) $(call option,CANDIDATES,candidates) $(call option,SEED,seed) \
+		$(if $(SERIAL),--serial) $(RUN_OPTIONS)
 
 train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)
 	@$(PY) -m ablations train $(METHOD) --out '$(OUT)' $(call option,WORKLOAD,workload) $(call option,DATA,data) \
