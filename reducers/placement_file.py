@@ -37,7 +37,6 @@ from reducers.digest import state_digest
 from reducers.errors import ReducerError
 from reducers.hosts import host_of
 from reducers.placement import Placement, check_blocks, parse_blocks, placement_from
-from reducers.plain_yaml import read_yaml
 from reducers.runtime import ReducedViT
 
 VERSION = 1  # of the form of these files
@@ -99,13 +98,41 @@ def read_placement_file(path: str | os.PathLike[str]) -> PlacementFile:
     path = Path(path)
     text = _text(path)
     try:
-        data = read_yaml(text)
+        data = _plain_data(text)
         recommended = _recommended(data)
         placement = _placement(data, recommended)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"a value of the wrong kind ({error})"
         raise ReducerError(f"{path} is no placement file: {reason:.500}; {_REMEDY}") from error
     return PlacementFile(path, placement, recommended)
+
+
+def _plain_data(text: str) -> Any:
+    """What a text says as plain data, without aliases: a few of them can stand for more than memory holds.
+
+    Raises:
+        ValueError: it is no YAML, or holds more than plain data; the message says what and in which line.
+    """
+    import yaml
+
+    try:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        alias = next((event for event in events if isinstance(event, yaml.AliasEvent)), None)
+        data = yaml.safe_load(text) if alias is None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(
+            f"{f'line {mark.line + 1}: ' if mark else ''}{error.problem or 'not valid YAML':.300}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # beyond YAMLError: PyYAML's own slips on values such as `!!int ""`, numbers that are too long
+        raise ValueError(f"not valid YAML ({type(error).__name__}: {error!s:.200})") from error
+    if alias is not None:
+        line = alias.start_mark.line + 1
+        raise ValueError(f"line {line}: aliases (*name) are not read; repeat the value")
+    return data
 
 
 def placement_text(

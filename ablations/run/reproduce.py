@@ -16,13 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
 
 from ablations.records.names import IMAGES, RUN, images_file
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
+from ablations.search.errors import SearchError
+from ablations.search.parts import part, workload_of
 from ablations.store.status import find_key
 from ablations.store.store import Store
 from ablations.tasks import Task, task_of
@@ -30,6 +32,9 @@ from ablations.trial.code import code_of
 from ablations.trial.staleness import changed_code
 from ablations.trial.trial import CLASSIFY, Trial, TrialError, trial_from
 from ablations.words import in_words
+
+if TYPE_CHECKING:
+    from ablations.measure.opening import Subject
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +173,8 @@ def _run(
     subject = open_subject(
         opened.source, trial.model, weights=opened.weights, cache=own.cache, batch=opened.batch, task=trial.task
     )
+    if trial.data_digest != subject.target.data_digest:
+        subject = _on_part(subject, trial) or subject
     for what, planned, found, remedy in (
         ("images", trial.data_digest, subject.target.data_digest, "--data"),
         ("weights", trial.weights_digest, subject.facts.weights_digest, "--weights"),
@@ -182,6 +189,21 @@ def _run(
     row = own.load(trial.key)
     assert row is not None, "what was just saved can be read"
     return row, own.load_images(trial.key) if result.ok else None
+
+
+def _on_part(subject: Subject, trial: Trial) -> Subject | None:
+    """The same model on the part of the images that a candidate of a search was looked at, if it is one."""
+    try:
+        parts = part(subject.workload, subject.calibration)
+    except SearchError:  # no search is made on so few
+        return None
+    for positions in parts.all:
+        if len(positions) == trial.images:
+            workload = workload_of(subject.workload, positions)
+            if workload.digest == trial.data_digest:
+                target = dataclasses.replace(subject.target, data_digest=workload.digest, images=len(workload))
+                return dataclasses.replace(subject, workload=workload, target=target)
+    return None
 
 
 def _before(store: Store, *, key: str, recorded: Mapping[str, Any]) -> pa.Table | None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 
-from reducers.plain_yaml import strict_loader
-
 MAX_NESTING = 24
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z]\w*))")
 
@@ -24,9 +22,42 @@ class SpecError(ValueError):
     """A spec that cannot run; the message names the file, the place in it and the remedy."""
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+    """YAML without its traps: plain data only, no duplicate keys, no aliases (they can grow without bound)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not read; repeat the value", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {getattr(key, 'value', '')!r} is no plain name; put it in quotes", key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key.value!r}; keep one of the two", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+# dates stay text, `<<` and `=` are names like any other, and truth is true or false, not on, off, yes or no
+_UNWANTED = (":timestamp", ":merge", ":value", ":bool")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_UNWANTED)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def parse_yaml(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
     try:
-        loader = strict_loader()(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             return node, loader.construct_document(node) if node is not None else None

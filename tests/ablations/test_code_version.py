@@ -286,7 +286,6 @@ UNUSED = {
     "reducers/placement.py": "every parse_blocks: for who places by hand; a trial's stages name their blocks",
     "reducers/candidates.py": "*: for who searches",
     "reducers/placement_file.py": "*: files of placements, for users",
-    "reducers/plain_yaml.py": "*: how files are read, before there are trials",
     "reducers/methods/topk.py": "_keep_count _keep_highest __getattr__: names that moved, for users' files",
     "reducers/registry.py": "available: for who lists the methods",
     "reducers/checks.py": "_named: words",

@@ -1,0 +1,223 @@
+"""``sievit recommend`` from wishes to files: on the embedded model, with few methods and few images."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+import reducers
+from ablations.cli import report
+from ablations.cli.main import main
+from ablations.cli.recommend import goals_of
+from ablations.records.names import images_file, row_file
+from ablations.records.parquet import owned, parquet
+from ablations.records.schema import IMAGE_SCHEMA
+from ablations.run.recommend import call, singles
+from ablations.run.recommend.pieces import Pieces
+from ablations.search.parts import part
+from ablations.search.space import Method
+from ablations.store.store import Store
+from ablations.workloads import open_model
+from ablations.workloads.embedded import embedded_workload
+from analysis.recommendation import read_found
+
+IMAGES = 150
+FEW = """
+name: few
+title: Few
+base: {x: target, target: [0.5], set: {at: 3}, stages: [{at: $at, stack: [{name: $method, budget: {ratio: auto}}]}]}
+arms:
+- {variant: top-K, set: {method: topk}}
+- {variant: EViT, stages: [{at: [3, 6, 9], stack: [{name: evit, budget: {ratio: auto}}]}]}
+- {variant: random, set: {method: random}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def few(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two published methods and a control, and a space of two methods."""
+    path = tmp_path_factory.mktemp("spec") / "few.yaml"
+    path.write_text(FEW)
+    monkeypatch.setattr(singles, "METHODS", str(path))
+    monkeypatch.setattr(call, "methods", lambda fits, block: (Method("topk"), Method("tome")))
+
+
+def recommend(out: Path, *words: str, candidates: int = 4, drawn: bool = False) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        if not drawn:  # the analysis is a process of its own, and takes seconds to start
+            patched.setattr(report, "draw_recommendation", lambda out: 0)
+        asked = ["--limit", str(IMAGES), "--candidates", str(candidates), "--out", str(out)]
+        return main(["recommend", "--serial", *asked, *(words or ("--cost", "0.5"))])
+
+
+def told(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "recommend.json").read_text())
+    return found
+
+
+def journal(out: Path) -> list[dict[str, Any]]:
+    (path,) = (out / "recommend/searches").glob("*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "recommend/trials").glob("*.parquet")}
+
+
+def test_from_a_cost_to_a_placement_that_python_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert recommend(tmp_path, drawn=True) == 0
+    (goal,) = told(tmp_path)["goals"]
+    said = capfd.readouterr().out
+    assert all(sentence in said for sentence in goal["sentences"]) and len(goal["sentences"]) == 3
+    assert goal["candidates"] == 4 and {row["label"] for row in goal["others"]} >= {"random"}
+    for row in [goal["comparator"], *goal["finalists"], *goal["others"]]:
+        assert row["share"] == pytest.approx(0.5, rel=0.03) and row["low"] <= row["value"] <= row["high"]
+
+    file = tmp_path / "recommended/0.50.yaml"
+    model = open_model("pairs_vit_tiny", weights=None, workload_name="embedded", classes=10).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is for this very model
+        fast = reducers.reduce_tokens(model, reducers.load(file, model)).eval()
+    chosen = goal["recommended"]
+    confirm = part(embedded_workload(IMAGES), None).confirmation
+    images = embedded_workload(IMAGES)
+    right = [int(fast(images.batch(row, row + 1)).argmax()) == images.labels[row] for row in confirm]
+    assert np.mean(right) == pytest.approx(chosen["value"]), "Python gives what was confirmed"
+    assert main(["validate", str(file)]) == 0
+    assert yaml.safe_load(file.read_text())["recommended"]["accuracy"] == pytest.approx(chosen["value"], abs=1e-6)
+
+    page = (tmp_path / "recommend.html").read_text()
+    assert goal["sentences"][0].replace("'", "&#39;") in page and "reducers.load" in page
+    assert read_found(tmp_path).goals == [goal]
+
+    before = results(tmp_path)
+    assert recommend(tmp_path) == 0, "the same call again"
+    assert results(tmp_path) == before and told(tmp_path)["goals"] == [goal], "nothing is computed or counted twice"
+
+    key = chosen["key"]
+    assert main(["reproduce", key, "--out", str(tmp_path / "recommend")]) == 0
+    assert "bit for bit" in capfd.readouterr().out
+    assert main(["status", "--out", str(tmp_path / "recommend")]) == 0
+
+    assert recommend(tmp_path, "--cost", "0.5", "--seed", "1", candidates=2) == 0
+    (again,) = told(tmp_path)["goals"]
+    if {row["label"] for row in again["finalists"]} != {row["label"] for row in goal["finalists"]}:
+        assert again["seen_before"] == 1 and "seen 1 time before" in again["sentences"][2]
+
+
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_killed_in_the_middle_it_goes_on_without_repeating_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert recommend(whole, candidates=3) == 0
+    looked, look = 0, Pieces.look
+
+    def killed(self: Pieces, *given: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        if looked > after:
+            raise KeyboardInterrupt
+        return look(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pieces, "look", killed)
+        assert recommend(cut, candidates=3) == 130
+    before = results(cut)
+    assert before and recommend(cut, candidates=3) == 0
+    assert journal(cut) == journal(whole) and told(cut)["goals"] == told(whole)["goals"]
+    assert before.items() <= results(cut).items() and results(cut).keys() == results(whole).keys()
+
+
+def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_others(tmp_path: Path) -> None:
+    """A run over all images is in OUT. Its EViT is made perfect on the confirmation images alone: no one may see it."""
+    spec = tmp_path / "few.yaml"
+    spec.write_text(FEW)
+    out, limit = tmp_path / "out", ["--limit", str(IMAGES)]
+    assert main(["run", "--serial", "--specs", str(spec), *limit, "--out", str(out)]) == 0
+    store = Store(out)
+    rows = {row["variant"]: row for row in store.rows().values()}
+    plant(store, rows["EViT"]["key"], set(part(embedded_workload(IMAGES), None).confirmation))
+    assert recommend(out) == 0
+    (goal,) = told(out)["goals"]
+    assert goal["comparator"]["label"] == "top-K"
+    searched = {row["label"]: row["search"] for row in goal["singles"]}
+    assert searched["EViT"] == 0.0, "its rows of the search images were read"
+    evit = next(row for row in goal["others"] if row["label"] == "EViT")
+    assert 0 < evit["value"] < 1, "… and those of the confirmation images computed"
+    names = [json.loads(row["trial"])["variant"] for row in Store(out / "recommend").rows().values()]
+    assert names.count("EViT") == 1
+
+
+def plant(store: Store, key: str, good: set[int]) -> None:
+    """Right on these images, wrong on all others."""
+    table = store.load_images(key)
+    correct = pa.array([place in good for place in range(table.num_rows)])
+    place = table.schema.get_field_index("correct")
+    table = table.set_column(place, table.schema.field(place), correct).cast(IMAGE_SCHEMA)
+    store.storage.write(images_file(key), parquet(owned(table, key)))
+    assert store.storage.entry(row_file(key)) is not None
+
+
+@pytest.mark.slow
+def test_confirmation_does_not_depend_on_the_order_of_costs(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert recommend(one, "--cost", "0.5 0.6", candidates=2) == 0
+    assert recommend(other, "--cost", "0.6", "0.5", candidates=2) == 0
+    first, second = ({goal["goal"]["name"]: goal for goal in told(out)["goals"]} for out in (one, other))
+    assert first == second and set(first) == {"0.50", "0.60"}
+    assert (one / "recommended/0.60.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "what may it cost"),
+        (["--cost", "half"], "is no number"),
+        (["--cost", "1.5"], "above 0 and below 1"),
+        (["--speed", "0.5"], "above 1"),
+        (["--cost", "0.5", "--candidates", "0"], "--candidates is 1 or more"),
+        (["--cost", "0.5", "--limit", "60"], "60 images leave 36 to confirm on"),
+        (["--cost", "0.001", "--limit", "150"], "no method costs 0.001 of the dense model here"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_with_the_remedy(
+    words: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recommend", "--serial", "--out", str(tmp_path), *words]) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_goals_are_read_as_they_are_written() -> None:
+    assert [goal.name for goal in goals_of(["0.5 0.7", "0.50"], ["1.5"])] == ["0.50", "0.70", "speed-1.50"]
+
+
+@pytest.mark.slow
+def test_a_speed_is_met_or_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    status = recommend(tmp_path, "--speed", "1.1", "--batch", "64")
+    error = capfd.readouterr().err
+    if status == 0:
+        (goal,) = told(tmp_path)["goals"]
+        assert goal["recommended"]["timed"]["speedup_low"] >= 1.1
+        assert (tmp_path / "recommended/speed-1.10.yaml").exists()
+    else:  # a machine with other work may be as slow as that
+        assert "as fast" in error
+    assert recommend(tmp_path, "--speed", "20") == 2
+    assert "no method is 20 times as fast" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_features_without_labels_get_an_answer(tmp_path: Path) -> None:
+    assert recommend(tmp_path, "--cost", "0.6", "--task", "embed") == 0
+    found = told(tmp_path)
+    assert found["metric"] == "cosine" and found["dense"]["value"] == 1
+    assert all(0 < row["value"] < 1 for row in found["goals"][0]["others"])
+    assert "cosine" in (tmp_path / "recommended/0.60.yaml").read_text()
