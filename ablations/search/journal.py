@@ -20,9 +20,9 @@ class Journal:
 
     def __init__(self, path: Path, *, identity: Any) -> None:
         self.path, self._identity = path, json.loads(json.dumps(identity))
-        self._events = self._read()
-        if self._events is None:
-            self._events = []
+        known = self._read()
+        self._events: list[Event] = known or []
+        if known is None:
             self._write([{"identity": self._identity}])
 
     def of(self, phase: str) -> list[Event]:

@@ -221,3 +221,25 @@ def test_features_without_labels_get_an_answer(tmp_path: Path) -> None:
     assert found["metric"] == "cosine" and found["dense"]["value"] == 1
     assert all(0 < row["value"] < 1 for row in found["goals"][0]["others"])
     assert "cosine" in (tmp_path / "recommended/0.60.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_on_ray_candidates_are_the_same_trials(tmp_path: Path) -> None:
+    """Who is asked next depends on who ends first; what a candidate comes to does not."""
+    serial, at_once = tmp_path / "serial", tmp_path / "at_once"
+    assert recommend(serial) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "draw_recommendation", lambda out: 0)
+        asked = ["--limit", str(IMAGES), "--candidates", "4", "--workers", "2", "--out", str(at_once)]
+        assert main(["recommend", "--cost", "0.5", *asked]) == 0
+        before = results(at_once)
+        assert main(["recommend", "--cost", "0.5", *asked]) == 0 and results(at_once) == before
+    (one,), (other,) = told(serial)["goals"], told(at_once)["goals"]
+    for name in ("comparator", "singles", "candidates", "search_images", "confirmation_images"):
+        assert one[name] == other[name]
+    rows = [{row["key"]: row for row in Store(out / "recommend").rows().values()} for out in (serial, at_once)]
+    both = rows[0].keys() & rows[1].keys()
+    assert len(both) >= 8
+    for key in both:
+        for column in ("top1", "gmacs_mean", "reducer", "tokens"):
+            assert rows[0][key][column] == rows[1][key][column]

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -183,7 +184,7 @@ class Call:
     def _fits(self, stages: StageList) -> object:
         """Raises ValueError for what the model cannot carry out; every free budget counts as one that can."""
         facts = self.context.facts
-        one = filled(stages, {"count": max(1, facts.patches // 2), "ratio": 0.9, "drop": 1})
+        one = filled(stages, {"count": max(1, facts.patches // 2), "ratio": Fraction(9, 10), "drop": 1})
         return reduce_tokens(self.context.model, placement_from(one, depth=facts.depth, patches=facts.patches))
 
     def _race(
