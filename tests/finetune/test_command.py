@@ -16,6 +16,7 @@ from ablations.measure.opening import open_context, open_subject
 from ablations.trial.stages import Stages
 from ablations.workloads import ImageSource
 from reducers import Placement, placement_from
+from reducers.placement_file import placement_text
 from tests.finetune.conftest import ATS as STAGE
 from tests.finetune.conftest import CPU
 
@@ -47,6 +48,21 @@ def test_a_budget_that_is_not_known_is_refused_before_anything_is_evaluated(
     assert main([*words, "--stages", json.dumps([stage])]) == 2
     assert "write a number here" in capsys.readouterr().err
     assert list((tmp_path / "cache").glob("dense-*")) == []
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_a_placement_file_says_what_is_active_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "0.50.yaml"
+    about = {"model": "pairs_vit_tiny", "depth": 12, "patches": 64}
+    file.write_text(placement_text(placement_from([STAGE], depth=12), about, name="found", title="Found"))
+    words = ["--out", str(tmp_path / "out"), "--model", "pairs_vit_tiny", "--limit", "4", "--device", "cpu"]
+    recipe = ["epochs=1", "images=8", "batch=4", "holdout=0"]
+    assert main([*words, "--workers", "0", "--no-evaluation", "--stages", str(file), "--set", *recipe]) == 0
+    trained = json.loads((tmp_path / "out/finetune.json").read_text())["recipe"]["stages"]
+    assert trained == Stages.of_placement(placement_from([STAGE], depth=12)).plain()
+    file.write_text("name: x")
+    assert main([*words, "--stages", str(file)]) == 2
+    assert "is no placement file" in capsys.readouterr().err
 
 
 def test_the_old_command_works_and_names_the_new_one(

@@ -30,6 +30,7 @@ from ablations.trial.stages import OFF_THE_SHELF, Stages
 from ablations.workloads import ImageSource, Reading, default_models
 from ablations.workloads.training import TrainingAccess
 from reducers import Placement
+from reducers.placement_file import read_placement_file
 
 log = logging.getLogger("ablations.measure.finetune")
 
@@ -40,6 +41,7 @@ _EPILOG = """\
 examples:
   python -m ablations.measure.finetune --out out/ats --at 3-11 --reducer '{"name": "ats", "budget": {"count": 20}}'
   python -m ablations.measure.finetune --out out/dense --set epochs=3 seed=1
+  python -m ablations.measure.finetune --out out/found --stages results/embedded/recommended/0.50.yaml
   python -m ablations.measure.finetune --workload imagefolder --data imagenette --weights deit_tiny.safetensors \\
       --at 3-11 --reducer '{"name": "topk", "budget": {"ratio": 0.865}}' --set epochs=10 lr=1e-4 --out out/topk
 
@@ -155,6 +157,8 @@ def _stages(arguments: argparse.Namespace) -> list[Any]:
     if arguments.stages is not None:
         if arguments.at or arguments.reducer:
             raise RecipeError("give --stages, or --at with --reducer, not both")
+        if arguments.stages.endswith((".yaml", ".yml")):
+            return read_placement_file(user_path(arguments.stages)).placement.spec()
         stages: list[Any] = _json(arguments.stages, "--stages")
         return stages
     if bool(arguments.at) != bool(arguments.reducer):
@@ -193,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", help="a .safetensors file, or random (default: the model's own)")
     parser.add_argument("--at", help="blocks at which tokens are reduced: 3, 3-11, all or 3,6,9")
     parser.add_argument("--reducer", action="append", help="JSON; several times for a stack (default: the dense model)")
-    parser.add_argument("--stages", help="the whole placement as JSON, in place of --at and --reducer")
+    parser.add_argument("--stages", help="the whole placement, as JSON or a placement file of `sievit recommend`")
     settings = ", ".join(field.name for field in dataclasses.fields(Recipe) if field.name != "stages")
     parser.add_argument(
         "--set",
