@@ -81,6 +81,23 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
     )
 
 
+@torch.inference_mode()
+def reach(stages: Stages, context: TrialContext) -> tuple[float, float]:
+    """The shares of the dense model's cost at the two ends of the ladder of stages that leave one kind of budget open,
+    on one calibration image: quickly, whether a cost lies anywhere near.
+    """
+    (kind,) = free_kinds(stages.data)
+    patches, depth = context.facts.patches, context.facts.depth
+    rungs = ladder(stages.data, kind, patches)
+    image = calibration_batches(context)[0][0][:1]
+    found = []
+    for rung in (rungs[0], rungs[-1]):
+        placement = placement_from(settle(stages.data, kind, rung, patches), depth=depth, patches=patches)
+        fast = reduce_tokens(context.model, placement).to(context.device).eval()
+        found.append(_cost(fast, [(image, None)], seed=0) / context.dense.gmacs)
+    return min(found), max(found)
+
+
 def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:
     """The rung 0 … ``rungs`` - 1 whose cost is nearest to ``goal``; costs should rise from rung to rung.
 

@@ -168,7 +168,7 @@ class _Asking(Searcher):
             "number": candidate.number,
             "stages": candidate.stages.text,
             "label": candidate.label,
-            "share": self._share_of(candidate),
+            "share": self._share_of(candidate.stages),
             "first": len(self._race.standings[candidate.number].values),
         }
 

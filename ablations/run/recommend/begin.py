@@ -106,7 +106,7 @@ def _search(call: Call, goal: Goal) -> Found:
     """The finalists of a goal."""
     if goal.share is not None:
         share = goal.share
-        return call.search(goal, share, lambda candidate: share)
+        return call.search(goal, share, lambda stages: share)
     found = call.search(goal, *shares_at_speed(call, goal))
     meet_speed(call, found)
     return found

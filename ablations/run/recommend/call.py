@@ -15,6 +15,7 @@ from functools import partial
 
 import numpy as np
 
+from ablations.measure.calibrate import reach
 from ablations.measure.context import TrialContext
 from ablations.measure.opening import Subject
 from ablations.run.recommend.pieces import Looked, Pieces, Proposal, TrialFailed
@@ -36,6 +37,7 @@ from reducers import placement_from, reduce_tokens
 log = logging.getLogger(__name__)
 
 SHOWN = 5  # single methods on the confirmation images, the best on the search images among them
+_NEAR = (0.99, 1.03)  # what a cost on one image may be beside that of all
 OPENINGS = "openings.json"  # when the confirmation images of which search were looked at
 
 Searcher = Callable[[Race, Pieces, ShareOf, Callable[[Race], None]], None]
@@ -142,7 +144,9 @@ class Call:
                 f"no method costs {share:g} of the dense model here ({reasons}); ask for another cost with COST"
             )
         comparator = published[0]
-        race = self._race(self._planner, f"search {goal.name}", share_of, incumbent=comparator.standing)
+        race = self._race(
+            partial(self._planner, share_of), f"search {goal.name}", share_of, incumbent=comparator.standing
+        )
         best = finalists(race.complete, comparator.standing)
         others = published[1:SHOWN] + [entry for entry in entries.values() if entry.control]
         return Found(
@@ -174,12 +178,19 @@ class Call:
         free = tuple(range(facts.first_free, facts.depth))
         return Space(methods(self._fits, free[0]), free)
 
-    def _planner(self) -> Planner:
+    def _planner(self, share_of: ShareOf) -> Planner:
         space = self._space()
         return Sampled(
             space, size=self.wishes.candidates, seed=self.wishes.seed, label=describe,
-            fits=lambda stages: self._fits(stages.data), starts=starts(space),
+            fits=partial(self._reaches, share_of), starts=starts(space),
         )  # fmt: skip
+
+    def _reaches(self, share_of: ShareOf, stages: Stages) -> None:
+        """Raises ValueError for what the model cannot carry out, or what does not come near its cost."""
+        self._fits(stages.data)
+        share, (low, high) = share_of(stages), reach(stages, self.context)
+        if not low * _NEAR[0] <= share <= high * _NEAR[1]:
+            raise ValueError(f"it costs {low:.3g} to {high:.3g} of the dense model, not {share:.3g}")
 
     def _fits(self, stages: StageList) -> object:
         """Raises ValueError for what the model cannot carry out; every free budget counts as one that can."""
@@ -254,7 +265,7 @@ class Call:
 
     def _entry(self, standing: Standing, share_of: ShareOf, single: Single | None = None) -> Entry:
         candidate = standing.candidate
-        proposal = Proposal(candidate.stages, candidate.label, share_of(candidate))
+        proposal = Proposal(candidate.stages, candidate.label, share_of(candidate.stages))
         return Entry(standing, proposal, control=single is not None and single.control)
 
     def _identity(self) -> list[object]:

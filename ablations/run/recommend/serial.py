@@ -10,11 +10,12 @@ from ablations.records.storage import StoreError
 from ablations.run.recommend.pieces import Pieces, Proposal, TrialFailed
 from ablations.search.planner import Candidate
 from ablations.search.race import Race
+from ablations.trial.stages import Stages
 
 log = logging.getLogger(__name__)
 
-ShareOf = Callable[[Candidate], float]
-"""The share of the dense model's cost that a candidate is brought to."""
+ShareOf = Callable[[Stages], float]
+"""The share of the dense model's cost that stages are brought to."""
 
 
 def search_serially(race: Race, pieces: Pieces, share_of: ShareOf, told: Callable[[Race], None]) -> None:
@@ -24,7 +25,7 @@ def search_serially(race: Race, pieces: Pieces, share_of: ShareOf, told: Callabl
             candidate = race.ask()
         if candidate is None:
             return
-        _try(candidate, race, pieces, share_of(candidate))
+        _try(candidate, race, pieces, share_of(candidate.stages))
         told(race)
 
 

@@ -15,7 +15,6 @@ from ablations.run.recommend.call import Call, Entry, Found, Goal
 from ablations.run.recommend.pieces import Proposal
 from ablations.run.recommend.serial import ShareOf, settled
 from ablations.search.errors import SearchError
-from ablations.search.planner import Candidate
 from ablations.trial.stages import Stages
 
 log = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ def shares_at_speed(call: Call, goal: Goal) -> tuple[float, ShareOf]:
             f"{best[0]:.2f} times as fast at {100 * guess:.0f} % of the cost): ask for less, or try larger batches"
         )
 
-    def share_of(candidate: Candidate) -> float:
-        return min(shares.get(name, 0.0) for name in names_of(candidate.stages.data))
+    def share_of(stages: Stages) -> float:
+        return min(shares.get(name, 0.0) for name in names_of(stages.data))
 
     return max(shares.values()), share_of
 
