@@ -198,6 +198,8 @@ def test_what_cannot_be_answered_is_told_with_the_remedy(
 
 def test_goals_are_read_as_they_are_written() -> None:
     assert [goal.name for goal in goals_of(["0.5 0.7", "0.50"], ["1.5"])] == ["0.50", "0.70", "speed-1.50"]
+    near = goals_of(["0.5", "0.504", "0.0001", "0.999"], ["1.501"])
+    assert [goal.name for goal in near] == ["0.50", "0.504", "0.0001", "0.999", "speed-1.501"], "each has its own file"
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ class Goal:
 
     @property
     def name(self) -> str:
-        """``0.50`` or ``speed-1.50``: what its file is called."""
-        return f"{self.share:.2f}" if self.share is not None else f"speed-{self.speed:.2f}"
+        """``0.50``, ``0.504`` or ``speed-1.50``: what its file is called, another for each number."""
+        return _digits(self.share) if self.share is not None else f"speed-{_digits(self.speed or 0.0)}"
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,11 @@ class Call:
 def _values(entry: Entry) -> np.ndarray:
     assert entry.confirmed is not None
     return entry.confirmed.values
+
+
+def _digits(number: float) -> str:
+    """Two decimals, or as many as the number has."""
+    return text if float(text := f"{number:.2f}") == number else str(number)
 
 
 def _short(identity: object) -> str:
