@@ -137,6 +137,10 @@ class Race:
         keep, self._keep = self._keep, None
         try:
             running = self._replay(events, values_of)
+        except SearchError:
+            raise
+        except (LookupError, TypeError, ValueError) as error:  # an event that lacks something, or holds nonsense
+            raise SearchError(f"its journal is damaged: {type(error).__name__}: {error}") from error
         finally:
             self._keep = keep
         self._waiting = [self.standings[number].candidate for number in running]
@@ -157,6 +161,8 @@ class Race:
                 self.fail(number, event["reason"])
                 running.remove(number)
                 continue
+            if kind != RUNG:
+                raise SearchError(f"its journal is damaged: it tells of {kind!r}")
             values = values_of(event["key"], len(self.standings[number].values))
             if values is None:
                 raise SearchError(f"the result of {event['key']} is gone")

@@ -180,3 +180,18 @@ def test_a_candidate_without_a_value_does_not_end_the_search() -> None:
 
 def stages_of(name: str) -> Stages:
     return Stages.of([{"at": [2, 3, 4], "stack": [{"name": name, "budget": {"ratio": "auto"}}]}])
+
+
+@pytest.mark.parametrize(
+    ("event", "changed"),
+    [(1, {"key": None}), (1, {"number": None}), (1, {"number": [0]}), (1, {"event": "wrong"}), (0, {"stages": None})],
+)
+def test_a_journal_with_a_damaged_event_is_refused_and_not_half_believed(event: int, changed: dict[str, Any]) -> None:
+    events: list[dict[str, Any]] = []
+    results: dict[str, np.ndarray] = {}
+    run(race(events), steps=6, results=results)
+    assert [one["event"] for one in events[:2]] == ["asked", "rung"]
+    race().resume(events, lambda key, rung: results[key])  # whole, it is taken
+    told = {name: value for name, value in {**events[event], **changed}.items() if value is not None}
+    with pytest.raises(SearchError):
+        race().resume([*events[:event], told, *events[event + 1 :]], lambda key, rung: results[key])
