@@ -156,6 +156,26 @@ def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_o
     assert names.count("EViT") == 1
 
 
+@pytest.mark.slow
+def test_results_of_another_version_in_out_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "few.yaml"
+    spec.write_text(FEW)
+    out = tmp_path / "out"
+    assert main(["run", "--serial", "--specs", str(spec), "--limit", str(IMAGES), "--out", str(out)]) == 0
+    load = Store.load
+
+    def older(self: Store, key: str) -> dict[str, Any] | None:
+        row = load(self, key)
+        if row is not None and self.out == out:
+            row["trial"] = json.dumps({**json.loads(row["trial"]), "a field of later": 1})
+        return row
+
+    monkeypatch.setattr(Store, "load", older)
+    assert recommend(out, candidates=1) == 0, capfd.readouterr().err
+
+
 def plant(store: Store, key: str, good: set[int]) -> None:
     """Right on these images, wrong on all others."""
     table = store.load_images(key)

@@ -24,7 +24,7 @@ from ablations.store.store import Store
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.stages import Stages
-from ablations.trial.trial import Solution, Trial, trial_from
+from ablations.trial.trial import Solution, Trial, TrialError, trial_from
 from ablations.workloads import Workload
 
 SPEC = "recommend"
@@ -179,7 +179,10 @@ def _finished(store: Store, digest: str) -> dict[str, str]:
         row = store.load(key)
         if row is None or row["data_digest"] != digest or not row["trial"]:
             continue
-        trial = trial_from(row["trial"])
+        try:
+            trial = trial_from(row["trial"])
+        except TrialError:  # of another version: its methods are computed again
+            continue
         if trial.key == key and not trial.measure:
             found[trial.computation] = key
     return found
