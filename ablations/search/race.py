@@ -16,7 +16,7 @@ from ablations.search.errors import SearchError
 from ablations.search.planner import Candidate, Planner
 from ablations.search.rungs import Test, goes_on
 
-ASKED, RUNG, FAILED = "asked", "rung", "failed"  # kinds of events
+ASKED, RUNG, FAILED, LOST = "asked", "rung", "failed", "lost"  # kinds of events
 
 Event = dict[str, Any]
 
@@ -71,6 +71,7 @@ class Race:
         self.standings: dict[int, Standing] = {}
         self._means: list[list[float]] = [[] for _ in range(rungs)]  # of those that reached each rung
         self._waiting: list[Candidate] = []  # asked before a stop, and not ended
+        self._lost: set[int] = set()  # of which the planner heard that they have no value: it is told no second time
 
     # --- what is told -------------------------------------------------------------------------------------------------
 
@@ -102,14 +103,25 @@ class Race:
         seen.append(mean)
         on = not standing.complete and not standing.ended
         if not on:
-            self._planner.tell(number, mean - float(self._dense[: len(standing.seen)].mean()))
+            self._tell(number, mean - float(self._dense[: len(standing.seen)].mean()))
         return on
 
     def fail(self, number: int, reason: str) -> None:
         """A candidate gave no value: the cost is out of its reach, or its trial failed."""
         self._told({"event": FAILED, "number": number, "reason": reason})
         self.standings[number].ended = reason
-        self._planner.tell(number, None)
+        self._tell(number, None)
+
+    def lose(self, number: int, reason: str) -> None:
+        """Who looked at a candidate was lost, by no fault of the candidate: a search that is resumed tries it again."""
+        self._told({"event": LOST, "number": number, "reason": reason})
+        self.standings[number].ended = reason
+        self._tell(number, None)
+        self._lost.add(number)
+
+    def _tell(self, number: int, value: float | None) -> None:
+        if number not in self._lost:
+            self._planner.tell(number, value)
 
     def _told(self, event: Event) -> None:
         if self._keep is not None:
@@ -146,26 +158,40 @@ class Race:
         self._waiting = [self.standings[number].candidate for number in running]
 
     def _replay(self, events: Iterable[Event], values_of: Callable[[str, int], np.ndarray | None]) -> list[int]:
-        running: list[int] = []
+        running, lost = list[int](), list[int]()
         for event in events:
             kind, number = event["event"], event["number"]
             if kind == ASKED:
-                candidate = self.ask()
-                if candidate is None or (candidate.number, candidate.stages.text) != (number, event["stages"]):
-                    raise SearchError("another search would be made by now")
+                self._ask_again(number, event["stages"])
                 running.append(number)
                 continue
+            if number in lost:  # an earlier resumption tried it again
+                lost.remove(number)
+                running.append(number)
+                self.standings[number].ended = ""
             if number not in running:
                 raise SearchError("its journal tells of a candidate that was not running")
-            if kind == FAILED:
-                self.fail(number, event["reason"])
+            if not self._report_again(event, values_of):
                 running.remove(number)
-                continue
-            if kind != RUNG:
-                raise SearchError(f"its journal is damaged: it tells of {kind!r}")
-            values = values_of(event["key"], len(self.standings[number].values))
-            if values is None:
-                raise SearchError(f"the result of {event['key']} is gone")
-            if not self.report(number, event["key"], values):
-                running.remove(number)
-        return running
+                lost += [number] * (kind == LOST)
+        for number in lost:
+            self.standings[number].ended = ""
+        return running + lost
+
+    def _ask_again(self, number: int, stages: str) -> None:
+        candidate = self.ask()
+        if candidate is None or (candidate.number, candidate.stages.text) != (number, stages):
+            raise SearchError("another search would be made by now")
+
+    def _report_again(self, event: Event, values_of: Callable[[str, int], np.ndarray | None]) -> bool:
+        """What an event tells of a candidate; whether it goes on."""
+        kind, number = event["event"], event["number"]
+        if kind in (FAILED, LOST):
+            (self.fail if kind == FAILED else self.lose)(number, event["reason"])
+            return False
+        if kind != RUNG:
+            raise SearchError(f"its journal is damaged: it tells of {kind!r}")
+        values = values_of(event["key"], len(self.standings[number].values))
+        if values is None:
+            raise SearchError(f"the result of {event['key']} is gone")
+        return self.report(number, event["key"], values)

@@ -19,11 +19,12 @@ from ablations.cli.recommend import goals_of
 from ablations.records.names import images_file, row_file
 from ablations.records.parquet import owned, parquet
 from ablations.records.schema import IMAGE_SCHEMA
-from ablations.run.recommend import call, singles
+from ablations.run.recommend import call, pieces, singles
 from ablations.run.recommend.pieces import Pieces
 from ablations.search.parts import part
 from ablations.search.space import Method
 from ablations.store.store import Store
+from ablations.trial.trial import Trial
 from ablations.workloads import open_model
 from ablations.workloads.embedded import embedded_workload
 from analysis.recommendation import read_found
@@ -108,8 +109,15 @@ def test_from_a_cost_to_a_placement_that_python_loads(tmp_path: Path, capfd: pyt
 
     assert recommend(tmp_path, "--cost", "0.5", "--seed", "1", candidates=2) == 0
     (again,) = told(tmp_path)["goals"]
-    if {row["label"] for row in again["finalists"]} != {row["label"] for row in goal["finalists"]}:
-        assert again["seen_before"] == 1 and "seen 1 time before" in again["sentences"][2]
+    assert again["seen_before"] == 1 and "seen 1 time before" in again["sentences"][2], "another search, whoever wins"
+    assert recommend(tmp_path) == 0
+    assert told(tmp_path)["goals"] == [goal], "the first was the first"
+
+    (tmp_path / "recommend/openings.json").write_text("[")
+    capfd.readouterr()
+    assert recommend(tmp_path) == 2
+    error = capfd.readouterr().err
+    assert "openings.json is damaged" in error and "Traceback" not in error, "images that were seen are not called new"
 
 
 @pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
@@ -134,6 +142,24 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_anything(
     assert before and recommend(cut, candidates=3) == 0
     assert journal(cut) == journal(whole) and told(cut)["goals"] == told(whole)["goals"]
     assert before.items() <= results(cut).items() and results(cut).keys() == results(whole).keys()
+
+
+@pytest.mark.slow
+def test_a_search_that_other_code_began_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal names results of a method as it was; they are no results of the method as it is."""
+    assert recommend(tmp_path, candidates=2) == 0
+    before, code = results(tmp_path), pieces.code_of
+
+    def changed(trial: Trial) -> str:
+        return code(trial) + " method=changed" if "tome" in trial.stages.text else code(trial)
+
+    monkeypatch.setattr(pieces, "code_of", changed)
+    monkeypatch.setattr(call, "code_of", changed)
+    assert recommend(tmp_path, candidates=2) == 0
+    fresh = results(tmp_path).keys() - before.keys()
+    assert fresh and before.items() <= results(tmp_path).items()
+    stages = {name: Store(tmp_path / "recommend").load(name.partition(".")[0])["reducer"] for name in fresh}
+    assert all("tome" in text for text in stages.values()), "all others are as they were"
 
 
 def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_others(tmp_path: Path) -> None:

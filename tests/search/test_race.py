@@ -195,3 +195,24 @@ def test_a_journal_with_a_damaged_event_is_refused_and_not_half_believed(event: 
     told = {name: value for name, value in {**events[event], **changed}.items() if value is not None}
     with pytest.raises(SearchError):
         race().resume([*events[:event], told, *events[event + 1 :]], lambda key, rung: results[key])
+
+
+def test_a_candidate_whose_worker_was_lost_is_tried_again_by_a_search_that_goes_on() -> None:
+    events: list[dict[str, Any]] = []
+    results: dict[str, np.ndarray] = {}
+    one = race(events, size=12)
+    run(one, steps=5, results=results)
+    (number,) = (number for number, each in one.standings.items() if not (each.ended or each.complete))
+    one.lose(number, "lost")
+    run(one, results=results)
+    again = race(events, size=12)
+    again.resume(list(events), lambda key, rung: results[key])
+    assert len(again.standings) == 12 and not again.standings[number].ended
+    run(again, results=results)
+    assert again.standings[number].values and (again.standings[number].ended or again.standings[number].complete)
+    third = race(size=12)
+    third.resume(events, lambda key, rung: results[key])
+    assert third.ask() is None and third.complete == third.complete
+    assert {n: (each.keys, each.ended) for n, each in third.standings.items()} == {
+        n: (each.keys, each.ended) for n, each in again.standings.items()
+    }

@@ -143,8 +143,8 @@ class _Rounds:
     def lost(self, number: int) -> None:
         """It is over in Tune; where it has not ended in the race, its worker was lost too often, or said nothing."""
         standing = self.race.standings[number]
-        if not (standing.ended or standing.complete):
-            self.race.fail(number, "its worker was lost; the same command tries it again")
+        if self.fatal is None and not (standing.ended or standing.complete):
+            self.race.lose(number, "its worker was lost; the same command tries it again")
             self._told(self.race)
 
 
@@ -202,13 +202,11 @@ class _Rungs(FIFOScheduler):
         super().on_trial_complete(tune_controller, trial, result)
         self._rounds.lost(trial.config["number"])
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        super().on_trial_error(tune_controller, trial)
-        self._rounds.lost(trial.config["number"])
-
 
 class _Fatal(tune.Callback):
-    """Ends a search where a worker found that going on would lose results."""
+    """Hears of candidates that Tune hands out no more (schedulers hear of every loss alike), and ends a search where a
+    worker found that going on would lose results.
+    """
 
     def __init__(self, rounds: _Rounds) -> None:
         self._rounds = rounds
@@ -216,6 +214,10 @@ class _Fatal(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes callbacks down to restore a run."""
         return {}
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Its worker was lost as often as is tried."""
+        self._rounds.lost(trial.config["number"])
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         """Raises StoreError with the worker's reason."""

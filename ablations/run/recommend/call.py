@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,10 @@ from ablations.search.race import Race, Standing
 from ablations.search.space import Space, describe, methods, spread, starts
 from ablations.search.verdict import Comparison, compare, finalists
 from ablations.store.store import Store
-from ablations.trial.code import runtime_code
+from ablations.trial.code import code_of, runtime_code
 from ablations.trial.free_settings import AUTO, StageList, filled
 from ablations.trial.stages import Stages
+from ablations.trial.trial import TrialError, trial_from
 from reducers import placement_from, reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -114,6 +116,7 @@ class Call:
         self.wishes, self._searcher, self._told = wishes, searcher, told
         self.pieces = Pieces(context, parts, store, batch=subject.target.batch, seed=wishes.seed, warm=warm)
         self._rungs = len(parts.rungs)
+        self._openings()  # a damaged record is told before anything is searched
         self._dense = self.pieces.dense(*range(self._rungs))
         self._journal = Journal(store.out / "searches" / f"{_short(self._identity())}.jsonl", identity=self._identity())
 
@@ -222,8 +225,9 @@ class Call:
         return race
 
     def _values(self, key: str, rung: int) -> np.ndarray | None:
+        """Those of a trial that the journal names; None where it is gone, or other code would compute it by now."""
         looked = self.pieces.known(key, rung)
-        return None if looked is None else looked.values
+        return None if looked is None or not _of_today(looked.row["trial"]) else looked.values
 
     def test(self, first: np.ndarray, second: np.ndarray) -> float:
         """The task's paired test, two-sided."""
@@ -253,15 +257,30 @@ class Call:
         return seen
 
     def _open(self, keys: list[str]) -> int:
-        """Record that the confirmation images are looked at with these trials; how many others looked before."""
-        images = self.pieces.workload(self._rungs).digest
-        told = self.store.read_json(OPENINGS)
-        known = [one for one in told if isinstance(one, dict)] if isinstance(told, list) else []
-        this = {"images": images, "trials": sorted(keys)}
-        before = [one for one in known if one.get("images") == images and one.get("trials") != this["trials"]]
+        """Record that this search looks at the confirmation images with these trials; how many looked before it."""
+        images, known = self.pieces.workload(self._rungs).digest, self._openings()
+        search = [_short(self._identity()), *(goal.name for goal in self.wishes.goals)]
+        this = {"images": images, "trials": sorted(keys), "search": search}  # the same call again is no new look
+        before = known[: known.index(this)] if this in known else known
         if this not in known:
             self.store.write_json(OPENINGS, [*known, this])
-        return len(before)
+        return sum(one["images"] == images for one in before)
+
+    def _openings(self) -> list[Mapping[str, Any]]:
+        """Every look at confirmation images that OUT has on record, the first first.
+
+        Raises:
+            SearchError: the record is damaged; without it, images that were seen would be called unseen.
+        """
+        told = self.store.read_json(OPENINGS)
+        if told is None and self.store.storage.entry(OPENINGS) is None:
+            return []
+        if not isinstance(told, list) or any(not isinstance(one, dict) or "images" not in one for one in told):
+            raise SearchError(
+                f"{self.store.storage.below(OPENINGS)} is damaged, and it alone says how often the confirmation images "
+                "were looked at: put it back from a copy, or delete it and take them for seen; nothing else is lost"
+            )
+        return told
 
     def _entry(self, standing: Standing, share_of: ShareOf, single: Single | None = None) -> Entry:
         candidate = standing.candidate
@@ -279,6 +298,15 @@ class Call:
 def _values(entry: Entry) -> np.ndarray:
     assert entry.confirmed is not None
     return entry.confirmed.values
+
+
+def _of_today(text: str) -> bool:
+    """Whether the code that a trial used is that of today."""
+    try:
+        trial = trial_from(text)
+    except TrialError:
+        return False
+    return trial.code == code_of(trial)
 
 
 def _digits(number: float) -> str:
