@@ -50,12 +50,12 @@ def few(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(call, "methods", lambda fits, block: (Method("topk"), Method("tome")))
 
 
-def recommend(out: Path, *words: str, candidates: int = 4, drawn: bool = False) -> int:
+def recommend(out: Path, *words: str, candidates: int = 4, drawn: bool = False, how: str = "--serial") -> int:
     with pytest.MonkeyPatch.context() as patched:
         if not drawn:  # the analysis is a process of its own, and takes seconds to start
             patched.setattr(report, "draw_recommendation", lambda out: 0)
         asked = ["--limit", str(IMAGES), "--candidates", str(candidates), "--out", str(out)]
-        return main(["recommend", "--serial", *asked, *(words or ("--cost", "0.5"))])
+        return main(["recommend", how, *asked, *(words or ("--cost", "0.5"))])
 
 
 def told(out: Path) -> dict[str, Any]:
@@ -162,7 +162,8 @@ def test_a_search_that_other_code_began_begins_anew(tmp_path: Path, monkeypatch:
     assert all("tome" in text for text in stages.values()), "all others are as they were"
 
 
-def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["--serial", pytest.param("--workers=1", marks=pytest.mark.slow)])
+def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_others(tmp_path: Path, how: str) -> None:
     """A run over all images is in OUT. Its EViT is made perfect on the confirmation images alone: no one may see it."""
     spec = tmp_path / "few.yaml"
     spec.write_text(FEW)
@@ -171,7 +172,7 @@ def test_what_an_earlier_run_found_on_search_images_is_read_and_nothing_of_the_o
     store = Store(out)
     rows = {row["variant"]: row for row in store.rows().values()}
     plant(store, rows["EViT"]["key"], set(part(embedded_workload(IMAGES), None).confirmation))
-    assert recommend(out) == 0
+    assert recommend(out, how=how) == 0
     (goal,) = told(out)["goals"]
     assert goal["comparator"]["label"] == "top-K"
     searched = {row["label"]: row["search"] for row in goal["singles"]}
@@ -256,6 +257,12 @@ def test_a_speed_is_met_or_refused(tmp_path: Path, capfd: pytest.CaptureFixture[
         (goal,) = told(tmp_path)["goals"]
         assert goal["recommended"]["timed"]["speedup_low"] >= 1.1
         assert (tmp_path / "recommended/speed-1.10.yaml").exists()
+        searched = [event for event in journal(tmp_path)[1:] if event["event"] != "timed"]
+        (timed,) = (event for event in journal(tmp_path) if event.get("event") == "timed")
+        if recommend(tmp_path, "--speed", "1.1", "--batch", "64") == 0:  # timed again, a finalist may be too slow
+            assert timed in journal(tmp_path), "the costs that the search began with"
+            assert [event for event in journal(tmp_path)[1:] if event["event"] != "timed"] == searched
+        capfd.readouterr()
     else:  # a machine with other work may be as slow as that
         assert "as fast" in error
     assert recommend(tmp_path, "--speed", "20") == 2

@@ -47,7 +47,8 @@ def search_on_ray(
 ) -> Iterator[tuple[Searching, int]]:  # fmt: skip
     """Who carries races out on Ray, as long as the block lasts, and how many candidates at once.
 
-    ``out`` keeps the images and what the plain model says of them, ``store`` the candidates' results.
+    ``out`` keeps the images, what the plain model says of them and what an earlier run left, ``store`` the candidates'
+    results.
     """
     with ray_folder() as folder:
         try:
@@ -58,6 +59,7 @@ def search_on_ray(
                 **about_run(cluster, store, {subject.facts.name: path}, limit=time_limit),
                 "seed": seed,
                 "batch": subject.target.batch,
+                "warm": out.location if out.finished() else "",
             }
             if cluster.joined:
                 files = [file for file in context_files(path) if file.exists()]

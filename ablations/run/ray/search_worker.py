@@ -87,7 +87,7 @@ class _Worker:
             )  # fmt: skip
         self.pieces = Pieces(
             context, part(context.workload, context.calibration), self.store, batch=int(run["batch"]),
-            seed=int(run["seed"]),
+            seed=int(run["seed"]), warm=Store(run["warm"]) if run["warm"] else None,
         )  # fmt: skip
 
 
