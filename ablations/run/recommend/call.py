@@ -163,6 +163,25 @@ class Call:
             failed,
         )
 
+    def begun_with(self, goal: Goal, machine: str) -> dict[str, float] | None:
+        """The share of each method with which the search for a speed was begun on this machine, if it was."""
+        for event in self._journal.of(f"speeds {goal.name}"):
+            shares = event.get("shares")
+            if event.get("machine") == machine and isinstance(shares, dict) and shares:
+                return {str(name): float(share) for name, share in shares.items()}
+        return None
+
+    def begin_with(self, goal: Goal, machine: str, shares: Mapping[str, float]) -> None:
+        """Keep the shares of a search for a speed; what was searched with others is begun anew."""
+        if self.begun_with(goal, machine) != shares:
+            self.forget(goal)
+            self._journal.add(f"speeds {goal.name}", {"event": "timed", "machine": machine, "shares": dict(shares)})
+
+    def forget(self, goal: Goal) -> None:
+        """Begin the search for a goal anew the next time."""
+        for phase in ("speeds", "singles", "search"):
+            self._journal.forget(f"{phase} {goal.name}")
+
     def each_method(self, share: float) -> dict[str, Proposal]:
         """Every method of the space, alone: as the spec places it, else at three blocks."""
         space, found = self._space(), dict[str, Proposal]()

@@ -7,9 +7,11 @@ short says at which cost it is fast enough. Finalists are timed again, and offer
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ablations.measure.context import device_name
 from ablations.measure.speed import measure_speed
 from ablations.run.recommend.call import Call, Entry, Found, Goal
 from ablations.run.recommend.pieces import Proposal
@@ -19,7 +21,6 @@ from ablations.trial.stages import Stages
 
 log = logging.getLogger(__name__)
 
-SPEEDS = "speeds.json"  # in the candidates' store: what was timed on this machine
 _RESERVE = 0.97  # of the cost at which a speed is just met: a second timing is another
 _LEAST = 0.05  # share of the dense model's cost below which nothing is tried
 
@@ -27,9 +28,26 @@ _LEAST = 0.05  # share of the dense model's cost below which nothing is tried
 def shares_at_speed(call: Call, goal: Goal) -> tuple[float, ShareOf]:
     """The cost at which each candidate is brought to a speed: that of its slower method.
 
+    A search that goes on keeps the costs it began with: another timing gives others, and candidates not comparable.
+
     Raises:
         SearchError: no method reaches it on this machine.
     """
+    shares = call.begun_with(goal, _machine(call)) or _timed_shares(call, goal)
+    call.begin_with(goal, _machine(call), shares)
+
+    def share_of(stages: Stages) -> float:
+        return min(shares.get(name, 0.0) for name in names_of(stages.data))
+
+    return max(shares.values()), share_of
+
+
+def _machine(call: Call) -> str:
+    return f"{platform.node()}, {device_name(call.context.device)}"
+
+
+def _timed_shares(call: Call, goal: Goal) -> dict[str, float]:
+    """Each method's cost, timed now."""
     assert goal.speed is not None
     shares: dict[str, float] = {}
     best: tuple[float, str] = (0.0, "")
@@ -49,11 +67,7 @@ def shares_at_speed(call: Call, goal: Goal) -> tuple[float, ShareOf]:
             f"no method is {goal.speed:g} times as fast as the dense model on this machine (the best, {best[1]}, is "
             f"{best[0]:.2f} times as fast at {100 * guess:.0f} % of the cost): ask for less, or try larger batches"
         )
-
-    def share_of(stages: Stages) -> float:
-        return min(shares.get(name, 0.0) for name in names_of(stages.data))
-
-    return max(shares.values()), share_of
+    return shares
 
 
 def names_of(data: Any) -> Iterator[str]:
@@ -93,6 +107,7 @@ def meet_speed(call: Call, found: Found) -> None:
     singles = [found.comparator, *(entry for entry in found.others if not entry.control)]
     kept = [entry for entry in singles if fast(entry)]
     if not kept:
+        call.forget(found.goal)  # the next call times everything again
         raise SearchError(
             f"no single method was {speed:g} times as fast when it was timed again; other work on this machine may "
             "have taken its time: try again when it is idle, or ask for less"
