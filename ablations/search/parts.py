@@ -56,11 +56,12 @@ def part(workload: Workload, calibration: Workload | None) -> Parts:
     order = sorted((shown, position) for position, shown in enumerate(hashes) if shown not in known)
     parts = _parts(order)
     if len(parts.confirmation) < LEAST:
-        least = math.ceil(LEAST / (1 - SEARCH_SHARE))
+        least, many = (math.ceil(images / (1 - SEARCH_SHARE)) for images in (LEAST, images_needed(0.02)))
+        besides = " beside those that calibrate (a quarter of a folder, at most 128)" if calibration is not None else ""
         raise SearchError(
             f"{len(workload)} images leave {len(parts.confirmation)} to confirm on, which tell nothing apart: about "
-            f"{images_needed(0.10)} tell ten points apart, {images_needed(0.02)} two. Give at least {least} images, "
-            f"{math.ceil(images_needed(0.02) / (1 - SEARCH_SHARE))} for two points"
+            f"{images_needed(0.10)} tell ten points apart, {images_needed(0.02)} two. Give at least {least} images"
+            f"{besides}, {many} for two points"
         )
     return parts
 
