@@ -231,7 +231,7 @@ def front_of(found: Found) -> Iterator[Drawn]:
     yield Drawn(
         "front", title,
         "Thick: the best that the search found at each cost; thin: single published methods, the best named. All on "
-        "the search images, by which they were chosen: what was confirmed stands below.",
+        "the search images, by which they were chosen: what was confirmed stands above.",
         front(goals, found, title=title, subtitle=subtitle),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ examples:
 
 Searches over methods, blocks, schedules, settings and pairs of methods, each brought to the cost that is asked; then
 tests the best against the best single published method on images that the search never saw. The answer may be that
-nothing found is better.
+nothing found is shown to be better.
 
 written below OUT:
   recommended/0.50.yaml   what to use: reducers.load(FILE) in Python, --specs FILE in a run

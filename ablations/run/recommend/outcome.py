@@ -105,8 +105,8 @@ def sentences(told: Mapping[str, Any], *, metric: str) -> list[str]:
         second = f"The gain of {_difference(chosen['difference'])} is told apart{_tests(told['tests'])}."
     else:
         first = (
-            f"{cost}, nothing found is better than {other['label']}, the best single published method on the search "
-            f"images: use it; it has {_percent(other)} {metric} on {images:,} images that the search never saw."
+            f"{cost}, use {other['label']}, the best single published method on the search images: nothing found is "
+            f"shown to be better; it has {_percent(other)} {metric} on {images:,} images that the search never saw."
         )
         best = max(told["finalists"], key=lambda one: one["search"], default=None)
         second = (
