@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import UndefinedError
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,7 +26,7 @@ from analysis.frame import AnalysisError
 from analysis.plots import Drawn, Sample
 from analysis.plots.samples import draw_kept, find_row, stages
 
-MOST = 12  # single methods in a figure of the front
+FORMAT = 1  # of the record
 SMALL = 8.5  # points
 FOUND, SINGLE, CONTROL = "#0a5c8f", "#9a3412", style.GREY
 _KINDS = (("finalists", FOUND), ("comparator", SINGLE), ("others", SINGLE))
@@ -57,6 +58,10 @@ def read_found(folder: Path) -> Found:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         goals = about["goals"]
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']!r:.40}, and this is read: {FORMAT}")
+        if not goals:
+            raise ValueError("it tells of no goal")
         for goal in goals:
             rows = [goal["recommended"], goal["comparator"], *goal["finalists"], *goal["others"]]
             if not all(isinstance(row["value"], float) for row in rows) or not goal["sentences"]:
@@ -69,8 +74,21 @@ def read_found(folder: Path) -> Found:
 
 
 def write_recommendation(folder: Path) -> Path:
-    """Write ``recommend.html`` beside the record it was made from; figures go below ``figures``."""
+    """Write ``recommend.html`` beside the record it was made from; figures go below ``figures``.
+
+    Raises:
+        AnalysisError: as of ``read_found``, or the record lacks something that is drawn.
+    """
     found = read_found(folder)
+    try:
+        return _written(found)
+    except (LookupError, TypeError, ValueError, UndefinedError) as error:
+        path = folder / names.RECOMMENDATION
+        raise AnalysisError(f"{path} cannot be drawn ({error!r:.200}): run `sievit recommend` again") from error
+
+
+def _written(found: Found) -> Path:
+    folder = found.folder
     folders = {name: folder / name for name in (names.FIGURES, names.TABLES)}
     for one in folders.values():
         one.mkdir(exist_ok=True)
