@@ -164,20 +164,23 @@ def _percent(value: float) -> str:
 
 def in_python(found: Found) -> str:
     """How what was found is used, in six lines."""
-    goal, name = found.goals[0]["goal"]["name"], found.about["model"]
-    opened = {
-        "timm": f'import timm\nmodel = timm.create_model("{name}", pretrained=True).eval()',
-        "transformers": f'import transformers\nmodel = transformers.AutoModel.from_pretrained("{name[3:]}").eval()',
-    }.get(
-        found.about["source"],
-        f'from ablations.workloads import open_model\nmodel = open_model("{name}", weights=None, '
-        f'workload_name="{found.about["workload"]}", classes=10).model.eval()',
-    )
+    goal, about = found.goals[0]["goal"]["name"], found.about
+    name, weights = about["model"], about["weights"]
+    if about["source"] == "timm" and weights == "hub" and "?" not in name:
+        opened = f'import timm\nmodel = timm.create_model("{name}", pretrained=True).eval()'
+    else:  # as the search opened it: a size of its own, weights from a file, another library
+        given = {"file": '"FILE.safetensors"', "random": '"random"'}.get(weights, "None")
+        more = ", headless=True" if about["task"] == "embed" else ""
+        note = "  # the file that was given; None for a model's folder" if weights == "file" else ""
+        opened = (
+            "from ablations.workloads import open_model\n"
+            f'model = open_model("{name}", weights={given}, workload_name="{about["workload"]}"{more}).model{note}'
+        )
     return (
         f"import reducers\n{opened}\n"
         f'placement = reducers.load("{names.RECOMMENDED}/{goal}.yaml", model)\n'
         "fast = reducers.reduce_tokens(model, placement)\n"
-        "answers = fast(images)  # as model(images), at the cost above"
+        f"answers = fast(images)  # as model(images), at the cost of {goal}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def record(label: str = "ToMe", costs: tuple[float, ...] = (0.5,)) -> dict[str, 
          "left_out": [["EViT", "its steps"]], "confirmation_images": 90, "search_images": 60}
         for share in costs
     ]  # fmt: skip
-    return {"format": 1, "version": "0", "model": "m", "workload": "w", "weights": "pretrained", "source": "timm",
+    return {"format": 1, "version": "0", "model": "m", "workload": "w", "weights": "hub", "source": "timm",
             "task": "classify", "metric": "accuracy", "dense": {"gmacs": 1.0, "search": 0.9, "value": 0.9}, "seed": 0,
             "goals": goals}  # fmt: skip
 
@@ -46,6 +47,23 @@ def written(folder: Path, told: Any) -> str:
 def test_words_of_a_record_are_no_markup(tmp_path: Path) -> None:
     text = written(tmp_path, record("<script>alert(1)</script> a$b$"))
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize(
+    ("about", "line"),
+    [
+        ({}, 'model = timm.create_model("m", pretrained=True).eval()'),
+        ({"weights": "file"}, 'model = open_model("m", weights="FILE.safetensors", workload_name="w").model'),
+        ({"model": "m?img=160"}, 'model = open_model("m?img=160", weights=None, workload_name="w").model'),
+        (
+            {"model": "hf:m", "source": "transformers", "task": "embed"},
+            'weights=None, workload_name="w", headless=True)',
+        ),
+    ],
+)
+def test_the_lines_of_python_open_the_model_that_was_searched(about: dict[str, str], line: str, tmp_path: Path) -> None:
+    text = html.unescape(written(tmp_path, {**record(), **about}))
+    assert line in text and ("import timm" in text) is (about == {}) and "at the cost of 0.50" in text
 
 
 def test_several_costs_get_a_front(tmp_path: Path) -> None:
