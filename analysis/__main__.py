@@ -59,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_opening(read_results(as_folder(options.out)), Path(options.opening))
             return 0
         if options.recommendation:
+            if is_uri(options.out):
+                raise AnalysisError(
+                    f"{options.out}: the page of a recommendation is drawn from a folder; copy it to this machine first"
+                )
             say(str(write_recommendation(as_folder(options.out))), sys.stdout)
             return 0
         results, written, report = _analyse(options.out, options.to)

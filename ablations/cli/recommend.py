@@ -8,7 +8,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ablations.cli.options import OK, Command, add_data_options, add_model_options, add_out, out_of
+from ablations.cli.options import FAILED, OK, Command, add_data_options, add_model_options, add_out, out_of
+from ablations.records.storage import is_uri
 from ablations.words import table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ written below OUT:
   recommend/              every candidate as an ordinary trial: `sievit status --out OUT/recommend`
 
 A search may be stopped at any time; the same command goes on where it stopped.
-exit status: 0 all is well, 2 bad input, 130 interrupted
+exit status: 0 all is well, 1 the page could not be drawn, 2 bad input, 130 interrupted
 """
 
 
@@ -93,21 +94,28 @@ def _recommend(arguments: argparse.Namespace) -> int:
         settings, goals, candidates=arguments.candidates, seed=arguments.seed, serial=arguments.serial,
         workers=arguments.workers, command=["sievit", *arguments.words],
     )  # fmt: skip
+    away = is_uri(out_of(arguments))
     for told, name in zip(ended.told, ended.files, strict=True):
         print()
         print(finalists_table(told))
         print()
         for sentence in told["sentences"]:
             print(sentence)
-        print(f"written to {name}; in Python: reducers.load({name!r})")
+        print(
+            f"written to {name}; "
+            + ("copy it here for reducers.load" if away else f"in Python: reducers.load({name!r})")
+        )
     if arguments.profile:
         print()
         print(_where_the_time_went(ended, time.perf_counter() - started))
     sys.stdout.flush()
+    if away:
+        print(f"recommend.html is drawn from a folder: copy {out_of(arguments)} to this machine, then "
+              "`python -m analysis --recommendation FOLDER`")  # fmt: skip
+        return OK
     from ablations.cli.report import draw_recommendation
 
-    draw_recommendation(out_of(arguments))
-    return OK
+    return OK if draw_recommendation(out_of(arguments)) == OK else FAILED
 
 
 def _where_the_time_went(ended: Ended, wall: float) -> str:

@@ -27,7 +27,9 @@ from ablations.store.store import Store
 from ablations.trial.trial import Trial
 from ablations.workloads import open_model
 from ablations.workloads.embedded import embedded_workload
+from analysis.__main__ import main as analysis
 from analysis.recommendation import read_found
+from tests.s3 import local_s3
 
 IMAGES = 150
 FEW = """
@@ -201,6 +203,23 @@ def test_results_of_another_version_in_out_are_passed_over(
 
     monkeypatch.setattr(Store, "load", older)
     assert recommend(out, candidates=1) == 0, capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_search_into_an_object_store_goes_on_and_says_where_its_page_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path))
+    with local_s3() as bucket:
+        asked = ["recommend", "--serial", "--limit", str(IMAGES), "--candidates", "1", "--cost", "0.5"]
+        assert main([*asked, "--out", f"{bucket}/out"]) == 0
+        said = capfd.readouterr().out
+        assert "copy s3://" in said and "reducers.load('s3:" not in said
+        before = Store(f"{bucket}/out/recommend").finished()
+        assert main([*asked, "--out", f"{bucket}/out"]) == 0
+        assert Store(f"{bucket}/out/recommend").finished() == before
+        assert analysis(["--recommendation", f"{bucket}/out"]) == 2
+        assert "copy it to this machine" in capfd.readouterr().err
 
 
 def plant(store: Store, key: str, good: set[int]) -> None:
