@@ -251,6 +251,7 @@ def test_confirmation_does_not_depend_on_the_order_of_costs(tmp_path: Path) -> N
         (["--speed", "0.5"], "above 1"),
         (["--cost", "0.5", "--candidates", "0"], "--candidates is 1 or more"),
         (["--cost", "0.5", "--limit", "60"], "60 images leave 36 to confirm on"),
+        (["--cost", "0.5", "--model", "pairs_vit_tiny digits_vit_tiny"], "one model is searched for at a time"),
         (["--cost", "0.001", "--limit", "150"], "no method costs 0.001 of the dense model here"),
     ],
 )

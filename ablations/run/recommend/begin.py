@@ -18,6 +18,7 @@ from ablations.run.recommend.record import write_record
 from ablations.run.recommend.serial import search_serially
 from ablations.run.recommend.speeds import meet_speed, shares_at_speed
 from ablations.run.session import Settings
+from ablations.search.errors import SearchError
 from ablations.search.parts import part
 from ablations.store.store import Store
 
@@ -45,6 +46,10 @@ def begin(
     Raises:
         SearchError: it cannot be answered; the message names the remedy.
     """
+    if settings.model and len(settings.chosen()) > 1:
+        raise SearchError(
+            f"MODEL={settings.model}: one model is searched for at a time; give one, each an OUT of its own"
+        )
     out = Store(settings.out).create()
     store = Store(out.storage.below(CANDIDATES)).create()
     profile = Profile()
