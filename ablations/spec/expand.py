@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from ablations.trial.target import Target
 from ablations.trial.trial import CLASSIFY, ModelFacts, Trial
 from reducers import Placement
 
+log = logging.getLogger(__name__)
+
 MAX_TRIALS = 5000  # of one spec: a slip in `vary` must not fill a disk
 
 Check = Callable[[Placement], object]
@@ -37,6 +40,7 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
     ``check`` is asked about every placement, e.g. whether the model at hand can carry it out; what it raises is
     reported with the arm it came from.
     """
+    _check_recommended(file, target.facts)
     trials: dict[str, Trial] = {}
     for index, arm in enumerate(file.spec.merged()):
         place: Place = ("arms", index)
@@ -47,6 +51,25 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
             if len(trials) > MAX_TRIALS:
                 raise file.error(place, f"more than {MAX_TRIALS} trials in one spec; vary fewer values")
     return list(trials.values())
+
+
+def _check_recommended(file: SpecFile, facts: ModelFacts) -> None:
+    """A placement file of another version is refused, one for another model is told, as by ``reducers.load``."""
+    about = file.spec.recommended
+    if about is None:
+        return
+    from reducers.placement_file import VERSION
+
+    if about.get("version") != VERSION:
+        raise file.error(
+            ("recommended", "version"), f"it is {about.get('version')!r:.40}, and this is read: {VERSION}; write the "
+            "file again with `sievit recommend`, or update this version"
+        )  # fmt: skip
+    named = ("weights_digest", "depth", "patches")
+    if any(about[name] and getattr(facts, name) and about[name] != getattr(facts, name)
+           for name in named if name in about):  # fmt: skip
+        log.warning("%s was found for %s, which is another model, other weights or another size of image than %s: what "
+                    "it says of cost and accuracy may not hold", file.path, about.get("model"), facts.name)  # fmt: skip
 
 
 def _combinations(file: SpecFile, arm: Arm, place: Place) -> Iterable[dict[str, Any]]:

@@ -455,7 +455,9 @@ def test_arms_span_the_same_values_with_and_without_validation(path: Path) -> No
     assert [arm["variant"] for arm in plain] == [arm["variant"] for arm in validated]
 
 
-def test_a_placement_file_is_a_spec_and_what_was_found_is_in_no_key(tmp_path: Path, target: Target) -> None:
+def test_a_placement_file_is_a_spec_and_what_was_found_is_in_no_key(
+    tmp_path: Path, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
     placed = at([1, 2], ToMe(Drop(5))) | at([2, 3], EViT(Ratio("2/3"), fuse=False))
     about = {"model": "m", "cost": 0.6, "interval": [0.7, 0.8], "by": {"images": 256}}
     path = tmp_path / "0.60.yaml"
@@ -468,5 +470,13 @@ def test_a_placement_file_is_a_spec_and_what_was_found_is_in_no_key(tmp_path: Pa
     del data["recommended"]
     (same,) = expand(parse_spec(yaml.safe_dump(data)), target)
     assert same == trial and same.key == trial.key
+    assert not caplog.records
+    for name, value in (("depth", target.facts.depth + 1), ("patches", 7), ("weights_digest", "another")):
+        data["recommended"] = {"version": 1, **about, name: value}
+        assert expand(parse_spec(yaml.safe_dump(data)), target) == [trial]
+        assert "was found for m" in caplog.records[-1].getMessage()
+    data["recommended"] = {**about, "version": 2}
+    with pytest.raises(SpecError, match=r"recommended.version: it is 2, and this is read: 1"):
+        expand(parse_spec(yaml.safe_dump(data)), target)
     with pytest.raises(SpecError, match="recommended"):
         parse_spec(yaml.safe_dump({**data, "recommended": [1]}))
