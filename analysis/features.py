@@ -13,7 +13,7 @@ import pandas as pd
 from ablations.records.paired import ALPHA, holm
 from ablations.records.sign_flips import sign_flips
 from analysis import style
-from analysis.frame import ImageTables, Results, Setting, choosable
+from analysis.frame import ImageTables, Results, Setting, choosable, records_of
 from analysis.tables import SHORT
 
 NOTE = (
@@ -86,7 +86,7 @@ def _leads(rows: pd.DataFrame, images: ImageTables) -> list[str]:
     for target, part in rows.groupby("target", sort=True):
         if len(part) < 2:
             continue
-        ranked = part.sort_values("cosine", ascending=False, kind="stable").to_dict("records")
+        ranked = records_of(part.sort_values("cosine", ascending=False, kind="stable"))
         lead, others = ranked[0], ranked[1:]
         p_values = holm([_p_value(images, str(lead["key"]), str(row["key"])) for row in others])
         same = [str(row["variant"]) for row, p in zip(others, p_values, strict=True) if not p < ALPHA]

@@ -11,7 +11,7 @@ from analysis import stats
 from analysis.facts.matching import against_dense
 from analysis.facts.overview import Overview
 from analysis.facts.tokens import CLUTTER
-from analysis.frame import Setting
+from analysis.frame import Setting, records_of
 from analysis.plots.clutter import question
 from analysis.tables import percent
 from analysis.words import SAME, Finding
@@ -48,7 +48,7 @@ def limits(setting: Setting, trials: pd.DataFrame) -> list[str]:
     known = trials["dense_top1"].dropna()
     accuracy = float(known.iloc[0]) if len(known) else float(trials["top1"].max())
     half = 0.5 * (stats.wilson(accuracy * n, n).high - stats.wilson(accuracy * n, n).low)
-    tests = [against_dense(row) for row in trials.to_dict("records")]
+    tests = [against_dense(row) for row in records_of(trials)]
     rates = [test.discordance for test in tests if test is not None]
     said = [f"One accuracy near {percent(accuracy)} % is known to ± {percent(half)} points (95 %)."]
     if rates:

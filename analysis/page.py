@@ -23,7 +23,7 @@ from analysis import style, tables
 from analysis.account import read_account
 from analysis.features import NOTE as FEATURES_NOTE
 from analysis.features import FeatureTable
-from analysis.frame import Results
+from analysis.frame import Results, records_of
 from analysis.plots import Drawn, Sample
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ def render(
             features_note=FEATURES_NOTE,
             skipped_specs=skipped,
             others=others,
-            failed=results.failed.to_dict("records"),
+            failed=records_of(results.failed),
             images_skipped=results.skipped_images,
             account=read_account(run),
-            trials=trials.sort_values(["spec", "variant", "x", "key"]).to_dict("records"),
+            trials=records_of(trials.sort_values(["spec", "variant", "x", "key"])),
             finished=len(results.finished) + len(results.features),
             versions=_versions(trials, run),
             command=_command(run.get("command")),

@@ -13,7 +13,7 @@ from importlib import resources
 
 import pandas as pd
 
-from analysis.frame import Setting
+from analysis.frame import Setting, records_of
 
 DEIT = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}  # prefixes of timm names
 IMAGENET_VAL = 50_000  # images of the full validation set
@@ -84,7 +84,7 @@ def published_rows(choose: Choose | None, setting: Setting) -> pd.DataFrame:
     rows = load()
     rows = rows.iloc[:0] if choose is None else rows[choose(rows)]
     ours = model_name(setting.model)
-    rows = rows.assign(differs=[differs(row, setting) for row in rows.to_dict("records")])
+    rows = rows.assign(differs=[differs(row, setting) for row in records_of(rows)])
     return rows.sort_values("model", key=lambda names: names != ours, kind="stable").reset_index(drop=True)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from analysis import stats
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 
 OUR_NOTE = (
     "GMACs: as executed, reducer included, mean ± standard deviation over images. Reference: the published "
@@ -49,7 +50,7 @@ def measured(facts: Facts) -> pd.DataFrame:
     keys.
     """
     records = [] if math.isnan(facts.dense_top1) else [_dense_record(facts.trials, facts.dense)]
-    records += [_record(row, facts.dense) for row in facts.rows.to_dict("records")]
+    records += [_record(row, facts.dense) for row in records_of(facts.rows)]
     return pd.DataFrame(records)
 
 
@@ -145,7 +146,7 @@ def listed(table: pd.DataFrame) -> list[dict[str, Any]]:
             "change": _sortable(100 * row["difference"], 1),
             "speedup": _sortable(row["speedup"], 2),
         }
-        for i, row in enumerate(table.to_dict("records"))
+        for i, row in enumerate(records_of(table))
     ]
 
 

@@ -11,6 +11,7 @@ from scipy.spatial.distance import squareform
 
 from analysis.facts.kept import last_kept, overlap
 from analysis.facts.matching import NEAR, dense_gmacs, merge_seeds, without_seed
+from analysis.frame import records_of
 
 
 def across_specs(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -36,7 +37,7 @@ def across_specs(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 def matrix(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, list[str]]:
     """Every pair of rows: first, second, jaccard, chance, kappa, keys; and the rows that left nothing to compare."""
-    records = rows.to_dict("records")
+    records = records_of(rows)
     read = {row["variant"]: (row["key"], last_kept(images, row["key"])) for row in records}
     # A smaller input has patches of its own: its numbers mean other places.
     most = max((row["tokens"][0] for row in records if len(row["tokens"])), default=0)

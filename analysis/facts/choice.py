@@ -12,6 +12,7 @@ import pandas as pd
 from analysis import stats
 from analysis.facts.comparison import Comparison
 from analysis.facts.matching import paired
+from analysis.frame import records_of
 
 LEAST = 0.5  # of the costs compared: at fewer a group has not shown itself
 
@@ -94,7 +95,7 @@ def _bound(found: Sequence[Comparison], names: Sequence[str], tests: int) -> flo
     """
     pairs = []
     for one in found:
-        rows = [row for row, name in zip(one.rows.to_dict("records"), one.names, strict=True) if name in names]
+        rows = [row for row, name in zip(records_of(one.rows), one.names, strict=True) if name in names]
         pairs += [(rows[0], row) for row in rows[1:]]
     return widest(pairs, tests)
 
@@ -119,7 +120,7 @@ def neighbours(rows: pd.DataFrame) -> list[tuple[stats.Paired, float] | None]:
     """Each row against the next: the test, and its p-value corrected over all of them (Holm); None where answers are
     not known, and for the last row.
     """
-    records = rows.to_dict("records")
+    records = records_of(rows)
     tests = [paired(one, other) for one, other in itertools.pairwise(records)]
     corrected = iter(stats.holm([test.p_value for test in tests if test is not None]))
     return [*(None if test is None else (test, next(corrected)) for test in tests), *([None] if records else [])]

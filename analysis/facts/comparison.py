@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.facts.matching import INTERPOLATED, NEARBY, cost_levels, cut, dense_gmacs, on_curve, paired
+from analysis.frame import records_of
 
 LEVELS = 8  # costs at which series are compared: rankings in words and figures of differences use the same
 _Pair = tuple[float, dict[str, Any], dict[str, Any]]  # level, a row, the row it is set against
@@ -120,7 +121,7 @@ def versus(rows: pd.DataFrame, reference: str, *, by: str, levels: Sequence[floa
     levels = cost_levels(rows, by=by, count=LEVELS) if levels is None else levels
     found: list[_Pair] = []
     for level in levels:
-        part = cut(rows, level, by=by).rows.to_dict("records")
+        part = records_of(cut(rows, level, by=by).rows)
         base = [row for row in part if row[by] == reference][:1]
         found += [(level, row, other) for other in base for row in part if row is not other]
     return _test(found, by)
@@ -129,7 +130,7 @@ def versus(rows: pd.DataFrame, reference: str, *, by: str, levels: Sequence[floa
 def versus_curve(rows: pd.DataFrame, reference: str, *, by: str) -> list[Versus]:
     """Every trial of the other groups against the curve of one group at that trial's own cost."""
     curve = rows[(rows[by] == reference) & ~rows["dense"]]
-    others = rows[(rows[by] != reference) & ~rows["dense"]].to_dict("records")
+    others = records_of(rows[(rows[by] != reference) & ~rows["dense"]])
     at = [(row["gmacs_mean"], {**row, "how": NEARBY}, on_curve(curve, row["gmacs_mean"])) for row in others]
     return _test([(level, row, base) for level, row, base in at if base is not None], by)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.frame import NUMBERS, reducer_names
+from analysis.frame import NUMBERS, records_of, reducer_names
 
 MATCH = 0.03  # without targets, trials within this share of the dense cost count as "the same cost"
 NEAR = 0.01  # as good as calibrated to it; further away a curve is interpolated
@@ -46,7 +46,7 @@ def merge_seeds(trials: pd.DataFrame) -> pd.DataFrame:
     mean over the seeds run; ``top1_sd`` is over seeds.
     """
     groups: dict[tuple[object, ...], list[Record]] = {}
-    for row in trials.to_dict("records"):
+    for row in records_of(trials):
         groups.setdefault(_same(row), []).append(row)
     merged = [_merge(group) for group in groups.values()]
     if not merged:  # with its columns' types
@@ -119,7 +119,7 @@ def cut(trials: pd.DataFrame, level: float, *, by: str) -> Cut:
 
 def on_curve(trials: pd.DataFrame, level: float) -> Record | None:
     """One series at any cost: its own trial where one lies within ``NEAR``, else between its two neighbours."""
-    group, dense = trials.to_dict("records"), dense_gmacs(trials)
+    group, dense = records_of(trials), dense_gmacs(trials)
     nearest = min(group, key=lambda row: abs(row["gmacs_mean"] - level), default=None)
     if nearest is not None and abs(nearest["gmacs_mean"] - level) <= NEAR * dense:
         return {**nearest, "how": NEARBY}
@@ -210,7 +210,7 @@ def _average(group: Sequence[Record], weights: Sequence[float]) -> Record:
 
 def _groups(rows: pd.DataFrame, by: str) -> dict[str, list[Record]]:
     found: dict[str, list[Record]] = {}
-    for row in rows.to_dict("records"):
+    for row in records_of(rows):
         found.setdefault(str(row[by]), []).append(row)
     return found
 

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.facts import agreement, kept
 from analysis.facts.matching import INTERPOLATED, cost_levels, cut, dense_gmacs, merge_seeds
 from analysis.facts.tokens import adaptive, correlations, hardness
-from analysis.frame import choosable, reducer_names
+from analysis.frame import choosable, records_of, reducer_names
 
 OVERVIEW_COST = 0.6  # share of the dense cost at which methods are pictured: deep enough to differ, not yet broken
 ASIDE = 0.06  # of the dense cost: how far a method without a trial at that cost may stand from it
@@ -68,7 +68,7 @@ def overview(trials: pd.DataFrame) -> pd.DataFrame:
 
 def _real(rows: pd.DataFrame, chosen: pd.DataFrame, level: float, dense: float) -> pd.DataFrame:
     """The rows with interpolated ones replaced by the nearest trial, or left out."""
-    kept_rows = [row for row in chosen.to_dict("records") if row["how"] != INTERPOLATED]
+    kept_rows = [row for row in records_of(chosen) if row["how"] != INTERPOLATED]
     for name in chosen.loc[chosen["how"] == INTERPOLATED, "variant"]:
         part = rows[rows["variant"] == name]
         away = (part["gmacs_mean"] - level).abs()

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.facts.matching import paired
+from analysis.frame import records_of
 
 SUFFIX = " (finetuned)"
 
@@ -33,7 +34,7 @@ def base(name: str) -> str:
 
 def pairs(rows: pd.DataFrame) -> list[Pair]:
     """Finetuned rows that have a row off the shelf of the same name at the same target or setting."""
-    records = rows.to_dict("records")
+    records = records_of(rows)
     plain = {_setting(row): row for row in records if not row["finetuned"]}
     found = []
     for row in records:

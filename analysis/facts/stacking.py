@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import stats
 from analysis.facts.matching import paired
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def gains(rows: pd.DataFrame, base: str | None) -> list[Gain]:
         return []
     alone = rows[rows["variant"] == base]
     found = []
-    for row in rows[rows["variant"] != base].to_dict("records"):
+    for row in records_of(rows[rows["variant"] != base]):
         # Without a number the words of the budget must be the same: both being without one says nothing.
         unknown = alone["x"].isna() & (alone["budget"] == row["budget"]) & (alone["budget"] != "")
         same = alone[unknown] if pd.isna(row["x"]) else alone[(alone["x"] - row["x"]).abs() < 1e-9]

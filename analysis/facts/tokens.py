@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats
+from analysis.frame import records_of
 
 CLUTTER = "the known amount of clutter in it"
 HARDNESS = "the plain model's loss on it (how hard it is)"
@@ -78,7 +79,7 @@ def correlations(
     """One line a method: variant, rho, low, high, clear (Bonferroni over the methods), gmacs, key; rho is nan for a
     method that keeps as many tokens in every image. And with what tokens were correlated; "" where nothing is known.
     """
-    have = [(row, images[row["key"]]) for row in rows.to_dict("records") if row["key"] in images]
+    have = [(row, images[row["key"]]) for row in records_of(rows) if row["key"] in images]
     have = [(row, table) for row, table in have if "tokens" in table and len(table) > 3]
     tables = [table for _, table in have]
     if not tables:

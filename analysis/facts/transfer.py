@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 
 PLAIN = "off the shelf"
 
@@ -61,7 +61,7 @@ def labelled(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with ``method`` (as its variants begin, or else its reducers), ``trained`` (the budget) and
     ``home`` (evaluated at the cost that the training was aimed at, or with the very budget of the training).
     """
-    own = [_at_home(row) for row in rows.to_dict("records")]
+    own = [_at_home(row) for row in records_of(rows)]
     reducers = [" + ".join(reducer_names(text)) for text in rows["reducer"]]
     heads: dict[str, set[str]] = {}
     for name, variant in zip(reducers, rows["variant"], strict=True):

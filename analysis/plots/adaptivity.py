@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis import stats, style
 from analysis.facts.tokens import adaptive, clutter_known, correlation, counted_in, tokens_kept
+from analysis.frame import records_of
 from analysis.style import Look
 
 CAPTION_CLUTTER = (
@@ -49,7 +50,7 @@ def adaptivity(
     counts = [tokens_kept(images[key], counted) for key in rows["key"]]
     bins = fair_bins(counts)
     handles = []
-    for row in rows.to_dict("records"):
+    for row in records_of(rows):
         table, look, name = images[row["key"]], style.look_of(row["variant"], looks), row["variant"]
         tokens = tokens_kept(table, counted)
         sns.histplot(

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from analysis import stats, style
 from analysis.facts.matching import merge_seeds
+from analysis.frame import records_of
 from analysis.plots import panels
 from analysis.style import Look
 
@@ -33,7 +34,7 @@ MANY = (
 def caption(trials: pd.DataFrame) -> str:
     """What the figure of these trials shows, and which series it leaves out."""
     rows = trials[~trials["dense"] & trials["coverage"].notna()]
-    here = np.array([same_patches(row, trials) for row in rows.to_dict("records")], dtype=bool)
+    here = np.array([same_patches(row, trials) for row in records_of(rows)], dtype=bool)
     shown, comparable = series(trials), set(rows["variant"][here])
     others = [name for name in dict.fromkeys(rows["variant"]) if name not in comparable]
     nothing = [name for name in dict.fromkeys(rows["variant"]) if name in comparable and name not in shown]
@@ -53,7 +54,7 @@ def series(trials: pd.DataFrame) -> list[str]:
 
 def _shown(trials: pd.DataFrame) -> pd.DataFrame:
     rows = trials[~trials["dense"] & trials["coverage"].notna()]
-    rows = rows[[same_patches(row, trials) for row in rows.to_dict("records")]]
+    rows = rows[[same_patches(row, trials) for row in records_of(rows)]]
     survive = rows.groupby("variant", sort=False)["coverage"].transform("max") > 0
     return rows[survive]
 
@@ -70,7 +71,7 @@ def coverage(
 ) -> Figure:
     """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
     rows = merge_seeds(_shown(trials))
-    rows = rows.assign(left=[100 * _left(row) for row in rows.to_dict("records")])
+    rows = rows.assign(left=[100 * _left(row) for row in records_of(rows)])
     names = list(dict.fromkeys(rows["variant"]))
     if len(names) > panels.TOO_MANY:
         return _many(rows, panels.page(names, page), looks=looks, title=title, subtitle=subtitle)

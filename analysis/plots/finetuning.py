@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from analysis import style
 from analysis.facts.recovery import base
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import tradeoff
 from analysis.plots.base import Plot, Scene
 
@@ -40,7 +41,7 @@ def finetuning(facts: Facts, scene: Scene, title: str) -> Figure:
         line = look.line() | {"label": str(variant), "linestyle": "-" if tuned else (0, (4, 2))}
         line |= {} if tuned else {"markerfacecolor": "white", "markeredgecolor": look.colour}
         axes[0].errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, **line)
-        style.settle(axes[0], part["gmacs_mean"], top1, map(style.setting, part.to_dict("records")))
+        style.settle(axes[0], part["gmacs_mean"], top1, map(style.setting, records_of(part)))
         tradeoff.draw_seeds(axes[0], part["gmacs_mean"], part, colour=look.colour)
     tradeoff.draw_reference(axes[0], facts)
     _draw_tuned_dense(axes[0], facts)

@@ -14,7 +14,7 @@ from matplotlib.gridspec import SubplotSpec
 from analysis import style
 from analysis.facts.kept import packed
 from analysis.facts.spec import Facts
-from analysis.frame import AnalysisError, reducer_names
+from analysis.frame import AnalysisError, records_of, reducer_names
 from analysis.plots import labels
 from analysis.plots.base import Sample, Scene
 from analysis.plots.samples import darken, find_row, kept_patches
@@ -34,7 +34,7 @@ def variants(facts: Facts) -> dict[str, str]:
     """
     near = _near(facts)
     found: dict[str, str] = {}
-    for row in near.sort_values("top1", ascending=False, kind="stable").to_dict("records"):
+    for row in records_of(near.sort_values("top1", ascending=False, kind="stable")):
         names = reducer_names(row["reducer"])
         if len(names) == 1 and names[0] in NAMED:
             found.setdefault(names[0], row["variant"])

@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 from analysis import style
 from analysis.facts.matching import dense_gmacs
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import labels
 from analysis.plots.base import Plot, Scene
 from analysis.plots.tradeoff import draw_reference, share_axis
@@ -41,7 +42,7 @@ def pareto(facts: Facts, scene: Scene, title: str) -> Figure:
     figure = style.new_figure(height=5.2)
     axes = figure.subplots()
     axes.plot(rows["gmacs_mean"], 100 * rows["top1"], linestyle="none", marker=".", color="#bdbdbd", gid="all")
-    style.settle(axes, rows["gmacs_mean"], 100 * rows["top1"], map(style.setting, rows.to_dict("records")))
+    style.settle(axes, rows["gmacs_mean"], 100 * rows["top1"], map(style.setting, records_of(rows)))
     axes.step(
         [*edge["gmacs_mean"], max(dense_gmacs(facts.trials), float(rows["gmacs_mean"].max()))],
         [*(100 * edge["top1"]), 100 * float(edge["top1"].iloc[-1])],

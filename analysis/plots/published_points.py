@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from analysis import published, style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import panels
 from analysis.plots.base import Plot, Scene
 
@@ -94,7 +95,7 @@ def _relative(axes: Axes, pairs: pd.DataFrame, facts: Facts) -> None:
     )
     dense = facts.dense
     x, y, low, high = [], [], [], []
-    for row in facts.front.to_dict("records"):
+    for row in records_of(facts.front):
         test = against_dense(row)
         change = test.difference if test else row["top1"] - row["dense_top1"]
         x.append(100 * (1 - row["gmacs_mean"] / dense))

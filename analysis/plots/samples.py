@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from analysis import style
 from analysis.facts.kept import packed
+from analysis.frame import records_of
 from analysis.plots.base import Sample
 
 CAPTION = (
@@ -73,7 +74,7 @@ def samples(
 ) -> Figure:
     """One row an image: the input, then each row of ``trials`` stage by stage."""
     methods = [
-        (row, stages(row["blocks"])) for row in trials.to_dict("records") if row["key"] in images and len(row["blocks"])
+        (row, stages(row["blocks"])) for row in records_of(trials) if row["key"] in images and len(row["blocks"])
     ]
     widths = [
         1.0,

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from analysis import style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import tradeoff
 from analysis.plots.base import Plot, Scene
 
@@ -37,7 +38,7 @@ def scaling(facts: Facts, scene: Scene, title: str) -> Figure:
             part = part.sort_values("gmacs_mean", kind="stable")
             name = f"{model} | {variant}"
             tradeoff.draw_intervals(accuracy, part["gmacs_mean"], part, name=name, looks=looks)
-            tests = [against_dense(row) for row in part.to_dict("records")]
+            tests = [against_dense(row) for row in records_of(part)]
             known = [
                 (100 * row.gmacs_mean / dense, test) for row, test in zip(part.itertuples(), tests, strict=True) if test
             ]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
+from analysis.frame import records_of
 from analysis.plots import panels
 from analysis.style import Look
 
@@ -23,7 +24,7 @@ MIDDLE, SPREAD = "middle 80 % of images", "mean ± 1 standard deviation over ima
 
 
 def caption(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame], level: str) -> str:
-    return CAPTION.format(level=level, band=MIDDLE if _counted(trials.to_dict("records"), images) else SPREAD)
+    return CAPTION.format(level=level, band=MIDDLE if _counted(records_of(trials), images) else SPREAD)
 
 
 @style.themed
@@ -39,7 +40,7 @@ def tokens_per_block(
     """Mean tokens against block, one line a row of ``trials``; bands from the per-image tables, or of one standard
     deviation for all where a table is missing. A panel a method where there are many.
     """
-    rows = [row for row in trials.to_dict("records") if len(row["tokens"])]
+    rows = [row for row in records_of(trials) if len(row["tokens"])]
     depth = max((len(row["tokens"]) for row in rows), default=1)
     names = ("entering block (out: leaving the last)", "tokens, prefix included")
     middle = _counted(rows, images)

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from analysis import style
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import labels, panels
 from analysis.plots.base import Plot, Scene
 from analysis.style import Look
@@ -89,7 +90,7 @@ def draw_intervals(
     line = look.line() | ({} if joined else {"linestyle": "none"})
     axes.errorbar(x, top1, yerr=bars, elinewidth=1, capsize=2, label=name, **line)
     draw_seeds(axes, x, rows, colour=look.colour)
-    style.settle(axes, x, top1, map(style.setting, rows.to_dict("records")))
+    style.settle(axes, x, top1, map(style.setting, records_of(rows)))
 
 
 def draw_seeds(axes: Axes, x: pd.Series, rows: pd.DataFrame, *, colour: str) -> None:
@@ -170,7 +171,7 @@ def _many(facts: Facts, scene: Scene, title: str) -> Figure:
         line = look.line() | ({} if part["placement"].nunique() < 2 else {"linestyle": "none"})
         axes.plot(part["gmacs_mean"], 100 * part["top1"], label=name, **line)
         draw_seeds(axes, part["gmacs_mean"], part, colour=look.colour)
-        settings = map(style.setting, part.to_dict("records"))
+        settings = map(style.setting, records_of(part))
         style.settle(axes, part["gmacs_mean"], 100 * part["top1"], settings)
         draw_reference(axes, facts)
         panels.name_panel(axes, name)

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from analysis import style
 from analysis.facts.spec import Facts
 from analysis.facts.transfer import PLAIN
+from analysis.frame import records_of
 from analysis.plots import tradeoff
 from analysis.plots.base import Plot, Scene
 
@@ -41,7 +42,7 @@ def transfer(facts: Facts, scene: Scene, title: str) -> Figure:
             top1 = 100 * part["top1"]
             bars = np.clip([top1 - 100 * part["top1_low"], 100 * part["top1_high"] - top1], 0, None)
             axes.errorbar(part["gmacs_mean"], top1, yerr=bars, elinewidth=1, capsize=2, label=str(kind), **line)
-            style.settle(axes, part["gmacs_mean"], top1, map(style.setting, part.to_dict("records")))
+            style.settle(axes, part["gmacs_mean"], top1, map(style.setting, records_of(part)))
             tradeoff.draw_seeds(axes, part["gmacs_mean"], part, colour=line["color"])
             home = part[part["home"]]
             ring: dict[str, Any] = {

@@ -12,6 +12,7 @@ from analysis import stats, style, verdict
 from analysis.facts.choice import bounded
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import Drawn, Plot, Scene, difference, tradeoff
 from analysis.published import Choose
 from analysis.tables import percent, with_bounds
@@ -93,7 +94,7 @@ def cheapest_like_dense(facts: Facts, rows: pd.DataFrame | None = None) -> list[
     found = []
     for name, group in (facts.rows if rows is None else rows).groupby("variant", sort=False):
         best, loss = None, None
-        for row in group.sort_values("gmacs_mean", ascending=False).to_dict("records"):
+        for row in records_of(group.sort_values("gmacs_mean", ascending=False)):
             paired = against_dense(row)
             if paired is None or (paired.p_value < stats.ALPHA and paired.difference < 0):
                 break

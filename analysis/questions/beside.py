@@ -15,7 +15,7 @@ import pandas as pd
 from analysis import stats, style
 from analysis.facts.matching import against_dense, paired
 from analysis.facts.spec import Facts
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 from analysis.published import Printed, printed, share
 from analysis.questions.base import Line, Question
 from analysis.tables import percent, with_bounds
@@ -35,7 +35,7 @@ def beside(question: Question, facts: Facts, *, patches: int | None = None) -> p
 
 
 def records(facts: Facts) -> list[Row]:
-    return facts.rows.to_dict("records")
+    return records_of(facts.rows)
 
 
 def samplers(facts: Facts, patches: int | None) -> list[Line]:

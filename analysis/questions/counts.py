@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 from analysis.plots import difference, k_effect, tradeoff
 from analysis.published import number, of_ats, printed, share
 from analysis.questions.base import Line, Question, cheapest_like_dense
@@ -55,7 +55,7 @@ MARGIN = 0.01  # a loss that most would accept, 1 point
 
 def _short(facts: Facts) -> str | None:
     """The least that may be kept for a loss of a point, each trial on its own."""
-    rows = facts.rows[facts.rows["x"].notna()].sort_values("gmacs_mean", kind="stable").to_dict("records")
+    rows = records_of(facts.rows[facts.rows["x"].notna()].sort_values("gmacs_mean", kind="stable"))
     tests = [(row, test) for row in rows if (test := against_dense(row)) is not None]
     if not tests:
         return None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import difference, sampling
 from analysis.published import ats_costs, of_ats
 from analysis.questions.base import Question
@@ -30,7 +31,7 @@ def _in_print() -> dict[str, float]:
 def found(facts: Facts) -> list[Finding]:
     """What ATS costs as released, with as many points as patches, beside what is in print."""
     said, printed = [], _in_print()
-    for row in facts.rows[facts.rows["target_gmacs"].isna()].to_dict("records"):
+    for row in records_of(facts.rows[facts.rows["target_gmacs"].isna()]):
         sampler = _ats_variant(row["reducer"])
         share, counted = (value / facts.dense for value in (row["gmacs_mean"], row["reference_gmacs_mean"]))
         if sampler is None or pd.isna(counted):  # what was executed is not the published order of work

@@ -7,7 +7,7 @@ from typing import Any
 from analysis import stats
 from analysis.facts.matching import paired
 from analysis.facts.spec import Facts
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 from analysis.questions.base import Question
 from analysis.tables import with_bounds
 from analysis.verdict import points
@@ -22,7 +22,7 @@ def _against_plain(facts: Facts) -> tuple[dict[Any, Any] | None, Tests]:
     if whole.empty:
         return None, []
     plain = whole.iloc[0].to_dict()
-    rows = [row for row in facts.rows.to_dict("records") if row["key"] != plain["key"]]
+    rows = [row for row in records_of(facts.rows) if row["key"] != plain["key"]]
     return plain, [(row, test) for row in rows if (test := paired(row, plain)) is not None]
 
 

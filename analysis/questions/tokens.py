@@ -9,6 +9,7 @@ import numpy as np
 from analysis import style
 from analysis.facts.overview import staged_trial
 from analysis.facts.spec import Facts
+from analysis.frame import records_of
 from analysis.plots import tradeoff
 from analysis.plots.shared import staged
 from analysis.questions.base import Question
@@ -18,7 +19,7 @@ from analysis.words import Finding, spoken
 def found(facts: Facts) -> list[Finding]:
     """How many tokens are left after the first and the last stage."""
     said = []
-    for row in facts.rows.to_dict("records"):
+    for row in records_of(facts.rows):
         blocks, counts, spread = row["blocks"], row["tokens"], row["tokens_std"]
         if len(blocks) > 1 and len(counts) > max(blocks) + 1 and len(spread) == len(counts):
             first, last = int(blocks[0]) + 1, int(blocks[-1]) + 1

@@ -9,7 +9,7 @@ import pandas as pd
 from analysis import style
 from analysis.facts.comparison import Versus, versus_curve
 from analysis.facts.spec import Facts
-from analysis.frame import reducer_names
+from analysis.frame import records_of, reducer_names
 from analysis.questions.base import Question
 from analysis.tables import percent
 from analysis.verdict import points
@@ -42,7 +42,7 @@ def found(facts: Facts) -> list[Finding]:
     text = f"Against random drop trained as long, in points, each at its own cost (Holm). {'. '.join(parts)}."
     all_said = [Finding(text, keys=tuple(dict.fromkeys(key for one in met for key in one.keys)), headline=True)]
     cheapest = drop.iloc[0]
-    for row in rows[~rows["variant"].isin({*drop["variant"], *(one.name for one in met)})].to_dict("records"):
+    for row in records_of(rows[~rows["variant"].isin({*drop["variant"], *(one.name for one in met)})]):
         text = (
             f"{spoken(row['variant'])} came to {style.cost(row['gmacs_mean'])} GMACs and {percent(row['top1'])} %, "
             f"where there is no random drop to compare with: the nearest has {percent(cheapest['top1'])} % at "

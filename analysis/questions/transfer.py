@@ -10,6 +10,7 @@ from analysis.facts.choice import widest
 from analysis.facts.matching import MATCH, dense_gmacs, paired
 from analysis.facts.spec import Facts
 from analysis.facts.transfer import PLAIN
+from analysis.frame import records_of
 from analysis.plots import transfer
 from analysis.questions.base import Question
 from analysis.verdict import between, points
@@ -24,8 +25,8 @@ def _away(facts: Facts) -> dict[str, list[tuple[stats.Paired, Row, Row]]]:
     near = MATCH * dense_gmacs(facts.trials)
     found: dict[str, list[tuple[stats.Paired, Row, Row]]] = {}
     for method, part in rows.groupby("method", sort=False):
-        homes = part[part["home"]].to_dict("records")
-        for row in part[~part["home"]].to_dict("records"):
+        homes = records_of(part[part["home"]])
+        for row in records_of(part[~part["home"]]):
             other = next((home for home in homes if abs(home["gmacs_mean"] - row["gmacs_mean"]) <= near), None)
             test = None if other is None else paired(row, other)
             if other is not None and test is not None:

@@ -14,7 +14,7 @@ import pytest
 from analysis import stats
 from analysis.facts import matching
 from analysis.facts.outcomes import with_answers
-from analysis.frame import AnalysisError, Results, read_results, reducer_names, tidy
+from analysis.frame import AnalysisError, Results, read_results, records_of, reducer_names, tidy
 from tests.analysis.synthetic import DENSE_GMACS, Maker
 
 
@@ -229,3 +229,15 @@ def test_levels_are_costs_that_several_series_reach(results: Results) -> None:
         assert part["variant"].is_unique and len(part) >= 2 and "dense" not in set(part["variant"])
         assert ((part["gmacs_mean"] - level).abs() <= matching.MATCH * 0.160 + 1e-12).all()
     assert matching.cost_levels(rows[rows["variant"] == "ATS"], by="variant") == []
+
+
+def test_records_are_those_of_pandas_value_for_value(results: Results) -> None:
+    rows = results.finished.head(8)
+    rows = rows.assign(level=np.arange(8), how=pd.Series([np.float64(0.5), None] * 4, index=rows.index, dtype=object))
+    assert {"float64", "int64", "bool", "object"} <= {str(dtype) for dtype in rows.dtypes}
+    for ours, theirs in zip(records_of(rows), rows.to_dict("records"), strict=True):
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            assert type(ours[name]) is type(value), name
+            assert ours[name] is value or np.array_equal(ours[name], value) or (pd.isna(value) and pd.isna(ours[name]))
+    assert records_of(rows.head(0)) == []
