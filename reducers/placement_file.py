@@ -42,6 +42,7 @@ from reducers.runtime import ReducedViT
 VERSION = 1  # of the form of these files
 MAX_BYTES = 64 * 1024
 _MOST_STAGES, _MOST_BLOCKS, _MOST_PLACED = 64, 1000, 4096  # of a placement: more is a slip, or meant to take long
+_MOST_NESTED = 32  # levels; a placement has about ten, and PyYAML's time grows with their square
 _REMEDY = "write it again with `sievit recommend`, or undo the edit"
 
 
@@ -116,22 +117,27 @@ def _plain_data(text: str) -> Any:
     import yaml
 
     try:
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        alias = next((event for event in events if isinstance(event, yaml.AliasEvent)), None)
-        data = yaml.safe_load(text) if alias is None else None
+        levels, wrong = 0, ""
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if levels > _MOST_NESTED:
+                wrong = "nested too deeply"
+            elif isinstance(event, yaml.AliasEvent):
+                wrong = "aliases (*name) are not read; repeat the value"
+            if wrong:
+                wrong = f"line {event.start_mark.line + 1}: {wrong}"
+                break
+        data = None if wrong else yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ValueError(
             f"{f'line {mark.line + 1}: ' if mark else ''}{error.problem or 'not valid YAML':.300}"
         ) from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
         # beyond YAMLError: PyYAML's own slips on values such as `!!int ""`, numbers that are too long
         raise ValueError(f"not valid YAML ({type(error).__name__}: {error!s:.200})") from error
-    if alias is not None:
-        line = alias.start_mark.line + 1
-        raise ValueError(f"line {line}: aliases (*name) are not read; repeat the value")
+    if wrong:
+        raise ValueError(wrong)
     return data
 
 

@@ -212,14 +212,19 @@ def find_specs(
 # --- saying what is wrong ---------------------------------------------------------------------------------------------
 
 
+_EXPLAINED = 100  # mistakes looked at, of which some say the same: a place is found in time that grows with the file
+
+
 def _explain(error: ValidationError, path: Path, node: yaml.Node | None) -> str:
-    """The first mistakes, one a line, each with its place."""
+    """The first mistakes, one a line, each with its place, and how many more there are."""
     lines: dict[str, None] = {}
-    for item in error.errors(include_url=False):
+    found = error.errors(include_url=False)
+    for item in found[:_EXPLAINED]:
         place = _known_place(item["loc"], node)
         lines[f"{path}{line_of(node, place)}: {place_text(place)}: {_message(item['type'], item, place)}"] = None
     shown = list(lines)[:5]
-    return "\n".join(shown + ([f"... and {len(lines) - len(shown)} more"] if len(lines) > len(shown) else []))
+    more = len(lines) - len(shown) + len(found[_EXPLAINED:])
+    return "\n".join(shown + ([f"... and {more} more"] if more else []))
 
 
 def _known_place(loc: Place, node: yaml.Node | None) -> Place:

@@ -76,21 +76,24 @@ def parse_yaml(text: str, path: Path) -> tuple[yaml.Node | None, Any]:
 
 def check_plain(value: Any, place: Place, path: Path, node: yaml.Node | None) -> None:
     """Only text, numbers, booleans, lists and mappings, all finite and none nested too deeply."""
-    where = f"{path}{line_of(node, place)}: {place_text(place)}"
+    wrong = _not_plain(value, place)
+    if wrong:
+        raise SpecError(f"{path}{line_of(node, place)}: {place_text(place)}: {wrong}")
+    for part, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        check_plain(item, (*place, part), path, node)
+
+
+def _not_plain(value: Any, place: Place) -> str:
+    """What is wrong with a value itself; "" where nothing is."""
     if len(place) > MAX_NESTING:
-        raise SpecError(f"{where}: nested too deeply; a spec needs about six levels")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_plain(item, (*place, key), path, node)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_plain(item, (*place, index), path, node)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise SpecError(f"{where}: {value} is no finite number")
-    elif isinstance(value, int) and abs(value) > 2**53:
-        raise SpecError(f"{where}: a whole number of {value.bit_length()} bits is too large")
-    elif value is not None and not isinstance(value, str | int | float):
-        raise SpecError(f"{where}: {kind_of(value)} is no plain value; put it in quotes")
+        return "nested too deeply; a spec needs about six levels"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value} is no finite number"
+    if isinstance(value, int) and abs(value) > 2**53:
+        return f"a whole number of {value.bit_length()} bits is too large"
+    if value is not None and not isinstance(value, str | int | float | dict | list):
+        return f"{kind_of(value)} is no plain value; put it in quotes"
+    return ""
 
 
 def variables(value: Any) -> set[str]:
