@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,25 @@ def run(examples: list[Path]) -> list[str]:
     return done.stdout.split("<<<")[1:]
 
 
-def test_the_examples_run() -> None:
-    examples = [path for path in EXAMPLES if path not in DEAR]
-    printed = run(examples)
-    assert len(printed) == len(examples) >= 3
+QUICK = [path for path in EXAMPLES if path not in DEAR]
+
+
+@pytest.mark.parametrize("example", QUICK, ids=lambda path: path.stem)
+def test_an_example_runs(
+    example: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a script, though in this process, which has imported torch already."""
+    monkeypatch.setattr(sys, "argv", [str(example)])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert any(word in printed for word in SHOWN), printed
+
+
+@pytest.mark.slow
+def test_the_examples_run_from_elsewhere() -> None:
+    printed = run(QUICK)
+    assert len(printed) == len(QUICK)
     assert all(any(word in text for word in SHOWN) for text in printed), printed
 
 
@@ -47,3 +63,4 @@ def test_the_example_that_exports_runs() -> None:
 
 def test_the_examples_are_short() -> None:
     assert [path.name for path in EXAMPLES if len(path.read_text().splitlines()) >= 40] == []
+    assert len(QUICK) >= 3

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from ablations.workloads.embedded import embedded_workload
 from analysis.__main__ import main as analysis
 from analysis.recommendation import read_found
 from tests.s3 import local_s3
+from tests.samples import sampled
 
 IMAGES = 150
 FEW = """
@@ -43,13 +48,15 @@ arms:
 """
 
 
-@pytest.fixture(autouse=True)
-def few(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two published methods and a control, and a space of two methods."""
     path = tmp_path_factory.mktemp("spec") / "few.yaml"
     path.write_text(FEW)
-    monkeypatch.setattr(singles, "METHODS", str(path))
-    monkeypatch.setattr(call, "methods", lambda fits, block: (Method("topk"), Method("tome")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(singles, "METHODS", str(path))
+        patch.setattr(call, "methods", lambda fits, block: (Method("topk"), Method("tome")))
+        yield
 
 
 def recommend(out: Path, *words: str, candidates: int = 4, drawn: bool = False, how: str = "--serial") -> int:
@@ -74,16 +81,29 @@ def results(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (out / "recommend/trials").glob("*.parquet")}
 
 
-def test_from_a_cost_to_a_placement_that_python_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert recommend(tmp_path, drawn=True) == 0
-    (goal,) = told(tmp_path)["goals"]
-    said = capfd.readouterr().out
+@pytest.fixture(scope="module")
+def finished(few: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A call that was carried out whole, its page drawn, and what it printed; who goes on with it copies it."""
+    out, printed = tmp_path_factory.mktemp("finished"), StringIO()
+    with redirect_stdout(printed):
+        assert recommend(out, drawn=True) == 0
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "copied"))
+
+
+def test_from_a_cost_to_a_placement_that_python_loads(finished: tuple[Path, str]) -> None:
+    out, said = finished
+    (goal,) = told(out)["goals"]
     assert all(sentence in said for sentence in goal["sentences"]) and len(goal["sentences"]) == 3
     assert goal["candidates"] == 4 and {row["label"] for row in goal["others"]} >= {"random"}
     for row in [goal["comparator"], *goal["finalists"], *goal["others"]]:
         assert row["share"] == pytest.approx(0.5, rel=0.03) and row["low"] <= row["value"] <= row["high"]
 
-    file = tmp_path / "recommended/0.50.yaml"
+    file = out / "recommended/0.50.yaml"
     model = open_model("pairs_vit_tiny", weights=None, workload_name="embedded", classes=10).model
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is for this very model
@@ -96,38 +116,45 @@ def test_from_a_cost_to_a_placement_that_python_loads(tmp_path: Path, capfd: pyt
     assert main(["validate", str(file)]) == 0
     assert yaml.safe_load(file.read_text())["recommended"]["accuracy"] == pytest.approx(chosen["value"], abs=1e-6)
 
-    page = (tmp_path / "recommend.html").read_text()
+    page = (out / "recommend.html").read_text()
     assert goal["sentences"][0].replace("'", "&#39;") in page and "reducers.load" in page
-    assert read_found(tmp_path).goals == [goal]
+    assert read_found(out).goals == [goal]
 
-    before = results(tmp_path)
-    assert recommend(tmp_path) == 0, "the same call again"
-    assert results(tmp_path) == before and told(tmp_path)["goals"] == [goal], "nothing is computed or counted twice"
 
-    key = chosen["key"]
-    assert main(["reproduce", key, "--out", str(tmp_path / "recommend")]) == 0
+def test_the_same_call_again_computes_nothing_and_what_it_chose_is_reproduced(
+    copied: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (goal,), before = told(copied)["goals"], results(copied)
+    assert recommend(copied) == 0
+    assert results(copied) == before and told(copied)["goals"] == [goal], "nothing is computed or counted twice"
+    assert main(["reproduce", goal["recommended"]["key"], "--out", str(copied / "recommend")]) == 0
     assert "bit for bit" in capfd.readouterr().out
-    assert main(["status", "--out", str(tmp_path / "recommend")]) == 0
+    assert main(["status", "--out", str(copied / "recommend")]) == 0
 
-    assert recommend(tmp_path, "--cost", "0.5", "--seed", "1", candidates=2) == 0
-    (again,) = told(tmp_path)["goals"]
+
+@pytest.mark.parametrize("candidates", sampled([2, 1], quick=[1]))
+def test_how_often_confirmation_images_were_looked_at_is_counted(
+    candidates: int, copied: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (goal,) = told(copied)["goals"]
+    assert recommend(copied, "--cost", "0.5", "--seed", "1", candidates=candidates) == 0
+    (again,) = told(copied)["goals"]
     assert again["seen_before"] == 1 and "seen 1 time before" in again["sentences"][2], "another search, whoever wins"
-    assert recommend(tmp_path) == 0
-    assert told(tmp_path)["goals"] == [goal], "the first was the first"
+    assert recommend(copied) == 0
+    assert told(copied)["goals"] == [goal], "the first was the first"
 
-    (tmp_path / "recommend/openings.json").write_text("[")
+    (copied / "recommend/openings.json").write_text("[")
     capfd.readouterr()
-    assert recommend(tmp_path) == 2
+    assert recommend(copied) == 2
     error = capfd.readouterr().err
     assert "openings.json is damaged" in error and "Traceback" not in error, "images that were seen are not called new"
 
 
 @pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_killed_in_the_middle_it_goes_on_without_repeating_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    finished: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert recommend(whole, candidates=3) == 0
+    whole, cut = finished[0], tmp_path / "cut"
     looked, look = 0, Pieces.look
 
     def killed(self: Pieces, *given: Any) -> Any:
@@ -139,9 +166,9 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_anything(
 
     with monkeypatch.context() as patched:
         patched.setattr(Pieces, "look", killed)
-        assert recommend(cut, candidates=3) == 130
+        assert recommend(cut) == 130
     before = results(cut)
-    assert before and recommend(cut, candidates=3) == 0
+    assert before and recommend(cut) == 0
     assert journal(cut) == journal(whole) and told(cut)["goals"] == told(whole)["goals"]
     assert before.items() <= results(cut).items() and results(cut).keys() == results(whole).keys()
 

@@ -16,6 +16,7 @@ from ablations.search.race import Race
 from ablations.search.rungs import goes_on
 from ablations.search.space import Method, Space, describe
 from ablations.trial.stages import Stages
+from tests.samples import sampled
 from tests.search.conftest import paired
 
 RUNGS = (16, 48, 64)  # images that each rung adds
@@ -69,8 +70,9 @@ def run(one: Race, *, steps: int | None = None, results: dict[str, np.ndarray] |
     return done
 
 
-def test_the_known_best_of_a_space_is_found() -> None:
-    one = race(size=80)
+@pytest.mark.parametrize("size", sampled([40, 80], quick=[40]))
+def test_the_known_best_of_a_space_is_found(size: int) -> None:
+    one = race(size=size)
     run(one)
     assert one.incumbent is not None
     best = one.incumbent.candidate.stages
@@ -91,7 +93,7 @@ def test_one_seed_makes_one_search_and_another_seed_another() -> None:
     found = []
     for seed in (0, 0, 1):
         events: list[dict[str, Any]] = []
-        run(race(events, seed=seed))
+        run(race(events, size=20, seed=seed))
         found.append(events)
     assert found[0] == found[1] != found[2]
 
