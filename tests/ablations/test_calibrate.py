@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ablations.measure import calibrate
 from ablations.measure.calibrate import calibration_batches, mean_cost, search, solve
 from ablations.measure.context import DensePredictions, TrialContext, dense_predictions, model_facts
 from ablations.spec.expand import expand
@@ -27,7 +28,11 @@ from ablations.trial.trial import Solution, Trial, TrialError
 from ablations.workloads import open_model
 from ablations.workloads.base import Workload, data_digest
 from ablations.workloads.embedded import first_calibration_scenes, first_workload
-from reducers import ATS, Count, Placement, at, placement_from, reduce_tokens
+from reducers import ATS, Count, Decision, Placement, State, TokenReducer, at, placement_from, reduce_tokens
+from reducers.kit.selection import keep_highest
+from reducers.reducer import Traits
+from reducers.signals import Signals
+from reducers.tokens import Counts
 
 ATS3 = "{at: 3, stack: [{name: ats, budget: {count: auto}}]}"
 
@@ -220,6 +225,34 @@ def test_labels_play_no_part(embedded: TrialContext) -> None:
     other = dataclasses.replace(embedded.calibration, labels=np.zeros_like(embedded.calibration.labels))
     trial = trial_for(embedded, ATS3, 0.37)
     assert solve(trial, fresh(embedded)) == solve(trial, dataclasses.replace(embedded, calibration=other, probes={}))
+
+
+@pytest.mark.parametrize(("error", "reached"), [(0.0099, True), (-0.0099, True), (0.0101, False), (-0.0101, False)])
+def test_a_target_is_reached_within_one_percent(
+    error: float, reached: bool, tiny: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = 0.6 * tiny.dense.gmacs
+    monkeypatch.setattr(calibrate, "mean_cost", lambda placement, context, seed: (1 + error) * goal)
+    solution = solve(trial_for(tiny, ATS3, 0.6), fresh(tiny))
+    assert solution.reached == reached == (solution.note == "") and solution.error == pytest.approx(error)
+
+
+class Drawn(TokenReducer):
+    """Keeps a number of patches that PyTorch's own random numbers tell."""
+
+    name = "drawn"
+    traits = Traits(adaptive=True)
+
+    def decide(self, signals: Signals, state: State) -> Decision | None:
+        scores = torch.rand(signals.layout.rows)
+        counts = Counts.by(signals.layout, lambda patches, _: int(torch.randint(1, patches + 1, ())))
+        kept = keep_highest(signals.layout, scores, counts)
+        return None if kept is None else Decision(kept)
+
+
+def test_what_is_drawn_while_a_setting_is_sought_follows_the_seed_of_the_trial(tiny: TrialContext) -> None:
+    one, again, other = (mean_cost(at(2, Drawn()), fresh(tiny), seed=seed) for seed in (3, 3, 4))
+    assert one == again != other
 
 
 def test_calibration_images_are_needed(embedded: TrialContext) -> None:

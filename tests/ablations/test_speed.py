@@ -160,3 +160,39 @@ def test_all_cores_are_used_and_given_back() -> None:
     with speed.all_cores():
         assert torch.get_num_threads() >= before
     assert torch.get_num_threads() == before
+
+
+class Clock:
+    """Time that passes when a model is called, and not otherwise."""
+
+    def __init__(self, a_pass: float) -> None:
+        self.now, self.a_pass, self.passes = 0.0, a_pass, 0
+
+    def __call__(self, images: Tensor) -> None:
+        self.now, self.passes = self.now + self.a_pass, self.passes + 1
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("a_pass", "repeats", "rounds"),
+    [
+        (2.0, 1, speed.ROUNDS[0]),  # too slow for enough rounds in the time: the least there are
+        (0.25, 1, 13),  # half a second a round: the thirteenth ends after the time was over
+        (0.0625, 2, 25),  # an eighth, timed by twos: a quarter of a second a round
+        (0.015625, 6, 33),
+        (0.0009765625, 102, 31),
+    ],
+)
+def test_rounds_end_when_there_was_time_enough_and_short_passes_are_timed_several_at_once(
+    a_pass: float, repeats: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(a_pass)
+    monkeypatch.setattr(speed, "time", clock)
+    images = [torch.zeros(1)] * 4
+    dense, reduced = speed.in_turn(clock, clock, images, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert len(dense) == len(reduced) == rounds
+    assert dense + reduced == [a_pass] * (2 * rounds), "of one pass, however many were timed at once"
+    assert clock.passes == 4 + 1 + 2 * rounds * repeats
+    assert speed.expected_seconds(reduced=a_pass, dense=a_pass) == pytest.approx(clock.now)

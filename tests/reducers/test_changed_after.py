@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import nn
 from torch.nn.utils import prune
 
@@ -51,6 +51,25 @@ def parametrize_plainly(model):
     torch.nn.utils.parametrize.register_parametrization(model.blocks[2].attn.qkv, "weight", Doubled())
 
 
+def parametrize_model(model):
+    torch.nn.utils.parametrize.register_parametrization(model, "cls_token", Doubled())
+
+
+class Neighbours(nn.Module):
+    """Acts on rows side by side: on packed tokens, across images."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.roll(1, dims=0)
+
+
+class Windowed(Attention):
+    pass
+
+
+def replace_attention(model):
+    model.blocks[1].attn.__class__ = Windowed
+
+
 def prune_qkv(model):
     prune.l1_unstructured(model.blocks[1].attn.qkv, "weight", amount=0.5)
 
@@ -81,6 +100,9 @@ REFUSED = {
     "model's forward_head was replaced": replace_steps,
     "the forward of block 2's attn was replaced": replace_forward,
     "block 1 has the MLP Mlp, its forward replaced": lambda m: setattr(m.blocks[1].mlp, "forward", lambda x: x),
+    "block 1 has the MLP Neighbours, which is not known": lambda m: setattr(m.blocks[1], "mlp", Neighbours()),
+    "block 1 attends with Windowed": replace_attention,
+    "the model has become a ParametrizedVisionTransformer.*remove the parametrization": parametrize_model,
     "block 1 has its attn_drop replaced": lambda m: setattr(m.blocks[1].attn, "attn_drop", nn.Identity()),
     "the model has a forward hook,": lambda m: m.register_forward_hook(hook, always_call=True),
     "the model has a backward hook,": lambda m: m.register_full_backward_hook(hook),

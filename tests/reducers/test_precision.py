@@ -7,8 +7,16 @@ import torch
 from torch import Tensor
 
 from reducers import Drop, Identity, Ratio, TokenReducer, ToMe, at, every, reduce_tokens
-from reducers.methods import ATC, PiToMe, ToFu
+from reducers.hosts.protocol import add_residual
+from reducers.kit.clustering import squared_distances
+from reducers.kit.ranked_merge import nearest_hosts
+from reducers.methods import ATC, PiToMe, ToFu, pitome
+from reducers.methods.atc import cosine_distances
 from reducers.methods.ats import cumulative, significance
+from reducers.methods.bat import alike_pairs
+from reducers.methods.gtp import cosine_graph
+from reducers.methods.tps import affinity, nearest_host
+from reducers.noise import image_keys
 from tests.samples import in_turn
 
 from .conftest import DEPTH, KINDS, make_vit
@@ -120,3 +128,58 @@ def test_gradients_are_finite_in_half_precision(reducer, images):
     model = reduce_tokens(make_vit().to(half), at(PLACES, fresh(reducer))).train()
     model(images.to(half)).float().square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.base.parameters())
+
+
+ALL, RANKS = torch.ones(2, 40, dtype=torch.bool), torch.arange(40).expand(2, 40)
+COMPARING = {
+    "squared distances": lambda x: squared_distances(x, ALL),
+    "cosine distances": lambda x: cosine_distances(x, ALL),
+    "the cosine graph": lambda x: cosine_graph(x, ALL, neighbours=3),
+    "hosts by rank": lambda x: nearest_hosts(x, RANKS, 20, 40)[0],
+    "similarities by rank": lambda x: nearest_hosts(x, RANKS, 20, 40)[1],
+    "hosts of guests": lambda x: nearest_host(x[:, :20], x[:, 20:], ALL[:, 20:]),
+    "affinities": lambda x: affinity(x[0], x[1]),
+    "pairs of ranks": lambda x: alike_pairs(x, torch.tensor([40, 30]), torch.tensor([9, 7])),
+}
+
+
+@pytest.mark.parametrize("name", COMPARING)
+def test_tokens_in_half_precision_are_compared_in_single(name):
+    """What they hold is all that is lost: comparing them loses no more. They are nearly alike, as in late blocks."""
+    x = (1 + 0.1 * torch.randn(2, 40, 24)).to(half)
+    found, expected = COMPARING[name](x), COMPARING[name](x.float())
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_pitome_compares_keys_of_half_precision_in_single(images, monkeypatch):
+    seen, real = [], pitome.energy
+
+    def energy(metric: Tensor, valid: Tensor, **more: float) -> Tensor:
+        seen.append(metric)
+        return real(metric, valid, **more)
+
+    monkeypatch.setattr(pitome, "energy", energy)
+    reduce_tokens(make_vit().to(half), at(1, PiToMe(Drop(4))))(images.to(half))
+    (metric,) = seen
+    assert metric.dtype == torch.float32
+    torch.testing.assert_close(metric.norm(dim=2), torch.ones(metric.shape[:2]), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_residual_stream_keeps_its_width_where_a_branch_is_narrower():
+    """Under autocast a branch ends in half precision; what was summed up before must not."""
+    x, added = 1 + torch.rand(7, 5) / 300, torch.rand(7, 5).to(half)
+    summed = add_residual(x, added.clone(), (), ())
+    assert summed.dtype == torch.float32
+    torch.testing.assert_close(summed, x + added, rtol=0, atol=0)
+
+
+def test_images_that_differ_beyond_half_precision_have_keys_of_their_own():
+    image = torch.rand(3, 8, 8).half().float()
+    images = torch.stack([image, image * (1 + 1e-6)])
+    assert torch.equal(*images.half())
+    one, other = image_keys(images).tolist()
+    assert one != other
+    narrow = images.to(half)
+    assert torch.equal(image_keys(narrow), image_keys(narrow.float())), "its pixels, however they are stored"
