@@ -81,6 +81,7 @@ class Sampled:
         self._estimator, self._chance = _samplers(seed, by_chance=max(10, round(_BY_CHANCE * size)))
         self._study = _study(self._estimator)
         self._open: dict[int, optuna.trial.Trial] = {}
+        self._impossible: set[str] = set()
         self._numbers: dict[str, int] = {}  # by the candidate's text
         for start in starts:
             self._study.enqueue_trial({name: _spelled(option) for name, option in start.items()})
@@ -93,7 +94,7 @@ class Sampled:
             for _ in range(tries):
                 trial = self._study.ask()
                 stages = Stages.of(self._space.draw(_Optuna(trial)))
-                if stages.text in self._numbers or not self._possible(stages):
+                if stages.text in self._numbers or stages.text in self._impossible or not self._possible(stages):
                     self._say(trial, None)  # nothing is learnt from it
                     continue
                 number = self._numbers[stages.text] = len(self._numbers)
@@ -105,6 +106,7 @@ class Sampled:
         try:
             self._fits(stages)
         except ValueError:
+            self._impossible.add(stages.text)
             return False
         return True
 

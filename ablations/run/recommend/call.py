@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ablations.measure.calibrate import reach
+from ablations.measure.calibrate import comes_near
 from ablations.measure.context import TrialContext
 from ablations.measure.opening import Subject
 from ablations.run.recommend.pieces import Looked, Pieces, Proposal, TrialFailed
@@ -39,7 +39,6 @@ from reducers import placement_from, reduce_tokens
 log = logging.getLogger(__name__)
 
 SHOWN = 5  # single methods on the confirmation images, the best on the search images among them
-_NEAR = (0.99, 1.03)  # what a cost on one image may be beside that of all
 OPENINGS = "openings.json"  # when the confirmation images of which search were looked at
 
 Searcher = Callable[[Race, Pieces, ShareOf, Callable[[Race], None]], None]
@@ -210,9 +209,9 @@ class Call:
     def _reaches(self, share_of: ShareOf, stages: Stages) -> None:
         """Raises ValueError for what the model cannot carry out, or what does not come near its cost."""
         self._fits(stages.data)
-        share, (low, high) = share_of(stages), reach(stages, self.context)
-        if not low * _NEAR[0] <= share <= high * _NEAR[1]:
-            raise ValueError(f"it costs {low:.3g} to {high:.3g} of the dense model, not {share:.3g}")
+        share = share_of(stages)
+        if not comes_near(stages, share, self.context):
+            raise ValueError(f"it cannot cost {share:.3g} of the dense model")
 
     def _fits(self, stages: StageList) -> object:
         """Raises ValueError for what the model cannot carry out; every free budget counts as one that can."""
