@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ablations.cli.options import FAILED, OK, Command, add_data_options, add_model_options, add_out, out_of
-from ablations.records.storage import is_uri
 from ablations.words import table
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ def _recommend(arguments: argparse.Namespace) -> int:
         raise ValueError("--candidates is 1 or more, --seed a whole number from 0 on")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one candidate must be tried at a time")
+    from ablations.records.storage import is_uri
     from ablations.run.recommend.begin import begin
     from ablations.run.session import Settings
 
