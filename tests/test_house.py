@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ablations.records.kinds import KINDS
+from tests.ablations.runs import SPEC, TINY, environment
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("reducers", "ablations", "analysis")
@@ -393,7 +394,11 @@ def test_few_files_lie_at_the_root_of_the_ablations() -> None:
 
 # what may be missing where, from the innermost part outwards, in one process: importing torch and timm takes seconds
 WITHOUT = """
-import sys
+import errno, os, sys
+sys.modules["fcntl"] = None  # as on Windows, from the beginning to the end
+if hasattr(os, "sched_getaffinity"):
+    del os.sched_getaffinity
+del errno.EDQUOT
 everywhere = {"ray", "fvcore", "seaborn", "matplotlib"}
 by_trials = everywhere | {"pydantic", "pyarrow", "pandas", "rich"}
 for name in by_trials | {"yaml", "sklearn", "scipy"}:
@@ -407,7 +412,8 @@ assert reducers.available(), "no library of models is imported until a model of 
 for name in libraries:
     del sys.modules[name]
 import benchmarks.__main__
-assert benchmarks.__main__.main(sys.argv[1:]) == 0
+out, spec, *options = sys.argv[1:]
+assert benchmarks.__main__.main([*options, "--out", out]) == 0
 
 for name in {"yaml", "sklearn", "scipy"}:
     del sys.modules[name]
@@ -418,20 +424,28 @@ assert main(["train"]) == 0
 
 for name in by_trials - everywhere:
     del sys.modules[name]
-import ablations.run.serial, ablations.run.session
+assert main(["validate", spec, "--model", "digits_vit_tiny"]) == 0
+assert main(["run", "--serial", "--out", out + "/run", *"{run}".split(), "--specs", spec]) == 0
+
+for name in everywhere:
+    del sys.modules[name]
+import analysis.__main__, ablations.measure.finetune.__main__
 """
 
 
 def test_reducers_and_benchmarks_need_torch_and_timm_alone_trials_no_pydantic_and_serial_runs_no_ray(
     tmp_path: Path,
 ) -> None:
+    """Nor does any of it need what systems other than POSIX lack: locks by ``fcntl``, affinity, EDQUOT."""
+    spec = tmp_path / "tiny.yml"
+    spec.write_text(SPEC.replace("[48, 96]", "[48]").replace("  - {variant: top-K, set: {method: topk}}\n", ""))
     options = ["--model", "test_vit", "--size", "32", "--batch", "1", "--rounds", "1", "--only", "top-K"]
-    options += ["--processes", "1", "--out", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *options], cwd=ROOT, capture_output=True, text=True, check=False,
-        timeout=120,
+        [sys.executable, "-c", WITHOUT.replace("{run}", " ".join(TINY)), tmp_path, spec, *options, "--processes", "1"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "| top-K, half at block 1 |" in done.stdout and "matplotlib is not installed" in done.stderr
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".md"]
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == ["", ".json", ".md", ".yml"]
+    assert "1 of the 1 trials asked for are finished" in done.stdout
     assert "dynamicvit" in done.stdout, "`train` lists the methods it can train"
