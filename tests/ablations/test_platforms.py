@@ -1,4 +1,4 @@
-"""Other systems: no affinity, no locks (whole runs without: ``tests/test_house.py``); closed streams, ``~``, long folders."""
+"""Other systems (whole runs: ``tests/test_house.py``): affinity, locks, closed streams, ``~``, long paths."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 
 from reducers import (
@@ -23,7 +24,7 @@ from reducers import (
     placement_from,
     reduce_tokens,
 )  # fmt: skip
-from reducers.checks import checked_share, checked_weight, checked_whole, checked_within
+from reducers.checks import checked_share, checked_weight, checked_whole, checked_within, finite_number, whole_number
 from reducers.hosts import host_of
 from reducers.placement import parse_blocks
 
@@ -177,3 +178,9 @@ def test_a_setting_is_taken_up_to_its_bounds_and_refused_beyond(check, takes, re
     for value in refuses:
         with pytest.raises(ReducerError, match=r"Method\(setting="):
             check(value, "Method(setting=…)")
+
+
+def test_an_array_is_no_number_though_it_holds_one():
+    for value in (np.array([0.5]), np.ones((1, 1)), np.array([3])):
+        assert finite_number(value) is None and whole_number(value) is None
+    assert finite_number(np.float32(0.5)) == 0.5 and finite_number(np.array(3)) == 3 and whole_number(np.int64(3)) == 3
