@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ablations.measure.context import TrialContext, spans, use_exact_float32
 from ablations.measure.failures import halving
-from ablations.trial.free_settings import Setting, free_kinds, ladder, setting_label, settle
+from ablations.trial.free_settings import free_kinds, ladder, setting_label, settle
 from ablations.trial.stages import Stages
 from ablations.trial.trial import Solution, Trial, TrialError
 from reducers import Placement, placement_from, reduce_tokens
@@ -27,7 +27,6 @@ from reducers.runtime import ReducedViT, Shared
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
 _BATCH = 32  # images at once; the calibration images stay in memory
-_NEAR = (0.99, 1.03)  # what a cost on one image may be beside the mean of all
 _GIGA = 1e9
 
 
@@ -80,26 +79,6 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
         reached=reached,
         note="" if reached else _note(found, setting, error, dense=context.dense.gmacs),
     )
-
-
-@torch.inference_mode()
-def comes_near(stages: Stages, share: float, context: TrialContext) -> bool:
-    """Whether stages that leave one kind of budget open can cost about a share of the dense model: quickly, by the ends
-    of their ladder on one calibration image.
-    """
-    if min((block for stage in stages.data for block in stage["at"]), default=0) / context.facts.depth > share:
-        return False  # so much is spent before anything acts
-    (kind,) = free_kinds(stages.data)
-    patches, depth = context.facts.patches, context.facts.depth
-    rungs = ladder(stages.data, kind, patches)
-    image = calibration_batches(context)[0][0][:1]
-
-    def cost(rung: Setting) -> float:
-        placement = placement_from(settle(stages.data, kind, rung, patches), depth=depth, patches=patches)
-        fast = reduce_tokens(context.model, placement).to(context.device).eval()
-        return _cost(fast, [(image, None)], seed=0) / context.dense.gmacs
-
-    return cost(rungs[0]) * _NEAR[0] <= share <= cost(rungs[-1]) * _NEAR[1]
 
 
 def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:

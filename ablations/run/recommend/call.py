@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ablations.measure.calibrate import comes_near
 from ablations.measure.context import TrialContext
 from ablations.measure.opening import Subject
 from ablations.run.recommend.pieces import Looked, Pieces, Proposal, TrialFailed
+from ablations.run.recommend.reach import comes_near
 from ablations.run.recommend.serial import ShareOf
 from ablations.run.recommend.singles import Single, singles
 from ablations.search.errors import SearchError
