@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ablations.search.errors import SearchError
 from ablations.trial.free_settings import AUTO, SAMPLERS, StageList
+from ablations.trial.labels import ranges
 from ablations.trial.stages import plain
 from reducers import available
 from reducers.candidates import budget_kinds, searchable_settings, takes_schedule, why_no_candidate
@@ -181,7 +182,7 @@ def describe(stages: StageList) -> str:
     for stage in stages:
         for reducer in stage["stack"]:
             acting.setdefault(_words(reducer), []).extend(stage["at"])
-    return ", then ".join(f"{what.replace('@', _ranges(sorted(blocks)))}" for what, blocks in acting.items())
+    return ", then ".join(f"{what.replace('@', ranges(sorted(blocks)))}" for what, blocks in acting.items())
 
 
 def _words(reducer: Mapping[str, Any]) -> str:
@@ -204,14 +205,3 @@ def _value(value: Any) -> str:
         return ", ".join(f"{name} {number:g}" if isinstance(number, int | float) else f"{name} {number}"
                          for name, number in value.items())  # fmt: skip
     return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
-
-
-def _ranges(blocks: Sequence[int]) -> str:
-    """Blocks in words: ``0-5``, ``3, 6, 9``, ``all`` is not known here."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -29,14 +29,18 @@ def blocks_of(stages: StageList) -> list[int]:
 
 def placement_label(blocks: Sequence[int]) -> str:
     """``block 3``, ``blocks 3-11``, ``blocks 3, 6, 9``; runs of three or more are written as a range."""
+    return f"block{'s' if len(blocks) > 1 else ''} {ranges(blocks)}" if blocks else "no block"
+
+
+def ranges(blocks: Sequence[int]) -> str:
+    """Ascending blocks: ``3``, ``3-11``, ``3, 6, 9``."""
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][-1] + 1:
             runs[-1].append(block)
         else:
             runs.append([block])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(parts)}" if blocks else "no block"
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def resolve_count(ratio: float | str, total: int, rounding: str = "nearest") -> int:
