@@ -259,7 +259,8 @@ class Call:
         all_found = list(found)
         entries = [entry for one in all_found for entry in (one.comparator, *one.finalists, *one.others)]
         seen = self._open([self.pieces.trial(entry.proposal, self._rungs).key for entry in entries])
-        for entry in entries:
+        for number, entry in enumerate(entries, start=1):
+            log.info("confirming %d of %d: %s", number, len(entries), entry.proposal.label)
             try:
                 entry.confirmed = self.pieces.look(entry.proposal, self._rungs)
             except TrialFailed as error:
