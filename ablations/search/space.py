@@ -69,6 +69,7 @@ class Space:
 
     methods: tuple[Method, ...]
     free: tuple[int, ...]  # the blocks where a reducer may act
+    latest: int | None = None  # the last block at which the first method may begin: later, the cost is spent already
 
     def __post_init__(self) -> None:
         if not self.methods or not self.free:
@@ -86,7 +87,9 @@ class Space:
         return next(method for method in self.methods if method.name == name)
 
     def _blocks(self, choose: Chooser, place: str) -> list[int]:
-        start = choose.whole(f"{place} from", 0, len(self.free) - 1)
+        first = place == "first" and self.latest is not None
+        begin = [block for block in self.free if not first or block <= self.latest] or self.free[:1]
+        start = choose.whole(f"{place} from", 0, len(begin) - 1)
         count = choose.one_of(f"{place} blocks", COUNTS)
         return spread(self.free[start:], count)
 

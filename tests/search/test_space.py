@@ -66,6 +66,19 @@ def test_every_candidate_can_be_built_and_leaves_one_kind_of_budget_open() -> No
     assert kinds == {"ratio", "drop", "count"}
 
 
+def test_the_first_method_begins_before_the_cost_is_spent() -> None:
+    space = Space((TOME, ATS), tuple(range(12)), latest=4)
+    asked: dict[str, int] = {}
+
+    class Highest(Scripted):
+        def whole(self, name: str, low: int, high: int) -> int:
+            asked[name] = high
+            return high
+
+    stages = space.draw(Highest(shape="two", second_method="ats"))
+    assert asked == {"first from": 4, "second from": 11} and stages[0]["at"][0] == 4
+
+
 def test_each_method_is_tried_first_as_papers_place_it() -> None:
     planner = Sampled(SPACE, size=3, seed=0, label=describe, fits=lambda stages: None, starts=starts(SPACE))
     asked = [planner.ask() for _ in range(4)]

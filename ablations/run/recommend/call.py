@@ -147,7 +147,7 @@ class Call:
             )
         comparator = published[0]
         race = self._race(
-            partial(self._planner, share_of), f"search {goal.name}", share_of, incumbent=comparator.standing
+            partial(self._planner, share, share_of), f"search {goal.name}", share_of, incumbent=comparator.standing
         )
         best = finalists(race.complete, comparator.standing)
         others = published[1:SHOWN] + [entry for entry in entries.values() if entry.control]
@@ -194,13 +194,14 @@ class Call:
             found.setdefault(method.name, Proposal(Stages.of(stages), describe(stages), share))
         return found
 
-    def _space(self) -> Space:
+    def _space(self, share: float | None = None) -> Space:
         facts = self.context.facts
         free = tuple(range(facts.first_free, facts.depth))
-        return Space(methods(self._fits, free[0]), free)
+        latest = None if share is None else max(free[0], int(share * facts.depth))
+        return Space(methods(self._fits, free[0]), free, latest)
 
-    def _planner(self, share_of: ShareOf) -> Planner:
-        space = self._space()
+    def _planner(self, share: float, share_of: ShareOf) -> Planner:
+        space = self._space(share)
         return Sampled(
             space, size=self.wishes.candidates, seed=self.wishes.seed, label=describe,
             fits=partial(self._reaches, share_of), starts=starts(space),
