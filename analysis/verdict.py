@@ -89,10 +89,14 @@ def of_tail(found: Choice, share: float) -> str:
 
 def table(rows: pd.DataFrame, dense: float, by: str = "variant") -> pd.DataFrame:
     """At most six rows, in their order: name, share of the dense cost, accuracy, told apart from the next or not. Of
-    more the first five and the last.
+    more the first five and the last; the fifth is compared with the sixth, which is not shown.
     """
-    rows = rows if len(rows) <= ROWS else pd.concat([rows.iloc[: ROWS - 1], rows.iloc[-1:]])
+    told, count = [_told(one) for one in neighbours(rows.iloc[:ROWS])], len(rows)
+    rows = rows if count <= ROWS else pd.concat([rows.iloc[: ROWS - 1], rows.iloc[-1:]])
     names = [str(name).replace("_", " ") for name in rows[by]]
+    if count > ROWS:
+        names[-1] = f"{names[-1]} (last of {count})"
+        told[-1] = ""
     shares = ["" if math.isnan(dense) else f"{100 * cost / dense:.0f}" for cost in rows["gmacs_mean"]]
     bounds = rows[["top1", "top1_low", "top1_high"]].to_numpy(dtype=float)
     return pd.DataFrame(
@@ -100,7 +104,7 @@ def table(rows: pd.DataFrame, dense: float, by: str = "variant") -> pd.DataFrame
             {"variant": "series"}.get(by, by): names,
             "share of dense cost (%)": shares if any(shares) else [style.cost(cost) for cost in rows["gmacs_mean"]],
             "top-1 (%)": [with_bounds(*row) for row in bounds],
-            "told apart from the next": [_told(one) for one in neighbours(rows)],
+            "told apart from the next": told,
         }
     )
 

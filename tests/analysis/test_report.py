@@ -270,6 +270,18 @@ def test_one_that_is_clear_of_the_others_is_named_with_its_lead(results: Results
     assert told[0].startswith("yes, by ") and told[-1] == ""
 
 
+def test_the_fifth_row_is_compared_with_the_next_though_the_last_is_shown(results: Results) -> None:
+    rows = Facts(spec(results, "class_token")).decisive
+    assert rows is not None
+    first, shown = rows.rows.iloc[:1], verdict.table(rows.rows, 1.0)
+    many = pd.concat([first.assign(variant=f"as good {number}") for number in range(8)] + [rows.rows.iloc[-1:]])
+    few = verdict.table(many.reset_index(drop=True), 1.0)
+    assert shown["told apart from the next"].iloc[0].startswith("yes, by "), "the last is clearly worse than the first"
+    fifth, last = few["told apart from the next"].tolist()[-2:]
+    assert fifth.startswith("no, at most ") and last == "", "the fifth has an equal next"
+    assert few["series"].iloc[-1].endswith("(last of 9)")
+
+
 def test_a_point_says_what_it_stands_for_where_it_is_drawn(drawn: list[Drawn], tmp_path: Path) -> None:
     one = copy.deepcopy(next(each for each in drawn if each.name == "k_values"))
     _, text = page.save_figure(one, tmp_path, "k_values")
