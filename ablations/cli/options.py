@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ablations.records.names import RESULTS, RUN, TRIALS
 
 if TYPE_CHECKING:
+    from ablations.run.session import Settings
     from ablations.store.store import Store
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -137,3 +138,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--img-size", metavar="PIXELS", help="read images of this size, 384 or 384,320 (height, width); positions are "
         "resampled (the model's own)",
     )  # fmt: skip
+
+
+def settings_of(arguments: argparse.Namespace, *, specs: tuple[str, ...] = (), ray: bool) -> Settings:
+    """What a person chose of models, data and OUT. ``ray``: it will be carried out on Ray, which must have an address
+    and a folder: found out now, and not when it starts. An empty text, as make passes it on, means none.
+    """
+    from ablations.run.session import Settings
+
+    if ray:
+        from ablations.run.ray.address import check_address
+        from ablations.run.ray.folder import check_ray_folder
+
+        check_address()
+        check_ray_folder()
+    return Settings(
+        out=out_of(arguments),
+        workload=arguments.workload or "embedded",
+        data=arguments.data or None,
+        train_data=arguments.train_data or None,
+        model=arguments.model or None,
+        img_size=arguments.img_size or None,
+        weights=arguments.weights or None,
+        specs=specs,
+        limit=arguments.limit,
+        batch=arguments.batch,
+        strict=arguments.strict,
+        download=arguments.download,
+        labels=arguments.labels or None,
+        links=not arguments.no_links,
+        task=arguments.task or "classify",
+    )

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ablations.cli.options import FAILED, OK, Command, add_data_options, add_model_options, add_out, out_of
+from ablations.cli.options import FAILED, OK, Command, add_data_options, add_model_options, add_out, out_of, settings_of
 from ablations.words import table
 
 if TYPE_CHECKING:
@@ -71,24 +71,8 @@ def _recommend(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--workers {arguments.workers}: at least one candidate must be tried at a time")
     from ablations.records.storage import is_uri
     from ablations.run.recommend.begin import begin
-    from ablations.run.session import Settings
 
-    settings = Settings(
-        out=out_of(arguments),
-        workload=arguments.workload or "embedded",
-        task=arguments.task,
-        data=arguments.data or None,
-        train_data=arguments.train_data or None,
-        model=arguments.model or None,
-        img_size=arguments.img_size or None,
-        weights=arguments.weights or None,
-        limit=arguments.limit,
-        batch=arguments.batch,
-        strict=arguments.strict,
-        download=arguments.download,
-        labels=arguments.labels or None,
-        links=not arguments.no_links,
-    )
+    settings = settings_of(arguments, ray=not arguments.serial)
     started = time.perf_counter()
     ended = begin(
         settings, goals, candidates=arguments.candidates, seed=arguments.seed, serial=arguments.serial,

@@ -17,7 +17,7 @@ from ablations.cli.options import (
     add_data_options,
     add_model_options,
     add_out,
-    out_of,
+    settings_of,
 )
 from ablations.records.names import PROFILE
 from ablations.words import table
@@ -111,35 +111,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     """What a person chose, checked as far as it can be before anything is opened."""
-    from ablations.run.session import Settings
-
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one trial must run at a time")
     if arguments.time_limit < 0:
         raise ValueError(f"--time-limit {arguments.time_limit:g}: give seconds, or 0 for none")
-    if not (arguments.serial or arguments.dry_run):
-        from ablations.run.ray.address import check_address
-        from ablations.run.ray.folder import check_ray_folder
-
-        check_address()
-        check_ray_folder()
-    return Settings(
-        out=out_of(arguments),
-        workload=arguments.workload,
-        data=arguments.data or None,  # `--data ""`, as make passes it on, means none
-        train_data=arguments.train_data or None,
-        model=arguments.model or None,
-        img_size=arguments.img_size or None,
-        weights=arguments.weights or None,
-        specs=tuple(" ".join(arguments.specs).split()),  # one argument or several
-        limit=arguments.limit,
-        batch=arguments.batch,
-        strict=arguments.strict,
-        download=arguments.download,
-        labels=arguments.labels or None,
-        links=not arguments.no_links,
-        task=arguments.task or "classify",
-    )
+    specs = tuple(" ".join(arguments.specs).split())  # one argument or several
+    return settings_of(arguments, specs=specs, ray=not (arguments.serial or arguments.dry_run))
 
 
 def _keep_profile(
