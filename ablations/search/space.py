@@ -87,8 +87,8 @@ class Space:
         return next(method for method in self.methods if method.name == name)
 
     def _blocks(self, choose: Chooser, place: str) -> list[int]:
-        first = place == "first" and self.latest is not None
-        begin = [block for block in self.free if not first or block <= self.latest] or self.free[:1]
+        latest = self.free[-1] if place != "first" or self.latest is None else self.latest
+        begin = [block for block in self.free if block <= latest] or self.free[:1]
         start = choose.whole(f"{place} from", 0, len(begin) - 1)
         count = choose.one_of(f"{place} blocks", COUNTS)
         return spread(self.free[start:], count)
