@@ -142,10 +142,11 @@ def _plain_data(text: str) -> Any:
 
 
 def placement_text(
-    placement: Placement, recommended: Mapping[str, Any], *, name: str, title: str, variant: str = "recommended"
-) -> str:
+    placement: Placement, recommended: Mapping[str, Any], *, name: str, title: str, variant: str = "recommended",
+    question: str = "",
+) -> str:  # fmt: skip
     """The text of a placement file. ``recommended``: plain data with at least ``model``; its version is put in front.
-    ``name``, ``title`` and ``variant`` are those of a spec.
+    ``name``, ``title``, ``variant`` and ``question`` are those of a spec.
     """
     import yaml
 
@@ -153,9 +154,10 @@ def placement_text(
         def ignore_aliases(self, data: Any) -> bool:
             return True  # they are not read
 
-    data = {
+    data: dict[str, Any] = {
         "name": name,
         "title": title,
+        **({"question": question} if question else {}),
         "recommended": {"version": VERSION, **recommended},
         "arms": [{"variant": variant, "stages": placement.spec()}],
     }

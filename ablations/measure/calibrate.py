@@ -114,16 +114,17 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> floa
     use_exact_float32()
     fast = reduce_tokens(context.model, placement).to(context.device).eval()
     if not any(member.traits.adaptive for member in fast.members()):
-        return _cost(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
+        return cost_of(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
     return halving(
-        lambda at_once: _cost(fast, calibration_batches(context, at_once=at_once), seed=seed),
+        lambda at_once: cost_of(fast, calibration_batches(context, at_once=at_once), seed=seed),
         at_once=len(calibration_batches(context)[0][0]),
         what="settings are sought",
     )
 
 
 @torch.inference_mode()
-def _cost(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *, seed: int) -> float:
+def cost_of(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *, seed: int) -> float:
+    """Mean GMACs per image of these batches; reducers say nothing meanwhile."""
     torch.manual_seed(seed)
     with _quiet():
         costs = torch.cat([fast.cost(images, shared=shared).cpu() for images, shared in batches])

@@ -16,6 +16,7 @@ WORKER_PARTS = {
     "evaluation": "evaluation: forward passes, traced",
     "bookkeeping": "bookkeeping: columns, kept, summaries",
     "writing": "writing results",
+    "planning": "planning what to try next (Optuna, and whether it comes near its cost)",
     "hand_over": "workers: waiting for the next trials",
     "idle": "workers: idle, nothing left to do",
 }
@@ -26,7 +27,6 @@ DRIVER_PARTS = {
     "opening": "opening and decoding, model, plan",
     "dense": "the plain model's predictions",
     "ray_start": "start and end of Ray",
-    "planning": "planning what to try next (Optuna)",
     "speed": "speed trials, alone on the machine",
     "records": "records, samples and compaction",
 }
@@ -84,7 +84,7 @@ def summary(profile: Profile, *, wall: float, workers: int, trials: int, computa
         {"part": part, "what": words, "process_seconds": spent, "seconds": seconds, "share": seconds / max(wall, 1e-9)}
         for part, words, spent, seconds in sorted(found, key=lambda entry: -entry[3])
     ]
-    lost = ("worker_start", "hand_over", "idle")
+    lost = ("worker_start", "planning", "hand_over", "idle")
     work = sum(profile.seconds.get(part, 0.0) for part in WORKER_PARTS if part not in lost) / workers
     overhead = sum(profile.seconds.get(part, 0.0) for part in lost) / workers + profile.seconds.get("ray_start", 0.0)
     return {
@@ -114,6 +114,6 @@ def profile_words(found: Mapping[str, Any]) -> str:
     if found["workers"] < 1 or found["overhead"] is None or found["overhead_seconds"] < 0.05:
         return words
     return (
-        f"{words}\nstarting Ray and its workers, handing out and idling: {found['overhead_seconds']:.1f} s beside "
-        f"{found['work_seconds']:.1f} s of work ({100 * found['overhead']:.1f} %)"
+        f"{words}\nstarting Ray and its workers, planning, handing out and idling: "
+        f"{found['overhead_seconds']:.1f} s beside {found['work_seconds']:.1f} s of work ({100 * found['overhead']:.1f} %)"
     )

@@ -204,14 +204,7 @@ class _Run:
                         trial_name_creator=lambda trial: f"job_{trial.config['job']}",
                         trial_dirname_creator=lambda trial: f"job_{trial.config['job']}",
                     ),
-                    run_config=tune.RunConfig(
-                        name=f"run-{about['id']}",
-                        storage_path=str(folder),
-                        verbose=0,
-                        callbacks=[events],
-                        failure_config=tune.FailureConfig(max_failures=0),
-                        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    ),
+                    run_config=quiet_run(f"run-{about['id']}", folder, events),
                 ).fit()
             finally:
                 events.tick()
@@ -259,6 +252,20 @@ def about_run(cluster: Cluster, store: Store, contexts: Mapping[str, Path], *, l
         "library": None,
         "fetch": os.environ.get("SIEVIT_FETCH") == "always",  # else only what a node does not see
     }
+
+
+def quiet_run(name: str, folder: Path, callback: tune.Callback, *, tries: int = 0) -> tune.RunConfig:
+    """Tune without words and without checkpoints: what counts is stored by the workers. ``tries``: times that Tune
+    itself hands a lost trial out again.
+    """
+    return tune.RunConfig(
+        name=name,
+        storage_path=str(folder),
+        verbose=0,
+        callbacks=[callback],
+        failure_config=tune.FailureConfig(max_failures=tries),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+    )
 
 
 @contextmanager

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ablations.run.ray.driver import about_run, forget_watches, scratch, token  # before Ray: it sets Ray's environment
+from ablations.run.ray.driver import (  # before Ray: it sets Ray's environment
+    about_run,
+    forget_watches,
+    quiet_run,
+    scratch,
+    token,
+)
 
 import ray  # isort: skip
 from ray import tune
@@ -31,6 +37,7 @@ from ablations.run.ray.folder import ray_folder
 from ablations.run.ray.search_worker import try_candidate
 from ablations.run.recommend.pieces import Pieces
 from ablations.run.recommend.serial import ShareOf
+from ablations.search.planner import Candidate
 from ablations.search.race import Race
 from ablations.store.store import Store
 
@@ -87,7 +94,7 @@ class _Search:
                     self._cluster.taken_by(whole=False, timed=False),
                 ),
                 tune_config=tune.TuneConfig(
-                    search_alg=_Asking(race, share_of, self._profile),
+                    search_alg=_Asking(rounds, share_of),
                     scheduler=_Rungs(rounds),
                     metric="mean",
                     mode="max",
@@ -97,17 +104,10 @@ class _Search:
                     trial_name_creator=lambda trial: f"candidate_{trial.config['number']}",
                     trial_dirname_creator=lambda trial: f"candidate_{trial.config['number']}",
                 ),
-                run_config=tune.RunConfig(
-                    name=f"search-{about['id']}",
-                    storage_path=str(folder),
-                    verbose=0,
-                    callbacks=[_Fatal(rounds)],
-                    failure_config=tune.FailureConfig(max_failures=_TRIES),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                ),
+                run_config=quiet_run(f"search-{about['id']}", folder, _Fatal(rounds), tries=_TRIES),
             ).fit()
         spent = self._cluster.at_once * (time.perf_counter() - began)
-        self._profile.add("hand_over", max(0.0, spent - rounds.busy))
+        self._profile.add("hand_over", max(0.0, spent - rounds.busy - rounds.planning))
 
 
 class _Rounds:
@@ -117,6 +117,16 @@ class _Rounds:
         self.race, self._told, self._profile = race, told, profile
         self.fatal: str | None = None
         self.busy = 0.0  # seconds that workers computed
+        self.planning = 0.0  # … and that one of them waited to be told what
+
+    def asked(self) -> Candidate | None:
+        """The next candidate; a worker waits for it."""
+        began = time.perf_counter()
+        candidate = self.race.ask()
+        spent = time.perf_counter() - began
+        self.planning += spent
+        self._profile.add("planning", spent)
+        return candidate
 
     def reported(self, number: int, result: Mapping[str, Any]) -> bool:
         """Whether the candidate goes on."""
@@ -153,17 +163,16 @@ class _Rounds:
 class _Asking(Searcher):
     """Tune's question what to try, asked of the race."""
 
-    def __init__(self, race: Race, share_of: ShareOf, profile: Profile) -> None:
+    def __init__(self, rounds: _Rounds, share_of: ShareOf) -> None:
         super().__init__(metric="mean", mode="max")
-        self._race, self._share_of, self._profile = race, share_of, profile
+        self._rounds, self._share_of = rounds, share_of
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as of ``_Fatal``."""
         return {}
 
     def suggest(self, trial_id: str) -> Any:
-        with self._profile.measure("planning"):
-            candidate = self._race.ask()
+        candidate = self._rounds.asked()
         if candidate is None:
             return Searcher.FINISHED
         return {
@@ -171,7 +180,7 @@ class _Asking(Searcher):
             "stages": candidate.stages.text,
             "label": candidate.label,
             "share": self._share_of(candidate.stages),
-            "first": len(self._race.standings[candidate.number].values),
+            "first": len(self._rounds.race.standings[candidate.number].values),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -54,7 +54,7 @@ class _Clock:
 
 def _try(config: Mapping[str, Any], worker: _Worker, rungs: int, clock: _Clock) -> None:
     proposal = Proposal(Stages(config["stages"]), config["label"], float(config["share"]))
-    reason = settled(proposal, worker.pieces)
+    _, reason = settled(proposal, worker.pieces)
     for rung in range(int(config["first"]), rungs):
         told: dict[str, Any] = {"failed": reason, "mean": 0.0}
         if reason is None:

@@ -89,7 +89,6 @@ class Found:
     others: list[Entry]  # further single methods and controls that are looked at beside them
     singles: list[Standing]
     search: Race
-    share_of: ShareOf
     failed: list[tuple[str, str]] = field(default_factory=list)  # singles without a value, and why
 
 
@@ -152,14 +151,7 @@ class Call:
         best = finalists(race.complete, comparator.standing)
         others = published[1:SHOWN] + [entry for entry in entries.values() if entry.control]
         return Found(
-            goal,
-            comparator,
-            [self._entry(one, share_of) for one in best],
-            others,
-            alone.complete,
-            race,
-            share_of,
-            failed,
+            goal, comparator, [self._entry(one, share_of) for one in best], others, alone.complete, race, failed
         )
 
     def begun_with(self, goal: Goal, machine: str) -> dict[str, float] | None:

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import yaml
-
 from ablations.measure.opening import Subject
 from ablations.records.names import RECOMMENDATION, RECOMMENDED
 from ablations.run.recommend.call import Call, Entry, Found, Goal
@@ -18,9 +15,10 @@ from ablations.search.verdict import winner
 from ablations.store.store import Store
 from ablations.trial.stages import Stages
 from ablations.version import own_version
-from reducers.placement_file import VERSION
+from reducers.placement_file import placement_text
 
 FORMAT = 1  # of the record
+_HEADING = '# written by `sievit recommend`; in Python: reducers.load("this file"), in a run: --specs this file\n'
 
 
 def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any]:
@@ -159,9 +157,7 @@ def _seen(times: int) -> str:
 def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str:
     """The YAML of a placement file: a spec of one arm, and what it was recommended for."""
     chosen, facts, metric = told["recommended"], subject.facts, subject.task.metric
-    name = f"recommended_{goal.name.replace('-', '_').replace('.', '_')}"
     about = {
-        "version": VERSION,
         "sievit": own_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": facts.name,
@@ -180,15 +176,14 @@ def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str
         "better_than": told["comparator"]["label"] if told["better"] else None,
         "candidates": told["candidates"],
     }
-    spec = {
-        "name": name,
-        "title": f"Recommended for {facts.name}"[:120],
-        "question": " ".join(told["sentences"]),
-        "recommended": about,
-        "arms": [{"variant": chosen["label"][:120], "stages": chosen["stages"]}],
-    }
-    heading = '# written by `sievit recommend`; in Python: reducers.load("this file"), in a run: --specs this file\n'
-    return heading + yaml.safe_dump(spec, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    return _HEADING + placement_text(
+        Stages.of(chosen["stages"]).placement(facts.depth),
+        about,
+        name=f"recommended_{goal.name.replace('-', '_').replace('.', '_')}",
+        title=f"Recommended for {facts.name}"[:120],
+        variant=chosen["label"][:120],
+        question=" ".join(told["sentences"]),
+    )
 
 
 def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]) -> list[str]:
@@ -199,7 +194,7 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
         out.write(name, placement_file(goal, one, call.subject).encode())
         names.append(name)
     facts, dense = call.subject.facts, call.context.dense
-    search = np.concatenate([call.pieces.dense(part) for part in range(len(call.parts.rungs))])
+    rungs = len(call.parts.rungs)
     out.write_json(
         RECOMMENDATION,
         {
@@ -217,8 +212,8 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
             "metric": call.context.task.metric,
             "dense": {
                 "gmacs": dense.gmacs,
-                "search": float(search.mean()),
-                "value": float(call.pieces.dense(len(call.parts.rungs)).mean()),
+                "search": float(call.pieces.dense(*range(rungs)).mean()),
+                "value": float(call.pieces.dense(rungs).mean()),
             },
             "seed": call.wishes.seed,
             "goals": told,

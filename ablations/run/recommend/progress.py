@@ -28,7 +28,7 @@ class SearchProgress:
         now = time.monotonic()
         ended = sum(1 for one in race.standings.values() if one.complete or one.ended)
         if phase != self._phase:
-            self._phase, self._began, self._said, self._before = phase, now, 0.0, ended - 1
+            self._phase, self._began, self._said, self._before = phase, now, 0.0, ended
             self._best = ""
         best = race.incumbent
         label = "" if best is None else best.candidate.label
@@ -39,7 +39,7 @@ class SearchProgress:
         log.info("%s: %s", phase, ", ".join(self._words(ended, total, now, race)))
 
     def _words(self, ended: int, total: int | None, now: float, race: Race) -> list[str]:
-        words = [f"{ended} of {total} candidates" if total else f"{ended} methods"]
+        words = [f"{ended} of {total} candidates" if total else f"{ended} method{'s' if ended != 1 else ''}"]
         if race.incumbent is not None:
             words.append(f"best {100 * race.incumbent.mean:.1f} % ({race.incumbent.candidate.label})")
         if race.began_with is not None and race.incumbent is not race.began_with:

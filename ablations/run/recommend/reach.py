@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
-import torch
-
-from ablations.measure.calibrate import calibration_batches
+from ablations.measure.calibrate import calibration_batches, cost_of
 from ablations.measure.context import TrialContext
 from ablations.trial.free_settings import Setting, free_kinds, ladder, settle
 from ablations.trial.stages import Stages
 from reducers import placement_from, reduce_tokens
 
 _NEAR = (0.99, 1.03)  # what a cost on one image may be beside the mean of all
-_GIGA = 1e9
 
 
-@torch.inference_mode()
 def comes_near(stages: Stages, share: float, context: TrialContext) -> bool:
     """Whether stages that leave one kind of budget open can cost about a share of the dense model: quickly, by the ends
     of their ladder on one calibration image.
@@ -31,12 +25,6 @@ def comes_near(stages: Stages, share: float, context: TrialContext) -> bool:
     def cost(rung: Setting) -> float:
         placement = placement_from(settle(stages.data, kind, rung, patches), depth=depth, patches=patches)
         fast = reduce_tokens(context.model, placement).to(context.device).eval()
-        torch.manual_seed(0)
-        return float(fast.cost(image)[0]) / _GIGA / context.dense.gmacs
+        return cost_of(fast, [(image, None)], seed=0) / context.dense.gmacs
 
-    reducers, level = logging.getLogger("reducers"), logging.getLogger("reducers").level
-    reducers.setLevel(logging.ERROR)  # the ends of a ladder ask for what a method must cut short, on purpose
-    try:
-        return cost(rungs[0]) * _NEAR[0] <= share <= cost(rungs[-1]) * _NEAR[1]
-    finally:
-        reducers.setLevel(level)
+    return cost(rungs[0]) * _NEAR[0] <= share <= cost(rungs[-1]) * _NEAR[1]

@@ -11,6 +11,7 @@ from ablations.run.recommend.pieces import Pieces, Proposal, TrialFailed
 from ablations.search.planner import Candidate
 from ablations.search.race import Race
 from ablations.trial.stages import Stages
+from ablations.trial.trial import Solution
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def search_serially(race: Race, pieces: Pieces, share_of: ShareOf, told: Callabl
 
 def _try(candidate: Candidate, race: Race, pieces: Pieces, share: float) -> None:
     proposal = Proposal(candidate.stages, candidate.label, share)
-    reason = settled(proposal, pieces)
+    _, reason = settled(proposal, pieces)
     if reason is not None:
         race.fail(candidate.number, reason)
         return
@@ -45,8 +46,8 @@ def _try(candidate: Candidate, race: Race, pieces: Pieces, share: float) -> None
         on, rung = race.report(candidate.number, looked.row["key"], looked.values), rung + 1
 
 
-def settled(proposal: Proposal, pieces: Pieces) -> str | None:
-    """Bring a proposal to its cost; why that is not possible, or None.
+def settled(proposal: Proposal, pieces: Pieces) -> tuple[Solution | None, str | None]:
+    """A proposal brought to its cost (None where no budget of it is open), and why that is not possible, or None.
 
     Raises:
         StoreError, DeviceError: nothing can be computed any more.
@@ -57,5 +58,5 @@ def settled(proposal: Proposal, pieces: Pieces) -> str | None:
         raise
     except Exception as error:  # any failure of a candidate is its end, and no one else's
         log.debug("candidate %s cannot be settled", proposal.label, exc_info=error)
-        return f"{type(error).__name__}: {error}"[:400]
-    return None if solution is None or solution.reached else solution.note
+        return None, f"{type(error).__name__}: {error}"[:400]
+    return solution, None if solution is None or solution.reached else solution.note

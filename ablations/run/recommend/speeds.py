@@ -79,12 +79,11 @@ def names_of(data: Any) -> Iterator[str]:
 
 def timed(call: Call, proposal: Proposal) -> Mapping[str, float] | None:
     """A placement's speed beside the dense model's, alone on the machine; None where it does not reach its cost."""
-    if settled(proposal, call.pieces) is not None:
+    solution, reason = settled(proposal, call.pieces)
+    if reason is not None:
         return None
-    solution = call.pieces.settle(proposal)
-    stages = proposal.stages if solution is None else solution.stages
     trial = call.pieces.trial(proposal, len(call.parts.rungs))
-    columns = measure_speed(trial, call.context, stages=Stages(stages.text))
+    columns = measure_speed(trial, call.context, stages=proposal.stages if solution is None else solution.stages)
     share = proposal.share if solution is None else solution.calibration_gmacs / call.context.dense.gmacs
     return {"share": share, **{name: columns[name] for name in ("speedup", "speedup_low", "speedup_high")}}
 
