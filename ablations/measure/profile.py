@@ -115,5 +115,6 @@ def profile_words(found: Mapping[str, Any]) -> str:
         return words
     return (
         f"{words}\nstarting Ray and its workers, planning, handing out and idling: "
-        f"{found['overhead_seconds']:.1f} s beside {found['work_seconds']:.1f} s of work ({100 * found['overhead']:.1f} %)"
+        f"{found['overhead_seconds']:.1f} s beside {found['work_seconds']:.1f} s of work "
+        f"({100 * found['overhead']:.1f} %)"
     )
