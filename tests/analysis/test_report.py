@@ -209,7 +209,7 @@ def test_the_page_is_one_file_with_every_figure_and_no_address(results: Results,
 
 def test_the_page_opens_with_answers_and_lists_what_failed(results: Results, written: Written) -> None:
     text = written.report.read_text(encoding="utf-8")
-    assert text.index("In short:") < text.index("<img")
+    assert text.index("Measured on:") < text.index("<img")
     assert "By which score should tokens be chosen?" in text
     assert "ReducerError: r = 40 of 64 tokens" in text and "1 of this spec's trials failed" in text
     assert "No image was skipped." in text and "python -m ablations run" in text and "2.15" in text
@@ -306,7 +306,7 @@ def test_the_set_of_the_last_run_is_shown_and_the_other_named(tmp_path: Path) ->
     run = {"models": [{"model": "tiny", "weights_digest": "2" * 64, "data_digest": "d" * 64}]}
     text = write_analysis(read_results(maker.save(tmp_path, run=run))).report.read_text(encoding="utf-8")
     assert "Not shown" in text and "digit pairs, small, 30 images, off the shelf (1 trial)" in text
-    assert text.count("<h2>In short") == 1 and "In short: digit pairs, tiny" in text
+    assert text.count("<h2>Measured on") == 1 and "Measured on: digit pairs, tiny" in text
 
 
 def test_hashes_stand_behind_a_touch_alone(written: Written) -> None:
@@ -515,7 +515,7 @@ def test_caveats_come_from_the_data(results: Results) -> None:
 
 def test_one_section_holds_all_models_of_a_comparison_of_models(results: Results, written: Written) -> None:
     text = written.report.read_text(encoding="utf-8")
-    assert text.count("<h2>In short") == 1 and len(results.settings()) == 2
+    assert text.count("<h2>Measured on") == 1 and len(results.settings()) == 2
     table = pd.read_csv(results.folder / "tables" / "model_scaling.csv")
     assert set(table["model"]) == {"digits_vit_small", "digits_vit_tiny"}
     assert (
@@ -562,4 +562,4 @@ def test_a_part_of_one_spec_is_a_report(small: Maker, tmp_path: Path, name: str)
     maker = copy.copy(small)
     maker.rows = [row for row in small.rows if row["spec"] == name][::2]
     written = write_analysis(read_results(maker.save(tmp_path, samples=False)))
-    assert written.figures and "In short" in written.report.read_text(encoding="utf-8")
+    assert written.figures and "Measured on" in written.report.read_text(encoding="utf-8")
