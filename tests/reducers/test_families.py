@@ -541,6 +541,32 @@ def test_of_the_families_those_and_no_others_are_refused(family: str) -> None:
     assert refused == REFUSED
 
 
+_QUICK = ("cait", "pit", "twins", "xcit")
+NOT_DRIVEN = {  # timm's further transformers: module -> entry points, every one of which is refused by its type
+    "cait": 10, "coat": 8, "convit": 3, "crossvit": 11, "davit": 8, "deepseek_vit": 3, "efficientformer": 3,
+    "efficientformer_v2": 4, "gcvit": 5, "gemma4_vit": 4, "hiera": 8, "hieradet_sam2": 5, "levit": 20, "maxxvit": 58,
+    "mobilevit": 10, "mvitv2": 8, "nest": 6, "nextvit": 3, "pit": 8, "pvt_v2": 7, "qwen3_vit": 9,
+    "swin_transformer": 9, "swin_transformer_v2": 12, "swin_transformer_v2_cr": 16, "tiny_vit": 5, "tnt": 3,
+    "twins": 6, "visformer": 2, "vision_transformer_sam": 4, "volo": 11, "xcit": 28,
+}  # fmt: skip
+
+
+def test_further_families_are_known_by_name() -> None:
+    assert {module: len(timm.list_models(module=module)) for module in NOT_DRIVEN} == NOT_DRIVEN
+    assert not NOT_DRIVEN.keys() & {family.name for host in hosts() for family in host.families}
+
+
+@pytest.mark.parametrize("module", [pytest.param(m, marks=() if m in _QUICK else pytest.mark.slow) for m in NOT_DRIVEN])
+def test_a_further_family_is_refused_by_its_type(module: str) -> None:
+    """Under ``slow`` every entry point of every module, in ``make test`` one of each of a few."""
+    names = timm.list_models(module=module)
+    for name in names[:1] if module in _QUICK else names:
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        with pytest.raises(UnsupportedModel, match=f"^{type(model).__name__} is not supported. Supported: timm"):
+            reduce_tokens(model, Placement())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()

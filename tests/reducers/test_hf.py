@@ -37,6 +37,7 @@ from reducers.hosts.hf_vit import MODELS
 from tests.samples import shared_out
 
 from .hf_models import CLASSES, DEPTH, make_hf
+from .test_families import Halved
 
 tf = pytest.importorskip("transformers")
 
@@ -123,6 +124,15 @@ def test_a_gathered_pass_is_the_librarys_layers_on_the_tokens_that_are_left(name
         else:
             expected = model.post_layernorm(x[:, 0]) if name.startswith("CLIP") else x[:, 0]
         torch.testing.assert_close(found[image : image + 1], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DINOv3ViTModel", "SiglipForImageClassification"])
+@torch.no_grad()
+def test_a_gathered_pass_equals_a_masked_one(name: str, images: Tensor) -> None:
+    model = make_hf(name)
+    gathered, masked = (reduce_tokens(model, at(1, Halved(gather))).features(images) for gather in (True, False))
+    torch.testing.assert_close(masked, gathered, rtol=0, atol=1e-4)
+    assert (gathered - reduce_tokens(model, Placement()).features(images)).abs().max() > 1e-2
 
 
 def settings(name: str) -> dict[str, Any]:
