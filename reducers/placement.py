@@ -30,10 +30,15 @@ class Onwards:
     start: int = 0
 
     def within(self, depth: int, first: int = 0) -> tuple[int, ...]:
-        """The blocks of a network of ``depth``; where reducers may act does not matter."""
+        """The blocks of a network of ``depth``, counted from ``start`` wherever reducers may act: of those, the ones
+        from block ``first`` on.
+        """
         if not self.start < depth:
             raise _outside(self.start, depth)
-        return tuple(range(self.start, depth, self.step))
+        blocks = tuple(block for block in range(self.start, depth, self.step) if block >= first)
+        if not blocks:
+            raise _nowhere(self.spec(), depth, first)
+        return blocks
 
     def spec(self) -> str:
         """As a spec has it."""

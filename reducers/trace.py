@@ -14,7 +14,11 @@ from reducers.tokens import TokenBatch
 
 @dataclass(frozen=True)
 class Trace:
-    """What a traced forward pass tells."""
+    """What a traced forward pass tells.
+
+    Blocks have the model's own numbers. Those that are a part of its embedding (``Host.embedded``) are told with the
+    tokens that enter the first one behind them, whatever grid they work on themselves: nothing is reduced there.
+    """
 
     tokens: Tensor  # (B, depth + 1) int64: entering block 0, 1, …, and leaving the last one, prefix included
     macs: Tensor  # (B,) float64: multiply-adds as executed, the reducers' own work included

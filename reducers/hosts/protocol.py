@@ -294,9 +294,21 @@ class Host(ABC):
         return self.stages[-1].last + 1
 
     @property
+    def embedded(self) -> int:
+        """How many blocks, from block 0 on, are a part of ``embed``: the runtime starts behind them, and no reducer
+        acts there. They keep their numbers, and their cost is that of ``embed_macs``.
+        """
+        return 0
+
+    @property
+    def embedded_as(self) -> str:
+        """Why no reducer acts in those, for messages."""
+        return "they are a part of the embedding"
+
+    @property
     def first_free(self) -> int:
         """The first block at which a reducer may act; all later ones take one too."""
-        return 0
+        return self.embedded
 
     @property
     @abstractmethod
@@ -329,34 +341,39 @@ class Host(ABC):
         """Height and width that the model was made for."""
 
     @property
+    def entry(self) -> Stage:
+        """The stage of the first block that the runtime runs: what ``embed`` gives belongs to it."""
+        return stage_of(self.embedded, self.stages)
+
+    @property
     def width(self) -> int:
-        """Features of a token that enters block 0."""
-        return self.stages[0].width
+        """Features of a token of ``embed``."""
+        return self.entry.width
 
     @property
     def heads(self) -> int:
-        return self.stages[0].heads
+        return self.entry.heads
 
     @property
     def prefix(self) -> int:
-        """Prefix tokens that enter block 0."""
-        return self.stages[0].prefix
+        """Prefix tokens of ``embed``."""
+        return self.entry.prefix
 
     @property
     def has_class_token(self) -> bool:
-        return self.stages[0].has_class_token
+        return self.entry.has_class_token
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of patches that the model was made for."""
-        grid = self.stages[0].grid
+        """Rows and columns of the patches of ``embed`` that the model was made for."""
+        grid = self.entry.grid
         if grid is None:
             raise ReducerError("the model has no image size of its own; create it with img_size=…")
         return grid
 
     @property
     def patches(self) -> int:
-        """Patch tokens that enter block 0 at the size the model was made for."""
+        """Patch tokens of ``embed`` at the size the model was made for."""
         rows, columns = self.grid
         return rows * columns
 
@@ -395,8 +412,9 @@ class Host(ABC):
 
     @abstractmethod
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
-        """Images -> the tokens that enter block 0. ``resized``: a reducer made them smaller, so positions must be
-        interpolated; ``track``: each token's place is asked for. A host whose blocks ask for places always tracks them.
+        """Images -> the tokens that enter the first block that is no part of this (``embedded``). ``resized``: a
+        reducer made them smaller, so positions must be interpolated; ``track``: each token's place is asked for. A host
+        whose blocks ask for places always tracks them.
         """
 
     def relocated(self, tables: Any, original: Tensor, patches: int) -> Any:

@@ -59,7 +59,8 @@ class BackTracking(TokenReducer):
         masks = back_track(maps, prefix=prefix, count=count, mixing=self.mixing)
         if not host.reads_prefix_alone:
             masks[-1] = masks[-2]
-        return [mask[:, prefix:] for mask in masks]
+        # blocks within the embedding read all that the first one behind them does
+        return [mask[:, prefix:] for mask in [masks[0]] * host.embedded + masks]
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
         layout, pos = signals.layout, signals.positions()

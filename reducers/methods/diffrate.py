@@ -104,7 +104,7 @@ class DiffRate(TokenReducer):
         self.logits = nn.Parameter(torch.zeros(len(blocks), 2, len(choices), device=like.device, dtype=like.dtype))
         mean = math.ceil(sum(choices) / len(choices) - _SLACK)  # what zeros say
         self._counts, self._seen = [(mean, mean)] * len(blocks), _version(self.logits)
-        self._shapes = [host.block(index).cost for index in range(host.depth)]
+        self._shapes = {index: host.block(index).cost for index in range(host.embedded, host.depth)}
         self._outside = _macs_outside(host, like)
 
     def kept_counts(self) -> list[tuple[int, int]]:
@@ -191,7 +191,7 @@ class DiffRate(TokenReducer):
         """Multiply-adds of one image whose reducing blocks leave so many patches each, (blocks,) float64."""
         tokens = torch.full_like(leaving[0], self._prefix + self._patches)
         total = torch.full_like(tokens, self._outside)
-        for block, shape in enumerate(self._shapes):
+        for block, shape in self._shapes.items():
             entering = tokens
             if block in self._blocks:
                 tokens = leaving[self._blocks.index(block)] + self._prefix

@@ -237,7 +237,8 @@ class ReducedViT(nn.Module):
     def _blocks(self, run: _Pass, blocks: range, batch: TokenBatch, state: State, *, decide_last: bool) -> TokenBatch:
         """Some blocks one after another; ``decide_last``: of the last one's reducer only the decision is asked for."""
         host, plan, index, end = run.host, run.plan, blocks.start, blocks.stop
-        first, borders = plan.first(host.depth), [stage.first for stage in host.stages[1:]]
+        first = plan.first(host.depth)
+        borders = [stage.first for stage in host.stages if stage.first > blocks.start]  # the first has been entered
         while index < end:
             if index in borders:
                 if run.tracer is not None:
@@ -298,12 +299,14 @@ class ReducedViT(nn.Module):
             batch = host.embed(images, resized=resized is not None or run.resized, track=track)
             if resized is not None and track:  # told in the patches of the image as it was given
                 carrier, batch = _as_given(host, batch, resized, host.grid_of(images))
-            known = 0, batch.with_origin(carrier) if detailed else batch
+            known = host.embedded, batch.with_origin(carrier) if detailed else batch
         start, batch = known
         if tracer is not None:
             tracer.start(batch)
             tracer.cost.both(float(self._embedding_macs(images, resized=resized is not None)))
-            account(host, range(start), batch, tracer)
+            for _ in range(host.embedded):
+                tracer.after_block(batch)
+            account(host, range(host.embedded, start), batch, tracer)
         return start, batch
 
     def _check(self) -> tuple[Host, Plan]:

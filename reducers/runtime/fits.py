@@ -13,6 +13,7 @@ from reducers.runtime.plan import Plan
 def check_plan(host: Host, plan: Plan) -> None:
     """Refuse what the model cannot do; reducers that have parameters make them, the first time."""
     check_blocks(plan.at, host.depth)
+    _check_embedding(host, plan)
     _check_class_token(host, plan)
     if any(member.steps.attaches for member in plan.members):
         attach(host, plan)
@@ -23,6 +24,22 @@ def attach(host: Host, plan: Plan) -> None:
     model = PlainModel(host)
     for member, blocks in plan.blocks.items():
         member.join(model, blocks)
+
+
+def _check_embedding(host: Host, plan: Plan) -> None:
+    """Refuse reducers in blocks that are a part of the embedding."""
+    for block, member in plan.acts:
+        if block < host.embedded:
+            raise ReducerError(
+                f"{member.name} at block {block}: blocks 0 to {host.embedded - 1} of this {type(host.model).__name__} "
+                f"take no reducer, as {host.embedded_as}; place it at block {host.first_free} or later"
+            )
+        if block == host.embedded > 0 and member.traits.uses_previous_attention:
+            raise ReducerError(
+                f"{member.name} asks for the attention of the block before, and block {block - 1} of this "
+                f"{type(host.model).__name__} shows none, as blocks 0 to {block - 1} are a part of its embedding; "
+                f"place it at block {block + 1} or later"
+            )
 
 
 def _check_class_token(host: Host, plan: Plan) -> None:

@@ -50,10 +50,12 @@ class Listener(TokenReducer):
 def run_unreduced(
     host: Host, batch: TokenBatch, listener: Listener, tracer: Tracer | None = None
 ) -> Iterator[TokenBatch]:
-    """The tokens that leave each block; where they are counted, those of the last block are not computed."""
+    """The tokens that leave each block behind the embedding; where they are counted, those of the last block are not
+    computed.
+    """
     depth, training = host.depth, host.model.training
     initial = batch.layout.longest - host.prefix
-    for index in range(depth):
+    for index in range(host.embedded, depth):
         state = State(index, depth, initial, training=training)
         batch = run_block(
             host.block(index), batch, listener, state, tracer, decide_only=tracer is not None and index == depth - 1
@@ -86,9 +88,11 @@ class PlainModel:
         self.spent = macs if self.spent is None else self.spent + macs
 
     def attention_maps(self, images: Tensor, *, book: bool = True) -> list[Tensor]:
-        """Head-mean attention of every block of the plain model, (B, L, L) each: rows are queries. Without gradients.
+        """Head-mean attention of every block of the plain model behind its embedding (``Host.embedded``), (B, L, L)
+        each: rows are queries. Without gradients.
 
-        Runs the whole model once. ``book=False``: as if the maps were there for nothing.
+        Runs the whole model once; the embedding, which the pass needs as well, is not booked again. ``book=False``: as
+        if the maps were there for nothing.
         """
         listener, tracer = Listener(lambda signals: signals.attention().mean(dim=1)), Tracer(detail=False)
         with torch.no_grad():

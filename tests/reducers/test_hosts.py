@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,22 +19,30 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reducers import (
     ATS,
+    Drop,
     EViT,
     Identity,
     Placement,
     Ratio,
     ReducerError,
+    Shared,
     Stack,
     ToMe,
     TopK,
+    Trace,
     UnsupportedModel,
     at,
     available,
     build,
+    every,
     reduce_tokens,
 )  # fmt: skip
 from reducers.hosts import TYPES, host_of, hosts
-from reducers.hosts.protocol import Family
+from reducers.hosts.protocol import Family, HostBlock, Stage
+from reducers.placement import placement_from
+from reducers.reducer import Traits
+from reducers.schedule import Flat
+from reducers.tokens import TokenBatch
 
 PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
 DEPTH = 3
@@ -129,6 +139,141 @@ def test_a_toy_that_was_changed_is_refused_and_an_unknown_model_is_refused_by_na
             ask(scenes)
     with pytest.raises(UnsupportedModel, match=r"Subtoy is not supported\. Supported: timm's"):
         reduce_tokens(type("Subtoy", (toy.Toy,), {})(), Placement())
+
+
+# --- blocks that are a part of the embedding --------------------------------------------------------------------------
+
+WALL = 2  # blocks of the walled toy that `embed` computes
+
+
+@pytest.fixture
+def walled(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A toy of five blocks, and the same toy under a host that embeds the first two of them."""
+
+    class Walled(toy.ToyHost):  # type: ignore[misc,name-defined]
+        embedded, embedded_as = WALL, "their tokens feed a convolution"
+
+        @property
+        def stages(self) -> tuple[Stage, ...]:
+            (whole,) = super().stages
+            other = replace(whole, last=WALL - 1, grid=(12, 12), width=8, heads=1, prefix=0, has_class_token=False)
+            return other, replace(whole, first=WALL)
+
+        def embed(self, images: Tensor, **named: bool) -> TokenBatch:
+            batch = super().embed(images, **named)
+            x = batch.layout.pad(batch.x)
+            for layer in self.model.layers[:WALL]:
+                x = layer(x, self.model.angles)
+            return replace(batch, x=x.flatten(0, 1))
+
+        def embed_macs(self, images: Tensor, **named: bool) -> int:
+            rows = torch.tensor(37)
+            block = super().block(0).cost.macs(queries=rows, keys=rows, outputs=rows, mlp=rows)
+            return super().embed_macs(images, **named) + WALL * int(block)
+
+        def block(self, index: int) -> HostBlock:
+            assert index >= WALL, "a block of the embedding is nobody's to run"
+            return super().block(index)
+
+        def enter(self, block: int, batch: TokenBatch) -> TokenBatch:
+            raise AssertionError("the embedding has entered the stage of the first block behind it")
+
+    module = ModuleType("walled_host")
+    module.HOST = Walled  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "walled_host", module)
+    kind = type("Wall", (toy.Toy,), {"__module__": "toy_host"})
+    monkeypatch.setitem(TYPES, "toy_host.Wall", "walled_host")
+    torch.manual_seed(0)
+    plain, wall = toy.Toy(depth=5).double().eval(), kind(depth=5).double().eval()
+    wall.load_state_dict(plain.state_dict())
+    return plain, wall
+
+
+def told(trace: Trace) -> list[Tensor]:
+    by_block = [each(block) for block in range(5) for each in (trace.owner, trace.kept, trace.class_kept)]
+    return [trace.tokens, trace.macs, trace.reference_macs, trace.reducer_macs, *by_block]
+
+
+@pytest.mark.parametrize("name", sorted({*available()} - {*REFUSING}))
+@torch.no_grad()
+def test_behind_a_wall_every_method_does_what_it_does_in_the_whole_model(
+    name: str, walled: tuple[Any, Any], scenes: Tensor
+) -> None:
+    """Numbers of blocks, tokens of the trace, provenance, costs: nothing tells that two blocks were embedded."""
+    settings = {"budget": {"count": 9}} if "budget" in {p.name for p in available()[name].settings()} else {}
+    reducer = build({"name": name, **settings})
+    blocks = [WALL + 1, WALL + 2] if reducer.traits.uses_previous_attention or name == "stvit" else range(WALL, 5)
+    plain, wall = (reduce_tokens(model, at(blocks, copy.deepcopy(reducer))).double() for model in walled)
+    if name == "sttabt":  # its own network has a block for each that the runtime runs
+        assert len(wall.members()[0].approx.blocks) == 5 - WALL
+        assert torch.isfinite(wall(scenes)).all()
+        return
+    wall.reducers.load_state_dict(plain.reducers.state_dict())
+    (first, one), (second, other) = plain.trace(scenes), wall.trace(scenes)
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-12)
+    if name == "back_tracking":  # it asks the blocks that are run for their maps, and books no embedding
+        unasked = wall.host.embed_macs(scenes) - plain.host.embed_macs(scenes) + WALL * 37**2 * plain.host.width
+        one = replace(one, macs=one.macs - unasked, reducer_macs=one.reducer_macs - unasked)
+    for mine, its in zip(told(one), told(other), strict=True):
+        torch.testing.assert_close(its, mine, rtol=0, atol=0)
+    torch.testing.assert_close(wall.cost(scenes), other.macs, rtol=1e-12, atol=0)
+    assert wall.first_block == plain.first_block
+
+
+@torch.no_grad()
+def test_what_a_placement_means_behind_a_wall(walled: tuple[Any, Any], scenes: Tensor) -> None:
+    _, wall = walled
+    host = host_of(wall)
+    assert (host.first_free, host.depth, host.width, host.prefix, host.grid) == (WALL, 5, 32, 1, (6, 6))
+    for placement, blocks in (
+        (every(1, Identity()), [2, 3, 4]),
+        (every(2, Identity(), start=1), [3]),
+        (placement_from([{"at": "all", "reducer": {"name": "identity"}}]), [2, 3, 4]),
+        (at({"last": 1}, Identity()), [2, 3, 4]),
+        (at({"thirds": True}, Identity()), [2, 3, 4]),
+        (at(range(2, 5), ToMe(Drop(12)), schedule=Flat()), [2, 3, 4]),
+    ):
+        fast = reduce_tokens(wall, placement)
+        assert sorted(fast.placement.blocks) == blocks
+        torch.testing.assert_close(fast.trace(scenes)[1].tokens[:, : WALL + 1], torch.full((4, WALL + 1), 37))
+    assert fast.trace(scenes)[1].tokens[0].tolist() == [37, 37, 37, 33, 29, 25]
+    with pytest.raises(ReducerError, match="identity at block 1: blocks 0 to 1 of this Wall take no reducer, as their "
+                       "tokens feed a convolution; place it at block 2 or later"):  # fmt: skip
+        reduce_tokens(wall, at([1, 3], Identity()))
+    with pytest.raises(ReducerError, match="'every 4' needs a block of the network where reducers may act"):
+        every(4, Identity()).resolve(4, 2)
+    with pytest.raises(ReducerError, match="asks for the attention of the block before, and block 1 .* shows none"):
+        reduce_tokens(wall, at(2, build({"name": "dynamicvit", "budget": {"ratio": 0.6}})) | at(2, Previous()))
+
+
+class Previous(Identity):
+    traits = Traits(uses_previous_attention=True)
+
+
+@torch.no_grad()
+def test_work_is_shared_behind_a_wall_and_changes_no_bit(walled: tuple[Any, Any], scenes: Tensor) -> None:
+    _, wall = walled
+    embedded = Embedded(wall)
+    shared = Shared()
+    for blocks in ([2, 4], [2], [3], [4]):
+        fast = reduce_tokens(wall, at(blocks, TopK(Ratio(0.5))))
+        alone = fast.trace(scenes)
+        before = embedded.times
+        together = fast.trace(scenes, shared=shared)
+        assert embedded.times - before == (blocks == [2, 4]), "embedded once for all of them"
+        assert torch.equal(alone[0], together[0])
+        assert all(torch.equal(a, b) for a, b in zip(told(alone[1]), told(together[1]), strict=True))
+
+
+class Embedded:
+    """How often a model's patches were computed."""
+
+    def __init__(self, model: Any) -> None:
+        self.times = 0
+        model.patches.register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.times += 1
 
 
 # --- the families -----------------------------------------------------------------------------------------------------

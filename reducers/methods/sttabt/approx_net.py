@@ -86,7 +86,7 @@ class ApproxNet(nn.Module):
         self.patch_embed = nn.Conv2d(host.channels, self.width, patch, stride=patch)
         self.prefix_tokens = nn.Parameter(0.02 * torch.randn(1, self.prefix, self.width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, self.prefix + host.patches, self.width))
-        self.blocks = nn.ModuleList(ApproxBlock(self.width, host.heads) for _ in range(host.depth))
+        self.blocks = nn.ModuleList(ApproxBlock(self.width, host.heads) for _ in range(host.embedded, host.depth))
         self.norm = nn.LayerNorm(self.width, eps=_EPS)
         self.head = nn.Linear(self.width, host.classes or host.width)  # without a head, what is pooled
 

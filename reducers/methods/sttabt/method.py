@@ -152,7 +152,7 @@ class STTABT(TokenReducer):
         """ApproxNet, the maps that its distillation needs, and a threshold for each block from the first on."""
         self._blocks = blocks
         self.approx = ApproxNet(host, shrink=self.shrink)
-        self.mimicry = Mimicry(self.approx.width, host.width, host.depth)
+        self.mimicry = Mimicry(self.approx.width, host.width, host.depth - host.embedded)
         if self.budget is None:
             self.thresholds = nn.Parameter(torch.full((host.depth - blocks[0],), float(self.operating_point)))
 
@@ -178,7 +178,7 @@ class STTABT(TokenReducer):
         return Plan(self._blocks[0], host.prefix, masks if soft else [mask >= 0.5 for mask in masks], guess, dense)
 
     def _masks(self, guess: Guess, host: Any) -> list[Tensor]:
-        scores = guess.scores[self._blocks[0] :]
+        scores = guess.scores[self._blocks[0] - host.embedded :]
         if self.budget is None:
             return concrete_masks(scores, self.thresholds, prefix=host.prefix)
         count = self.budget.count(host.patches, initial=host.patches, prefix=host.prefix, rounding="ceil")
