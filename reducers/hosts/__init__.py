@@ -5,6 +5,7 @@ This table is all that a new host needs beside its own file: exact type -> modul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import NoReturn, get_args
 
@@ -52,23 +53,46 @@ SUPPORTED = (
 )
 
 
-def host_of(model: nn.Module, *, places: Places = "heaviest") -> Host:
-    """The host of a model, which is chosen by its exact type. ``places``: as in ``reduce_tokens``.
+def host_of(model: nn.Module, *, places: Places = "heaviest", options: Mapping[str, str] | None = None) -> Host:
+    """The host of a model, which is chosen by its exact type. ``places``, and ``options`` as its ``host``: as in
+    ``reduce_tokens``.
 
     Raises:
         UnsupportedModel: no host knows the type, or the model could not be run exactly.
-        ReducerError: the model has no use for such places.
+        ReducerError: the model has no use for such places, or no such options.
     """
     module = TYPES.get(_name(type(model)))
     if module is None:
         refuse_type(model)
-    host: Host = import_module(module).HOST(model, places=places)
+    kind: type[Host] = import_module(module).HOST
+    check_options(kind, type(model).__name__, options)
+    host = kind(model, places=places, options=options)
     host.check()
     if places not in get_args(Places):
         raise ReducerError(f"places={places!r} is unknown; use one of {', '.join(map(repr, get_args(Places)))}")
     if places == "mean" and (why := host.mean_places) is not None:
         raise ReducerError(f"places='mean' is not for this {type(model).__name__}: {why}; leave places out")
     return host
+
+
+def check_options(kind: type[Host], name: str, options: Mapping[str, str] | None) -> None:
+    """Refuse what a host, of the model ``name``, cannot be asked for.
+
+    Raises:
+        ReducerError: an option or a value that it does not know.
+    """
+    if options is None:
+        return
+    if not isinstance(options, Mapping):
+        raise ReducerError(f"options of a model are written {{name: value}}; got {options!r}")
+    known = kind.options
+    for option, value in options.items():
+        if option not in known:
+            told = f"it knows {', '.join(map(repr, known))}" if known else "it knows none"
+            raise ReducerError(f"{name} has no option {option!r}: {told}")
+        if value not in known[option]:
+            told = ", ".join(map(repr, known[option]))
+            raise ReducerError(f"the option {option!r} of {name} is one of {told}; got {value!r}")
 
 
 def hosts() -> list[type[Host]]:

@@ -257,15 +257,20 @@ class Host(ABC):
 
     library: ClassVar[str] = ""
     families: ClassVar[tuple[Family, ...]] = ()
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What a user may choose of how the model is driven: name -> values, the first one its default."""
 
     @classmethod
     def entry_points(cls, family: Family) -> list[str]:
         """The models of a family by the names under which the library makes them, refused ones included."""
         return []
 
-    def __init__(self, model: nn.Module, *, places: Places = "heaviest") -> None:
+    def __init__(
+        self, model: nn.Module, *, places: Places = "heaviest", options: Mapping[str, str] | None = None
+    ) -> None:
         self.model: Any = model
         self.places = places
+        self.chosen = {name: values[0] for name, values in self.options.items()} | dict(options or {})
 
     # --- whether it can be driven ---
 

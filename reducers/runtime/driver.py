@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -27,7 +27,9 @@ from reducers.tokens import TokenBatch
 from reducers.trace import Trace, Tracer
 
 
-def reduce_tokens(model: nn.Module, placement: Placement, *, places: Places = "heaviest") -> ReducedViT:
+def reduce_tokens(
+    model: nn.Module, placement: Placement, *, places: Places = "heaviest", host: Mapping[str, str] | None = None
+) -> ReducedViT:
     """Drive a plain vision transformer with reducers in it.
 
     The model is neither copied nor changed: it stays usable, and every variant of it shares its weights. What is done
@@ -38,12 +40,14 @@ def reduce_tokens(model: nn.Module, placement: Placement, *, places: Places = "h
     ``places``: where a token that stands for several lies, for models whose blocks ask for that (rope): at the place of
     the heaviest of them, or, with ``"mean"``, at the mean of their coordinates, by number of patches.
 
+    ``host``: options that the model's own host knows, ``{"fill": "zero"}`` of a CvT; most know none (docs/models.md).
+
     Raises:
         UnsupportedModel: a model whose blocks this runtime does not restate exactly; also at a call, after a change.
-        ReducerError: a block outside the network, a reducer that needs what the model lacks, or mean places where they
-            mean nothing.
+        ReducerError: a block outside the network, a reducer that needs what the model lacks, mean places where they
+            mean nothing, or an option that the model does not know.
     """
-    return ReducedViT(model, placement, places=places)
+    return ReducedViT(model, placement, places=places, host=host)
 
 
 class ReducedViT(nn.Module):
@@ -56,26 +60,33 @@ class ReducedViT(nn.Module):
     a block that runs again may decide near ties otherwise; under ``torch.compile`` the compiler decides what it keeps.
     """
 
-    def __init__(self, base: nn.Module, placement: Placement, *, places: Places = "heaviest") -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        placement: Placement,
+        *,
+        places: Places = "heaviest",
+        host: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(base, ReducedViT):
             raise UnsupportedModel(
                 "the model is reduced already; join the placements: reduce_tokens(model.base, first | second)"
             )
-        host = host_of(base, places=places)
+        driven = host_of(base, places=places, options=host)
         if not isinstance(placement, Placement):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
-        patches = host.patches if placement.is_scheduled else None  # not every model has a size of its own
-        placement = placement.resolve(host.depth, host.first_free, patches=patches)
+        patches = driven.patches if placement.is_scheduled else None  # not every model has a size of its own
+        placement = placement.resolve(driven.depth, driven.first_free, patches=patches)
         self.base: Any = base
         reducers = nn.ModuleDict({str(block): reducer for block, reducer in sorted(placement.blocks.items())})
         plan = Plan.of(reducers)
-        check_plan(host, plan)
+        check_plan(driven, plan)
         self.reducers = reducers
         self.reducers.train(base.training)
-        self._host, self._plan = host, plan  # of this base and these reducers; ask ``host`` and ``plan``
+        self._host, self._plan = driven, plan  # of this base and these reducers; ask ``host`` and ``plan``
         self._embed_macs: dict[tuple[int, ...], int] = {}
 
     @property
@@ -83,7 +94,7 @@ class ReducedViT(nn.Module):
         """The base as the runtime drives it."""
         base = self.__dict__["_modules"]["base"]  # by attribute, an exporter may give a stand-in of another type
         if self._host.model is not base:  # a replica's, or put in its place
-            self._host = host_of(base, places=self._host.places)
+            self._host = host_of(base, places=self._host.places, options=self._host.chosen)
         return self._host
 
     @property

@@ -141,6 +141,33 @@ def test_a_toy_that_was_changed_is_refused_and_an_unknown_model_is_refused_by_na
         reduce_tokens(type("Subtoy", (toy.Toy,), {})(), Placement())
 
 
+# --- options of a model -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_model_is_asked_for_its_own_options_and_for_no_others(
+    toy: ModuleType, scenes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(toy)
+    assert host_of(model).chosen == {}
+    with pytest.raises(ReducerError, match="Toy has no option 'fill': it knows none"):
+        reduce_tokens(model, Placement(), host={"fill": "zero"})
+    monkeypatch.setattr(toy.ToyHost, "options", {"fill": ("last", "zero"), "spread": ("mass", "nearest")})
+    assert host_of(model).chosen == {"fill": "last", "spread": "mass"}
+    fast = reduce_tokens(model, at(1, TopK(Ratio(0.5))), host={"fill": "zero"})
+    for each in (fast, copy.deepcopy(fast)):  # a copy's base is another one, and its host is made anew
+        each(scenes)
+        assert each.host.model is each.base and each.host.chosen == {"fill": "zero", "spread": "mass"}
+    for wrong, message in (
+        ({"filling": "zero"}, "Toy has no option 'filling': it knows 'fill', 'spread'"),
+        ({"fill": "owner"}, "the option 'fill' of Toy is one of 'last', 'zero'; got 'owner'"),
+        ({"fill": None}, "the option 'fill' of Toy is one of 'last', 'zero'; got None"),
+        ("zero", "options of a model are written {name: value}; got 'zero'"),
+    ):
+        with pytest.raises(ReducerError, match=message):
+            reduce_tokens(model, Placement(), host=wrong)  # type: ignore[arg-type]
+
+
 # --- blocks that are a part of the embedding --------------------------------------------------------------------------
 
 WALL = 2  # blocks of the walled toy that `embed` computes
