@@ -6,6 +6,7 @@ No figure shows them, for every figure's axis is accuracy, and of that these tri
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,8 @@ def _leads(rows: pd.DataFrame, images: ImageTables) -> list[str]:
     if aimed.empty:
         return []
     rows, found = choosable(aimed).drop_duplicates(["target", "variant"]), []
-    for target, part in rows.groupby("target", sort=True):
+    for share, part in rows.groupby("target", sort=True):
+        target: Any = share
         if len(part) < 2:
             continue
         ranked = records_of(part.sort_values("cosine", ascending=False, kind="stable"))

@@ -11,7 +11,7 @@ from analysis import stats
 from analysis.facts.matching import against_dense
 from analysis.facts.overview import Overview
 from analysis.facts.tokens import CLUTTER
-from analysis.frame import Setting, records_of
+from analysis.frame import Setting, records_of, rows_of
 from analysis.plots.clutter import question
 from analysis.tables import percent
 from analysis.words import SAME, Finding
@@ -36,7 +36,7 @@ def adaptivity(facts: Overview) -> list[Finding]:
     fixed = len(found) - len(adapts)
     head += f" {fixed} more keep the same number in every image." if fixed else ""
     said = [Finding(head, detail=title, keys=tuple(adapts["key"]), headline=True)]
-    for row in adapts.sort_values("rho", ascending=False).itertuples():
+    for row in rows_of(adapts.sort_values("rho", ascending=False)):
         text = f"{row.variant.replace('_', ' ')}: Spearman's rho {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}]."
         said.append(Finding(text.replace("-0.", "−0."), keys=(row.key,)))
     return said

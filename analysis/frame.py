@@ -270,6 +270,17 @@ def records_of(rows: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
+def rows_of(table: pd.DataFrame) -> Iterator[Any]:
+    """The rows with their columns as attributes; what type each has, no frame knows."""
+    return iter(table.itertuples())
+
+
+def row_nearest(table: pd.DataFrame, column: str, wanted: float) -> dict[str, Any]:
+    """The row whose number in a column is nearest to the wanted one; of several the first."""
+    away: Any = (table[column] - wanted).abs().idxmin()
+    return {str(name): value for name, value in table.loc[away].items()}
+
+
 def choosable(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that somebody could choose: all but those of oracles."""
     return rows[[not ORACLES & set(reducer_names(text)) for text in rows["reducer"]]]

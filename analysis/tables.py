@@ -338,7 +338,7 @@ def _dense_record(trials: pd.DataFrame, cost: float) -> dict[str, object]:
     }
 
 
-def _number(value: float, digits: int | None) -> str:
+def _number(value: Any, digits: int | None) -> str:
     """A number with fixed decimals, or as short as it is where ``digits`` is None; "" for a null."""
     if pd.isna(value):
         return ""

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis import stats, style
 from analysis.facts.choice import Choice, neighbours
 from analysis.facts.spec import Facts
+from analysis.frame import rows_of
 from analysis.tables import percent, with_bounds
 
 WORDS = 25
@@ -128,5 +129,5 @@ def short_table(facts: Facts) -> pd.DataFrame:
     chosen = sorted({round(i * last / (ROWS - 1)) for i in range(ROWS)}) if last > 0 else list(range(len(rows)))
     rows = rows.loc[chosen]
     if len(set(rows["variant"])) == 1 and rows["budget"].astype(bool).all():
-        rows = rows.assign(variant=[f"{row.variant}, {row.budget}" for row in rows.itertuples()])
+        rows = rows.assign(variant=[f"{row.variant}, {row.budget}" for row in rows_of(rows)])
     return table(rows, facts.dense)

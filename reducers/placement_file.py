@@ -125,7 +125,7 @@ def _plain_data(text: str) -> Any:
             elif isinstance(event, yaml.AliasEvent):
                 wrong = "aliases (*name) are not read; repeat the value"
             if wrong:
-                wrong = f"line {event.start_mark.line + 1}: {wrong}"
+                wrong = f"line {event.start_mark.line + 1 if event.start_mark else '?'}: {wrong}"
                 break
         data = None if wrong else yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -150,7 +150,7 @@ def placement_text(
     """
     import yaml
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # PyYAML has no types
+    class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:
             return True  # they are not read
 

@@ -22,7 +22,7 @@ class SpecError(ValueError):
     """A spec that cannot run; the message names the file, the place in it and the remedy."""
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+class _Loader(yaml.SafeLoader):
     """YAML without its traps: plain data only, no duplicate keys, no aliases (they can grow without bound)."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

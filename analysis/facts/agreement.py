@@ -11,7 +11,7 @@ from scipy.spatial.distance import squareform
 
 from analysis.facts.kept import last_kept, overlap
 from analysis.facts.matching import NEAR, dense_gmacs, merge_seeds, without_seed
-from analysis.frame import records_of
+from analysis.frame import records_of, rows_of
 
 
 def across_specs(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -28,7 +28,7 @@ def across_specs(trials: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     words = [
         f"{row.spec.replace('_', ' ')}: {row.variant}"
         + ("" if not row.placement or "block" in row.variant or row.kind != "placement" else f", {row.placement}")
-        for row in rest.itertuples()
+        for row in rows_of(rest)
     ]
     both = pd.concat([rows, rest.assign(variant=words)], ignore_index=True)
     made = [(without_seed(text), placement) for text, placement in zip(both["reducer"], both["placement"], strict=True)]
@@ -66,7 +66,7 @@ def square(pairs: pd.DataFrame) -> pd.DataFrame:
     """Kappa as a symmetric matrix, similar methods next to each other."""
     names = list(dict.fromkeys([*pairs["first"], *pairs["second"]]))
     values = pd.DataFrame(np.nan, index=names, columns=names)
-    for row in pairs.itertuples():
+    for row in rows_of(pairs):
         values.loc[row.first, row.second] = values.loc[row.second, row.first] = row.kappa
     values = values.mask(np.eye(len(names), dtype=bool), 1.0)
     if len(names) > 2:

@@ -85,7 +85,8 @@ def comparisons(rows: pd.DataFrame, *, by: str, levels: Sequence[float] | None =
     cuts = [cut(rows, level, by=by) for level in levels]
     ranked = [one.rows.sort_values("top1", ascending=False, kind="stable").reset_index(drop=True) for one in cuts]
     pairs = [(i, j) for i, part in enumerate(ranked) for j in range(1, len(part))]
-    tests = [paired(ranked[i].iloc[0].to_dict(), ranked[i].iloc[j].to_dict()) for i, j in pairs]
+    told = [records_of(part) for part in ranked]
+    tests = [paired(told[i][0], told[i][j]) for i, j in pairs]
     known = [place for place, test in enumerate(tests) if test is not None]
     corrected = stats.holm([test.p_value for test in tests if test is not None])
     p = dict(zip((pairs[place] for place in known), corrected, strict=True))

@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.facts import agreement, kept
 from analysis.facts.matching import INTERPOLATED, cost_levels, cut, dense_gmacs, merge_seeds
 from analysis.facts.tokens import adaptive, correlations, hardness
-from analysis.frame import choosable, records_of, reducer_names
+from analysis.frame import choosable, records_of, reducer_names, row_nearest
 
 OVERVIEW_COST = 0.6  # share of the dense cost at which methods are pictured: deep enough to differ, not yet broken
 ASIDE = 0.06  # of the dense cost: how far a method without a trial at that cost may stand from it
@@ -85,7 +85,7 @@ def staged_trial(trials: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> di
         return None
     most = max(len(blocks) for blocks in rows["blocks"])
     rows = rows[[len(blocks) == most for blocks in rows["blocks"]]]
-    return dict(rows.loc[(rows["gmacs_mean"] - OVERVIEW_COST * dense_gmacs(trials)).abs().idxmin()])
+    return dict[str, object](row_nearest(rows, "gmacs_mean", OVERVIEW_COST * dense_gmacs(trials)))
 
 
 def pictured_methods(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

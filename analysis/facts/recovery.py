@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -45,9 +46,9 @@ def pairs(rows: pd.DataFrame) -> list[Pair]:
     return found
 
 
-def _setting(row: Mapping[str, object]) -> tuple[object, ...]:
+def _setting(row: Mapping[str, Any]) -> tuple[object, ...]:
     """What a finetuned row shares with its counterpart off the shelf."""
     target, x = row["target_gmacs"], row["x"]
-    aimed = None if pd.isna(target) else round(float(target), 6)  # type: ignore[arg-type]
-    free = None if pd.isna(x) else round(float(x), 6)  # type: ignore[arg-type]
+    aimed = None if pd.isna(target) else round(float(target), 6)
+    free = None if pd.isna(x) else round(float(x), 6)
     return base(str(row["variant"])), row["placement"], aimed if aimed is not None else (free, row["budget"])

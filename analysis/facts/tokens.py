@@ -95,7 +95,7 @@ def correlations(
     strict = 1 - (1 - stats.LEVEL) / max(1, sum(differ))
     found = []
     for (row, table), varies in zip(have, differ, strict=True):
-        other = table["clutter"] if what == CLUTTER else table["image"].map(hard)
+        other = table["clutter"] if what == CLUTTER else table["image"].map(hard if hard is not None else {})
         use = other.notna().to_numpy()
         a, b = tokens_kept(table, counted)[use], other.to_numpy(dtype=float)[use]
         rho = stats.spearman(a, b) if varies else stats.Interval(np.nan, np.nan, np.nan)

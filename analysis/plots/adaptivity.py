@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,8 @@ def fair_bins(counts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _against_clutter(axes: Axes, table: pd.DataFrame, name: str, looks: Mapping[str, Look]) -> None:
-    groups = [(float(level), stats.bootstrap(part["_tokens"], draws=1000)) for level, part in table.groupby("clutter")]
+    levels: Iterable[tuple[Any, pd.DataFrame]] = table.groupby("clutter")
+    groups = [(float(level), stats.bootstrap(part["_tokens"], draws=1000)) for level, part in levels]
     x, middle = [level for level, _ in groups], [interval.value for _, interval in groups]
     bars = [[i.value - i.low for _, i in groups], [i.high - i.value for _, i in groups]]
     axes.errorbar(x, middle, yerr=bars, elinewidth=1, capsize=2, label=name, **style.look_of(name, looks).line())

@@ -37,7 +37,7 @@ def agreement(pairs: pd.DataFrame, *, title: str, subtitle: str) -> Figure:
     axes.grid(visible=False)
     for i in range(count):
         for j in range(i):
-            value = values.iloc[i, j]
+            value = values.to_numpy()[i, j]
             if count <= ANNOTATED and not np.isnan(value):
                 colour = "white" if value > 0.55 else "#222222"
                 axes.text(

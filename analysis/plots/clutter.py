@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from analysis import style
 from analysis.facts.tokens import CLUTTER, LAST, MEAN
+from analysis.frame import rows_of
 from analysis.style import Look
 
 CAPTION = (
@@ -41,7 +42,7 @@ def clutter(found: pd.DataFrame, what: str, *, looks: Mapping[str, Look], title:
     rows = found[found["rho"].notna()].sort_values("rho", kind="stable")
     figure = style.new_figure(height=max(2.6, 1.7 + 0.27 * len(rows)))
     axes = figure.subplots()
-    for place, row in enumerate(rows.itertuples()):
+    for place, row in enumerate(rows_of(rows)):
         look = style.look_of(row.variant, looks)
         axes.plot([row.low, row.high], [place, place], color=look.colour, linewidth=1.8, gid="interval")
         face = look.colour if row.clear else "white"

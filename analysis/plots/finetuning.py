@@ -48,10 +48,11 @@ def finetuning(facts: Facts, scene: Scene, title: str) -> Figure:
     axes[0].set(xlabel=style.GMACS, ylabel=style.TOP1)
     if found:
         for name in names:
-            part = sorted((one for one in found if one.name == name), key=lambda one: one.gmacs)
-            y = np.array([100 * one.paired.difference for one in part])
-            bars = [y - [100 * one.paired.low for one in part], [100 * one.paired.high for one in part] - y]
-            axes[1].errorbar([one.gmacs for one in part], y, yerr=np.clip(bars, 0, None), elinewidth=1, capsize=2,
+            own_pairs = sorted((one for one in found if one.name == name), key=lambda one: one.gmacs)
+            y = np.array([100 * one.paired.difference for one in own_pairs])
+            low, high = ([100 * getattr(one.paired, end) for one in own_pairs] for end in ("low", "high"))
+            spans = np.clip([y - low, high - y], 0, None)
+            axes[1].errorbar([one.gmacs for one in own_pairs], y, yerr=spans, elinewidth=1, capsize=2,
                              label=name, **own[name].line())  # fmt: skip
         axes[1].axhline(0, color=style.DENSE_COLOUR, linewidth=1)
         axes[1].set(xlabel=style.GMACS, ylabel="finetuned − off the shelf (points)")

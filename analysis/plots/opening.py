@@ -40,7 +40,7 @@ def variants(facts: Facts) -> dict[str, str]:
             found.setdefault(names[0], row["variant"])
     others = near[~near["variant"].isin(list(found.values())) & ~near["variant"].str.contains("oracle")]
     if len(others):
-        found[""] = str(others.loc[others["top1"].idxmax(), "variant"])
+        found[""] = str(others.sort_values("top1", ascending=False, kind="stable")["variant"].iloc[0])
     return found
 
 
@@ -77,14 +77,14 @@ def _pictures(figure: Figure, place: SubplotSpec, facts: Facts, scene: Scene, na
     grid = place.subgridspec(len(names), 1 + len(BLOCKS), wspace=0.06, hspace=0.28)
     near = _near(facts).set_index("variant")
     for line, name in enumerate(names):
-        key = near.loc[name, "key"]
+        key = str(near.loc[name, "key"])
         bits, at = packed(facts.images, key), find_row(facts.images[key], sample)
         for column in range(1 + len(BLOCKS)):
             axes = figure.add_subplot(grid[line, column])
             axes.set_axis_off()
             if column == 0:
                 axes.imshow(sample.pixels)
-                share = near.loc[name, "gmacs_mean"] / facts.dense
+                share = near["gmacs_mean"].loc[name] / facts.dense
                 axes.set_title(f"{name.replace('_', ' ')}\n{100 * share:.0f} % of the cost", fontsize=SMALL, loc="left")
             elif bits is not None and at is not None:
                 kept = kept_patches(bits[at, BLOCKS[column - 1]], sample.grid)
@@ -97,7 +97,7 @@ def _telling(facts: Facts, pictures: Sequence[Sample], names: Sequence[str]) -> 
     near = _near(facts).set_index("variant")
 
     def right(sample: Sample) -> int:
-        tables = [facts.images[near.loc[name, "key"]] for name in names]
+        tables = [facts.images[str(near.loc[name, "key"])] for name in names]
         rows = [find_row(table, sample) for table in tables]
         return sum(bool(t["correct"].iloc[r]) for t, r in zip(tables, rows, strict=True) if r is not None)
 

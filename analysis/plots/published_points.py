@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from analysis import published, style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
-from analysis.frame import records_of
+from analysis.frame import records_of, rows_of
 from analysis.plots import panels
 from analysis.plots.base import Plot, Scene
 
@@ -70,7 +70,7 @@ def _absolute(axes: Axes, rows: pd.DataFrame, facts: Facts) -> None:
     ours = facts.front
     plain, ats = rows[rows["method"] != "ATS"], rows[rows["method"] == "ATS"]
     axes.plot(plain["gflops"], plain["top1"], "o", color="#b5b5b5", markersize=4.5, gid="published")
-    for pair in printed_pairs(rows).itertuples():
+    for pair in rows_of(printed_pairs(rows)):
         axes.annotate("", (pair.gflops, pair.top1), (pair.dense_gflops, pair.dense_top1),
                       arrowprops={"arrowstyle": "->", "color": "#a33b00", "linewidth": 0.9})  # fmt: skip
     axes.plot(ats["gflops"], ats["top1"], "o", markerfacecolor="white", markeredgecolor="#a33b00", gid="published-ats")
@@ -114,7 +114,7 @@ def _relative(axes: Axes, pairs: pd.DataFrame, facts: Facts) -> None:
     left, right = axes.get_xlim()
     places = panels.spread([(value - left) / (right - left) for value in names["saved"]], 0.085)
     places = places - max(0.0, places[-1] - 0.97) if len(places) else places
-    for place, row in zip(places, names.itertuples(), strict=True):
+    for place, row in zip(places, rows_of(names), strict=True):
         text = f"{row.model}{f' {row.resolution:g}' if row.resolution != 224 else ''}"
         axes.annotate(
             "",

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from analysis import style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
-from analysis.frame import records_of
+from analysis.frame import records_of, rows_of
 from analysis.plots import tradeoff
 from analysis.plots.base import Plot, Scene
 
@@ -40,7 +40,7 @@ def scaling(facts: Facts, scene: Scene, title: str) -> Figure:
             tradeoff.draw_intervals(accuracy, part["gmacs_mean"], part, name=name, looks=looks)
             tests = [against_dense(row) for row in records_of(part)]
             known = [
-                (100 * row.gmacs_mean / dense, test) for row, test in zip(part.itertuples(), tests, strict=True) if test
+                (100 * row.gmacs_mean / dense, test) for row, test in zip(rows_of(part), tests, strict=True) if test
             ]
             if known:
                 y = [100 * test.difference for _, test in known]

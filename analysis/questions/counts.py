@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import style
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
-from analysis.frame import records_of, reducer_names
+from analysis.frame import records_of, reducer_names, rows_of
 from analysis.plots import difference, k_effect, tradeoff
 from analysis.published import number, of_ats, printed, share
 from analysis.questions.base import Line, Question, cheapest_like_dense
@@ -29,9 +29,7 @@ def found(facts: Facts) -> list[Finding]:
     for name, group in rows.groupby("variant", sort=False):
         group = group.sort_values("x").reset_index(drop=True)
         chosen = group.loc[sorted({0, len(group) // 3, 2 * len(group) // 3, len(group) - 1})]
-        parts = [
-            f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in chosen.itertuples()
-        ]
+        parts = [f"K = {row.x:g}: {style.cost(row.gmacs_mean)} GMACs, {percent(row.top1)} %" for row in rows_of(chosen)]
         said.append(Finding(f"{spoken(name)}: {'; '.join(parts)}.", keys=tuple(chosen["key"]), headline=True))
     return said + [replace(one, headline=True) for one in cheapest_like_dense(facts, rows)]
 
@@ -72,7 +70,7 @@ def _few(facts: Facts) -> pd.DataFrame:
     rows = facts.rows[facts.rows["x"].notna()].sort_values(["x", "variant"], ascending=False, kind="stable")
     chosen = rows.iloc[sorted({round(i * (len(rows) - 1) / (ROWS - 1)) for i in range(ROWS)})] if len(rows) else rows
     chosen = chosen.sort_values("top1", ascending=False, kind="stable")
-    return table(chosen.assign(variant=[f"{row.variant}, K = {row.x:g}" for row in chosen.itertuples()]), facts.dense)
+    return table(chosen.assign(variant=[f"{row.variant}, K = {row.x:g}" for row in rows_of(chosen)]), facts.dense)
 
 
 PATCHES = 196  # of DeiT-S at 224 pixels

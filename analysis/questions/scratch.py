@@ -21,7 +21,7 @@ def _against_plain(facts: Facts) -> tuple[dict[Any, Any] | None, Tests]:
     whole = facts.rows[[set(reducer_names(text)) <= {"identity"} for text in facts.rows["reducer"]]]
     if whole.empty:
         return None, []
-    plain = whole.iloc[0].to_dict()
+    plain = records_of(whole)[0]
     rows = [row for row in records_of(facts.rows) if row["key"] != plain["key"]]
     return plain, [(row, test) for row in rows if (test := paired(row, plain)) is not None]
 

@@ -12,6 +12,7 @@ import pandas as pd
 from analysis import stats, style
 from analysis.facts.matching import on_curve, paired
 from analysis.facts.spec import Facts
+from analysis.frame import row_nearest
 from analysis.plots import scaling
 from analysis.questions.base import Question, cheapest_like_dense
 from analysis.tables import with_bounds
@@ -24,7 +25,7 @@ def _met(facts: Facts) -> list[tuple[str, str, dict[Any, Any], stats.Paired]]:
     met = []
     for (small, whole), (large, own) in itertools.pairwise(facts.models.items()):
         for _, part in own.rows.groupby("variant", sort=False) if not math.isnan(whole.dense) else ():
-            row = on_curve(part, whole.dense) or part.loc[(part["gmacs_mean"] - whole.dense).abs().idxmin()].to_dict()
+            row = on_curve(part, whole.dense) or row_nearest(part, "gmacs_mean", whole.dense)
             test = paired(row, {"answers": whole.trials.iloc[0].get("dense_answers")})
             if test is not None:
                 met.append((small, large, row, test))

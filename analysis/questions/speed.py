@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.facts.spec import Facts
+from analysis.frame import records_of, row_nearest
 from analysis.plots import runtime, tradeoff
 from analysis.published import of_ats, printed
 from analysis.questions.base import Line, Question
@@ -42,7 +43,7 @@ def _claims(facts: Facts, patches: int | None) -> list[Line]:
     claim = f"{faster:.2f} × ({rates}) at {fewer:.2f} × fewer GFLOPs"
     lines = []
     for name, part in facts.timed.groupby("variant", sort=False):
-        row = part.loc[(part["ratio"] - fewer).abs().idxmin()]
+        row = row_nearest(part, "ratio", fewer)
         here = f"{row['faster']:.2f} × at {row['ratio']:.2f} × fewer GMACs (batch {row['at_batch']:g})"
         lines.append((f"{name} (Table A.1)", claim, here, row["key"]))
     return lines
@@ -53,7 +54,7 @@ def _short(facts: Facts) -> str | None:
     if facts.timed.empty:
         return None
     rows = facts.timed.assign(got=facts.timed["faster"] / facts.timed["ratio"])
-    best = rows.loc[rows["faster"].idxmax()]
+    best = records_of(rows.nlargest(1, "faster"))[0]
     if best["faster"] <= 1:
         return (
             f"No time is saved: {spoken(best['variant'])}, the fastest, is {best['faster']:.2f} times as fast as the "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from analysis import stats, style
@@ -76,10 +78,11 @@ def _told(one: Versus) -> str:
 
 def _claims(facts: Facts, patches: int | None) -> list[Line]:
     """EViT at keep rate 0.7, alone and with ATS; nothing is in print about other stacks."""
-    lines = []
+    lines: list[Line] = []
     for row in records(facts):
         used = set(reducer_names(row["reducer"]))
-        if pd.isna(row["x"]) or abs(row["x"] - 0.7) > 1e-6 or not pd.isna(row["target_gmacs"]) or not used <= PRINTED:
+        aims = (row["target_gmacs"] or 0) > 0
+        if not math.isclose(row["x"] or math.nan, 0.7, abs_tol=1e-6) or aims or not used <= PRINTED:
             continue
         claim = in_words(printed("Table A.5", f"EViT (30 epochs){'' if used == {'evit'} else ' + ATS'}"))
         lines.append(line(f"{row['variant']}, keep 0.7 (Table A.5)", f"{claim}, 30 epochs", row, facts))

@@ -6,7 +6,7 @@ import math
 
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
-from analysis.frame import reducer_names
+from analysis.frame import reducer_names, row_nearest
 from analysis.plots import difference, single_multi
 from analysis.plots.single_multi import saved
 from analysis.published import of_ats
@@ -21,7 +21,7 @@ def found(facts: Facts) -> list[Finding]:
     said = []
     wanted = (1 - saved() / 100) * facts.dense
     for name, part in facts.rows.groupby("variant", sort=False) if not math.isnan(wanted) else ():
-        row = part.loc[(part["gmacs_mean"] - wanted).abs().idxmin()].to_dict()
+        row = row_nearest(part, "gmacs_mean", wanted)
         loss = against_dense(row)
         if loss is not None and abs(row["gmacs_mean"] - wanted) <= NEAREST * facts.dense:
             # The claim in print is ATS's: it says nothing about other reducers.
