@@ -24,28 +24,36 @@ class BlockCost:
     output_row: int  # gate and projection of one token's sum
     mlp_row: int
 
-    def macs(self, *, queries: Tensor, keys: Tensor, outputs: Tensor, mlp: Tensor) -> Tensor:
+    def macs(
+        self, *, queries: Tensor, keys: Tensor, outputs: Tensor, mlp: Tensor, beside: Tensor | None = None
+    ) -> Tensor:
         """Multiply-adds of one block, (B,) float64, from the rows each part computes (B,).
 
         ``queries`` rows get a query and a row of attention logits; ``keys`` rows a key and a value; ``outputs``
-        rows are summed over the values, gated and projected; ``mlp`` rows pass the MLP.
+        rows are summed over the values, gated and projected; ``mlp`` rows pass the MLP. Each query also meets so many
+        keys ``beside`` that are projected elsewhere.
         """
         queries, keys, outputs, mlp = queries.double(), keys.double(), outputs.double(), mlp.double()
-        logits = queries * (self.query_row + keys * self.pair)
-        summed = outputs * (self.output_row + keys * self.pair)
+        met = keys if beside is None else keys + beside
+        logits = queries * (self.query_row + met * self.pair)
+        summed = outputs * (self.output_row + met * self.pair)
         return logits + self.key_row * keys + summed + self.mlp_row * mlp
 
 
 class CostMeter:
-    """Adds up the cost of one forward pass, image by image. Exists only while tracing."""
+    """Adds up the cost of one forward pass, sample by sample. Exists only while tracing.
 
-    def __init__(self, images: int, device: torch.device) -> None:
-        self.executed = torch.zeros(images, dtype=torch.float64, device=device)
+    It may be told in multiply-adds of each sample (B,) or of each unit (U,): those of a sample lie side by side.
+    """
+
+    def __init__(self, samples: int, device: torch.device) -> None:
+        self.executed = torch.zeros(samples, dtype=torch.float64, device=device)
         self.reference = torch.zeros_like(self.executed)
         self.reducer = torch.zeros_like(self.executed)
 
     def both(self, macs: Tensor | float) -> None:
         """Work that the published order of computation has as well."""
+        macs = self._of_samples(macs)
         self.executed = self.executed + macs
         self.reference = self.reference + macs
 
@@ -58,20 +66,31 @@ class CostMeter:
         queries: Tensor,
         leaving: Tensor,
         cut_before_values: bool = False,
+        beside: Tensor | None = None,
     ) -> None:
         """One block: as executed (``queries`` rows computed), and in the published order of work.
 
         Published methods compute all queries and attention rows, then cut: ATS before the rows meet the values
         (``cut_before_values``), the others after the attention residual.
         """
-        self.executed = self.executed + cost.macs(queries=queries, keys=keys, outputs=queries, mlp=leaving)
+        executed = cost.macs(queries=queries, keys=keys, outputs=queries, mlp=leaving, beside=beside)
+        self.executed = self.executed + self._of_samples(executed)
         outputs = leaving if cut_before_values else entering
-        self.reference = self.reference + cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=leaving)
+        reference = cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=leaving, beside=beside)
+        self.reference = self.reference + self._of_samples(reference)
 
-    def spend(self, macs: Tensor) -> None:
+    def spend(self, macs: Tensor | float) -> None:
         """A reducer's own work."""
+        macs = self._of_samples(macs)
         self.reducer = self.reducer + macs
         self.executed = self.executed + macs
+
+    def _of_samples(self, macs: Tensor | float) -> Tensor | float:
+        """What was told of each unit, by sample."""
+        samples = self.executed.shape[0]
+        if not isinstance(macs, Tensor) or macs.dim() == 0 or macs.shape[0] == samples:
+            return macs
+        return macs.view(samples, -1).sum(1)
 
 
 def linear_macs(module: nn.Module, *inputs: Tensor) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reducers.tokens import Units
+
 _SAMPLED_PIXELS = 1024  # enough to tell any two images apart that a user would call different
 
 
@@ -47,6 +49,13 @@ def image_keys(images: Tensor) -> Tensor:
     hashed = _mix((bits + 1) * _mix((place + 1) * _GOLDEN))
     # one sum modulo 2^64, by halves: not every runtime that runs an exported model adds large integers exactly
     return (hashed >> 32).sum(1) * 2**32 + (hashed & (2**32 - 1)).sum(1)
+
+
+def unit_keys(keys: Tensor, units: Units | None) -> Tensor:
+    """The keys of images (B,) -> those of their units (U,), each with numbers of its own."""
+    if units is None:
+        return keys
+    return _mix(keys[units.sample] + (units.number + 1) * _GOLDEN)
 
 
 def stream(block: int, draw: int, *, kind: int = 0) -> int:

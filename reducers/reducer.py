@@ -87,9 +87,9 @@ class State:
 
     block: int  # 0-based
     depth: int
-    initial: int  # patch tokens entering block 0
-    grid: tuple[int, int] = (0, 0)  # rows and columns of the original patches, which ``Signals.positions`` count
-    image_keys: Tensor | None = None  # (B,) int64, for methods that draw random numbers
+    initial: int  # patch tokens of an image (of a unit: ``reducers.tokens``) entering block 0
+    grid: tuple[int, int] = (0, 0)  # rows and columns of its original patches, which ``Signals.positions`` count
+    image_keys: Tensor | None = None  # (B,) int64, for methods that draw random numbers; units have keys of their own
     training: bool = False
     plans: Mapping[TokenReducer, Any] = field(default_factory=ByReducer)  # what each reducer's ``plan`` returned
     draw: int = 0  # how many reducers of the same block draw random numbers before this one

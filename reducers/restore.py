@@ -50,6 +50,10 @@ class Restorer:
                 gone[..., None], rows, torch.zeros_like(rows) if self._left is None else self._left
             )
 
+    def forget(self) -> None:
+        """A later stage has begun: all of its patches are there."""
+        self._gone, self._left = [], None
+
     def restore(self, batch: TokenBatch, features: Callable[[Tensor], Tensor], names: Callable[[int], str]) -> Tensor:
         """The dense map (B, N0, D).
 
@@ -83,7 +87,8 @@ class Restorer:
 
 
 def with_prefix(batch: TokenBatch, features: Callable[[Tensor], Tensor], dense: Tensor, prefix: int) -> Tensor:
-    """The model's prefix tokens before the map: (B, P + N0, D), as libraries hand out their tokens.
+    """The model's prefix tokens before the map: (B, P + N0, D), as libraries hand out their tokens; of a clip, those of
+    all its frames.
 
     Raises:
         ReducerError: an image has lost a prefix token.
@@ -96,4 +101,4 @@ def with_prefix(batch: TokenBatch, features: Callable[[Tensor], Tensor], dense: 
             "ask features(images, restore=…) for the patches alone"
         )
     rows = layout.starts[:, None] + torch.arange(prefix, device=dense.device)
-    return torch.cat([features(batch.x[rows]), dense], dim=1)
+    return torch.cat([features(batch.x[rows]).reshape(batch.samples, -1, dense.shape[-1]), dense], dim=1)

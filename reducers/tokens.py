@@ -3,6 +3,11 @@
 ``Layout`` says where each image's rows lie, ``Counts`` how many of them are meant; ``TokenBatch`` adds what travels
 with them. Reducers compute on *packed* rows (T, ...) or, where a rule compares the tokens of one image, on the *padded*
 view (B, N, ...) a layout gives.
+
+What is called an image here is a **unit: what attends among itself**. In most models that is an image; where it is a
+part of a sample, a frame of a clip or a window of an image, ``TokenBatch.units`` says whose, and all that is told of
+each image is told of each unit: lengths, counts, budgets, class tokens. Reducers reduce inside units and never learn
+which kind they are; cost, trace and provenance are told by sample.
 """
 
 from __future__ import annotations
@@ -20,6 +25,36 @@ from reducers.lazy import cached_property
 def _known(extent: int | Tensor) -> int:
     """An extent as a number: ``torch.jit.trace`` makes tensors of them, and counts are constants of its graph."""
     return int(extent) if isinstance(extent, Tensor) else extent
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Whose parts the units of a layout are, where they are less than whole samples.
+
+    Every sample has the same units in the same order, and those of one sample lie side by side.
+    """
+
+    samples: int  # B
+    places: Tensor  # (units of a sample, n) int64: the patch of its sample in each place of a unit; -1 = no patch
+
+    @property
+    def each(self) -> int:
+        """Units of a sample."""
+        return self.places.shape[0]
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """(U,) the sample that each unit is part of."""
+        return torch.arange(self.samples, device=self.places.device).repeat_interleave(self.each)
+
+    @cached_property
+    def number(self) -> Tensor:
+        """(U,) its number among the units of its sample."""
+        return torch.arange(self.each, device=self.places.device).repeat(self.samples)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Of each unit (U, ...) -> of each sample (B, ...)."""
+        return values.view(self.samples, self.each, *values.shape[1:]).sum(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +91,13 @@ class Layout:
         if len(counts) == 1:  # one image is always uniform: alone and in a batch then differ only in packing
             uniform = (rows, leads[0])
         return cls(lengths, prefix, rows, uniform, (counts, leads))
+
+    @classmethod
+    def listed(cls, counts: list[int], device: torch.device) -> Layout:
+        """Images of so many tokens each, none of them a prefix token."""
+        lengths = torch.tensor(counts, dtype=torch.int64, device=device)
+        uniform = (counts[0], 0) if counts and min(counts) == max(counts) else None
+        return cls(lengths, torch.zeros_like(lengths), sum(counts), uniform, (counts, [0] * len(counts)))
 
     def leaving(self, counts: Counts) -> Layout:
         """The layout in which so many patches of each image are left behind its prefix."""
@@ -339,7 +381,7 @@ class TokenBatch:
     size: Tensor = field(metadata=_how("sum"))
     # (B,) packed row of the class token, -1 where there is none
     cls: Tensor = field(metadata=_how("class row"))
-    # (T,) original patch a token still is, else -1; kept while tracing or on demand
+    # (T,) original patch of its unit that a token still is, else -1; kept while tracing or on demand
     pos: Tensor | None = field(default=None, metadata=_how("heaviest"))
     # (T, 3) float32: the sum of its patches' coordinates, and how many they are; kept where a host asks for the mean
     centroid: Tensor | None = field(default=None, metadata=_how("sum"))
@@ -350,9 +392,10 @@ class TokenBatch:
     received: Tensor | None = field(default=None, metadata=_how("sum"))
     # (T,) float32 in [0, 1], under a training mask alone: what is left of a token as a key
     alive: Tensor | None = field(default=None, metadata=_how("what lives"))
-    # (B, N0) packed row that carries each original patch, -1 = dropped; kept while tracing
+    # (B, N0) packed row that carries each original patch of a sample, -1 = dropped; kept while tracing
     origin: Tensor | None = field(default=None, metadata=_how("destination"))
     tables: Any = None  # what a host has made for its blocks in this pass, such as a table of rotations by place
+    units: Units | None = None  # whose parts the images of the layout are; None: they are the samples themselves
 
     @classmethod
     def from_images(cls, x: Tensor, *, prefix: int, has_class_token: bool, track: bool) -> TokenBatch:
@@ -376,7 +419,23 @@ class TokenBatch:
         assert layout.uniform is not None
         if carrier is None:
             carrier = torch.arange(layout.uniform[0] - layout.uniform[1], device=self.x.device)
-        return replace(self, origin=(layout.starts + layout.uniform[1])[:, None] + carrier)
+        rows = (layout.starts + layout.uniform[1])[:, None] + carrier
+        if self.units is not None:  # (U, n) by unit -> (B, N0) by the sample's own patches
+            rows = torch.empty_like(rows.view(self.samples, -1)).index_copy_(
+                1, self.units.places.flatten(), rows.view(self.samples, -1)
+            )
+        return replace(self, origin=rows)
+
+    @property
+    def samples(self) -> int:
+        """B: images or clips, whatever their units are."""
+        return self.layout.images if self.units is None else self.units.samples
+
+    @property
+    def starts(self) -> Tensor:
+        """(B,) packed row of each sample's first token."""
+        starts = self.layout.starts
+        return starts if self.units is None else starts.view(self.samples, self.units.each)[:, 0]
 
     @property
     def lengths(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The trace: what happened to every image's tokens on the way, and what it cost."""
+"""The trace: what happened to every image's tokens on the way, and what it cost; of clips, to every clip's."""
 
 from __future__ import annotations
 
@@ -43,8 +43,15 @@ class Trace:
         return self._kept[block]
 
     def class_kept(self, block: int) -> Tensor:
-        """(B,) bool: the class token is still there after the block; False for a model without one."""
+        """(B,) bool: the class token (of a clip, that of each frame) is still there after the block; False for a model
+        without one.
+        """
         return self._class_kept[block]
+
+
+def _of_samples(batch: TokenBatch, values: Tensor) -> Tensor:
+    """Of each unit (U,) -> of each sample (B,)."""
+    return values if batch.units is None else batch.units.sum(values)
 
 
 class Tracer:
@@ -58,13 +65,19 @@ class Tracer:
         self._owner: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._class_kept: list[Tensor] = []
+        self._place: Tensor | None = None  # (N0,) the patch of the stage that has each of the first one's in it
 
     def start(self, batch: TokenBatch) -> None:
         """Before the first block that runs, with nothing reduced yet; where details are asked for,
         the batch has places and provenance.
         """
-        self.cost = CostMeter(batch.layout.images, batch.x.device)
-        self._tokens.append(batch.layout.lengths)
+        self.cost = CostMeter(batch.samples, batch.x.device)
+        self._tokens.append(_of_samples(batch, batch.layout.lengths))
+
+    def enter(self, parents: Tensor | None) -> None:
+        """A later stage begins, with the patches told by ``Host.parents``; original patches stay the first stage's."""
+        if parents is not None:
+            self._place = parents if self._place is None else parents[self._place]
 
     def after_block(self, batch: TokenBatch) -> None:
         """A block is done."""
@@ -72,13 +85,20 @@ class Tracer:
             return
         layout, origin = batch.layout, batch.origin
         assert batch.pos is not None and origin is not None
-        self._tokens.append(layout.lengths)
-        self._owner.append((origin - layout.starts[:, None]).masked_fill(origin < 0, -1))
-        kept = torch.zeros(layout.images, origin.shape[1], dtype=torch.bool, device=batch.x.device)
+        self._tokens.append(_of_samples(batch, layout.lengths))
+        self._owner.append(self._of_the_first((origin - batch.starts[:, None]).masked_fill(origin < 0, -1)))
+        kept = torch.zeros(batch.samples, origin.shape[1], dtype=torch.bool, device=batch.x.device)
         own = (batch.pos >= 0).nonzero().squeeze(1)
-        kept[layout.row_image[own], batch.pos[own]] = True
-        self._kept.append(kept)
-        self._class_kept.append(batch.cls >= 0)
+        sample, place = layout.row_image[own], batch.pos[own]
+        if batch.units is not None:
+            sample, place = batch.units.sample[sample], batch.units.places[batch.units.number[sample], place]
+        kept[sample, place] = True
+        self._kept.append(self._of_the_first(kept))
+        self._class_kept.append(_of_samples(batch, (batch.cls < 0).long()) == 0)
+
+    def _of_the_first(self, patches: Tensor) -> Tensor:
+        """What is told of this stage's patches, told of those of the first."""
+        return patches if self._place is None else patches[:, self._place]
 
     def twin(self) -> Tracer:
         """One that stands where this one does and goes on by itself, as for a block that will run again."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from reducers.cost import BlockCost
 from reducers.errors import ReducerError
-from reducers.tokens import Layout, TokenBatch
+from reducers.maps import TokenMap
+from reducers.tokens import Layout, TokenBatch, Units
 
 Grid = tuple[int, int]
 Spread = Literal["share", "mean"]
@@ -101,6 +102,24 @@ class Core(ABC):
         """From keys (K, ...) to tokens (T, ...): a cell's attention shared out, its key or value averaged."""
         return cells
 
+    def to_keys(self, values: Tensor, fill: float) -> Tensor | None:
+        """From tokens (T,) to keys (K,), where each token has a key of its own, in the same order and before all other
+        keys of its image, which get ``fill``; None where keys are no tokens.
+        """
+        return values if self.keys_layout is self.layout else None
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """What attends among itself in one block, where that is not what the batch has as its units: windows."""
+
+    rows: Tensor  # (T,) packed rows of the batch, unit by unit
+    layout: Layout  # of the units
+    pos: Tensor  # (T,) the place of each of these rows in its unit
+    units: Units
+    grid: Grid  # rows and columns of places in a unit
+    patches: int  # tokens of the largest unit before anything was reduced
+
 
 class HostBlock(ABC):
     """A view of one block: what is computed, in parts between which reducers decide."""
@@ -113,6 +132,13 @@ class HostBlock(ABC):
     def cost(self) -> BlockCost:
         """The widths that its cost depends on."""
 
+    def grouping(self, batch: TokenBatch) -> Grouping | None:
+        """The units of this block; None: those of the batch. In all that follows, the batch is one of these."""
+        return None
+
+    def allow(self, reducer: str, token_map: TokenMap) -> None:
+        """Refuse what a reducer, by its name, decides in this block and the model cannot go on with."""
+
     def fixed_macs(self, batch: TokenBatch) -> Tensor | None:
         """Multiply-adds beside attention and MLP, (B,) float64: ``before``, convolutions; None: there are none."""
         return None
@@ -120,6 +146,12 @@ class HostBlock(ABC):
     def key_counts(self, batch: TokenBatch) -> Tensor:
         """(B,) keys of each image, as ``Core.keys_layout`` would have them."""
         return batch.layout.lengths
+
+    def keys_beside(self, batch: TokenBatch) -> Tensor | None:
+        """(B,) keys that a query of each image meets beside those, and that cost no projection: the masked ones of a
+        window. They count, as in every published cost.
+        """
+        return None
 
     def before(self, batch: TokenBatch) -> TokenBatch:
         """Work that no reducer at the attention site sees (attention over time)."""
@@ -153,12 +185,15 @@ class StochasticDepth:
 
     rate: float
     scale_by_keep: bool = True
+    units: int = 1  # of an image, which share its fate
 
     def __call__(self, x: Tensor, layout: Layout) -> Tensor:
         keep = 1 - self.rate
-        images = torch.empty(layout.images, dtype=x.dtype, device=x.device).bernoulli_(keep)
+        images = torch.empty(layout.images // self.units, dtype=x.dtype, device=x.device).bernoulli_(keep)
         if keep > 0 and self.scale_by_keep:
             images = images / keep
+        if self.units > 1:
+            images = images.repeat_interleave(self.units)
         return x * images[layout.row_image, None]
 
 
@@ -311,6 +346,13 @@ class Host(ABC):
         return "they are a part of the embedding"
 
     @property
+    def regroups(self) -> bool:
+        """Whether blocks have units of their own (``HostBlock.grouping``). Then what a block costs does not follow from
+        the number of tokens alone, and a method that runs blocks itself is refused.
+        """
+        return False
+
+    @property
     def first_free(self) -> int:
         """The first block at which a reducer may act; all later ones take one too."""
         return self.embedded
@@ -444,9 +486,20 @@ class Host(ABC):
         """
         return None
 
-    def enter(self, block: int, batch: TokenBatch) -> TokenBatch:
-        """What lies before the first block of a later stage; the whole map of patches is needed."""
+    @property
+    def fill(self) -> str:
+        """The rule of ``reducers.restore`` by which the whole map is put together where a later stage begins."""
+        return "last"
+
+    def enter(self, block: int, batch: TokenBatch, whole: Callable[[], Tensor]) -> TokenBatch:
+        """What lies before the first block of a later stage: the tokens of its own grid, all of them. ``whole`` gives
+        the map of patches it is made of, (B, N0, D), with features in the places of those that were dropped.
+        """
         return batch
+
+    def parents(self, block: int, batch: TokenBatch) -> Tensor | None:
+        """(N0,) int64: the patch of that stage in which each of the stage before has its part; None: the grid stays."""
+        return None
 
     def enter_macs(self, block: int, batch: TokenBatch) -> Tensor | float:
         """Multiply-adds of it for each image, (B,) float64 or one number."""

@@ -49,31 +49,31 @@ class TimmHost(Host):
 
     def check(self) -> None:
         model = self.model
+        self.check_model("blocks")
+        if (drop := getattr(model, "patch_drop", None)) is not None and not isinstance(drop, nn.Identity):
+            raise UnsupportedModel(
+                "the model drops patches by itself (patch_drop_rate > 0); create it with patch_drop_rate=0"
+            )
+        self.check_restated()
+        for index, block in enumerate(model._modules["blocks"]._modules.values()):
+            assert block is not None
+            self.check_block(index, block)
+        check_pool(model)
+
+    def check_model(self, held: str) -> None:
+        """Refuse a model that is not of these kinds, or which rides on; ``held``: the name of what holds its blocks."""
+        model = self.model
         if type(model) not in self.kinds:
             refuse_type(model)
-        blocks = model._modules["blocks"]
-        if type(blocks) is not self.blocks_in:
-            raise UnsupportedModel(
-                f"the model holds its blocks in a {type(blocks).__name__}, not a {self.blocks_in.__name__}. "
-                f"{SUPPORTED}."
-            )
+        check_holder(model._modules[held], self.blocks_in, "the model")
         check_whole(model, "the model")
-        check_whole(blocks, "the model's blocks")
+        check_whole(model._modules[held], f"the model's {held}")
         replaced = [step for step in _STEPS if step in model.__dict__]
         if replaced:
             raise UnsupportedModel(
                 f"the model's {replaced[0]} was replaced by another function, which would be bypassed; undo that. "
                 f"{SUPPORTED}."
             )
-        if (drop := getattr(model, "patch_drop", None)) is not None and not isinstance(drop, nn.Identity):
-            raise UnsupportedModel(
-                "the model drops patches by itself (patch_drop_rate > 0); create it with patch_drop_rate=0"
-            )
-        self.check_restated()
-        for index, block in enumerate(blocks._modules.values()):
-            assert block is not None
-            self.check_block(index, block)
-        check_pool(model)
 
     def check_restated(self) -> None:
         """Refuse where the forward of a class that is restated was replaced for the whole process."""
@@ -219,6 +219,14 @@ class TimmHost(Host):
 
 
 # --- what is looked at ------------------------------------------------------------------------------------------------
+
+
+def check_holder(holder: Any, kind: type[nn.Module], owner: str) -> None:
+    """Refuse blocks that lie in another container."""
+    if type(holder) is not kind:
+        raise UnsupportedModel(
+            f"{owner} holds its blocks in a {type(holder).__name__}, not a {kind.__name__}. {SUPPORTED}."
+        )
 
 
 def check_pool(model: Any) -> None:

@@ -26,18 +26,24 @@ class PackedAttention:
         self.x = core.x  # (T, D), normed
         self.layout = core.layout
         self.keys_layout = core.keys_layout
-        if self.keys_layout is not self.layout and (key_bias is not None or alive is not None):
-            raise ReducerError(
-                "the keys of this model are no tokens, so attention to a token cannot be weighed by its size or a "
-                "mask: use proportional=False, and train without masks"
-            )
-        self.key_bias = key_bias
-        self.alive = alive  # (T,) under a training mask
+        self.key_bias = self._of_keys(key_bias, 0)
+        self.alive = self._of_keys(alive, 1)  # (K,) under a training mask
         self._given: Tensor | None = None  # a map to attend with, in place of the softmax
         self._fused: tuple[Tensor, ...] | None = None  # query, key and value of all rows, where all will be asked for
         self._all_queries: Tensor | None = None
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
+
+    def _of_keys(self, values: Tensor | None, fill: float) -> Tensor | None:
+        """What is told of each token, for its key."""
+        if values is None:
+            return None
+        if (found := self.core.to_keys(values, fill)) is None:
+            raise ReducerError(
+                "the keys of this model are no tokens, so attention to a token cannot be weighed by its size or a "
+                "mask: use proportional=False, and train without masks"
+            )
+        return found
 
     def _gradients(self) -> torch.set_grad_enabled:
         """As they were when the block began."""
@@ -144,9 +150,9 @@ class PackedAttention:
             logits = logits + self.pair_bias
         valid = keys.valid
         if self.alive is not None:
-            seen = layout.pad(self.alive.to(wide))[:, None, None]  # (B, 1, 1, L)
-            seen = seen + (1 - seen) * torch.eye(seen.shape[-1], dtype=wide, device=seen.device)
-            return masked_softmax(logits, seen, valid[:, None, None], -1) * valid[:, None, :, None]
+            seen = keys.pad(self.alive.to(wide))[:, None, None]  # (B, 1, 1, K)
+            seen = seen + (1 - seen) * torch.eye(layout.longest, seen.shape[-1], dtype=wide, device=seen.device)
+            return masked_softmax(logits, seen, valid[:, None, None], -1) * layout.valid[:, None, :, None]
         if layout.uniform is not None and keys.uniform is not None:
             return logits.softmax(dim=-1)
         logits = logits.masked_fill(~valid[:, None, None], torch.finfo(logits.dtype).min)
@@ -182,7 +188,7 @@ class PackedAttention:
         """``A @ V`` by the whole map, under a training mask or with a given map: (Tq, H d)."""
         layout, v = self.layout, self.values
         weights = F.dropout(self.map().to(v.dtype), dropout)
-        out = layout.unpad((weights @ layout.pad(v).transpose(1, 2)).transpose(1, 2)).flatten(1)
+        out = layout.unpad((weights @ self.keys_layout.pad(v).transpose(1, 2)).transpose(1, 2)).flatten(1)
         return out if rows is None else out.index_select(0, rows)
 
 

@@ -17,6 +17,7 @@ from reducers.lazy import cached_property
 from reducers.maps import Keep
 from reducers.reducer import State, TokenReducer
 from reducers.runtime.attention import PackedAttention
+from reducers.runtime.units import in_units, into_units, out_of_units
 from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
 from reducers.tokens import Layout, TokenBatch
@@ -42,7 +43,7 @@ class BlockSignals(Signals):
     @property
     def key_counts(self) -> Tensor:
         """(B,) keys of each image."""
-        return self.attention_core.keys_layout.lengths
+        return self.block.key_counts(self.batch)
 
     @property
     def computed_output(self) -> bool:
@@ -112,8 +113,10 @@ def members_of(reducer: TokenReducer | None) -> list[TokenReducer]:
     return reducer.members if isinstance(reducer, Stack) else [reducer]
 
 
-def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State) -> list[Decision]:
-    """What each reducer decides, on what those before it leave."""
+def decisions_of(
+    members: Sequence[TokenReducer], signals: Signals, state: State, block: HostBlock | None = None
+) -> list[Decision]:
+    """What each reducer decides, on what those before it leave; ``block`` may refuse it."""
     decisions: list[Decision] = []
     carried: Decision | None = None  # the latest that the signals have been taken through
     for member in members:
@@ -124,6 +127,8 @@ def decisions_of(members: Sequence[TokenReducer], signals: Signals, state: State
         if member.traits.uses_random:
             state = replace(state, draw=state.draw + 1)
         if decision is not None:
+            if block is not None:
+                block.allow(member.name, decision.map)
             decisions.append(decision)
     return decisions
 
@@ -134,10 +139,12 @@ def _carry_out(decisions: list[Decision], batch: TokenBatch) -> TokenBatch:
     return batch
 
 
-def _reduce_input(members: list[TokenReducer], batch: TokenBatch, state: State, tracer: Tracer | None) -> TokenBatch:
+def _reduce_input(
+    block: HostBlock, members: list[TokenReducer], batch: TokenBatch, state: State, tracer: Tracer | None
+) -> TokenBatch:
     """Reducers at the input site: they see the features that enter the block, and the block sees what they leave."""
     signals = InputSignals(batch, None if tracer is None else tracer.cost.spend)
-    return _carry_out(decisions_of(members, signals, state), batch)
+    return _carry_out(decisions_of(members, signals, state, block), batch)
 
 
 def _pure_selection(decisions: list[Decision]) -> Keep | None:
@@ -168,6 +175,9 @@ def run_block(
     ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
     the batch returned mean nothing.
     """
+    entered, grouping = batch, block.grouping(batch)
+    if grouping is not None:
+        batch, state = into_units(batch, grouping), in_units(state, grouping)
     batch, rows = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
     if not decide_only:
         batch = block.settle(batch)
@@ -175,8 +185,11 @@ def run_block(
     if tracer is not None:
         tracer.cost.block(
             block.cost, entering=rows.entering, keys=rows.keys, queries=rows.queries, leaving=batch.layout.lengths,
-            cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
+            cut_before_values=reducer is not None and reducer.traits.cuts_before_values, beside=rows.beside,
         )  # fmt: skip
+    if grouping is not None:
+        batch = out_of_units(batch, entered, grouping)
+    if tracer is not None:
         tracer.after_block(batch)
     return batch
 
@@ -195,11 +208,12 @@ def runs_as_it_is(batch: TokenBatch) -> bool:
 
 
 class Rows(NamedTuple):
-    """How many rows each part of a block's attention computed, (B,) each."""
+    """How many rows each part of a block's attention computed, (B,) each; of blocks with units of their own, (U,)."""
 
     entering: Tensor
     keys: Tensor
     queries: Tensor
+    beside: Tensor | None
 
 
 def _attend(
@@ -217,14 +231,14 @@ def _attend(
     """
     first = [member for member in members if member.traits.site == "input"]
     if first:
-        batch = _reduce_input(first, batch, state, tracer)
+        batch = _reduce_input(block, first, batch, state, tracer)
         state = replace(state, draw=sum(member.traits.uses_random for member in first))
     if tracer is not None and (fixed := block.fixed_macs(batch)) is not None:
         tracer.cost.both(fixed)
     batch = block.before(batch)
     entering = batch.layout.lengths
     signals = BlockSignals(block, batch, tracer)
-    decisions = decisions_of(members[len(first) :], signals, state)
+    decisions = decisions_of(members[len(first) :], signals, state, block)
     if record_attention or batch.received is not None:
         batch = replace(batch, received=signals.attention_received() if record_attention else None)
     selection = None if signals.computed_output else _pure_selection(decisions)
@@ -232,7 +246,7 @@ def _attend(
     if selection is not None and signals.counting and signals.attention_core.computed_all_queries:
         # a signal needed the queries of the others too
         signals.spend((entering - queries) * signals.cost.query_row)
-    rows = Rows(entering, signals.key_counts, queries)
+    rows = Rows(entering, signals.key_counts, queries, block.keys_beside(batch))
     if decide_only:
         return replace(batch, layout=decisions[-1].map.new if decisions else batch.layout), rows
     if selection is None:
@@ -242,10 +256,15 @@ def _attend(
 
 def account(host: Host, blocks: range, batch: TokenBatch, tracer: Tracer) -> None:
     """Book blocks that reduce nothing without running them: their tokens are known already, or nobody asks for them."""
-    tokens = batch.layout.lengths
     for index in blocks:
         block = host.block(index)
-        if (fixed := block.fixed_macs(batch)) is not None:
+        grouping = block.grouping(batch)
+        units = batch if grouping is None else into_units(batch, grouping)
+        tokens = units.layout.lengths
+        if (fixed := block.fixed_macs(units)) is not None:
             tracer.cost.both(fixed)
-        tracer.cost.block(block.cost, entering=tokens, keys=block.key_counts(batch), queries=tokens, leaving=tokens)
+        tracer.cost.block(
+            block.cost, entering=tokens, keys=block.key_counts(units), queries=tokens, leaving=tokens,
+            beside=block.keys_beside(units),
+        )  # fmt: skip
         tracer.after_block(batch)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.hosts import host_of
 from reducers.hosts.protocol import Grid, Host, Places
-from reducers.noise import image_keys
+from reducers.noise import image_keys, unit_keys
 from reducers.placement import Placement
 from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
 from reducers.restore import Restorer, with_prefix
@@ -228,14 +228,16 @@ class ReducedViT(nn.Module):
                     f"{', '.join(own)} ends with an output of its own, whose tokens have no places; ask for pooled "
                     "features (features(images)), or place another method"
                 )
-        if any(member.steps.prepares or member.steps.plans for member in members):
-            shared = None  # they look at the images in their own way first
-        run = _Pass(host, plan, members, tracer, shared, restorer, resized)
+        if len(host.stages) > 1 or any(member.steps.prepares or member.steps.plans for member in members):
+            shared = None  # its tokens tell one stage's costs; or they look at the images in their own way first
+        filler = Restorer(host.fill) if len(host.stages) > 1 and plan.at else None
+        run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler)
         index, batch, state = self._begin(run, images)
         depth = end = host.depth
-        if cost_only:  # the last reducer only decides, and nothing runs after it
+        counts_tell = cost_only and not host.regroups
+        if counts_tell:  # the last reducer only decides, and nothing runs after it
             end = max(plan.at, default=-1) + 1
-        batch = self._blocks(run, range(index, end), batch, state, decide_last=cost_only)
+        batch = self._blocks(run, range(index, end), batch, state, decide_last=counts_tell)
         if tracer is not None:
             account(host, range(max(index, end), depth), batch, tracer)
             tracer.cost.both(host.head_macs(batch.layout))
@@ -252,9 +254,7 @@ class ReducedViT(nn.Module):
         borders = [stage.first for stage in host.stages if stage.first > blocks.start]  # the first has been entered
         while index < end:
             if index in borders:
-                if run.tracer is not None:
-                    run.tracer.cost.both(host.enter_macs(index, batch))
-                batch = host.enter(index, batch)
+                batch = self._enter_stage(run, index, batch)
             if run.shared is not None and index == first:
                 run.shared.put(index, batch)
             idle = plan.next(index, end)
@@ -266,8 +266,9 @@ class ReducedViT(nn.Module):
                 batch = self._block(
                     run, batch, replace(state, block=index), decide_only=decide_last and index == end - 1
                 )
-                if run.restorer is not None and index in plan.at:
-                    run.restorer.after_block(index, entering, batch)
+                if index in plan.at:
+                    for restorer in run.restorers:
+                        restorer.after_block(index, entering, batch)
                 index += 1
                 continue
             batch = after
@@ -275,6 +276,22 @@ class ReducedViT(nn.Module):
                 account(host, range(index, idle), batch, run.tracer)
             index = idle
         return batch
+
+    def _enter_stage(self, run: _Pass, index: int, batch: TokenBatch) -> TokenBatch:
+        """What lies before the first block of a later stage, whose patches are all there whatever was dropped."""
+        host, tracer = run.host, run.tracer
+        if tracer is not None:
+            tracer.cost.both(host.enter_macs(index, batch))
+            tracer.enter(host.parents(index, batch))
+
+        def whole() -> Tensor:
+            assert run.filler is not None
+            return run.filler.restore(batch, lambda x: x, self._acting)
+
+        entered = host.enter(index, batch, whole)
+        for restorer in run.restorers:
+            restorer.forget()
+        return entered if batch.origin is None else entered.with_origin()
 
     def _begin(self, run: _Pass, images: Tensor) -> tuple[int, TokenBatch, State]:
         """All that comes before the blocks: the first one to run, the tokens that enter it, what reducers may know."""
@@ -294,6 +311,7 @@ class ReducedViT(nn.Module):
         if run.tracer is not None and plain.spent is not None:
             run.tracer.cost.spend(plain.spent)
         initial = batch.layout.uniform[0] - host.prefix
+        keys = None if keys is None else unit_keys(keys, batch.units)
         return index, batch, State(
             0, host.depth, initial, grid, keys, self.training, plans, tracer=run.tracer, notes={}
         )  # fmt: skip
@@ -305,7 +323,7 @@ class ReducedViT(nn.Module):
         host, tracer, carrier = run.host, run.tracer, None
         known = None if run.shared is None else run.shared.latest(run.plan.first(host.depth))
         if known is None:
-            detailed = run.shared is not None or run.restorer is not None or (tracer is not None and tracer.detail)
+            detailed = run.shared is not None or bool(run.restorers) or (tracer is not None and tracer.detail)
             track = detailed or any(member.traits.uses_positions for member in run.members)
             batch = host.embed(images, resized=resized is not None or run.resized, track=track)
             if resized is not None and track:  # told in the patches of the image as it was given
@@ -355,6 +373,11 @@ class _Pass:
     shared: Shared | None
     restorer: Restorer | None = None
     resized: bool = False
+    filler: Restorer | None = None  # puts the map together where a later stage begins
+
+    @property
+    def restorers(self) -> list[Restorer]:
+        return [each for each in (self.restorer, self.filler) if each is not None]
 
 
 def _as_given(host: Host, batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:

@@ -15,15 +15,33 @@ def check_plan(host: Host, plan: Plan) -> None:
     check_blocks(plan.at, host.depth)
     _check_embedding(host, plan)
     _check_class_token(host, plan)
+    if host.regroups:
+        _check_regrouped(host, plan)
     if any(member.steps.attaches for member in plan.members):
         attach(host, plan)
 
 
 def attach(host: Host, plan: Plan) -> None:
     """Let every reducer that has parameters make them for this model; those that have them already keep them."""
-    model = PlainModel(host)
     for member, blocks in plan.blocks.items():
-        member.join(model, blocks)
+        stages = list(dict.fromkeys(stage_of(block, host.stages) for block in blocks))
+        if member.steps.attaches and len(stages) > 1:
+            raise ReducerError(
+                f"{member.name} has parameters of one width, and its blocks lie in {len(stages)} stages of this "
+                f"{type(host.model).__name__}; place it in one, or one of its own in each: at(…) | at(…)"
+            )
+        member.join(PlainModel(host, stages[0] if len(host.stages) > 1 else None), blocks)
+
+
+def _check_regrouped(host: Host, plan: Plan) -> None:
+    """Refuse reducers that do more than decide in a model whose blocks form units of their own."""
+    for block, member in plan.acts:
+        if not member.only_decides:
+            raise ReducerError(
+                f"{member.name} at block {block} runs blocks, plans or ends by itself on whole images, and every block "
+                f"of this {type(host.model).__name__} forms units of its own (windows); place a method that only "
+                "decides"
+            )
 
 
 def _check_embedding(host: Host, plan: Plan) -> None:

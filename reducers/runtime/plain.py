@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reducers.decision import Decision
-from reducers.hosts.protocol import Grid, Host
+from reducers.hosts.protocol import Grid, Host, Stage
 from reducers.reducer import State, TokenReducer
 from reducers.runtime.block import run_block
 from reducers.signals import Signals
@@ -63,20 +63,32 @@ def run_unreduced(
         yield batch
 
 
+def _facts(host: Host, stage: Stage) -> dict[str, Any]:
+    """The facts of a host that are a stage's."""
+    patches = None if stage.grid is None else stage.grid[0] * stage.grid[1]
+    shape = (stage.width, stage.heads, host.depth, stage.prefix, stage.grid)
+    return {
+        "width": stage.width, "heads": stage.heads, "prefix": stage.prefix, "has_class_token": stage.has_class_token,
+        "grid": stage.grid, "patches": patches, "shape": shape,
+    }  # fmt: skip
+
+
 class PlainModel:
     """The model without its reducers: every fact of its ``Host``, and its attention. Made for one forward pass.
 
-    What is computed for a reducer here is booked as that reducer's own work.
+    What is computed for a reducer here is booked as that reducer's own work. ``stage``: the one whose sizes are told as
+    the model's, where it has several.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, stage: Stage | None = None) -> None:
         self.host = host
+        self._told: dict[str, Any] = {} if stage is None else _facts(host, stage)
         self.spent: Tensor | None = None  # (B,) multiply-adds of what was asked so far
 
     def __getattr__(self, name: str) -> Any:
-        if name == "host":  # of a copy that is being made
+        if name in ("host", "_told"):  # of a copy that is being made
             raise AttributeError(name)
-        return getattr(self.host, name)
+        return self._told[name] if name in self._told else getattr(self.host, name)
 
     @property
     def base(self) -> Any:
