@@ -141,6 +141,7 @@ class Mix(TokenMap):
     """A dense W for each image (PatchMerger, Sinkhorn, STViT, and what comes of composing with one)."""
 
     weights: Tensor  # (B, M, N) padded over all tokens, prefix rows included
+    continued: Tensor | None = None  # (M,) packed old row that lives on in each new one, where that is known (GTP)
 
     def apply(self, x: Tensor) -> Tensor:
         flat = x.flatten(1) if x.dim() > 1 else x[:, None]
@@ -160,6 +161,8 @@ class Mix(TokenMap):
 
     @cached_property
     def source(self) -> Tensor:
+        if self.continued is not None:
+            return self.continued
         if self.old.longest == 0:
             return torch.full((self.new.rows,), -1, dtype=torch.int64, device=self.weights.device)
         largest, where = self.weights.max(dim=2)  # (B, M)

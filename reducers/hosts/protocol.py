@@ -138,6 +138,7 @@ class HostBlock(ABC):
 
     def allow(self, reducer: str, token_map: TokenMap) -> None:
         """Refuse what a reducer, by its name, decides in this block and the model cannot go on with."""
+        return
 
     def fixed_macs(self, batch: TokenBatch) -> Tensor | None:
         """Multiply-adds beside attention and MLP, (B,) float64: ``before``, convolutions; None: there are none."""
@@ -487,9 +488,14 @@ class Host(ABC):
         return None
 
     @property
+    def borders(self) -> list[int]:
+        """First blocks of the stages that the runtime enters (``enter``)."""
+        return [stage.first for stage in self.stages if stage.first > self.embedded]
+
+    @property
     def fill(self) -> str:
         """The rule of ``reducers.restore`` by which the whole map is put together where a later stage begins."""
-        return "last"
+        return self.chosen.get("fill", "last")
 
     def enter(self, block: int, batch: TokenBatch, whole: Callable[[], Tensor]) -> TokenBatch:
         """What lies before the first block of a later stage: the tokens of its own grid, all of them. ``whole`` gives

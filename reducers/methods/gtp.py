@@ -150,4 +150,4 @@ class GTP(TokenReducer):
             signals.spend(reduces * kept * (layout.lengths - kept) * x.shape[1])
             if self.graph == "cosine":
                 signals.spend(reduces * layout.lengths.double() ** 2 * x.shape[1])
-        return Decision(Mix(layout, keep.new, weights), features, proportional=True)
+        return Decision(Mix(layout, keep.new, weights, keep.rows), features, proportional=True)

@@ -228,9 +228,9 @@ class ReducedViT(nn.Module):
                     f"{', '.join(own)} ends with an output of its own, whose tokens have no places; ask for pooled "
                     "features (features(images)), or place another method"
                 )
-        if len(host.stages) > 1 or any(member.steps.prepares or member.steps.plans for member in members):
+        if host.borders or any(member.steps.prepares or member.steps.plans for member in members):
             shared = None  # its tokens tell one stage's costs; or they look at the images in their own way first
-        filler = Restorer(host.fill) if len(host.stages) > 1 and plan.at else None
+        filler = Restorer(host.fill) if host.borders and plan.at else None
         run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler)
         index, batch, state = self._begin(run, images)
         depth = end = host.depth
