@@ -21,6 +21,7 @@ TYPES: dict[str, str] = {
     "timm.models.beit.Beit": "reducers.hosts.timm_beit",
     "timm.models.naflexvit.NaFlexVit": "reducers.hosts.timm_naflex",
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "reducers.hosts.timm_relpos",
+    "timm.models.swin_transformer.SwinTransformer": "reducers.hosts.timm_swin",
     "transformers.models.vit.modeling_vit.ViTModel": "reducers.hosts.hf_vit",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": "reducers.hosts.hf_vit",
     "transformers.models.deit.modeling_deit.DeiTModel": "reducers.hosts.hf_vit",
@@ -47,9 +48,9 @@ _TOWERS = ("clip.modeling_clip.CLIPModel", "siglip.modeling_siglip.SiglipModel")
 
 SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
-    "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos and NaFlexVit "
-    "whose blocks and attentions are those of docs/families.md; and transformers' ViT, DeiT, DINOv2, DINOv3 ViT, CLIP "
-    "and SigLIP vision models"
+    "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos, NaFlexVit and "
+    "SwinTransformer whose blocks and attentions are those of docs/families.md; and transformers' ViT, DeiT, DINOv2, "
+    "DINOv3 ViT, CLIP and SigLIP vision models"
 )
 
 

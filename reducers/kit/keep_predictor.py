@@ -206,6 +206,11 @@ class PredictedKeep(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """One predictor for each stage."""
+        if len(blocks) > 1 and host.regroups:
+            raise ReducerError(
+                f"the stages of {self.name} follow from one another image by image, and every block of this model "
+                "forms windows of its own; place it at one block"
+            )
         self.predictors = nn.ModuleDict({str(block): KeepPredictor(host.width) for block in blocks})
 
     def dropped(self, signals: Signals, kept: Keep) -> Decision:
