@@ -546,7 +546,7 @@ NOT_DRIVEN = {  # timm's further transformers: module -> entry points, every one
     "cait": 10, "coat": 8, "convit": 3, "crossvit": 11, "davit": 8, "deepseek_vit": 3, "efficientformer": 3,
     "efficientformer_v2": 4, "gcvit": 5, "gemma4_vit": 4, "hiera": 8, "hieradet_sam2": 5, "levit": 20, "maxxvit": 58,
     "mobilevit": 10, "mvitv2": 8, "nest": 6, "nextvit": 3, "pit": 8, "pvt_v2": 7, "qwen3_vit": 9,
-    "swin_transformer": 9, "swin_transformer_v2": 12, "swin_transformer_v2_cr": 16, "tiny_vit": 5, "tnt": 3,
+    "swin_transformer_v2": 12, "swin_transformer_v2_cr": 16, "tiny_vit": 5, "tnt": 3,
     "twins": 6, "visformer": 2, "vision_transformer_sam": 4, "volo": 11, "xcit": 28,
 }  # fmt: skip
 
