@@ -27,6 +27,7 @@ class Trace:
     _owner: list[Tensor]
     _kept: list[Tensor]
     _class_kept: list[Tensor]
+    lies: Tensor | None = None  # (B, N0) int64: the patch in which each original token lies; None: that of its number
 
     def owner(self, block: int) -> Tensor:
         """(B, N0) int64: which token (its place in its image, prefix included) leaving the block carries each
@@ -41,6 +42,15 @@ class Trace:
         the patch still has a row of its own after the block (of a merged group its heaviest member).
         """
         return self._kept[block]
+
+    def covered(self, block: int) -> Tensor:
+        """(B, N0) bool: a token that ``kept`` tells of lies in the patch. The same as ``kept``, but for models that
+        sample their tokens where they like (PS-ViT): several may lie in one patch, and none in another.
+        """
+        kept = self.kept(block)
+        if self.lies is None:
+            return kept
+        return torch.zeros_like(kept, dtype=torch.int64).scatter_add_(1, self.lies, kept.long()) > 0
 
     def class_kept(self, block: int) -> Tensor:
         """(B,) bool: the class token (of a clip, that of each frame) is still there after the block; False for a model
@@ -66,6 +76,7 @@ class Tracer:
         self._kept: list[Tensor] = []
         self._class_kept: list[Tensor] = []
         self._place: Tensor | None = None  # (N0,) the patch of the stage that has each of the first one's in it
+        self._lies: Tensor | None = None
 
     def start(self, batch: TokenBatch) -> None:
         """Before the first block that runs, with nothing reduced yet; where details are asked for,
@@ -73,6 +84,7 @@ class Tracer:
         """
         self.cost = CostMeter(batch.samples, batch.x.device)
         self._tokens.append(_of_samples(batch, batch.layout.lengths))
+        self._lies = batch.lies
 
     def enter(self, parents: Tensor | None) -> None:
         """A later stage begins, with the patches told by ``Host.parents``; original patches stay the first stage's."""
@@ -112,5 +124,5 @@ class Tracer:
         cost = self.cost
         return Trace(
             torch.stack(self._tokens, dim=1), cost.executed, cost.reducer, cost.reference,
-            self._owner, self._kept, self._class_kept,
+            self._owner, self._kept, self._class_kept, self._lies,
         )  # fmt: skip

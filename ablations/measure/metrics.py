@@ -43,7 +43,7 @@ def batch_columns(trace: Trace, *, depth: int) -> dict[str, np.ndarray]:
     """What a trace says of the images of a batch, whatever was asked; names with a leading underscore are for the
     summary alone.
     """
-    kept = torch.stack([trace.kept(block) for block in range(depth)], dim=1)  # (B, depth, N0)
+    kept = torch.stack([trace.covered(block) for block in range(depth)], dim=1)  # (B, depth, N0)
     columns = {
         "gmacs": trace.macs / GIGA,
         "tokens": trace.tokens,

@@ -62,5 +62,9 @@ def normalise(images: Tensor) -> Tensor:
 def save_weights(model: torch.nn.Module, name: str, folder: Path) -> Path:
     """Write the weights as float16 safetensors, as they are shipped."""
     path = folder / f"{name}.safetensors"
-    save_file({key: value.detach().half().contiguous().cpu() for key, value in model.state_dict().items()}, path)
+    kept = {  # counters of batches stay whole numbers
+        key: (value.half() if value.is_floating_point() else value).contiguous().cpu()
+        for key, value in model.state_dict().items()
+    }
+    save_file(kept, path)
     return path

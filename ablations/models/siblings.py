@@ -1,0 +1,53 @@
+"""The small siblings of CvT and PS-ViT that read the embedded scenes, with weights that belong to the package.
+
+Both read the digit pairs, 64 x 64 grey pixels, and show a reducer 64 tokens and a class token. transformers, which has
+CvT, is imported when that one is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ablations.models.weight_files import ModelError
+
+CLASSES = 10
+CVT, PS_VIT = "digits_cvt_tiny", "digits_ps_vit_tiny"
+
+
+def _cvt() -> nn.Module:
+    """transformers' CvT: 16 x 16 tokens, then 8 x 8, then ten blocks on 8 x 8 with a class token, width 64."""
+    try:
+        from transformers import CvtConfig, CvtForImageClassification
+    except ImportError as error:
+        raise ModelError(
+            f"{CVT} is a model of transformers, which is not installed: pip install 'sievit[hf]'"
+        ) from error
+    config = CvtConfig(
+        num_channels=1,
+        patch_sizes=[7, 3, 3],
+        patch_stride=[4, 2, 1],
+        patch_padding=[2, 1, 1],
+        embed_dim=[32, 64, 64],
+        num_heads=[1, 2, 2],
+        depth=[1, 2, 10],
+        mlp_ratio=[4.0, 4.0, 4.0],
+        attention_drop_rate=[0.0, 0.0, 0.0],
+        drop_rate=[0.0, 0.0, 0.0],
+        drop_path_rate=[0.0, 0.0, 0.0],
+        num_labels=CLASSES,
+    )
+    return CvtForImageClassification(config)
+
+
+def _ps_vit() -> nn.Module:
+    """8 x 8 points on a map of 16 x 16: four sampling layers, then eight with a class token, width 64."""
+    from reducers.backbones.ps_vit import PSViT
+
+    return PSViT(
+        img_size=64, points=8, in_chans=1, num_classes=CLASSES, embed_dim=64, depth=12, num_heads=2, stem=(32, 32, 64)
+    )
+
+
+SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit}
