@@ -394,8 +394,8 @@ class TokenBatch:
     alive: Tensor | None = field(default=None, metadata=_how("what lives"))
     # (B, N0) packed row that carries each original patch of a sample, -1 = dropped; kept while tracing
     origin: Tensor | None = field(default=None, metadata=_how("destination"))
-    # (B, N0) patch of the image in which each original token lies, where it is another than the token's own number; kept
-    # while tracing
+    # (B, N0) patch of the image in which each original token lies, where that is not the one of its number; kept while
+    # tracing
     lies: Tensor | None = None
     tables: Any = None  # what a host has made for its blocks in this pass, such as a table of rotations by place
     units: Units | None = None  # whose parts the images of the layout are; None: they are the samples themselves

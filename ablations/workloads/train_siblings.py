@@ -2,8 +2,8 @@
 
 The recipe, and why: from random weights on the digit pairs, where every scene shows three or four digits, so that the
 token labels (each token is also told which digit lies where it looks, or background: *token labelling*, Jiang et al.,
-NeurIPS 2021) teach reading fast, and the label of the scene follows. CvT's tokens lie on the grid of patches; a token of
-PS-ViT is told what lies around the point where it was sampled last. Muon (in float32) on the matrices, AdamW on the
+NeurIPS 2021) teach reading fast, and the label of the scene follows. CvT's tokens lie on the grid of patches; a token
+of PS-ViT is told what lies around the point where it was sampled last. Muon (in float32) on the matrices, AdamW on the
 rest (timm's), float32: bfloat16 is no help to a CPU without units for it. No token is dropped in training.
 """
 

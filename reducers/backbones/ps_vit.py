@@ -27,14 +27,13 @@ _PARTS = {"transformer_layer": "block", "offset_layer": "offset"}
 def sample(features: Tensor, points: Tensor) -> Tensor:
     """(B, N, D) the map (B, D, h, w) at the points (B, N, 2), bilinear between the centres of cells.
 
-    Beyond the map it is zero, and the last cell fades out over the width of one cell.
+    Beyond the map it is zero, and the last cell fades out over the width of one cell. The map has two rows and columns
+    at least.
     """
     height, width = features.shape[-2:]
     y, x = points.to(features.dtype).unbind(-1)
-    # grid_sample counts from -1 to 1 between the outermost centres; a map of one cell has no distance to count in
-    x = 2 * x / max(width - 1, 1) - 1 if width > 1 else 2 * x
-    y = 2 * y / max(height - 1, 1) - 1 if height > 1 else 2 * y
-    grid = torch.stack([x, y], dim=-1).unsqueeze(2)  # (B, N, 1, 2)
+    # grid_sample counts from -1 to 1 between the outermost centres
+    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1).unsqueeze(2)  # (B, N, 1, 2)
     found = F.grid_sample(features, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return found.squeeze(3).transpose(1, 2)
 
@@ -104,8 +103,11 @@ class PSViT(nn.Module):
         super().__init__()
         self.img_size = _both(img_size)
         self.points = _both(points)
-        if any(side % SHRINK for side in self.img_size):
-            raise ValueError(f"img_size={img_size} must be a multiple of {SHRINK}: the stem makes a map that much smaller")
+        if any(side % SHRINK or side < 2 * SHRINK for side in self.img_size):
+            raise ValueError(
+                f"img_size={img_size} must be a multiple of {SHRINK}, and {2 * SHRINK} at least: the stem makes a map "
+                "that much smaller, and points lie between its cells"
+            )
         if not 1 <= samplings < depth:
             raise ValueError(f"samplings={samplings} of depth={depth}: one step at least, and a layer after the last")
         self.in_chans = in_chans
