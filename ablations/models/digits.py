@@ -1,4 +1,4 @@
-"""The small ViTs that read the embedded scenes, with weights that belong to the package."""
+"""The small models that read the embedded scenes, with weights that belong to the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
+
+from ablations.models.siblings import SIBLINGS
 
 EMBEDDED, EMBEDDED_V1 = "embedded", "embedded:v1"  # workloads: digit pairs, and the older cluttered digits
 CANVAS = 64  # pixels per side of a scene
@@ -27,10 +29,15 @@ FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "digits_hvt_small": {**MODELS["digits_vit_small"], **_HVT},
     "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
 }
-KNOWN = {**MODELS, **PAIRS_MODELS, **FROM_SCRATCH}
+_VITS = {**MODELS, **PAIRS_MODELS, **FROM_SCRATCH}
+KNOWN = (*_VITS, *SIBLINGS)
 SHIPPED: dict[str, tuple[str, ...]] = {  # by workload, the models whose weights read its scenes; the main one first
     EMBEDDED: tuple(PAIRS_MODELS),
     EMBEDDED_V1: tuple(MODELS),
+}
+READS = {  # by model, the workload whose scenes its shipped weights read
+    **{model: workload for workload, models in SHIPPED.items() for model in models},
+    **dict.fromkeys(SIBLINGS, EMBEDDED),
 }
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -38,8 +45,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 def create_digits_model(name: str) -> VisionTransformer:
     """A plain timm ``VisionTransformer`` for 64 x 64 grey scenes in 8 x 8 patches, with random weights."""
     return VisionTransformer(
-        img_size=CANVAS, patch_size=PATCH, in_chans=1, num_classes=CLASSES, depth=12, **KNOWN[name]
+        img_size=CANVAS, patch_size=PATCH, in_chans=1, num_classes=CLASSES, depth=12, **_VITS[name]
     )
+
+
+def create_known(name: str) -> nn.Module:
+    """Any of ``KNOWN``, with random weights."""
+    return SIBLINGS[name]() if name in SIBLINGS else create_digits_model(name)
 
 
 def digits_input() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
-from ablations.models import digits, hf
+from ablations.models import digits, hf, paper, siblings
 from ablations.models.hub import hub_file
 from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
 from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights
@@ -75,8 +75,12 @@ def check_model(name: str) -> None:
     elif known.what in digits.KNOWN:
         if known.size is not None:
             raise ModelError(f"{known.what} reads scenes of {digits.CANVAS} px and no others: leave IMG_SIZE out")
-    else:
+    elif not _is_paper(known):
         _described(known)
+
+
+def _is_paper(name: ModelName) -> bool:
+    return not name.source and name.what in paper.PAPER
 
 
 def _described(name: ModelName, cache: Path | None = None) -> _Described:
@@ -84,7 +88,7 @@ def _described(name: ModelName, cache: Path | None = None) -> _Described:
     if name.source:
         return _elsewhere(name, cache)
     if not timm.is_model(name.what):
-        every = [*digits.KNOWN, *timm.list_models()]
+        every = [*digits.KNOWN, *paper.PAPER, *timm.list_models()]
         near = difflib.get_close_matches(name.what.split(".")[0], every, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists the names"
         raise ModelError(f"unknown model {name.what!r}: {hint}")
@@ -122,6 +126,8 @@ def input_config(name: str) -> dict[str, Any]:
         return hf.input_of(known, hf.config_of(known))
     if known.what in digits.KNOWN:
         return digits.digits_input()
+    if _is_paper(known):
+        return paper.input_of(known.what, known.size)
     found = dict(resolve_data_config(pretrained_cfg=_described(known).config.to_dict()))
     return found if known.size is None else {**found, "input_size": (found["input_size"][0], *known.size)}
 
@@ -142,7 +148,9 @@ def head_classes(name: str, *, weights: str | None, headless: bool = False) -> i
         if rows is not None or (headless and known.source != TRANSFORMERS):
             return rows or 0
     if own:
-        return digits.create_digits_model(known.what).num_classes
+        return digits.CLASSES
+    if _is_paper(known):
+        return paper.CLASSES
     if known.source == TRANSFORMERS:
         classes = hf.classes_of(known, hf.config_of(known))
     else:
@@ -188,6 +196,11 @@ def open_model(
         model, kind = _from_file(name, user_path(weights), classes=head), "file"
     elif name in digits.KNOWN:
         model, kind = _from_file(name, _shipped(name), classes=head), "embedded"
+    elif _is_paper(parse_model_name(name)):
+        raise ModelError(
+            f"{name} comes without weights, as its authors' are not in a form that is read without running code: give "
+            "WEIGHTS=file.safetensors (docs/backbones.md), or WEIGHTS=random"
+        )
     else:
         known = parse_model_name(name)
         loads = _from_transformers if known.source == TRANSFORMERS else _from_timm
@@ -201,7 +214,7 @@ def _check_reads(workload: str, name: str, weights: str | None) -> None:
     """Refuse a model that has another input than the embedded scenes, or shipped weights that read the other set."""
     if name not in digits.KNOWN:
         raise ModelError(embedded_needs(name, workload))
-    home = next((other for other, models in digits.SHIPPED.items() if name in models), workload)
+    home = digits.READS.get(name, workload)
     if weights is None and home != workload:
         raise ModelError(
             f"the shipped weights of {name} read the scenes of WORKLOAD={home}, not those of {workload}: use "
@@ -238,10 +251,12 @@ def create_model(name: str, *, classes: int | None = None) -> nn.Module:
     if known.source == TRANSFORMERS:
         return hf.create(known, hf.config_of(known), classes=classes)
     if known.what in digits.KNOWN:
-        model = digits.create_digits_model(known.what)
+        model = digits.create_known(known.what)
         if classes == 0:
-            model.reset_classifier(0)
+            siblings.without_classifier(model)
         return model
+    if _is_paper(known):
+        return paper.create(known.what, size=known.size, classes=classes)
     described = _described(known)
     if known.source and classes is None:
         classes = described.config.num_classes
@@ -271,7 +286,9 @@ def _from_file(name: str, path: Path, *, classes: int | None) -> nn.Module:
         config = hf.config_of(known)
         return _seeded(0, lambda: hf.load_file(known, config, weights, str(path)))
     model = _seeded(0, lambda: create_model(name, classes=classes))
-    if known.size is not None:
+    if _is_paper(known):
+        weights = dict(paper.adopted(model, weights))
+    elif known.size is not None:
         weights = hf.resampled(weights, model)
     load_into(model, weights, name=name, source=str(path))
     return model
@@ -309,7 +326,9 @@ def _from_timm(name: ModelName, cache: Path | None) -> nn.Module:
 def _file_head(name: ModelName, path: Path) -> int | None:
     """Rows of the classifier in a weights file, or None where it has none under the model's name for it."""
     if name.what in digits.KNOWN:
-        classifier: Any = "head"
+        classifier: Any = siblings.CLASSIFIER.get(name.what, "head")
+    elif _is_paper(name):
+        classifier = "head"
     else:
         classifier = hf.CLASSIFIER if name.source == TRANSFORMERS else _described(name).config.classifier
     first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier

@@ -7,12 +7,14 @@ CvT, is imported when that one is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from ablations.models.weight_files import ModelError
 
 CLASSES = 10
+CLASSIFIER = {"digits_cvt_tiny": "classifier"}  # where it is not called "head"
 CVT, PS_VIT = "digits_cvt_tiny", "digits_ps_vit_tiny"
 
 
@@ -48,6 +50,14 @@ def _ps_vit() -> nn.Module:
     return PSViT(
         img_size=64, points=8, in_chans=1, num_classes=CLASSES, embed_dim=64, depth=12, num_heads=2, stem=(32, 32, 64)
     )
+
+
+def without_classifier(model: Any) -> None:
+    """Take the classifier away: what is left gives the features that it reads."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(0)
+    else:
+        model.classifier = nn.Identity()
 
 
 SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit}
