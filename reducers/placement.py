@@ -17,7 +17,7 @@ from reducers.registry import build
 from reducers.schedule import Listed, Schedule, Scheduled, parse_schedule
 from reducers.stack import Stack
 
-_FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all", "every 2 from 1", {last: 0.75} or {thirds: true}'
+_FORMS = 'blocks are written 3, [3, 6, 9], "3-11", "all", "every 2 from 1", {last: 0.75}, {thirds: true} or {from: 3}'
 _LATER = re.compile(r"\s*every\s+(\d{1,4})(?:\s+from\s+(\d{1,4}))?\s*")
 _RANGE = re.compile(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?")  # no network has as many, and a range is written out
 
@@ -87,7 +87,25 @@ class Thirds:
         return {"thirds": True}
 
 
-Later = Onwards | Last | Thirds  # blocks that are known once the network is
+@dataclass(frozen=True)
+class Earliest:
+    """One block: this one, or where it takes no reducer the first one that does."""
+
+    block: int
+
+    def within(self, depth: int, first: int = 0) -> tuple[int, ...]:
+        """The block in a network of ``depth`` whose reducers may act from block ``first`` on."""
+        block = max(self.block, first)
+        if not block < depth:
+            raise _outside(self.block, depth)
+        return (block,)
+
+    def spec(self) -> dict[str, Any]:
+        """As a spec has it."""
+        return {"from": self.block}
+
+
+Later = Onwards | Last | Thirds | Earliest  # blocks that are known once the network is
 Where = tuple[int, ...] | Later
 Part = tuple[Where, TokenReducer | Scheduled]
 
@@ -275,19 +293,24 @@ def _with_schedule(reducer: TokenReducer, schedule: object, function: str) -> To
 
 
 def parse_blocks(where: Any, depth: int, first: int = 0) -> list[int]:
-    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9", "all", "every 2 from 1", {"last": 0.75} or
-    {"thirds": True}. ``first``: the first block where the network lets a reducer act.
+    """Blocks as written in a spec: 3, [3, 6, 9], "3-11", "3, 6, 9", "all", "every 2 from 1", {"last": 0.75},
+    {"thirds": True} or {"from": 3}. ``first``: the first block where the network lets a reducer act.
     """
     read = _read_blocks(where)
     return list(read.within(depth, first) if isinstance(read, Later) else read)
 
 
-def _portion(where: Mapping[str, Any]) -> Last | Thirds:
-    """``{"last": 0.75}`` or ``{"thirds": True}``"""
+def _portion(where: Mapping[str, Any]) -> Last | Thirds | Earliest:
+    """``{"last": 0.75}``, ``{"thirds": True}`` or ``{"from": 3}``"""
     if set(where) == {"thirds"}:
         if where["thirds"] is not True:
             raise ReducerError(f"{dict(where)!r} says nothing; write {{thirds: true}}, or name blocks")
         return Thirds()
+    if set(where) == {"from"}:
+        block = whole_number(where["from"])
+        if block is None or block < 0:
+            raise ReducerError(f"{{from: {where['from']!r}}} is no block; write {{from: 3}}")
+        return Earliest(block)
     if set(where) != {"last"}:
         raise ReducerError(f"{_FORMS}; got {dict(where)!r}")
     return Last(_share_of_blocks(where["last"]))

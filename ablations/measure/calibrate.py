@@ -19,7 +19,7 @@ from torch import Tensor
 from ablations.measure.context import TrialContext, spans, use_exact_float32
 from ablations.measure.failures import halving
 from ablations.trial.free_settings import free_kinds, ladder, setting_label, settle
-from ablations.trial.stages import Stages
+from ablations.trial.stages import AS_USUAL, HostOptions, Stages
 from ablations.trial.trial import Solution, Trial, TrialError
 from reducers import Placement, placement_from, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
@@ -64,7 +64,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
         context.beat()
         key = (trial.family, str(rungs[rung]))
         if key not in context.probes:
-            context.probes[key] = mean_cost(placed(rung), context, seed=trial.seed)
+            context.probes[key] = mean_cost(placed(rung), context, seed=trial.seed, host=trial.host)
         return float(context.probes[key])
 
     found = search(cost, len(rungs), goal)
@@ -105,14 +105,14 @@ def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:
     return Found(best, known[best], len(known), inside, ends)
 
 
-def mean_cost(placement: Placement, context: TrialContext, *, seed: int) -> float:
+def mean_cost(placement: Placement, context: TrialContext, *, seed: int, host: HostOptions = AS_USUAL) -> float:
     """Mean GMACs per calibration image; one image is enough for a method that treats all alike.
 
     Where the GPU's memory runs out, with half as many images at once from then on: what an image costs does not depend
     on those beside it.
     """
     use_exact_float32()
-    fast = reduce_tokens(context.model, placement).to(context.device).eval()
+    fast = reduce_tokens(context.model, placement, host=host.data).to(context.device).eval()
     if not any(member.traits.adaptive for member in fast.members()):
         return cost_of(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
     return halving(

@@ -104,6 +104,7 @@ def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, param
         classes=host.classes,
         class_token=host.has_class_token,
         first_free=host.first_free,
+        options=dict(host.options),
     )
 
 

@@ -30,7 +30,7 @@ from ablations.measure.context import (
 )
 from ablations.measure.failures import DeviceError, again, device_lost, in_words
 from ablations.measure.metrics import batch_columns, finite, image_columns, summary
-from ablations.trial.trial import Solution, Trial, TrialError, TrialResult, base_row, failed
+from ablations.trial.trial import Solution, Trial, TrialError, TrialResult, base_row, failed, trained_together
 from reducers import Identity, at, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
 
@@ -130,7 +130,7 @@ class _Run:
         placement = placed.stages.placement(context.facts.depth)
         if self.tuned is not None:
             placement = self.tuned.load_reducers(placement)
-        self.fast: ReducedViT = reduce_tokens(context.model, placement).to(context.device).eval()
+        self.fast: ReducedViT = reduce_tokens(context.model, placement, host=trial.host.data).to(context.device).eval()
         self._random = _random_state(context.device)
 
     def _calibrated(self, context: TrialContext) -> Trial:
@@ -201,7 +201,7 @@ def _evaluate(
     trials: Sequence[Trial], context: TrialContext, report: Report | None, *, at_once: int | None = None
 ) -> list[_Run]:
     """All trials, batch by batch, each up to its end or its own failure; ``at_once`` images instead of the planned."""
-    if len({(trial.model, trial.training, trial.batch) for trial in trials}) != 1:
+    if len({trained_together(trial) for trial in trials}) != 1:
         raise ValueError("trials that are evaluated together have one model, one training and one batch size")
     use_exact_float32()
     at_once = at_once or trials[0].batch
@@ -226,7 +226,7 @@ def _evaluate(
 
 def _finetuned(runs: Sequence[_Run], context: TrialContext, report: Report | None) -> TrialContext:
     """The context with the weights that the trials are evaluated with."""
-    training = runs[0].trial.training
+    training, host = runs[0].trial.training, runs[0].trial.host
     if not training:
         return context
     from ablations.measure.finetune import finetuned  # most runs need none of it
@@ -235,7 +235,7 @@ def _finetuned(runs: Sequence[_Run], context: TrialContext, report: Report | Non
     if not context.task.needs_labels:
         raise TrialError(f"finetuning reads labels, and the task {context.task.name} knows none")
     with context.profile.measure("finetuning"):
-        tuned = finetuned(training, context, report=report)
+        tuned = finetuned(training, context, report=report, host=host)
     for run in runs:
         run.tuned = tuned
     return dataclasses.replace(context, model=tuned.model)

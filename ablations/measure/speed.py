@@ -38,9 +38,9 @@ def measure_speed(trial: Trial, context: TrialContext, *, stages: Stages) -> dic
     if trial.training:
         from ablations.measure.finetune import finetuned
 
-        tuned = finetuned(trial.training, context)
+        tuned = finetuned(trial.training, context, host=trial.host)
         dense, placement = tuned.model, tuned.load_reducers(placement)
-    reduced = reduce_tokens(dense, placement).to(context.device).eval()
+    reduced = reduce_tokens(dense, placement, host=trial.host.data).to(context.device).eval()
     images = [batch.to(context.device) for batch in spread_batches(context.workload, trial.batch)]
     with all_cores():
         dense_seconds, reduced_seconds = in_turn(dense, reduced, images, device=context.device)

@@ -36,12 +36,13 @@ ROW: dict[str, Kind] = {
     "measured_batch": _WHOLE, "peak_memory_mb": _REAL, "shared_prefix": _FLAG, "seconds": _REAL, "device": _TEXT,
     "versions": _TEXT, "data_digest": _TEXT, "weights_digest": _TEXT, "dense_top1": _REAL, "created": _TEXT,
     "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT, "task": _TEXT,
-    "cosine": _REAL, "cosine_low": _REAL, "cosine_high": _REAL,
+    "cosine": _REAL, "cosine_low": _REAL, "cosine_high": _REAL, "fill": _TEXT, "spread": _TEXT,
 }  # fmt: skip
 """The columns of ``results.parquet``. ``evaluated_batch``: images at a time as it was evaluated, fewer than ``batch``
 where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of; ``task``:
 what was asked of the model (null: ``classify``, in rows of the time before there were others); ``cosine``: the mean
-over images of ``embed``, with its 95 % interval.
+over images of ``embed``, with its 95 % interval; ``fill``, ``spread``: options of the model's host (null: it has none
+of that name).
 """
 
 IMAGE: dict[str, Kind] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,12 @@ def context_files(path: Path) -> list[Path]:
     return [path, *(Path(file) for file in (*arrays, saved["dense"], *weights))]
 
 
+def facts_from(saved: Mapping[str, Any]) -> ModelFacts:
+    """The facts as ``save_subject`` wrote them."""
+    options = {name: tuple(values) for name, values in saved["options"].items()}
+    return ModelFacts(**{**saved, "grid": tuple(saved["grid"]), "options": options})
+
+
 def load_context(
     path: Path,
     device: torch.device,
@@ -126,7 +132,7 @@ def load_context(
     ``cache`` is a folder of its own. ``beat`` is called at every sign of progress.
     """
     saved = json.loads(locate(path).read_text(encoding="utf-8"))
-    facts = ModelFacts(**{**saved["facts"], "grid": tuple(saved["facts"]["grid"])})
+    facts = facts_from(saved["facts"])
     workload, calibration = (_load_workload(saved[name], locate) for name in ("workload", "calibration"))
     loaded = _load_model(saved, workload, locate)
     task = task_of(saved["task"])

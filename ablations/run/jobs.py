@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ablations.trial.labels import blocks_of
-from ablations.trial.stages import Training
-from ablations.trial.trial import ModelFacts, Trial, estimated_cost
+from ablations.trial.trial import ModelFacts, Trial, estimated_cost, trained_together
 from reducers import available
 from reducers.reducer import Plans, Prepares
 
@@ -131,17 +130,17 @@ def _cut(work: Sequence[Computation], *, largest: int, alone: int) -> list[Job]:
     """
     order = sorted(work, key=lambda computation: computation.total)
     single = {id(computation) for computation in [c for c in order if not c.trial.training][:alone]}
-    buckets: dict[tuple[str, Training, int], list[Computation]] = {}
+    buckets: dict[tuple[object, ...], list[Computation]] = {}
     jobs = []
     for computation in work:
         trial = computation.trial
         if id(computation) in single:
             jobs.append(Job((computation,)))
         else:
-            buckets.setdefault((trial.model, trial.training, trial.batch), []).append(computation)
-    for (_, training, _), members in buckets.items():
+            buckets.setdefault(trained_together(trial), []).append(computation)
+    for members in buckets.values():
         members.sort(key=lambda computation: (-computation.prefix, -computation.cost))
-        size = len(members) if training else largest
+        size = len(members) if members[0].trial.training else largest
         jobs += [Job(tuple(members[start : start + size])) for start in range(0, len(members), size)]
     return sorted(jobs, key=lambda job: -job.cost)
 

@@ -23,7 +23,7 @@ from ablations.trial.free_settings import (
     write,
 )
 from ablations.trial.labels import with_nested
-from ablations.trial.stages import OFF_THE_SHELF, Stages, Training
+from ablations.trial.stages import OFF_THE_SHELF, HostOptions, Stages, Training
 from ablations.trial.trial import ModelFacts
 from ablations.words import did_you_mean
 from reducers import Placement, ReducerError, TokenReducer, available, build, placement_from
@@ -49,7 +49,7 @@ class Placed:
 
 def check_variables(file: SpecFile, arm: Arm, place: Place) -> None:
     """Every ``$name`` must have a value, and every varied value must make a difference."""
-    used = variables([[stage.model_dump() for stage in arm.stages or ()], arm.training or {}])
+    used = variables([[stage.model_dump() for stage in arm.stages or ()], arm.training or {}, arm.host or {}])
     varied = {*arm.vary, *_names_of_cases(file, arm, place)}
     known = {*varied, *arm.set, *(name for name in LISTS if getattr(arm, name)), "seed"}
     for name in sorted({*used, *variables(arm.variant)} - known):
@@ -85,6 +85,23 @@ def place_reducers(file: SpecFile, arm: Arm, place: Place, values: Mapping[str, 
     """Build every reducer of the arm and put it where the arm says, with errors that name the spot."""
     written = [{"at": stage.at, "stack": stage.stack} for stage in arm.stages or ()]
     return _placed(file, _stages_place(file.spec, place), written, values, facts)
+
+
+def host_options(file: SpecFile, arm: Arm, place: Place, values: Mapping[str, Any], facts: ModelFacts) -> HostOptions:
+    """How the arm has the model driven: what its host knows, without what is its default."""
+    own = isinstance(place[1], int) and file.spec.arms[place[1]].host is not None
+    spot: Place = (*(place if own else ("base",)), "host")
+    chosen = {}
+    for name, value in substitute(arm.host or {}, values).items():
+        known = facts.options.get(name)
+        if known is None:
+            told = f"it knows {', '.join(facts.options)}" if facts.options else "it lets one choose nothing"
+            raise file.error((*spot, name), f"{facts.name} has no option {name!r}: {told}")
+        if value not in known:
+            raise file.error((*spot, name), f"{name} is one of {', '.join(known)} for {facts.name}; got {value!r:.80}")
+        if value != known[0]:
+            chosen[name] = value
+    return HostOptions.of(chosen)
 
 
 def check_target(file: SpecFile, place: Place, placed: Placed, *, target: float | None) -> None:

@@ -14,11 +14,12 @@ from ablations.spec.checks import (
     check_target,
     check_trained,
     check_variables,
+    host_options,
     place_reducers,
     training_of,
 )
 from ablations.spec.model import Arm, SpecFile
-from ablations.spec.plain_yaml import Place, substitute
+from ablations.spec.plain_yaml import Place, SpecError, substitute
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
@@ -42,15 +43,32 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
     """
     _check_recommended(file, target.facts)
     trials: dict[str, Trial] = {}
+    left_out: dict[str, SpecError] = {}
     for index, arm in enumerate(file.spec.merged()):
         place: Place = ("arms", index)
         check_variables(file, arm, place)
         for values in _combinations(file, arm, place):
-            trial = _trial(file, arm, place, values, target, check)
+            try:
+                trial = _trial(file, arm, place, values, target, check)
+            except Unsuited as error:
+                left_out.setdefault(str(substitute(arm.variant, values)), error)
+                continue
             trials.setdefault(trial.key, trial)
             if len(trials) > MAX_TRIALS:
                 raise file.error(place, f"more than {MAX_TRIALS} trials in one spec; vary fewer values")
+    if left_out and not trials:
+        raise next(iter(left_out.values()))
+    for variant, error in left_out.items():
+        log.info("%s of %s is left out for %s: %s", variant, file.spec.name, target.facts.name, error.reason)
     return list(trials.values())
+
+
+class Unsuited(SpecError):
+    """What a model cannot carry out whose first blocks take no reducer: most specs name blocks of a plain ViT, and such
+    a model answers as much of them as it can.
+    """
+
+    reason = ""
 
 
 def _check_recommended(file: SpecFile, facts: ModelFacts) -> None:
@@ -90,7 +108,12 @@ def _trial(
         try:
             check(placed.placement)
         except ValueError as error:
-            raise file.error(place, f"{error}") from error
+            told = file.error(place, f"{error}")
+            if facts.first_free:
+                unsuited = Unsuited(str(told))
+                unsuited.reason = str(error)
+                raise unsuited from error
+            raise told from error
     variant = str(substitute(arm.variant, values))
     if "\n" in variant or not 0 < len(variant) <= 120:
         raise file.error(place, f"the variant {variant!r:.60} is no label; use one line of at most 120 characters")
@@ -111,6 +134,7 @@ def _trial(
         seed=values["seed"],
         target=None if share is None else float(share),
         training=training,
+        host=host_options(file, arm, place, values, facts),
         measure=arm.measure or "",
         batch=values.get("batch"),
         calibrated=share is not None or _seeks(training),

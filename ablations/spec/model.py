@@ -45,7 +45,7 @@ NAME = r"[a-z][a-z0-9_]{0,62}"
 # --- the model --------------------------------------------------------------------------------------------------------
 
 Scalar = bool | int | float | str
-Portion = dict[Literal["last", "thirds"], Scalar]  # of the blocks where reducers may act
+Portion = dict[Literal["last", "thirds", "from"], Scalar]  # of the blocks where reducers may act
 Varied = Scalar | list[int] | Portion
 Variable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,31}$")]
 Line = Annotated[str, StringConstraints(min_length=1, max_length=120, pattern=r"^[^\r\n]*$")]
@@ -70,8 +70,8 @@ class _Strict(BaseModel):
 
 
 class Stage(_Strict):
-    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``, ``{last: 0.75}``, ``{thirds: true}``) and
-    what: reducers applied one after the other.
+    """Where (``3``, ``[3, 6, 9]``, ``"3-11"``, ``all``, ``every 2 from 1``, ``{last: 0.75}``, ``{thirds: true}``,
+    ``{from: 3}``: block 3, or the first that takes a reducer) and what: reducers applied one after the other.
     """
 
     at: int | str | list[int | str] | Portion
@@ -82,8 +82,9 @@ class Arm(_Strict):
     """One curve. In ``base`` every key is a default for all arms; ``set`` is joined by name, the rest is replaced.
 
     ``target``: shares of the dense model's multiply-adds, one trial each; what is ``auto`` in the budgets is sought.
-    ``training``: how the weights are finetuned first, as ``finetune`` reads it. ``measure: speed``: timed alone, in
-    batches of ``batch`` images. Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
+    ``training``: how the weights are finetuned first, as ``finetune`` reads it. ``host``: how the model is driven,
+    where it lets one choose (``{fill: zero}`` of a CvT: ``reduce_tokens``). ``measure: speed``: timed alone, in batches
+    of ``batch`` images. Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
     """
 
     variant: Line | None = None
@@ -93,6 +94,7 @@ class Arm(_Strict):
     set: dict[Variable, Varied] = Field(default_factory=dict)
     target: list[Share] | None = Field(default=None, min_length=1, max_length=1000)
     training: dict[str, Any] | None = None
+    host: dict[Variable, Line] | None = None
     measure: Literal["speed"] | None = None
     batch: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=100)
     x: Variable | int | float | None = None

@@ -92,8 +92,27 @@ class Training(Canonical):
         return bool(self.text)
 
 
+@dataclass(frozen=True)
+class HostOptions(Canonical):
+    """How a model is driven, where that is not its default: ``{"fill": "zero"}``. False where it is."""
+
+    @classmethod
+    def of(cls, data: object) -> Self:
+        """The value of plain data; nothing says nothing."""
+        return super().of(data) if data else cls("")
+
+    @cached_property
+    def data(self) -> Any:
+        """What the text says, read only."""
+        return super().data if self.text else MappingProxyType({})
+
+    def __bool__(self) -> bool:
+        return bool(self.text)
+
+
 DENSE = Stages("[]")
 OFF_THE_SHELF = Training("")
+AS_USUAL = HostOptions("")
 
 
 def plain(data: Any) -> Any:

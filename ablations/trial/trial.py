@@ -21,7 +21,7 @@ from ablations.records import columns
 from ablations.trial.free_settings import StageList
 from ablations.trial.labels import blocks_of, budget_number, labels_of, placement_label
 from ablations.trial.random import random_seed
-from ablations.trial.stages import OFF_THE_SHELF, Canonical, Stages, Training, canonical_json
+from ablations.trial.stages import AS_USUAL, OFF_THE_SHELF, Canonical, HostOptions, Stages, Training, canonical_json
 
 RESULT_VERSION = 1
 """Part of every key: raise it whenever the code computes other numbers for the same trial."""
@@ -31,6 +31,7 @@ CLASSIFY = "classify"
 
 _ADDED_LATER = {  # fields, and what says nothing
     "target": None, "training": "", "measure": "", "calibration": "", "code": "", "task": CLASSIFY,
+    "host": "",
 }  # fmt: skip
 
 
@@ -53,6 +54,7 @@ class ModelFacts:
     classes: int
     class_token: bool
     first_free: int = 0  # the first block at which a reducer may act
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of its host: values, the default first
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Trial:
     calibration: str = ""  # digest of the images a target is met on
     code: str = ""  # digests of the code it uses (``code.code_of``)
     task: str = CLASSIFY  # what is asked of the model
+    host: HostOptions = AS_USUAL  # how the model is driven, where that is not its default
 
     @cached_property
     def key(self) -> str:
@@ -146,9 +149,15 @@ def trial_from(text: str) -> Trial:
     try:
         fields = json.loads(text)
         stages, training = Stages(fields.pop("stages")), Training(fields.pop("training", ""))
-        return Trial(**fields, stages=stages, training=training)
+        host = HostOptions(fields.pop("host", ""))
+        return Trial(**fields, stages=stages, training=training, host=host)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise TrialError(f"no trial of this version: {error}") from error
+
+
+def trained_together(trial: Trial) -> tuple[object, ...]:
+    """What trials that are evaluated in one go have in common: weights, and how many images at once."""
+    return trial.model, trial.training, trial.host if trial.training else AS_USUAL, trial.batch
 
 
 def _untimed(code: str) -> str:
@@ -242,6 +251,7 @@ def base_row(trial: Trial, facts: ModelFacts, solution: Solution | None = None) 
         "seconds": 0.0, "device": "", "versions": "{}",
         "data_digest": trial.data_digest, "weights_digest": trial.weights_digest,
         "code": trial.code, "trial": trial.description, "task": trial.task,
+        **{name: trial.host.data.get(name, values[0]) for name, values in facts.options.items()},
         "created": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),  # the clock that tests set
     }  # fmt: skip
 

@@ -14,13 +14,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ablations.records.columns import ROW
 from ablations.records.kinds import ANSWERS, kind_of
 from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.expand import expand
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError, parse_yaml
 from ablations.trial.target import Target
-from reducers import Drop, EViT, Ratio, ToMe, at, available, load, reduce_tokens
+from ablations.trial.trial import base_row, trial_from
+from reducers import Drop, EViT, Placement, Ratio, ReducerError, ToMe, at, available, load, reduce_tokens
+from reducers.hosts import hosts
 from reducers.placement_file import placement_text
 from tests.ablations.runs import SPEC
 
@@ -480,3 +483,64 @@ def test_a_placement_file_is_a_spec_and_what_was_found_is_in_no_key(
         expand(parse_spec(yaml.safe_dump(data)), target)
     with pytest.raises(SpecError, match="recommended"):
         parse_spec(yaml.safe_dump({**data, "recommended": [1]}))
+
+
+OPTIONS = (
+    "{name: a, title: A, arms: [{variant: v $fill, vary: {fill: [last, zero]}, host: {fill: $fill, spread: mass}, "
+)
+PLACED = "stages: [{at: 3, stack: [{name: topk, budget: {count: 9}}]}]}]}"
+
+
+def test_options_of_the_models_host_stand_in_the_key_where_they_are_not_the_default(target: Target) -> None:
+    options = {"fill": ("last", "zero"), "spread": ("mass", "nearest")}
+    driven = dataclasses.replace(target, facts=dataclasses.replace(target.facts, options=options))
+    usual, zero = expand(parse_spec(OPTIONS + PLACED), driven)
+    assert not usual.host and zero.host.data == {"fill": "zero"}
+    (plain,) = expand(parse_spec(OPTIONS.partition("vary")[0].replace("$fill", "last") + PLACED), driven)
+    assert plain.key == usual.key, "the default is in no key"
+    assert zero.key != usual.key and zero.computation != usual.computation and zero.random_seed == usual.random_seed
+    rows = [base_row(trial, driven.facts) for trial in (usual, zero)]
+    assert [(row["fill"], row["spread"]) for row in rows] == [("last", "mass"), ("zero", "mass")]
+    assert base_row(usual, target.facts)["fill"] is None
+    assert trial_from(zero.description) == zero
+    base = parse_spec("{name: a, title: A, base: {host: {fill: zero}}, arms: [{variant: v, " + PLACED)
+    assert expand(base, driven)[0].host == zero.host
+    wrong = OPTIONS.replace("fill: $fill, ", "filling: $fill, ") + PLACED
+    with pytest.raises(SpecError, match=r"host.filling: .* has no option 'filling': it knows fill, spread"):
+        expand(parse_spec(wrong), driven)
+    with pytest.raises(SpecError, match=r"host.spread: spread is one of mass, nearest for .*; got 'all'"):
+        expand(parse_spec((OPTIONS + PLACED).replace("mass", "all")), driven)
+    assert "has no option 'fill': it lets one choose nothing" in refused(OPTIONS + PLACED, target)
+
+
+def test_every_option_of_a_host_has_a_column() -> None:
+    assert {option for host in hosts() for option in host.options} <= set(ROW)
+
+
+def test_a_model_whose_first_blocks_take_no_reducer_answers_what_it_can(
+    target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    walled = dataclasses.replace(target, facts=dataclasses.replace(target.facts, first_free=4))
+
+    def check(placement: Placement) -> None:
+        if min(placement.blocks) < 4:
+            raise ReducerError("blocks 0 to 3 take no reducer")
+
+    text = (
+        "{name: a, title: A, arms: [{variant: early $b, vary: {b: [0, 3, 5]}, stages: [{at: $b, stack: [{name: topk, "
+        "budget: {count: 9}}]}]}, "
+        "{variant: from, stages: [{at: {from: 3}, stack: [{name: ats, budget: {count: 9}}]}]}]}"
+    )
+    with caplog.at_level("INFO"):
+        trials = expand(parse_spec(text), walled, check=check)
+    assert [(trial.variant, trial.stages.plain()[0]["at"]) for trial in trials] == [("early 5", [5]), ("from", [4])]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"early {block} of a is left out for {target.facts.name}: blocks 0 to 3 take no reducer" for block in (0, 3)
+    ]
+    with pytest.raises(SpecError, match="blocks 0 to 3 take no reducer"):
+        expand(parse_spec(text.replace("[0, 3, 5]", "[0, 3]").replace("{from: 3}", "2")), walled, check=check)
+    with pytest.raises(
+        SpecError, match="blocks 0 to 3 take no reducer"
+    ):  # of any other model the whole spec is refused
+        expand(parse_spec(text), target, check=check)
+    assert [trial.stages.plain()[0]["at"] for trial in expand(parse_spec(text), target)] == [[0], [3], [5], [3]]

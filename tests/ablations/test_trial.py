@@ -10,7 +10,7 @@ import pytest
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.labels import budget_label, budget_number, labels_of, placement_label, resolve_count, target_label
-from ablations.trial.stages import DENSE, Stages, Training
+from ablations.trial.stages import DENSE, HostOptions, Stages, Training
 from ablations.trial.target import Target
 from ablations.trial.trial import ModelFacts, Solution, Trial, base_row, estimated_cost, failed, relabel, trial_from
 from tests.ablations.runs import SPEC
@@ -20,7 +20,7 @@ CHANGED: dict[str, Any] = {
     "model": "other", "weights": "file", "weights_digest": "e" * 64, "workload": "imagefolder",
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
     "target": 0.5, "training": Training('{"epochs":1}'), "measure": "speed", "calibration": "c" * 64,
-    "code": "evaluation=other", "task": "embed",
+    "code": "evaluation=other", "task": "embed", "host": HostOptions.of({"fill": "zero"}),
 }  # fmt: skip
 
 
@@ -43,6 +43,7 @@ def test_labels_alone_leave_the_computation_as_it_is(trial: Trial) -> None:
 
 def test_a_family_is_what_a_cost_depends_on_beside_the_free_setting(trial: Trial) -> None:
     related = {"stages", "model", "weights", "weights_digest", "workload", "seed", "training", "calibration", "code"}
+    related |= {"host"}
     for name, value in CHANGED.items():
         other = dataclasses.replace(trial, **{name: value})
         assert (other.family != trial.family) == (name in related), name
@@ -166,7 +167,7 @@ def test_seeds_derive_from_what_is_computed(trial: Trial) -> None:
     """The same draws under any name, in any batch, at any target, whatever is asked; others for anything that is
     evaluated otherwise.
     """
-    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights", "task"}
+    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights", "task", "host"}
     for name, value in CHANGED.items():
         other = dataclasses.replace(trial, **{name: value})
         assert (other.random_seed == trial.random_seed) == (name in alike), name

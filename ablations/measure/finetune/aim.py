@@ -12,9 +12,10 @@ from ablations.measure.context import TrialContext
 from ablations.measure.opening import target_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.recipe import Recipe
+from ablations.trial.stages import AS_USUAL, HostOptions
 
 
-def settled(recipe: Recipe, context: TrialContext) -> Recipe:
+def settled(recipe: Recipe, context: TrialContext, host: HostOptions = AS_USUAL) -> Recipe:
     """The recipe with the budget that was found written in; its ``target`` stays, to be told. Others as they are."""
     from ablations.measure.calibrate import solve  # which knows trained reducers, and so this package
 
@@ -23,6 +24,6 @@ def settled(recipe: Recipe, context: TrialContext) -> Recipe:
     trial = target_of(context.facts, context.workload, None, batch=1).trial(
         spec="training", variant="the reducer in training", x=None, stages=recipe.stages, target=recipe.target,
         seed=0,  # of whatever seed the training is: they share what is tried
-        calibrated=False,
+        calibrated=False, host=host,
     )  # fmt: skip
     return dataclasses.replace(recipe, stages=solve(trial, context).stages)

@@ -23,7 +23,7 @@ from ablations.measure.finetune.loop import FinetuneError, Finetuning
 from ablations.records.files import atomic, locked
 from ablations.trial.code import training_code
 from ablations.trial.recipe import Recipe, parse_recipe
-from ablations.trial.stages import Training
+from ablations.trial.stages import AS_USUAL, HostOptions, Training
 from ablations.trial.trial import ModelFacts
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
@@ -107,17 +107,25 @@ def trained_model(
 
 
 def finetuned(
-    training: Training | str, context: TrialContext, *, report: Callable[[dict[str, Any]], None] | None = None
+    training: Training | str,
+    context: TrialContext,
+    *,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    host: HostOptions = AS_USUAL,
 ) -> Finetuned:
-    """As ``trained_model``, with the reducers' own weights and the record of the training."""
+    """As ``trained_model``, with the reducers' own weights and the record of the training; ``host``: how the model is
+    driven meanwhile.
+    """
     if context.cache is None:
         raise FinetuneError(
             "a training keeps its scenes, checkpoints and result in OUT/cache, and the context has none"
         )
     access = TrainingAccess(context.source, context.facts.name, context.cache, classes=context.facts.classes)
-    recipe = settled(parse_recipe(training, workload=context.workload.name), context)
+    recipe = settled(parse_recipe(training, workload=context.workload.name), context, host)
     machine = Machine(context.device, report=report, beat=context.beat)
-    done = trained_from(context.model, context.facts, recipe, access, evaluated=context.workload, machine=machine)
+    done = trained_from(
+        context.model, context.facts, recipe, access, evaluated=context.workload, machine=machine, host=host
+    )
     return dataclasses.replace(done, record={**done.record, "training": recipe.training().text})
 
 
@@ -129,16 +137,20 @@ def trained_from(
     *,
     evaluated: Workload,
     machine: Machine,
+    host: HostOptions = AS_USUAL,
 ) -> Finetuned:
     """A model after a recipe whose budgets are known; ``evaluated`` are the images it must not see."""
     images = access.open(augment=recipe.augment, holdout=recipe.holdout, seed=recipe.seed, evaluated=evaluated)
     log.info("%d training images, %d evaluated", len(images), len(evaluated))
-    about = identity(recipe, model=facts.name, weights_digest=facts.weights_digest, images=images)
-    return train_or_load(recipe, model, images, identity=about, folder=access.cache / "finetuned", machine=machine)
+    about = identity(recipe, model=facts.name, weights_digest=facts.weights_digest, images=images, host=host)
+    folder = access.cache / "finetuned"
+    return train_or_load(recipe, model, images, identity=about, folder=folder, machine=machine, host=host)
 
 
-def identity(recipe: Recipe, *, model: str, weights_digest: str, images: TrainingImages) -> dict[str, Any]:
-    """Everything that decides the result of a training, as plain data."""
+def identity(
+    recipe: Recipe, *, model: str, weights_digest: str, images: TrainingImages, host: HostOptions = AS_USUAL
+) -> dict[str, Any]:
+    """Everything that decides the result of a training, as plain data; options of the host where there are any."""
     return {
         "version": FINETUNE_VERSION,
         "code": training_code(recipe.stages),
@@ -146,6 +158,7 @@ def identity(recipe: Recipe, *, model: str, weights_digest: str, images: Trainin
         "model": model,
         "weights": weights_digest,
         "images": images.digest,
+        **({"host": host.text} if host else {}),
     }
 
 
@@ -162,6 +175,7 @@ def train_or_load(
     identity: Mapping[str, Any],
     folder: Path,
     machine: Machine,
+    host: HostOptions = AS_USUAL,
 ) -> Finetuned:
     """The finished training of this identity below ``folder``, trained first where there is none."""
     digest = identity_digest(identity)
@@ -170,7 +184,7 @@ def train_or_load(
     with locked(folder / f"{digest}.lock", what=f"the training {digest}"):
         state = _finished(final, identity)
         if state is None:
-            training = Finetuning(recipe, dense, images, device=machine.device, workers=machine.workers)
+            training = Finetuning(recipe, dense, images, device=machine.device, workers=machine.workers, host=host)
             training.run(
                 path=unfinished, identity=identity, every=machine.every, report=machine.report, beat=machine.beat
             )

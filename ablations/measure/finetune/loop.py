@@ -26,6 +26,7 @@ from ablations.measure.finetune.training_state import own_randomness, random_sta
 from ablations.models.answers import logits_of
 from ablations.models.stochastic_depth import set_drop_path
 from ablations.trial.recipe import Recipe
+from ablations.trial.stages import AS_USUAL, HostOptions
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingImages
 from reducers.hosts import host_of
@@ -47,14 +48,23 @@ class Finetuning:
     """One training: everything it needs, where it stands, and how it goes on."""
 
     def __init__(
-        self, recipe: Recipe, dense: nn.Module, images: TrainingImages, *, device: torch.device, workers: int = 0
+        self,
+        recipe: Recipe,
+        dense: nn.Module,
+        images: TrainingImages,
+        *,
+        device: torch.device,
+        workers: int = 0,
+        host: HostOptions = AS_USUAL,
     ) -> None:
-        """``dense``: the plain timm model to start from, which is copied and stays as it is; also the teacher."""
+        """``dense``: the plain timm model to start from, which is copied and stays as it is; also the teacher.
+        ``host``: how it is driven.
+        """
         self.recipe, self.images, self.device, self._workers = recipe, images, device, workers
         base: Any = copy.deepcopy(dense).to(device).train().requires_grad_(True)
         set_drop_path(base, recipe.drop_path)
         with own_randomness(recipe.seed, device):  # reducers draw their initial weights
-            self.model = TrainingViT(base, recipe.placement(host_of(base).depth)).to(device).train()
+            self.model = TrainingViT(base, recipe.placement(host_of(base).depth), host=host.data).to(device).train()
         if recipe.freeze > 0 and next(self.model.reducers.parameters(), None) is None:
             raise FinetuneError(
                 f"freeze {recipe.freeze:g} holds the plain model's weights still, and the reducers have none of their "

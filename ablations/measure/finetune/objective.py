@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,8 +54,8 @@ class _Witness(TokenReducer):
 class TrainingViT(ReducedViT):
     """A reduced model that also says what its reducers' losses need: the final tokens and the final state."""
 
-    def __init__(self, base: nn.Module, placement: Placement) -> None:
-        super().__init__(base, placement)
+    def __init__(self, base: nn.Module, placement: Placement, *, host: Mapping[str, str] | None = None) -> None:
+        super().__init__(base, placement, host=host)
         self._witness = [_Witness()]  # in a list: no part of the model, so it has no place in its state
 
     def members(self) -> list[TokenReducer]:
