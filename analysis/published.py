@@ -16,6 +16,7 @@ import pandas as pd
 from analysis.frame import Setting, records_of
 
 DEIT = {"deit_tiny": "DeiT-Ti", "deit_small": "DeiT-S", "deit_base": "DeiT-B"}  # prefixes of timm names
+_BACKBONES = {"cvt": "CvT", "ps_vit": "PS-ViT"}  # beginnings of this project's names of models
 IMAGENET_VAL = 50_000  # images of the full validation set
 NO_MODEL = "no single model"
 
@@ -97,7 +98,12 @@ def dense_top1(model: str) -> float | None:
 
 
 def model_name(timm_name: str) -> str:
-    """A timm name as the papers print it, where it is one of theirs ("DeiT-Ti"); else unchanged."""
+    """A model's name as the papers print it, where it is one of theirs ("DeiT-Ti", "CvT-13"); else unchanged."""
+    for ours, theirs in _BACKBONES.items():
+        bare = timm_name.partition("?img=")[0]
+        if bare.startswith(f"{ours}_"):  # ps_vit_b_14 -> PS-ViT-B/14
+            parts = bare.removeprefix(f"{ours}_").split("_")
+            return f"{theirs}-{'/'.join(part.upper() if len(part) == 1 else part.title() for part in parts)}"
     return next((paper for prefix, paper in DEIT.items() if timm_name.startswith(f"{prefix}_patch16_224")), timm_name)
 
 

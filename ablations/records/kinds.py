@@ -24,6 +24,7 @@ Answer = Literal[
     "transfer",  # one training for many budgets
     "trained",  # what methods with a training of their own are worth
     "scratch",  # models trained with the reduction from their first update on
+    "backbones",  # one method on the backbones it was published on, at the published costs
     "ranking",  # who leads at equal cost; of a spec that says nothing else
 ]
 KINDS: tuple[Answer, ...] = get_args(Answer)
@@ -36,7 +37,7 @@ _SHIPPED: dict[str, Answer] = {  # the shipped specs of the time before records 
     "evit_stacking": "stacking", "stacks": "stacking", "sampling_method": "samplers", "single_multi_stage": "stages",
     "model_scaling": "sizes", "runtime": "speed", "adaptivity": "tokens", "finetuning": "recovery",
     "finetuning_short": "recovery", "budget_transfer": "transfer", "trained_methods": "trained", "methods": "front",
-    "hvt": "scratch",
+    "hvt": "scratch", "paper_backbones": "backbones",
 }  # fmt: skip
 
 

@@ -43,10 +43,14 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
     """
     _check_recommended(file, target.facts)
     trials: dict[str, Trial] = {}
-    left_out: dict[str, SpecError] = {}
+    left_out: dict[str, Unsuited] = {}
+    others: dict[str, None] = {}
     for index, arm in enumerate(file.spec.merged()):
         place: Place = ("arms", index)
         check_variables(file, arm, place)
+        if arm.only and target.facts.name not in arm.only:
+            others.update(dict.fromkeys(arm.only))
+            continue
         for values in _combinations(file, arm, place):
             try:
                 trial = _trial(file, arm, place, values, target, check)
@@ -56,6 +60,8 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
             trials.setdefault(trial.key, trial)
             if len(trials) > MAX_TRIALS:
                 raise file.error(place, f"more than {MAX_TRIALS} trials in one spec; vary fewer values")
+    if others and not trials and not left_out:
+        raise file.error(("arms",), f"no arm is for {target.facts.name}: MODEL={' or MODEL='.join(others)}")
     if left_out and not trials:
         raise next(iter(left_out.values()))
     for variant, error in left_out.items():

@@ -81,13 +81,15 @@ class Stage(_Strict):
 class Arm(_Strict):
     """One curve. In ``base`` every key is a default for all arms; ``set`` is joined by name, the rest is replaced.
 
-    ``target``: shares of the dense model's multiply-adds, one trial each; what is ``auto`` in the budgets is sought.
-    ``training``: how the weights are finetuned first, as ``finetune`` reads it. ``host``: how the model is driven,
-    where it lets one choose (``{fill: zero}`` of a CvT: ``reduce_tokens``). ``measure: speed``: timed alone, in batches
-    of ``batch`` images. Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
+    ``only``: models it is for, by their names in a run; for others it is no arm. ``target``: shares of the dense
+    model's multiply-adds, one trial each; what is ``auto`` in the budgets is sought. ``training``: how the weights are
+    finetuned first, as ``finetune`` reads it. ``host``: how the model is driven, where it lets one choose
+    (``{fill: zero}`` of a CvT: ``reduce_tokens``). ``measure: speed``: timed alone, in batches of ``batch`` images.
+    Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
     """
 
     variant: Line | None = None
+    only: list[Line] | None = Field(default=None, min_length=1, max_length=100)
     stages: list[Stage] | None = Field(default=None, max_length=64)
     vary: dict[Variable, Annotated[list[Varied], Field(min_length=1, max_length=1000)]] = Field(default_factory=dict)
     cases: list[dict[Variable, Varied]] = Field(default_factory=list, max_length=1000)

@@ -34,7 +34,7 @@ from ablations.workloads.train_pairs import EVALUATED, development, float32_muon
 
 log = logging.getLogger(__name__)
 
-SCENES = {"digits_cvt_tiny": 76_800, "digits_ps_vit_tiny": 51_200}
+SCENES = {"digits_cvt_tiny": 51_200, "digits_ps_vit_tiny": 40_960}
 PEAK_LR = 2e-3
 WARMUP, DECAY = 100, 0.3  # steps in which the learning rate rises; the share of all in which it falls to zero
 BATCH = 64

@@ -72,9 +72,11 @@ def test_blocks_can_be_written_in_every_way_and_varied(target: Target) -> None:
 def _in_blocks(data: Any) -> Any:
     """A spec as it is written for networks of 12 blocks alone."""
     if isinstance(data, dict):
-        if "last" in data:
-            assert data == {"last": 0.75}
+        if data == {"last": 0.75}:
             return "3-11"
+        if "from" in data:
+            assert data == {"from": 3}
+            return 3
         return [3, 6, 9] if data == {"thirds": True} else {key: _in_blocks(part) for key, part in data.items()}
     return [_in_blocks(part) for part in data] if isinstance(data, list) else data
 
@@ -544,3 +546,23 @@ def test_a_model_whose_first_blocks_take_no_reducer_answers_what_it_can(
     ):  # of any other model the whole spec is refused
         expand(parse_spec(text), target, check=check)
     assert [trial.stages.plain()[0]["at"] for trial in expand(parse_spec(text), target)] == [[0], [3], [5], [3]]
+
+
+def test_the_published_backbones_have_their_own_targets(target: Target) -> None:
+    file = load_spec(SPECS / "paper_backbones.yaml")
+    assert not file.spec.default
+    printed = {  # GFLOPs with ATS in print, and the dense model's as counted here
+        "cvt_13": (3.2, 4.5661, 13, 3), "cvt_21": (5.1, 7.1780, 21, 5), "cvt_13?img=384": (11.7, 16.2694, 13, 3),
+        "cvt_21?img=384": (17.4, 24.8491, 21, 5), "ps_vit_b_14": (3.7, 5.3800, 14, 4),
+        "ps_vit_b_18": (5.6, 8.7407, 14, 4),
+    }  # fmt: skip
+    for name, (with_ats, dense, depth, first) in printed.items():
+        facts = dataclasses.replace(target.facts, name=name, depth=depth, first_free=first)
+        anyones, *own = expand(file, dataclasses.replace(target, facts=facts))
+        assert [trial.target for trial in own] == [round(with_ats / dense, 4)] * 2
+        blocks = [trial.stages.plain()[0]["at"] for trial in own]
+        assert blocks == [list(range(first, depth)), list(range(first + 1, depth))]
+        assert anyones.target == 0.7
+    assert [trial.variant for trial in expand(file, target)] == ["ATS"], "of another model the one that is for any"
+    text = "{name: a, title: A, arms: [{variant: v, only: [cvt_13], " + PLACED
+    assert "no arm is for" in refused(text, target) and "MODEL=cvt_13" in refused(text, target)
