@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ablations.records.columns import OPTIONS
 from analysis import stats
 from analysis.facts.matching import against_dense
 from analysis.facts.spec import Facts
@@ -66,7 +67,7 @@ def _record(row: Mapping[str, Any], dense_cost: float) -> dict[str, Any]:
         "mid_p": paired.mid_p,
         "test": paired.test,
     }  # fmt: skip
-    copied = {name: row.get(name, math.nan) for name in COPIED}
+    copied = {name: row.get(name, math.nan) for name in (*COPIED, *OPTIONS)}
     return {
         "model": row["model"],
         "variant": row["variant"],
@@ -128,7 +129,12 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
         "trial": [short_keys(keys) or EVERY for keys in table["keys"]],
     }
     optional = ("target", "over seeds", "trained", "speed-up")
-    return pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
+    shown = pd.DataFrame({name: cells for name, cells in columns.items() if name not in optional or any(cells)})
+    for option in OPTIONS:  # how the model was driven, where trials differ in it
+        told = [value if isinstance(value, str) else "" for value in table.get(option, [])]
+        if len({*told} - {""}) > 1:
+            shown.insert(list(shown.columns).index("budget") + 1, option, told)
+    return shown
 
 
 def listed(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -312,7 +318,7 @@ def _dense_record(trials: pd.DataFrame, cost: float) -> dict[str, object]:
         interval = "Wilson"
     tokens = own.iloc[0]["tokens"] if len(own) else first["tokens"][:1]  # the first block has not reduced anything yet
     return {
-        **dict.fromkeys((*TESTS, *COPIED), math.nan),
+        **dict.fromkeys((*TESTS, *COPIED, *OPTIONS), math.nan),
         "model": first["model"],
         "variant": "dense",
         "x": math.nan,

@@ -69,6 +69,7 @@ def _budget(trial: Trial, patches: int) -> str:
 
     budget = labels_of(trial.stages.data, patches)["budget"] or ""
     parts = [budget if trial.target is None else f"{target_label(trial.target)}: {budget}"]
+    parts += [f"{name}: {value}" for name, value in trial.host.data.items()]
     if trial.training:
         parts.append("finetuned")
     if trial.measure:

@@ -45,6 +45,9 @@ over images of ``embed``, with its 95 % interval; ``fill``, ``spread``: options 
 of that name).
 """
 
+OPTIONS = ("fill", "spread")
+"""Of those, the options of a model's host: how it is driven where a reducer acts."""
+
 IMAGE: dict[str, Kind] = {
     "image": _TEXT, "label": _WHOLE, "prediction": _WHOLE, "correct": _FLAG, "dense_correct": _FLAG, "loss": _REAL,
     "gmacs": _REAL, "tokens": Kind.WHOLES, "kept": Kind.BYTES, "class_kept": _FLAG, "coverage": _REAL,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ablations.records.columns import OPTIONS
 from analysis import stats
 from analysis.frame import NUMBERS, records_of, reducer_names
 
@@ -166,6 +167,7 @@ def _same(row: Record) -> tuple[object, ...]:
     aimed = target is not None and not pd.isna(target)
     made = "+".join(reducer_names(row["reducer"])) if aimed else without_seed(row["reducer"])
     names = ["spec", "model", "variant", "placement", "score", "finetuned", "measured_batch", "batch"]
+    names += OPTIONS
     names += ["x", "target_gmacs"] if aimed else ["x", "budget"]
     values = [None if pd.isna(row.get(name)) else row.get(name) for name in names]
     return (*values, made, without_seed(str(row.get("training") or "")))

@@ -155,6 +155,23 @@ def test_why_a_target_was_missed_stands_beside_its_row(tmp_path: Path) -> None:
     assert why in set(pd.read_csv(tmp_path / "tables" / "s.csv")["target_note"].dropna())
 
 
+def test_how_a_model_was_driven_stands_in_the_table_where_it_varies_and_is_no_seed(tmp_path: Path) -> None:
+    for fills in (("last", "zero"), ("zero", "zero")):
+        maker = Maker(images=60)
+        for seed, (fill, accuracy) in enumerate(zip(fills, (0.8, 0.6), strict=True)):
+            maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=accuracy, seed=seed,
+                      fill=fill, spread="mass")  # fmt: skip
+        shown = tables.display(tables.measured(Facts(tidy(maker.frame()))))
+        assert "spread" not in shown and ("fill" in shown) == (len(set(fills)) > 1)
+        if "fill" in shown:
+            assert dict(zip(shown["fill"], shown["variant"], strict=True)) == {
+                "": "dense",
+                "last": "ATS",
+                "zero": "ATS",
+            }
+        assert len(shown) == 1 + len(set(fills))
+
+
 def test_the_plain_models_numbers_say_where_they_come_from(tmp_path: Path) -> None:
     maker = Maker(images=60)
     maker.add("s", "ATS", reducer=[{"name": "ats"}], blocks=[3], keep=0.5, accuracy=0.8)

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ablations.models import paper
-from ablations.models.digits import CLASSES, READS, SIBLINGS, WEIGHTS
+from ablations.models.digits import CLASSES, READS, SIBLINGS
 from ablations.models.loading import check_model, head_classes, input_config
 from ablations.models.siblings import CVT, PS_VIT
 from ablations.workloads import ModelError, open_model, pairs, train_siblings
 from ablations.workloads.train_siblings import CELL, draw, shown_around, told
-from reducers import Count, TopK, at, reduce_tokens
 from reducers.backbones.ps_vit import PSViT
 from reducers.hosts import host_of
 
