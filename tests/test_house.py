@@ -205,19 +205,22 @@ def test_no_circle_leads_from_file_to_file_of_the_reducers() -> None:
     assert circle(imported_modules("reducers")) == []
 
 
-# methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass,
-# semantic tokens that ask the patches
+# methods that run blocks themselves: a small network that predicts attention, blocks under soft masks, a second pass;
+# of the kit, semantic tokens that ask the patches
 RUN_BLOCKS = {
-    f"reducers/methods/{name}.py"
-    for name in ("sttabt/approx_net", "sttabt/concrete_masks", "sttabt/method", "ia_red2", "stvit")
-}
+    f"reducers/methods/{name}.py" for name in ("sttabt/approx_net", "sttabt/concrete_masks", "sttabt/method", "ia_red2")
+} | {"reducers/kit/semantic.py"}
 # and those that are given the model in training, of which they ask its host
 ASK_HOSTS = {f"reducers/methods/{name}.py" for name in ("sttabt/concrete_masks", "ia_red2")}
 
 
 def test_methods_ask_the_host_and_run_blocks_where_it_is_said() -> None:
-    for room, known in (("reducers.runtime", RUN_BLOCKS), ("reducers.hosts", ASK_HOSTS)):
-        knowing = {where[0] for where in imports("reducers/methods") if where[2].startswith(room)}
+    everywhere = ("reducers/methods", "reducers/kit")
+    for room, known, where_told in (
+        ("reducers.runtime", RUN_BLOCKS, everywhere),
+        ("reducers.hosts", ASK_HOSTS, everywhere[:1]),
+    ):
+        knowing = {where[0] for where in imports(*where_told) if where[2].startswith(room)}
         assert knowing == known, f"{room}: an exception is missing, or no longer needed"
 
 

@@ -64,8 +64,8 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "reducers.methods": (
         "ATC", "ATS", "AViT", "BAT", "BackTracking", "DPCKNN", "DTPS", "DiffRate", "DynamicViT", "ETPS", "EViT",
         "FixedPattern", "GTP", "HVTPool", "IARED2", "Identity", "KMedoids", "PatchMerger", "PiToMe", "RandomDrop",
-        "STTABT", "STViT", "ShrinkingPattern", "SiT", "Sinkhorn", "SmallInput", "ToFu", "ToMe", "TokenLearner",
-        "TokenPooling", "TopK", "ZeroTPrune",
+        "STTABT", "STViT", "STViTR", "ShrinkingPattern", "SiT", "Sinkhorn", "SmallInput", "ToFu", "ToMe",
+        "TokenLearner", "TokenPooling", "TopK", "ZeroTPrune",
     ),
     # each page below docs/methods names the file it is made from
     "reducers.methods.atc": ("ATC",),
@@ -92,6 +92,7 @@ IMPORTS: dict[str, tuple[str, ...]] = {
     "reducers.methods.small_input": ("SmallInput",),
     "reducers.methods.sttabt": ("STTABT",),
     "reducers.methods.stvit": ("STViT",),
+    "reducers.methods.stvit_r": ("STViTR",),
     "reducers.methods.tofu": ("ToFu",),
     "reducers.methods.token_learner": ("TokenLearner",),
     "reducers.methods.token_pooling": ("TokenPooling",),

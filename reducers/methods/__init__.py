@@ -24,6 +24,7 @@ from reducers.methods.sit import SiT
 from reducers.methods.small_input import SmallInput
 from reducers.methods.sttabt import STTABT
 from reducers.methods.stvit import STViT
+from reducers.methods.stvit_r import STViTR
 from reducers.methods.tofu import ToFu
 from reducers.methods.token_learner import TokenLearner
 from reducers.methods.token_pooling import TokenPooling
@@ -35,6 +36,6 @@ from reducers.methods.zero_tprune import ZeroTPrune
 __all__ = [
     "ATC", "ATS", "AViT", "BackTracking", "BAT", "DPCKNN", "DTPS", "DiffRate", "DynamicViT", "ETPS", "EViT",
     "FixedPattern", "GTP", "HVTPool", "IARED2", "Identity", "KMedoids", "PatchMerger", "PiToMe", "RandomDrop",
-    "STTABT", "STViT", "ShrinkingPattern", "Sinkhorn", "SiT", "SmallInput", "ToFu", "TokenLearner", "TokenPooling",
-    "ToMe", "TopK", "ZeroTPrune",
+    "STTABT", "STViT", "STViTR", "ShrinkingPattern", "Sinkhorn", "SiT", "SmallInput", "ToFu", "TokenLearner",
+    "TokenPooling", "ToMe", "TopK", "ZeroTPrune",
 ]  # fmt: skip

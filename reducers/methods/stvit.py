@@ -12,44 +12,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reducers.budget import Budget, Count, checked_budget
 from reducers.checks import checked_choice, checked_flag
-from reducers.decision import Decision, advance
+from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.grid import smaller_grid
-from reducers.maps import Mix
+from reducers.kit.semantic import check_whole, gather, refine
 from reducers.reducer import State, TokenReducer, Traits
 from reducers.registry import register
-from reducers.runtime.cross import cross_block
 from reducers.signals import Signals
-from reducers.tokens import Layout, TokenBatch
+from reducers.tokens import TokenBatch
 
 ClassToken = Literal["query", "pool"]
 
 _SIXTEEN = Count(16)
-
-
-def pool_grid(x: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Adaptive max pooling of patches on their grid, (B, N, D) -> (B, M, D): bins overlap where sides do not divide."""
-    pooled = F.adaptive_max_pool2d(x.transpose(1, 2).unflatten(2, grid), shape)
-    return pooled.flatten(2).transpose(1, 2)
-
-
-def bins(grid: tuple[int, int], shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Which patches each pooled token looks at, (M, N) float32; a patch in several bins is shared out evenly, so that
-    each column sums to 1.
-    """
-    sides = []
-    for patches, pooled in zip(grid, shape, strict=True):
-        place, number = torch.arange(patches, device=device), torch.arange(pooled, device=device)[:, None]
-        first = (number * patches).div(pooled, rounding_mode="floor")
-        behind = ((number + 1) * patches + pooled - 1).div(pooled, rounding_mode="floor")
-        sides.append((place >= first) & (place < behind))
-    rows, columns = sides
-    inside = (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1).float()
-    return inside / inside.sum(dim=0)
 
 
 @register("stvit")
@@ -126,28 +103,10 @@ class STViT(TokenReducer):
 
     def _gather(self, block: Any, batch: TokenBatch, state: State) -> TokenBatch:
         """Layer 1: the pooled patches ask the patches."""
-        _check_whole(batch, state)
-        old, prefix, shape = batch.layout, int(batch.layout.lead or 0), self._shape
-        tokens = old.pad(batch.x)
-        patches = tokens[:, prefix:]
-        lead = tokens[:, : 0 if self.class_token == "pool" else prefix]
-        state.note(self, patches)
-        pooled = pool_grid(patches, state.grid, shape)
-        asking = torch.cat([lead, pooled], dim=1)
-        asked = torch.cat([asking if self.pooled_keys else lead, patches], dim=1)
-        residual = asking if self.residual else torch.cat([lead, torch.zeros_like(pooled)], dim=1)
-        x = cross_block(block, asking, asked, residual, patches=patches.shape[1], of=batch)
-        _book(block, state, asking, asked)
-
-        new = Layout.alike(old.images, asking.shape[1], lead.shape[1], x.device)
-        weights = bins(state.grid, shape, x.device)
-        if lead.shape[1]:
-            weights = torch.block_diag(torch.eye(prefix, device=x.device), weights)
-        else:
-            weights = F.pad(weights, (prefix, 0))
-        token_map = Mix(old, new, weights.expand(old.images, -1, -1))
-        batch = advance(batch, Decision(token_map, x.flatten(0, 1)))
-        return replace(batch, received=None, pos=None if batch.pos is None else torch.full_like(batch.pos, -1))
+        check_whole(batch, state, self.name)
+        state.note(self, batch.layout.pad_patches(batch.x))
+        lead = 0 if self.class_token == "pool" else int(batch.layout.lead or 0)
+        return gather(block, batch, state, self._shape, lead=lead, pooled_keys=self.pooled_keys, residual=self.residual)
 
     def _refine(self, block: Any, batch: TokenBatch, state: State, patches: Tensor) -> TokenBatch:
         """Layer 2: the semantic tokens, each shifted by its centre, ask themselves as they were and the patches."""
@@ -158,30 +117,4 @@ class STViT(TokenReducer):
                 f"stvit refines {len(centre)} semantic tokens at block {state.block}, and another reducer has removed "
                 "or masked some; place other reducers after its last block"
             )
-        assert layout.uniform is not None
-        tokens = layout.pad(batch.x)
-        asking = tokens + F.pad(centre, (0, 0, layout.uniform[1], 0)).to(tokens.dtype)
-        asked = torch.cat([tokens, patches], dim=1)
-        x = cross_block(block, asking, asked, patches=patches.shape[1], of=batch)
-        _book(block, state, asking, asked)
-        return replace(batch, x=x.flatten(0, 1), received=None)
-
-
-def _check_whole(batch: TokenBatch, state: State) -> None:
-    """Refuse what is no whole grid of untouched patches."""
-    rows, columns = state.grid
-    whole = batch.layout.lead is not None and all(patches == rows * columns for patches, _ in batch.layout.kinds)
-    if not whole or batch.alive is not None or batch.key_bias is not None:
-        raise ReducerError(
-            f"stvit pools the grid of {rows} x {columns} patches, and at block {state.block} they are no longer all "
-            "there and untouched; place other reducers after it"
-        )
-
-
-def _book(block: Any, state: State, asking: Tensor, asked: Tensor) -> None:
-    """The cost of a layer: it is the published order of work."""
-    if state.tracer is None:
-        return
-    queries = torch.full((asking.shape[0],), float(asking.shape[1]), dtype=torch.float64, device=asking.device)
-    keys = torch.full_like(queries, float(asked.shape[1]))
-    state.tracer.cost.both(block.cost.macs(queries=queries, keys=keys, outputs=queries, mlp=queries))
+        return refine(block, batch, state, patches, centre)

@@ -18,7 +18,7 @@ from reducers.methods import HVTPool
 from reducers.reducer import HasLosses, TrainsInPhases
 from tests.finetune.conftest import recipe_of
 from tests.reducers.conftest import DEPTH, make_vit
-from tests.reducers.test_contract import CASES, PLACES, fresh
+from tests.reducers.test_contract import CASES, fresh, model_for, placed, unit
 from tests.samples import in_turn
 
 PHASES = (0.0, 0.3, 0.6, 0.95)  # of a training: curricula train one part after the other
@@ -41,13 +41,13 @@ class Lesson:
     """A reduced model in training, random weights in its reducers, and what its training minimises."""
 
     def __init__(self, reducer: TokenReducer) -> None:
-        base = make_vit(depth=DEPTH + 1)  # so that another block reads what the last reducer leaves
-        self.model = TrainingViT(base, at(PLACES, fresh(reducer))).train()
+        depth = max(DEPTH, unit(reducer)) + 1  # so that another block reads what the last reducer leaves
+        self.model = TrainingViT(make_vit(depth=depth), placed(reducer)).train()
         with torch.no_grad():  # a layer that starts at zero would hide the ones before it
             for parameter in self.model.reducers.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         recipe = recipe_of(smoothing=0.0)
-        teacher = make_vit(seed=1, depth=DEPTH + 1) if needs_teacher(self.model, recipe) else None
+        teacher = make_vit(seed=1, depth=depth) if needs_teacher(self.model, recipe) else None
         self.objective = Objective(recipe, teacher, classes=7)
 
     def parts(self, seed: int = 0) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def test_images_of_different_lengths_alone_and_in_a_batch(reducer: TokenReducer,
     """After an adaptive method, which leaves ragged images, unless the method refuses those and says so."""
     try:
         first = Placement({0: ATS(Ratio(0.8))})
-        model = reduce_tokens(make_vit().double(), first | at(PLACES, fresh(reducer)))
+        model = reduce_tokens(model_for(reducer).double(), first | placed(reducer))
         together, trace = model.trace(images.double())
     except ReducerError as refused:
         pytest.skip(f"refused: {refused}")
@@ -161,8 +161,8 @@ def test_trained_methods_are_stacked_or_refused_by_name(reducer: TokenReducer, i
             Stack(ATS(Ratio(0.8)), fresh(reducer))
         return
     with torch.no_grad():
-        alone = reduce_tokens(make_vit(), at(PLACES, fresh(reducer)))(images)
-        stacked = reduce_tokens(make_vit(), at(PLACES, Stack(fresh(reducer))))(images)
+        alone = reduce_tokens(make_vit(), placed(reducer))(images)
+        stacked = reduce_tokens(make_vit(), placed(Stack(fresh(reducer))))(images)
     assert torch.equal(alone, stacked)
 
 

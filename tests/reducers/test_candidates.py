@@ -34,6 +34,7 @@ from reducers.methods import DPCKNN, BackTracking, HVTPool
 from reducers.reducer import Searchable, Traits
 
 from .conftest import make_vit
+from .test_contract import model_for, placed
 
 BUDGETS: dict[str, Any] = {"count": 20, "ratio": 0.5, "drop": 12}  # of 36 patches
 CANDIDATES = {
@@ -79,7 +80,7 @@ def test_the_kinds_of_budget_it_names_are_taken(name: str, images: Tensor) -> No
     for kind in kinds:
         reducer = build({"name": name, "budget": {kind: BUDGETS[kind]}})
         with torch.no_grad():
-            cost = reduce_tokens(make_vit(), at([1, 2], reducer)).cost(images[:2])
+            cost = reduce_tokens(model_for(reducer), placed(reducer, at_blocks=[1, 2])).cost(images[:2])
         assert (cost > 0).all(), kind
     assert not takes_schedule(method) or "drop" in kinds or method.traits.trained
 
@@ -88,7 +89,7 @@ def test_the_candidates_are_the_methods_that_work_off_the_shelf_and_have_a_budge
     assert {name for name, method in available().items() if not why_no_candidate(method)} == CANDIDATES
     with_weights = {name for name, method in available().items() if not why_no_candidate(method, weights=True)}
     assert with_weights - CANDIDATES == {
-        "dynamicvit", "patch_merger", "sinkhorn", "sit", "sttabt", "stvit", "token_learner", "tps",
+        "dynamicvit", "patch_merger", "sinkhorn", "sit", "sttabt", "stvit", "stvit_r", "token_learner", "tps",
     }  # fmt: skip
     controls = {name for name, method in available().items() if method.traits.control}
     assert controls == {"back_tracking", "fixed_pattern", "identity", "random", "shrinking_pattern", "small_input"}

@@ -9,7 +9,7 @@ from torch import Tensor
 from reducers import Identity, at, reduce_tokens
 
 from .conftest import DEPTH, make_vit
-from .test_contract import CASES, fresh
+from .test_contract import CASES, fresh, model_for, placed
 
 
 def kept(model: torch.nn.Module, images: Tensor) -> int:
@@ -42,12 +42,8 @@ def test_as_much_memory_is_saved_as_timm_saves(images):
 
 def passed(name: str, images: Tensor, *, checkpointing: bool) -> list[Tensor | None]:
     """Logits, counts, costs, notes and every gradient of a traced training pass with dropout and stochastic depth."""
-    model = make_vit(drop_path_rate=0.3, proj_drop_rate=0.2, attn_drop_rate=0.1).train()
-    if name == "sttabt":
-        reducer, blocks = fresh(CASES[name]), range(1, DEPTH)
-    else:
-        reducer, blocks = fresh(CASES[name]), [1, 2]
-    reduced = reduce_tokens(model, at(blocks, reducer))
+    model = model_for(CASES[name], drop_path_rate=0.3, proj_drop_rate=0.2, attn_drop_rate=0.1).train()
+    reduced = reduce_tokens(model, placed(CASES[name], at_blocks=range(1, DEPTH) if name == "sttabt" else [1, 2]))
     model.set_grad_checkpointing(checkpointing)
     torch.manual_seed(5)
     logits, trace = reduced.trace(images)

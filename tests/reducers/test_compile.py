@@ -14,7 +14,7 @@ from reducers import ATS, Count, Ratio, Stack, TopK, at, build, reduce_tokens
 from tests.samples import sampled
 
 from .conftest import make_vit
-from .test_contract import CASES, fresh
+from .test_contract import CASES, fresh, model_for, placed
 
 FIXED = {name: reducer for name, reducer in CASES.items() if not reducer.adaptive}
 FIXED["atc"] = build({"name": "atc", "budget": {"drop": 3}})  # a compiler writes its merges out, one after the other
@@ -127,7 +127,7 @@ class RefuseCopies(TorchDispatchMode):
 @torch.no_grad()
 def test_fixed_counts_never_wait_for_the_device(name):
     """A tensor of FakeTensorMode has no values: item(), tolist(), nonzero() or a bool index would raise."""
-    model = reduce_tokens(make_vit(), at([1, 3], fresh(FIXED[name])))
+    model = reduce_tokens(model_for(FIXED[name]), placed(FIXED[name]))
     with FakeTensorMode(), RefuseCopies():
         out = on_pretended_gpu(model)(torch.empty(4, 3, 48, 48, device="cuda"))
     assert out.shape == (4, 7)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from reducers import (
     ATS,
@@ -15,6 +17,7 @@ from reducers import (
     EViT,
     Identity,
     Mix,
+    Placement,
     Ratio,
     ReducerError,
     Stack,
@@ -28,7 +31,7 @@ from reducers import (
     reduce_tokens,
 )
 from reducers.decision import advance
-from reducers.methods import stvit
+from reducers.kit import semantic
 from reducers.methods.sttabt import method as sttabt
 from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
@@ -38,7 +41,8 @@ from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
 BUDGETS = {"tome": Drop(5)}  # where a ratio of 0.6 is not the natural request
 KEEP_ALL = {"tome": Drop(0), "ats": Count(4000), "avit": {"beta": -1e4}, "ia_red2": {"threshold": 0}}
-NEVER_THE_IDENTITY = {"diffrate", "hvt_pool", "shrinking_pattern", "stvit"}  # its own test says what holds instead
+# their own tests say what holds instead
+NEVER_THE_IDENTITY = {"diffrate", "hvt_pool", "shrinking_pattern", "stvit", "stvit_r"}
 
 
 def settings(name: str, budget: object | None = None) -> TokenReducer:
@@ -72,6 +76,7 @@ CASES |= {
     "sit alone": build({"name": "sit", "budget": {"count": 9}, "recalibration": 0.0}),
     "sinkhorn sharp": build({"name": "sinkhorn", "budget": {"count": 9}, "epsilon": 0.1, "iterations": 6}),
     "stvit residual off": build({"name": "stvit", "budget": {"count": 9}, "residual": False, "pooled_keys": False}),
+    "stvit_r released": build({"name": "stvit_r", "budget": {"count": 9}, "residual": False, "centres": False}),
     "kmedoids equal": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "weights": "equal"}),
     "kmedoids at the input": build({"name": "kmedoids", "budget": {"ratio": 0.6}, "site": "input"}),
     "token_pooling at the input": build({"name": "token_pooling", "budget": {"ratio": 0.6}, "site": "input"}),
@@ -105,8 +110,24 @@ def fresh(reducer: TokenReducer) -> TokenReducer:
     return copy.deepcopy(reducer)
 
 
+def unit(reducer: TokenReducer) -> int:
+    """Of how many blocks in a row a method acts in whole units."""
+    return getattr(reducer, "unit", 1)
+
+
+def placed(reducer: TokenReducer, *, at_blocks: Iterable[int] | int = PLACES) -> Placement:
+    """A copy at the blocks, or as a unit in the first of them that there may be."""
+    return at(at_blocks if unit(reducer) == 1 else range(unit(reducer)), fresh(reducer))
+
+
+def model_for(reducer: TokenReducer, kind: str = "class", **changes: object) -> VisionTransformer:
+    """A model with room for the method: a block is left behind a unit, too."""
+    depth = DEPTH if unit(reducer) == 1 else unit(reducer) + 1
+    return make_vit(kind, **{"depth": depth, **changes})
+
+
 def reduced(reducer: TokenReducer, kind: str = "class", dtype: torch.dtype = torch.float64):
-    return reduce_tokens(make_vit(kind).to(dtype), at(PLACES, fresh(reducer)))
+    return reduce_tokens(model_for(reducer, kind).to(dtype), placed(reducer))
 
 
 @pytest.mark.parametrize("reducer", methods_first(CASES))
@@ -155,10 +176,12 @@ def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
         prefix = model.base.num_prefix_tokens
         may_finish = isinstance(reducer, Finishes)  # of an accumulated output an image may stop before the last block
         _, trace = model.trace(images.double())
-        assert trace.tokens.shape == (len(images), DEPTH + 1)
-        assert (trace.tokens.diff(dim=1) <= 0).all()
+        depth = len(model.base.blocks)
+        assert trace.tokens.shape == (len(images), depth + 1)
+        back = [unit(reducer)] if unit(reducer) > 1 else []  # behind a unit all tokens are there again
+        assert (trace.tokens.diff(dim=1)[:, [b for b in range(depth) if b + 1 not in back]] <= 0).all()
         assert ((trace.tokens >= prefix) | (trace.tokens == 0)).all()
-        for block in range(DEPTH):
+        for block in range(depth):
             left = trace.tokens[:, block + 1]
             owner, kept = trace.owner(block), trace.kept(block)
             finished = left == 0
@@ -200,10 +223,10 @@ def test_gradients_reach_inputs_and_weights(reducer, images):
 
 @some
 def test_the_base_model_is_untouched(reducer, images):
-    plain = make_vit()
+    plain = model_for(reducer)
     before = copy.deepcopy(plain.state_dict())
     logits = plain(images)
-    reduce_tokens(plain, at(PLACES, fresh(reducer)))(images)
+    reduce_tokens(plain, placed(reducer))(images)
     assert all(torch.equal(before[name], value) for name, value in plain.state_dict().items())
     assert torch.equal(plain(images), logits)
 
@@ -226,7 +249,7 @@ def test_maps_stay_within_their_image_and_owners_only_ever_pool(reducer, images,
         maps.append(decision.map)
         return advance(batch, decision, *features)
 
-    for module in (block_module, stvit, sttabt):
+    for module in (block_module, semantic, sttabt):
         monkeypatch.setattr(module, "advance", noted)
     model = reduced(reducer)
     _, trace = model.trace(images.double())
@@ -267,17 +290,17 @@ def test_trained_weights_go_from_one_reducer_to_its_twin(reducer, images):
     "reducer", [r for r in CASES.values() if r.traits.trained and r.steps.attaches], ids=lambda r: str(r.spec())
 )
 def test_parameters_belong_to_one_model_and_its_blocks(reducer):
-    mine = fresh(reducer)
-    model = make_vit()
-    reduce_tokens(model, at(PLACES, mine))
+    placement, model = placed(reducer), model_for(reducer)
+    (mine,) = set(placement.blocks.values())
+    reduce_tokens(model, placement)
     made = {name: value.clone() for name, value in mine.state_dict().items()}
-    reduce_tokens(model, at(PLACES, mine))  # once more: they are not drawn again
+    reduce_tokens(model, placement)  # once more: they are not drawn again
     assert made.keys() == mine.state_dict().keys()
     assert all(torch.equal(value, mine.state_dict()[name]) for name, value in made.items())
     with pytest.raises(ReducerError, match="another model or other blocks"):
         reduce_tokens(model, at([2], mine))
     with pytest.raises(ReducerError, match="another model or other blocks"):
-        reduce_tokens(make_vit(embed_dim=48), at(PLACES, mine))
+        reduce_tokens(model_for(reducer, embed_dim=48), placement)
 
 
 # the methods by their names, and of their variants those that ask for another kind of model

@@ -15,8 +15,9 @@ from .conftest import make_vit
 from .test_contract import CASES, fresh
 
 FIXED_AT_ONE_SIZE = {"sttabt", "sttabt concrete", "hvt_pool positions"}  # refuse other sizes by name
-LEARNED_COUNTS = {"diffrate", "patch_merger", "sinkhorn", "sit", "stvit", "token_learner"}  # of the model's own size
-SAME = sorted(set(CASES) - FIXED_AT_ONE_SIZE - LEARNED_COUNTS - {"stvit residual off"})
+# counts of the model's own size
+LEARNED_COUNTS = {"diffrate", "patch_merger", "sinkhorn", "sit", "stvit", "stvit_r", "token_learner"}
+SAME = sorted(set(CASES) - FIXED_AT_ONE_SIZE - LEARNED_COUNTS - {"stvit residual off", "stvit_r released"})
 SIZES = [(96, 96), (48, 72), (56, 56)]
 
 

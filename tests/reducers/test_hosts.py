@@ -44,6 +44,8 @@ from reducers.reducer import Traits
 from reducers.schedule import Flat
 from reducers.tokens import TokenBatch
 
+from .test_contract import unit
+
 PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
 DEPTH = 3
 
@@ -109,7 +111,12 @@ REFUSING = {"small_input": "cannot be resized"}  # what the toy does not take
 @torch.no_grad()
 def test_every_method_runs_in_the_toy_and_alone_is_as_in_a_batch(name: str, toy: ModuleType, scenes: Tensor) -> None:
     settings = {"budget": {"count": 9}} if "budget" in {p.name for p in available()[name].settings()} else {}
-    fast = reduce_tokens(made(toy), at([1, 2], build({"name": name, **settings}))).double()
+    reducer = build({"name": name, **settings})
+    if unit(reducer) > 1:
+        with pytest.raises(ReducerError, match="in units of"):
+            reduce_tokens(made(toy), at([1, 2], reducer))
+        return
+    fast = reduce_tokens(made(toy), at([1, 2], reducer)).double()
     if name in REFUSING:
         with pytest.raises(ReducerError, match=REFUSING[name]):
             fast(scenes)

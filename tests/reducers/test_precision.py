@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reducers import Drop, Identity, Ratio, TokenReducer, ToMe, at, every, reduce_tokens
+from reducers import Drop, Identity, Placement, Ratio, TokenReducer, ToMe, at, every, reduce_tokens
 from reducers.hosts.protocol import add_residual
 from reducers.kit.clustering import squared_distances
 from reducers.kit.ranked_merge import nearest_hosts
@@ -20,7 +20,7 @@ from reducers.noise import image_keys
 from tests.samples import in_turn
 
 from .conftest import DEPTH, KINDS, make_vit
-from .test_contract import CASES, PLACES, fresh
+from .test_contract import CASES, model_for, placed, unit
 
 some = in_turn(CASES)
 half = torch.bfloat16
@@ -58,14 +58,18 @@ def test_no_reduction_is_the_plain_model_in_its_own_precision(kind, dtype, atol,
     torch.testing.assert_close(logits, expected, rtol=0.02 if dtype == half else 0, atol=atol)
 
 
+def probed(reducer: TokenReducer, probe: Probe) -> Placement:
+    """A method and a probe beside it, of a unit behind it."""
+    return placed(reducer) | at([0, 2] if unit(reducer) == 1 else unit(reducer), probe)
+
+
 @pytest.mark.parametrize("automatic", [False, True], ids=["bfloat16", "autocast"])
 @some
 @torch.no_grad()
 def test_in_half_precision_everything_holds_that_needs_no_digits(reducer, automatic, images):
     probe = Probe()
     dtype = torch.float32 if automatic else half
-    placement = at(PLACES, fresh(reducer)) | at([0, 2], probe)
-    model = reduce_tokens(make_vit().to(dtype), placement)
+    model = reduce_tokens(model_for(reducer).to(dtype), probed(reducer, probe))
     with float_type(half, automatic):
         logits, trace = model.trace(images.to(dtype))
         plain = model(images.to(dtype))
@@ -76,8 +80,7 @@ def test_in_half_precision_everything_holds_that_needs_no_digits(reducer, automa
     assert all(size.dtype == torch.float32 for size in probe.sizes)
     assert all(bias is None or bias.dtype == torch.float32 for bias in probe.biases)
     if not reducer.adaptive:  # how many stay is arithmetic of whole numbers
-        placement = at(PLACES, fresh(reducer)) | at([0, 2], probe)
-        _, exact = reduce_tokens(make_vit().double(), placement).trace(images.double())
+        _, exact = reduce_tokens(model_for(reducer).double(), probed(reducer, probe)).trace(images.double())
         assert torch.equal(trace.tokens, exact.tokens)
 
 
@@ -125,7 +128,7 @@ def test_cumulative_scores_are_in_single_precision(automatic):
 
 @some
 def test_gradients_are_finite_in_half_precision(reducer, images):
-    model = reduce_tokens(make_vit().to(half), at(PLACES, fresh(reducer))).train()
+    model = reduce_tokens(model_for(reducer).to(half), placed(reducer)).train()
     model(images.to(half)).float().square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.base.parameters())
 

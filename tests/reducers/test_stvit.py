@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from reducers import ATS, Count, Ratio, ReducerError, Stack, ToMe, TopK, at, reduce_tokens
 from reducers.budget import Drop
 from reducers.hosts.timm_vit import TimmBlock
+from reducers.kit.semantic import bins, pool_grid
 from reducers.methods import DynamicViT, KMedoids, STViT
-from reducers.methods.stvit import bins, pool_grid
 from reducers.runtime.cross import cross_block
 
 from .conftest import KINDS, make_vit

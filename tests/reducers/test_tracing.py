@@ -10,7 +10,7 @@ from reducers.cost_fvcore import fvcore_macs
 from tests.samples import shared_out
 
 from .conftest import make_vit
-from .test_contract import CASES, fresh
+from .test_contract import CASES, fresh, placed, unit
 
 FIXED = [name for name, reducer in CASES.items() if not reducer.adaptive]
 QUICK = ("evit", "gtp cosine", "random", "stack topk tome evit")
@@ -25,7 +25,10 @@ pytestmark = [
 @pytest.mark.parametrize("name", TRACED)
 @torch.no_grad()
 def test_a_traced_graph_gives_what_eager_gives_on_other_images_too(name):
-    model = reduce_tokens(make_vit(depth=2), at([0, 1] if name in QUICK else 1, fresh(CASES[name])))
+    reducer = CASES[name]
+    model = reduce_tokens(
+        make_vit(depth=max(2, unit(reducer))), placed(reducer, at_blocks=[0, 1] if name in QUICK else 1)
+    )
     seen, unseen = torch.randn(2, 2, 3, 48, 48)
     graph = torch.jit.trace(model, seen, check_trace=False)
     for images in (seen, unseen):

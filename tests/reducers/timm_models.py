@@ -67,12 +67,13 @@ ROPES = ("eva02", "dinov3", "rope mixed", "pe", "sapiens2", "naflex rope", "nafl
 def made(name: str, **changes: Any) -> Any:
     """A model for images of 48 x 48 whose every parameter matters, in float64."""
     torch.manual_seed(0)
-    options = {"img_size": 48, "num_classes": 7, **changes}
+    options, sizes = {"img_size": 48, "num_classes": 7, **changes}, {**_SIZES, "depth": changes.pop("depth", DEPTH)}
+    options.pop("depth", None)
     if name in _NAFLEX:
-        model: Any = NaFlexVit(NaFlexVitCfg(**{**_SIZES, "pos_embed_grid_size": (6, 6), **_NAFLEX[name]}), **options)
+        model: Any = NaFlexVit(NaFlexVitCfg(**{**sizes, "pos_embed_grid_size": (6, 6), **_NAFLEX[name]}), **options)
     else:
         kind = Eva if name in _EVA else Beit if name in _BEIT else VisionTransformerRelPos
-        model = kind(**{**options, **_SIZES, **{**_EVA, **_BEIT, **_RELPOS}[name], **changes})
+        model = kind(**{**options, **sizes, **{**_EVA, **_BEIT, **_RELPOS}[name], **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
