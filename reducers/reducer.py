@@ -47,6 +47,8 @@ class Traits:
     uses_random: bool = False
     uses_previous_attention: bool = False
     uses_positions: bool = False  # asks for ``positions``, which are not tracked otherwise
+    pools: bool = False  # what it leaves are mixtures of all tokens, and at no place of their own
+    needs_token_keys: bool = False  # traces or replaces attention from token to token, so keys must be the tokens
     control: bool = False  # a yardstick for methods: it looks at no image's content, or says what a choice is worth
     oracle: bool = False  # its cost leaves something out: what it knows could not be had at that price
     inputs: tuple[Input, ...] = ("images",)  # what the images it acts on may be: by themselves, or frames of a clip

@@ -7,6 +7,7 @@ in config.json. transformers is imported when such a model is opened.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from reducers.hosts import TYPES, host_of
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 CLASSIFIER = "classifier"
 _POSITIONS = ("pos_embed", "position_embeddings", "position_embedding.weight")
-_RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # of transformers.models
+_RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "cvt")  # of transformers.models
 _SHARDS = "model.safetensors.index.json"
 _MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's, by number
 
@@ -72,7 +73,7 @@ def create(
     settings = kind.config_class.from_dict(config)
     if classes is not None:
         settings.num_labels = classes
-    settings._attn_implementation = "sdpa"
+    settings._attn_implementation = _attention(kind)
     _set_size(name, settings, size_of(name, config, cache))
     model: nn.Module = kind(settings)
     return model
@@ -112,6 +113,11 @@ def load_file(name: ModelName, config: dict[str, Any], weights: Mapping[str, Ten
     return model
 
 
+def _attention(kind: Any) -> str:
+    """The implementation that is asked for: reduced models have their own."""
+    return "sdpa" if kind._supports_sdpa else "eager"
+
+
 def _loaded(kind: Any, source: str, folder: Path | None, **options: Any) -> Any:
     """As the library loads it, nothing missing and everything finite."""
     from transformers.utils import logging as library
@@ -120,7 +126,7 @@ def _loaded(kind: Any, source: str, folder: Path | None, **options: Any) -> Any:
     library.disable_progress_bar()
     try:
         model, found = kind.from_pretrained(
-            folder, trust_remote_code=False, dtype=torch.float32, attn_implementation="sdpa",
+            folder, trust_remote_code=False, dtype=torch.float32, attn_implementation=_attention(kind),
             output_loading_info=True, **options,
         )  # fmt: skip
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -224,7 +230,7 @@ def _set_size(name: ModelName, settings: Any, size: tuple[int, int]) -> None:
     square = size[0] == size[1]
     if not square and settings.model_type.startswith(("clip", "siglip")):
         raise ModelError(f"{name} reads square images alone: give one number, such as --img-size {size[0]}")
-    patch = part.patch_size
+    patch = part.patch_size if hasattr(part, "patch_size") else math.prod(part.patch_stride)
     if any(side % (patch if isinstance(patch, int) else patch[0]) for side in size):
         raise ModelError(f"{size[0]} x {size[1]} px are no whole patches of {patch} of {name}: give a multiple of it")
     part.image_size = size[0] if square else size

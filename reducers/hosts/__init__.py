@@ -43,6 +43,9 @@ TYPES: dict[str, str] = {
     "transformers.models.clip.modeling_clip.CLIPForImageClassification": "reducers.hosts.hf_vit",
     "transformers.models.siglip.modeling_siglip.SiglipVisionModel": "reducers.hosts.hf_vit",
     "transformers.models.siglip.modeling_siglip.SiglipForImageClassification": "reducers.hosts.hf_vit",
+    "transformers.models.cvt.modeling_cvt.CvtModel": "reducers.hosts.hf_cvt",
+    "transformers.models.cvt.modeling_cvt.CvtForImageClassification": "reducers.hosts.hf_cvt",
+    "reducers.backbones.cvt.CvT": "reducers.hosts.cvt",
 }
 
 _TOWERS = ("clip.modeling_clip.CLIPModel", "siglip.modeling_siglip.SiglipModel")  # what reads images is a part of them
@@ -50,8 +53,8 @@ _TOWERS = ("clip.modeling_clip.CLIPModel", "siglip.modeling_siglip.SiglipModel")
 SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
     "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos, NaFlexVit and "
-    "SwinTransformer whose blocks and attentions are those of docs/families.md; and transformers' ViT, DeiT, DINOv2, "
-    "DINOv3 ViT, CLIP and SigLIP vision models"
+    "SwinTransformer whose blocks and attentions are those of docs/families.md; transformers' ViT, DeiT, DINOv2, "
+    "DINOv3 ViT, CvT, CLIP and SigLIP vision models; and the networks of reducers.backbones"
 )
 
 

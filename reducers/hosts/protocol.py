@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reducers.cost import BlockCost
 from reducers.errors import ReducerError
 from reducers.maps import TokenMap
+from reducers.reducer import TokenReducer
 from reducers.tokens import Layout, TokenBatch, Units
 
 Grid = tuple[int, int]
@@ -52,6 +53,8 @@ class Core(ABC):
 
     Parts are numbered query 0, key 1, value 2, and have the shape (T, H, d). ``x`` are the normed features (T, D).
     """
+
+    own_key: ClassVar[bool] = True  # each token has a key of its own, in order and before all others of its unit
 
     def __init__(self, x: Tensor, layout: Layout) -> None:
         self.x = x
@@ -102,11 +105,15 @@ class Core(ABC):
         """From keys (K, ...) to tokens (T, ...): a cell's attention shared out, its key or value averaged."""
         return cells
 
-    def to_keys(self, values: Tensor, fill: float) -> Tensor | None:
-        """From tokens (T,) to keys (K,), where each token has a key of its own, in the same order and before all other
-        keys of its image, which get ``fill``; None where keys are no tokens.
+    def biases(self, by_token: Tensor) -> Tensor:
+        """What is added to the logits of each key (K,), from what attention to each token (T,) is weighted by."""
+        return by_token
+
+    def seen(self, alive: Tensor) -> Tensor | None:
+        """(K,) in [0, 1] how far each key is seen, where a training mask leaves so much of each token, alive (T,);
+        None: every key is seen whole.
         """
-        return values if self.keys_layout is self.layout else None
+        return alive
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +130,8 @@ class Grouping:
 
 class HostBlock(ABC):
     """A view of one block: what is computed, in parts between which reducers decide."""
+
+    keys_are_tokens: ClassVar[bool] = True  # else their number is not told by the number of tokens alone
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -153,6 +162,16 @@ class HostBlock(ABC):
         window. They count, as in every published cost.
         """
         return None
+
+    def published_keys(self, batch: TokenBatch) -> Tensor:
+        """(B,) keys of each image in the published order of work, where the runtime computes fewer."""
+        return self.key_counts(batch)
+
+    def arrive(self, batch: TokenBatch) -> TokenBatch:
+        """The tokens as they come to the block, before any reducer of it acts (what is shown where they will be gone).
+        Booked as nothing.
+        """
+        return batch
 
     def before(self, batch: TokenBatch) -> TokenBatch:
         """Work that no reducer at the attention site sees (attention over time)."""
@@ -357,6 +376,10 @@ class Host(ABC):
     def first_free(self) -> int:
         """The first block at which a reducer may act; all later ones take one too."""
         return self.embedded
+
+    def unfit(self, reducer: TokenReducer) -> str | None:
+        """Why this model has no use for a reducer, by what its traits and steps tell; None: it may act."""
+        return None
 
     @property
     @abstractmethod

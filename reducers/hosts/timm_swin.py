@@ -178,10 +178,17 @@ class WindowCore(BiasedCore):
     def to_tokens(self, cells: Tensor, how: Spread) -> Tensor:
         return cells if self.keys_layout is self.layout else cells.index_select(0, self._slot)
 
-    def to_keys(self, values: Tensor, fill: float) -> Tensor:
+    def biases(self, by_token: Tensor) -> Tensor:
+        return self._of_keys(by_token, 0)
+
+    def seen(self, alive: Tensor) -> Tensor:
+        return self._of_keys(alive, 1)
+
+    def _of_keys(self, values: Tensor, beyond: float) -> Tensor:
+        """From tokens (T,) to keys (K,)."""
         if self.keys_layout is self.layout:
             return values
-        return self._widen(values, values.new_full((1,), fill))
+        return self._widen(values, values.new_full((1,), beyond))
 
     @property
     def _samples(self) -> int:

@@ -108,7 +108,7 @@ class LearnedPooling(TokenReducer):
     that are nearly alike, and at the model's own rate they part too slowly.
     """
 
-    traits = Traits(trained=True, site="input")
+    traits = Traits(trained=True, site="input", pools=True)
     budgets = ("count", "ratio")  # a number dropped would be of the tokens that enter the model, at each block anew
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
 

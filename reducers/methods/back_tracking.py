@@ -40,7 +40,7 @@ class BackTracking(TokenReducer):
 
     summary = "keep what attention, traced back from the output, will read (oracle)"
     source = "Lee et al., ICLR 2023 (STTABT), oracle form"
-    traits = Traits(control=True, adaptive=True, needs_class_token=True, uses_positions=True)
+    traits = Traits(control=True, adaptive=True, needs_class_token=True, uses_positions=True, needs_token_keys=True)
     scheduled_as = None
     budgets = ("count", "ratio")
 

@@ -15,7 +15,7 @@ from reducers.checks import checked_choice, checked_share
 from reducers.decision import Decision
 from reducers.kit.selection import keep_count, keep_highest
 from reducers.maps import Mix
-from reducers.reducer import Searchable, State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Layout
@@ -105,6 +105,7 @@ class GTP(TokenReducer):
 
     summary = "remove tokens after passing their features on to their neighbours"
     source = "Xu et al., WACV 2024 (arXiv 2311.03035)"
+    traits = Traits(needs_token_keys=True)
     searchable: ClassVar[Searchable] = {"alpha": (0.2, 0.1, 0.4), "graph": ("spatial", "cosine")}
 
     def __init__(self, budget: Budget, *, alpha: float = 0.2, graph: Graph = "spatial", theta: float = 1.0) -> None:

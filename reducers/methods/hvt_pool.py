@@ -19,7 +19,7 @@ from reducers.decision import Decision
 from reducers.errors import ReducerError
 from reducers.kit.clustering import Site
 from reducers.maps import Mix
-from reducers.reducer import Searchable, State, TokenReducer
+from reducers.reducer import Searchable, State, TokenReducer, Traits
 from reducers.registry import register
 from reducers.signals import Signals
 from reducers.tokens import Counts, Layout
@@ -84,6 +84,7 @@ class HVTPool(TokenReducer):
 
     summary = "max-pool the token sequence (HVT's pooling on a plain ViT)"
     source = "Pan et al., ICCV 2021 (arXiv 2103.10619), adapted"
+    traits = Traits(pools=True)
     trained_as = "HVT: 300 epochs from scratch by DeiT's recipe, lr 5e-4 per 512 images, weight decay 0.025, no teacher"
     searchable: ClassVar[Searchable] = {"site": ("attention", "input")}
 

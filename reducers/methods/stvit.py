@@ -54,7 +54,7 @@ class STViT(TokenReducer):
 
     summary = "a handful of semantic tokens asks the patches and replaces them"
     source = "Chang et al., CVPR 2023 (arXiv 2303.08685)"
-    traits = Traits(trained=True, site="input")
+    traits = Traits(trained=True, site="input", pools=True, needs_token_keys=True)
     scheduled_as = None
     budgets = ("count", "ratio")
     trained_as = "from scratch by the task loss: 300 epochs, AdamW, cosine, 20 epochs of warm-up, clipped at 5"

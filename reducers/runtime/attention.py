@@ -26,24 +26,13 @@ class PackedAttention:
         self.x = core.x  # (T, D), normed
         self.layout = core.layout
         self.keys_layout = core.keys_layout
-        self.key_bias = self._of_keys(key_bias, 0)
-        self.alive = self._of_keys(alive, 1)  # (K,) under a training mask
+        self.key_bias = None if key_bias is None else core.biases(key_bias)  # (K,)
+        self.alive = None if alive is None else core.seen(alive)  # (K,) under a training mask
         self._given: Tensor | None = None  # a map to attend with, in place of the softmax
         self._fused: tuple[Tensor, ...] | None = None  # query, key and value of all rows, where all will be asked for
         self._all_queries: Tensor | None = None
         # parts are shared: one that a reducer first asks for under no_grad must not lose its gradient for the rest
         self._differentiable = torch.is_grad_enabled()
-
-    def _of_keys(self, values: Tensor | None, fill: float) -> Tensor | None:
-        """What is told of each token, for its key."""
-        if values is None:
-            return None
-        if (found := self.core.to_keys(values, fill)) is None:
-            raise ReducerError(
-                "the keys of this model are no tokens, so attention to a token cannot be weighed by its size or a "
-                "mask: use proportional=False, and train without masks"
-            )
-        return found
 
     def _gradients(self) -> torch.set_grad_enabled:
         """As they were when the block began."""
@@ -126,7 +115,7 @@ class PackedAttention:
         if self.alive is None:
             return self.core.to_tokens(layout.unpad(padded.softmax(dim=1)), "share")
         seen = layout.pad(self.alive.to(wide))[..., None]
-        return layout.unpad(masked_softmax(padded, seen, layout.valid[..., None], 1))
+        return self.core.to_tokens(layout.unpad(masked_softmax(padded, seen, layout.valid[..., None], 1)), "share")
 
     def attend_with(self, attention: Tensor) -> None:
         """Sum the values by this map (B, H, L, L), whose padded places are 0, instead of the softmax."""
@@ -151,7 +140,9 @@ class PackedAttention:
         valid = keys.valid
         if self.alive is not None:
             seen = keys.pad(self.alive.to(wide))[:, None, None]  # (B, 1, 1, K)
-            seen = seen + (1 - seen) * torch.eye(layout.longest, seen.shape[-1], dtype=wide, device=seen.device)
+            if self.core.own_key:  # a token always sees itself
+                own = torch.eye(layout.longest, seen.shape[-1], dtype=wide, device=seen.device)
+                seen = seen + (1 - seen) * own
             return masked_softmax(logits, seen, valid[:, None, None], -1) * layout.valid[:, None, :, None]
         if layout.uniform is not None and keys.uniform is not None:
             return logits.softmax(dim=-1)

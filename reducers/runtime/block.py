@@ -178,6 +178,7 @@ def run_block(
     entered, grouping = batch, block.grouping(batch)
     if grouping is not None:
         batch, state = into_units(batch, grouping), in_units(state, grouping)
+    batch = block.arrive(batch)
     batch, rows = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
     if not decide_only:
         batch = block.settle(batch)
@@ -185,7 +186,8 @@ def run_block(
     if tracer is not None:
         tracer.cost.block(
             block.cost, entering=rows.entering, keys=rows.keys, queries=rows.queries, leaving=batch.layout.lengths,
-            cut_before_values=reducer is not None and reducer.traits.cuts_before_values, beside=rows.beside,
+            published_keys=rows.keys if rows.published is None else rows.published, beside=rows.beside,
+            cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
         )  # fmt: skip
     if grouping is not None:
         batch = out_of_units(batch, entered, grouping)
@@ -213,7 +215,8 @@ class Rows(NamedTuple):
     entering: Tensor
     keys: Tensor
     queries: Tensor
-    beside: Tensor | None
+    beside: Tensor | None = None
+    published: Tensor | None = None  # keys in the published order of work, where those are others
 
 
 def _attend(
@@ -247,11 +250,22 @@ def _attend(
         # a signal needed the queries of the others too
         signals.spend((entering - queries) * signals.cost.query_row)
     rows = Rows(entering, signals.key_counts, queries, block.keys_beside(batch))
+    if tracer is not None and not block.keys_are_tokens:
+        rows = rows._replace(published=block.published_keys(batch))
     if decide_only:
-        return replace(batch, layout=decisions[-1].map.new if decisions else batch.layout), rows
+        return _decided(decisions, batch, block.keys_are_tokens), rows
     if selection is None:
         return _carry_out(decisions, replace(batch, x=signals.output())), rows
     return advance(batch, Decision(selection), signals.rows(selection.rows, selection.new)), rows
+
+
+def _decided(decisions: list[Decision], batch: TokenBatch, counts_alone: bool) -> TokenBatch:
+    """How many tokens the decisions leave, and where that is not all that later costs depend on, which; no features."""
+    if counts_alone:
+        return replace(batch, layout=decisions[-1].map.new if decisions else batch.layout)
+    for decision in decisions:
+        batch = advance(batch, decision, batch.x.new_empty(decision.map.new.rows, batch.x.shape[1]))
+    return batch
 
 
 def account(host: Host, blocks: range, batch: TokenBatch, tracer: Tracer) -> None:
@@ -263,8 +277,10 @@ def account(host: Host, blocks: range, batch: TokenBatch, tracer: Tracer) -> Non
         tokens = units.layout.lengths
         if (fixed := block.fixed_macs(units)) is not None:
             tracer.cost.both(fixed)
+        keys = block.key_counts(units)
+        published = keys if block.keys_are_tokens else block.published_keys(units)
         tracer.cost.block(
-            block.cost, entering=tokens, keys=block.key_counts(units), queries=tokens, leaving=tokens,
+            block.cost, entering=tokens, keys=keys, queries=tokens, leaving=tokens, published_keys=published,
             beside=block.keys_beside(units),
         )  # fmt: skip
         tracer.after_block(batch)

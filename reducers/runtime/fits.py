@@ -14,6 +14,9 @@ def check_plan(host: Host, plan: Plan) -> None:
     """Refuse what the model cannot do; reducers that have parameters make them, the first time."""
     check_blocks(plan.at, host.depth)
     _check_embedding(host, plan)
+    for member in plan.members:
+        if (why := host.unfit(member)) is not None:
+            raise ReducerError(f"{member.name} is not for this {type(host.model).__name__}: {why}")
     _check_class_token(host, plan)
     if host.regroups:
         _check_regrouped(host, plan)

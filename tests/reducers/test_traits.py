@@ -67,7 +67,9 @@ def test_a_stack_has_the_traits_of_its_members_together() -> None:
     ats, tome, gtp = ATS(Ratio(0.5)), ToMe(Drop(3)), GTP(Drop(3))
     assert Stack(tome, ats).traits == Traits(adaptive=True, needs_class_token=True)
     assert Stack(ats, Identity()).traits.cuts_before_values and not Stack(ats, tome).traits.cuts_before_values
-    assert Stack(Stack(gtp, tome), ats).traits == Traits(adaptive=True, needs_class_token=True, uses_positions=True)
+    assert Stack(Stack(gtp, tome), ats).traits == Traits(
+        adaptive=True, needs_class_token=True, uses_positions=True, needs_token_keys=True
+    )
     inputs = DPCKNN(Ratio(0.9), site="input"), KMedoids(Ratio(0.9), site="input")
     assert Stack(*inputs).traits == Traits(site="input", uses_previous_attention=True)
     assert Stack(*inputs, tome).traits.site == "attention"
@@ -77,7 +79,7 @@ def test_a_stack_has_the_traits_of_its_members_together() -> None:
 
 def test_merged_traits_ask_for_all_that_a_member_asks_for_and_act_where_all_can() -> None:
     flags = [one.name for one in fields(Traits) if one.type == "bool" and one.name != "cuts_before_values"]
-    assert len(flags) == 10
+    assert len(flags) == 12
     for flag in flags:
         one = replace(Traits(), **{flag: True})
         assert getattr(Traits.merged([Traits(), one, Traits()]), flag) and one == Traits.merged([one, Traits()])

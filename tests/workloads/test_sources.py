@@ -25,6 +25,7 @@ from ablations.workloads import ModelError, open_model
 from reducers import Placement, ToMe, at, reduce_tokens
 from reducers.budget import Drop
 from reducers.hosts import host_of
+from tests.reducers.cvt_models import make_cvt
 from tests.reducers.hf_models import make_hf
 
 NAME = "test_vit"
@@ -274,6 +275,21 @@ def test_positions_are_resampled_as_timm_does_and_models_that_do_it_themselves_a
     torch.testing.assert_close(found(images).logits, dino(images).logits, rtol=0, atol=1e-6)
     fast = reduce_tokens(found, at(1, ToMe(Drop(2))))
     assert fast.trace(images)[1].tokens[0].tolist() == [17, 17, 15, 15, 15]
+
+
+@torch.no_grad()
+def test_a_folder_with_a_cvt_is_opened_at_any_size(tmp_path: Path) -> None:
+    model = make_cvt(dtype=torch.float32, stride=2)
+    model.save_pretrained(tmp_path)
+    sized = {**PROCESSOR, "size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(sized))
+    for asked, side in ((f"hf:{tmp_path}", 64), (chosen_name(f"hf:{tmp_path}", "96"), 96)):
+        found, images = opened(asked), torch.randn(2, 3, side, side)
+        torch.testing.assert_close(found(images).logits, model(images).logits, rtol=0, atol=1e-6)
+        assert host_of(found).grid == (side // 16, side // 16) and input_config(asked)["input_size"] == (3, side, side)
+        assert reduce_tokens(found, at(4, ToMe(Drop(2)))).trace(images)[1].tokens[0, -1] == (side // 16) ** 2 - 1
+    with pytest.raises(ModelError, match="50 x 50 px are no whole patches of 16"):
+        opened(f"hf:{tmp_path}?img=50")
 
 
 def _changed(folder: Path, **changes: Any) -> None:

@@ -113,7 +113,10 @@ class STTABT(TokenReducer):
 
     summary = "keep what guessed attention, traced back from the output, will read"
     source = "Lee et al., ICLR 2023 (STTABT)"
-    traits = Traits(adaptive=True, trained=True, needs_class_token=True, needs_teacher=True, uses_positions=True)
+    traits = Traits(
+        adaptive=True, trained=True, needs_class_token=True, needs_teacher=True, uses_positions=True,
+        needs_token_keys=True,
+    )  # fmt: skip
     scheduled_as = None
     budgets = ("count", "ratio")
     schedule: ClassVar[Mapping[str, Any]] = {"reducer_lr_scale": 10.0}
