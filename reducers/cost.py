@@ -65,19 +65,21 @@ class CostMeter:
         keys: Tensor,
         queries: Tensor,
         leaving: Tensor,
-        published_keys: Tensor,
+        published_keys: Tensor | None = None,
         cut_before_values: bool = False,
         beside: Tensor | None = None,
     ) -> None:
         """One block: as executed (``queries`` rows and ``keys`` computed), and in the published order of work.
 
         Published methods compute all queries and attention rows, then cut: ATS before the rows meet the values
-        (``cut_before_values``), the others after the attention residual. ``published_keys``: theirs.
+        (``cut_before_values``), the others after the attention residual. ``published_keys``: theirs, where those are
+        others.
         """
         executed = cost.macs(queries=queries, keys=keys, outputs=queries, mlp=leaving, beside=beside)
         self.executed = self.executed + self._of_samples(executed)
         outputs = leaving if cut_before_values else entering
-        reference = cost.macs(queries=entering, keys=published_keys, outputs=outputs, mlp=leaving, beside=beside)
+        keys = keys if published_keys is None else published_keys
+        reference = cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=leaving, beside=beside)
         self.reference = self.reference + self._of_samples(reference)
 
     def spend(self, macs: Tensor | float) -> None:

@@ -186,7 +186,7 @@ def run_block(
     if tracer is not None:
         tracer.cost.block(
             block.cost, entering=rows.entering, keys=rows.keys, queries=rows.queries, leaving=batch.layout.lengths,
-            published_keys=rows.keys if rows.published is None else rows.published, beside=rows.beside,
+            published_keys=rows.published, beside=rows.beside,
             cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
         )  # fmt: skip
     if grouping is not None:
@@ -278,7 +278,7 @@ def account(host: Host, blocks: range, batch: TokenBatch, tracer: Tracer) -> Non
         if (fixed := block.fixed_macs(units)) is not None:
             tracer.cost.both(fixed)
         keys = block.key_counts(units)
-        published = keys if block.keys_are_tokens else block.published_keys(units)
+        published = None if block.keys_are_tokens else block.published_keys(units)
         tracer.cost.block(
             block.cost, entering=tokens, keys=keys, queries=tokens, leaving=tokens, published_keys=published,
             beside=block.keys_beside(units),

@@ -228,7 +228,7 @@ def told(trace: Trace) -> list[Tensor]:
     return [trace.tokens, trace.macs, trace.reference_macs, trace.reducer_macs, *by_block]
 
 
-@pytest.mark.parametrize("name", sorted({*available()} - {*REFUSING}))
+@pytest.mark.parametrize("name", sorted({*available()} - {*REFUSING, "stvit_r"}))  # whose unit of six has no room here
 @torch.no_grad()
 def test_behind_a_wall_every_method_does_what_it_does_in_the_whole_model(
     name: str, walled: tuple[Any, Any], scenes: Tensor
