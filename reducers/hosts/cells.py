@@ -48,7 +48,7 @@ class Window:
 
     def field(self, grid: Grid, spread: str, device: torch.device) -> Field:
         """Which places belong to which cell, as its attention is shared out."""
-        return _field(self, grid, spread == "nearest", device)
+        return Field(*(torch.tensor(listed, device=device) for listed in _listed(self, grid, spread == "nearest")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,34 +58,34 @@ class Field:
     cells_of: Tensor  # (N, S) int64
     places_of: Tensor  # (C, P) int64
 
-    @classmethod
-    def of(cls, belongs: Tensor) -> Field:
-        """belongs (C, N) bool"""
-        cells, places = belongs.shape
 
-        def listed(of: Tensor, none: int) -> Tensor:
-            numbers = torch.arange(of.shape[1], device=of.device)
-            return numbers.where(of, none).sort(dim=1).values[:, : max(int(of.sum(1).max()), 1)]
-
-        return cls(listed(belongs.T, cells), listed(belongs, places))
-
-    def to(self, device: torch.device) -> Field:
-        return Field(self.cells_of.to(device), self.places_of.to(device))
+Lists = list[list[int]]
 
 
 @lru_cache(maxsize=64)
-def _field(window: Window, grid: Grid, nearest: bool, device: torch.device) -> Field:
-    sides = []
-    for places, cells in zip(grid, window.cells(grid), strict=True):
-        place, cell = torch.arange(places, device="cpu")[None], torch.arange(cells, device="cpu")[:, None]
-        if nearest:
-            sides.append((place // window.stride).clamp(max=cells - 1) == cell)
-        else:
-            first = cell * window.stride - window.padding
-            sides.append((place >= first) & (place < first + window.kernel))
-    down, across = sides
-    belongs = (down[:, None, :, None] & across[None, :, None, :]).flatten(0, 1).flatten(1)
-    return Field.of(belongs).to(device)
+def _listed(window: Window, grid: Grid, nearest: bool) -> tuple[Lists, Lists]:
+    cells = window.cells(grid)
+    down, across = (_owners(window, *sides, nearest) for sides in zip(grid, cells, strict=True))
+    cells_of = [[a * cells[1] + b for a in rows for b in columns] for rows in down for columns in across]
+    places_of: Lists = [[] for _ in range(cells[0] * cells[1])]
+    for place, those in enumerate(cells_of):
+        for cell in those:
+            places_of[cell].append(place)
+    return _even(cells_of, len(places_of)), _even(places_of, len(cells_of))
+
+
+def _owners(window: Window, places: int, cells: int, nearest: bool) -> Lists:
+    """Along one side, the cells that each place belongs to."""
+    if nearest:
+        return [[min(place // window.stride, cells - 1)] for place in range(places)]
+    first = [cell * window.stride - window.padding for cell in range(cells)]
+    return [[c for c in range(cells) if first[c] <= place < first[c] + window.kernel] for place in range(places)]
+
+
+def _even(lists: Lists, none: int) -> Lists:
+    """All as long as the longest."""
+    longest = max(map(len, lists), default=0)
+    return [[*each, *[none] * (longest - len(each))] for each in lists]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +98,19 @@ class Canvas:
     # of images made smaller: the place of each patch of the images as given (N0,), and the patch of each place (N,)
     given: tuple[Tensor, Tensor] | None = None
     _found: list[Any] = field(default_factory=list)  # the places of the latest batch, which several steps ask for
+    _fields: dict[tuple[Window, str], Field] = field(default_factory=dict)
 
     def relocated(self, original: Tensor, patches: int) -> Canvas:
         """As ``Host.relocated``."""
         places = torch.full((patches,), -1, dtype=torch.int64, device=original.device)
         places[original] = torch.arange(len(original), device=original.device)
         return replace(self, given=(places, original))
+
+    def field(self, window: Window, spread: str) -> Field:
+        """As ``Window.field``, once a pass."""
+        if (window, spread) not in self._fields:
+            self._fields[window, spread] = window.field(self.grid, spread, self.untouched.device)
+        return self._fields[window, spread]
 
     def places(self, batch: TokenBatch) -> Places:
         """Where a batch's tokens are."""
@@ -144,6 +151,11 @@ class Places:
         if self.whole and layout.uniform is not None:
             lead = layout.uniform[1]
             return Layout.alike(layout.images, lead, lead, layout.lengths.device)
+        if torch.compiler.is_exporting():
+            raise ReducerError(
+                "which tokens have a place on the grid is read from the images once some are gone, and a graph that is "
+                "exported has fixed sizes; run this model in PyTorch"
+            )
         counts = layout.sum_rows((self.pos < 0).long())
         found = Layout.ragged(counts, counts)
         if found.uniform is None and len(set(found.counts)) == 1:
@@ -308,9 +320,9 @@ class Cells:
         live = (layout.lengths > 0)[:, None].expand(-1, self.count)
         return live & self._of_cells((self.rows >= 0).float()).bool() if self.fill == "zero" else live
 
-    def _of_cells(self, at_places: Tensor, *, nearest: bool = False) -> Tensor:
+    def _of_cells(self, at_places: Tensor) -> Tensor:
         """(B, C) the largest of the values (B, N), 0 or more, in what each cell is convolved from."""
-        places_of = self.window.field(self.canvas.grid, "mass", at_places.device).places_of
+        places_of = self.canvas.field(self.window, "mass").places_of
         return torch.nn.functional.pad(at_places, (0, 1))[:, places_of].amax(-1)
 
     @cached_property
@@ -332,7 +344,7 @@ class Cells:
 
     def to_tokens(self, keys: Tensor, how: Spread) -> Tensor:
         """As ``Core.to_tokens``."""
-        field = self.window.field(self.canvas.grid, self.spread, keys.device)
+        field = self.canvas.field(self.window, self.spread)
         off, cells = self.keys.parted(keys)
         ends = [1] * (cells.dim() - 2)
         if how == "share":

@@ -416,7 +416,8 @@ class OwnCvt(Cvt):
                 where = f"block {number} of stage {index}"
                 check_type(block, _OWN + "Block", where)
                 check_type(block.attn, _OWN + "Attention", f"the attention of {where}")
-                if type(block.mlp) is not nn.Sequential or any(type(e).__name__ not in _ROWWISE for e in block.mlp):
+                check_type(block.mlp, "torch.nn.modules.container.Sequential", f"the MLP of {where}")
+                if any(type(part).__name__ not in _ROWWISE for part in block.mlp):
                     raise UnsupportedModel(
                         f"the MLP of {where} is not known to act token by token; put the plain layers back"
                     )
@@ -508,7 +509,7 @@ def check_convolutions(block: CvtBlock, where: str) -> None:
     for part, convolution in (("query", query), ("key", key), ("value", value)):
         square = all(len({*sides}) == 1 for sides in (convolution.kernel_size, convolution.stride))
         plain = convolution.padding_mode == "zeros" and side_of(convolution.dilation) == 1 and convolution.groups > 1
-        if type(convolution) is not nn.Conv2d or not square or not plain:
+        if type(convolution).__qualname__ != "Conv2d" or not square or not plain:
             raise UnsupportedModel(
                 f"the {part} of {where} is not convolved by a square depthwise nn.Conv2d over zeros; put the plain one "
                 "back"

@@ -139,7 +139,7 @@ class HFCvt(Cvt):
                     for restated in (layer, attention, attention.attention):
                         check_unreplaced(restated, where)
                     path = layer.drop_path
-                    if type(path) is not nn.Identity:
+                    if not isinstance(path, nn.Identity):
                         check_type(path, _TF + "CvtDropPath", f"the drop_path of {where}")
                         check_unreplaced(path, f"the drop_path of {where}")
                     check_convolutions(HFCvtBlock(layer, self.chosen), where)

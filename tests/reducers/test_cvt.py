@@ -750,3 +750,10 @@ def test_the_authors_blocks_are_checked_too() -> None:
     with pytest.raises(UnsupportedModel, match="the MLP of block 0 of stage 2 is not known to act token by token"):
         reduce_tokens(model, Placement())
     assert sum(DEPTHS) == DEPTH
+
+
+@torch.no_grad()
+def test_an_export_says_what_no_graph_can_hold(images: Tensor) -> None:
+    model = make_cvt("authors")
+    with pytest.raises(ReducerError, match="a graph that is exported has fixed sizes; run this model in PyTorch"):
+        torch.export.export(reduce_tokens(model, at([3, 5], TopK(Ratio(0.5)))), (images,))
