@@ -124,6 +124,7 @@ docs: $(STAMP) ## make docs/methods and docs/families.md again from docstrings a
 weights: $(STAMP) ## train the embedded models again and replace the shipped weights (hours without a GPU)
 	$(PY) -m ablations.workloads.train_embedded --out ablations/models/weights
 	$(PY) -m ablations.workloads.train_pairs --out ablations/models/weights
+	$(PY) -m ablations.workloads.train_siblings --out ablations/models/weights
 	$(PY) -m ablations.measure.separation --card ablations/models/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ablations.models import paper
-from ablations.models.digits import CLASSES, READS, SIBLINGS
+from ablations.models.digits import CLASSES, READS
 from ablations.models.loading import check_model, head_classes, input_config
-from ablations.models.siblings import CVT, PS_VIT
+from ablations.models.siblings import CVT, PS_VIT, SIBLINGS
 from ablations.workloads import ModelError, open_model, pairs, train_siblings
 from ablations.workloads.train_siblings import CELL, draw, shown_around, told
 from reducers.backbones.ps_vit import PSViT
@@ -125,7 +125,7 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
     for folder in (whole, broken):
         folder.mkdir()
     torch.set_num_threads(1)
-    train_siblings.train(PS_VIT, 384, whole, log_every=2)
+    train_siblings.train(PS_VIT, 192, whole, log_every=1)
     plain, seen = train_siblings.accuracy, []
 
     def breaks(*arguments: Any) -> float:
@@ -136,8 +136,8 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(train_siblings, "accuracy", breaks)
     with pytest.raises(KeyboardInterrupt):
-        train_siblings.train(PS_VIT, 384, broken, log_every=2)
-    train_siblings.train(PS_VIT, 384, broken, resume=True, log_every=2)
+        train_siblings.train(PS_VIT, 192, broken, log_every=1)
+    train_siblings.train(PS_VIT, 192, broken, resume=True, log_every=1)
     first, second = (load_file(folder / f"{PS_VIT}.safetensors") for folder in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
     curves = [json.loads((folder / f"{PS_VIT}.training.json").read_text())["curve"] for folder in (whole, broken)]
