@@ -21,6 +21,8 @@ from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.trial.trial import Trial, TrialError
 from reducers import reduce_tokens
+from reducers.hosts.protocol import HostBlock
+from reducers.hosts.timm_vit import TimmViT
 from tests.ablations.runs import SPEC
 
 
@@ -137,3 +139,30 @@ def test_a_patch_belongs_to_the_object_if_any_pixel_does() -> None:
     assert patch_masks(masks, (2, 3)).tolist() == [[False, False, False, False, True, False]]
     with pytest.raises(TrialError, match="do not divide"):
         patch_masks(masks, (3, 3))
+
+
+def test_the_model_is_driven_as_the_trial_says_while_a_budget_is_sought_and_after(
+    session: Session, context: TrialContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TimmViT, "options", {"fill": ("last", "zero")})
+    seen: list[str] = []
+    block = TimmViT.block
+
+    def driven(host: TimmViT, index: int) -> HostBlock:
+        seen.append(host.chosen["fill"])
+        return block(host, index)
+
+    monkeypatch.setattr(TimmViT, "block", driven)
+    facts = dataclasses.replace(session.target.facts, options={"fill": ("last", "zero")})
+    spec = parse_spec(
+        "{name: a, title: A, arms: [{variant: v, vary: {fill: [last, zero]}, host: {fill: $fill}, target: [0.7], "
+        "stages: [{at: 3, stack: [{name: topk, budget: {count: auto}}]}]}]}"
+    )
+    context = dataclasses.replace(context, facts=facts, probes={})
+    for trial, fill in zip(
+        expand(spec, dataclasses.replace(session.target, facts=facts)), ("last", "zero"), strict=True
+    ):
+        seen.clear()
+        row = run_trial(trial, context).row
+        assert row["fill"] == fill and row["spread"] is None and row["probes"] > 1
+        assert set(seen) == {fill} and len(seen) > context.facts.depth

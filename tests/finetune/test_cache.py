@@ -20,8 +20,11 @@ from ablations.measure.finetune import __main__ as command
 from ablations.measure.finetune import cache as trainings
 from ablations.measure.finetune import finetuned, trained_model
 from ablations.measure.finetune.loop import FinetuneError
+from ablations.trial.stages import HostOptions
 from ablations.workloads import ImageSource, embedded, open_model
 from reducers import ATS, Count, at, placement_from, reduce_tokens
+from reducers.hosts.protocol import HostBlock
+from reducers.hosts.timm_vit import TimmViT
 from tests.finetune import taught
 from tests.finetune.conftest import ATS as STAGE
 from tests.finetune.conftest import CPU, tiny_model
@@ -222,3 +225,22 @@ def make_folder(tmp_path: Path) -> Callable[[str, int], Path]:
         return root
 
     return make
+
+
+def test_a_model_that_is_driven_otherwise_is_trained_anew_and_so_driven(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TimmViT, "options", {"fill": ("last", "zero")})
+    seen: list[str] = []
+    block = TimmViT.block
+
+    def driven(host: TimmViT, index: int) -> HostBlock:
+        seen.append(host.chosen["fill"])
+        return block(host, index)
+
+    monkeypatch.setattr(TimmViT, "block", driven)
+    usual = finetuned(TRAINING, context).record["digest"]
+    assert set(seen) == {"last"}
+    seen.clear()
+    zero = finetuned(TRAINING, context, host=HostOptions.of({"fill": "zero"}))
+    assert "zero" in seen and zero.record["digest"] != usual
