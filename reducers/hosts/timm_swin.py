@@ -88,8 +88,13 @@ class Windows:
 @lru_cache(maxsize=256)
 def windows(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Windows:
     """The map rolled by ``shift``, filled up to whole windows, and in the last of them cut as timm's mask does."""
-    if device.type != "cpu":
-        return _on(windows(grid, window, shift, torch.device("cpu")), device)
+    with torch.inference_mode(False):  # what is remembered must serve a pass with gradients too
+        if device.type != "cpu":
+            return _on(windows(grid, window, shift, torch.device("cpu")), device)
+        return _cut(grid, window, shift)
+
+
+def _cut(grid: Grid, window: Grid, shift: Grid) -> Windows:
     sides = [_along(*each) for each in zip(grid, window, shift, strict=True)]
     (rows, high, down), (columns, wide, across) = sides
     number = (rows // high)[:, None] * (len(columns) // wide) + columns // wide
@@ -118,8 +123,9 @@ def windows(grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Wind
 
 def _on(found: Windows, device: torch.device) -> Windows:
     """The same on another device."""
-    tensors = {each.name: getattr(found, each.name) for each in fields(found)}
-    return replace(found, **{name: each.to(device) for name, each in tensors.items() if isinstance(each, Tensor)})
+    told: dict[str, Any] = {each.name: getattr(found, each.name) for each in fields(found)}
+    moved: dict[str, Any] = {name: part.to(device) for name, part in told.items() if isinstance(part, Tensor)}
+    return replace(found, **moved)
 
 
 def _along(size: int, window: int, shift: int) -> tuple[Tensor, int, Tensor]:
@@ -230,8 +236,8 @@ class SwinBlock(BiasedBlock):
     def windows(self, batch: TokenBatch) -> Windows:
         """Of the stage's map in this block."""
         module = self.module
-        window, shift = (int(s) for s in module.window_size), (int(s) for s in module.shift_size)
-        return windows(batch.tables.grid, tuple(window), tuple(shift), batch.x.device)  # type: ignore[arg-type]
+        (high, wide), (down, across) = module.window_size, module.shift_size
+        return windows(batch.tables.grid, (int(high), int(wide)), (int(down), int(across)), batch.x.device)
 
     def grouping(self, batch: TokenBatch) -> Grouping:
         found, layout, device = self.windows(batch), batch.layout, batch.x.device
@@ -327,9 +333,10 @@ class TimmSwin(TimmHost):
                 f"map. {SUPPORTED}."
             )
         check_holder(blocks, nn.Sequential, f"stage {number}")
+        assert blocks is not None
         for module, name in ((stage, ""), (blocks, "'s blocks")):
             check_whole(module, f"stage {number}{name}")
-        for block in blocks._modules.values():  # type: ignore[union-attr]
+        for block in blocks._modules.values():
             assert block is not None
             self.check_block(index, block)
             index += 1
@@ -354,13 +361,18 @@ class TimmSwin(TimmHost):
     # --- facts ---
 
     @property
+    def _layers(self) -> list[Any]:
+        """The library's stages."""
+        return list(self.model.layers)
+
+    @property
     def class_token(self) -> bool:
         return False
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         found, first = [], 0
-        for stage in self.model.layers:
+        for stage in self._layers:
             block: Any = stage.blocks[0]
             rows, columns = block.input_resolution
             last = first + len(stage.blocks) - 1
@@ -370,7 +382,7 @@ class TimmSwin(TimmHost):
 
     @property
     def depth(self) -> int:
-        return sum(len(stage.blocks) for stage in self.model.layers)
+        return sum(len(stage.blocks) for stage in self._layers)
 
     @property
     def read_prefix(self) -> int | None:
@@ -382,7 +394,7 @@ class TimmSwin(TimmHost):
 
     @property
     def checkpoints(self) -> bool:
-        return any(stage.grad_checkpointing for stage in self.model.layers)
+        return any(bool(stage.grad_checkpointing) for stage in self._layers)
 
     @property
     def regroups(self) -> bool:
@@ -422,12 +434,12 @@ class TimmSwin(TimmHost):
 
     def _merging(self, block: int) -> Any:
         first = [stage.first for stage in self.stages].index(block)
-        return self.model.layers[first].downsample
+        return self._layers[first].downsample
 
     # --- blocks ---
 
     def _at(self, index: int) -> Any:
-        for stage in self.model.layers:
+        for stage in self._layers:
             if index < len(stage.blocks):
                 return stage.blocks[index]
             index -= len(stage.blocks)
@@ -468,7 +480,7 @@ class TimmSwin(TimmHost):
 
     def behind(self, block: int) -> Iterator[nn.Module]:
         first = 0
-        for stage in self.model.layers:
+        for stage in self._layers:
             if first > block:
                 yield stage.downsample
             yield stage.blocks[max(block - first, 0) :]

@@ -78,6 +78,11 @@ class ReducedViT(nn.Module):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"
             )
+        if placement.is_scheduled and driven.regroups:
+            raise ReducerError(
+                "a schedule shares the tokens of an image out over blocks, and every block of this "
+                f"{type(base).__name__} forms units of its own (windows); give each block its budget"
+            )
         patches = driven.patches if placement.is_scheduled else None  # not every model has a size of its own
         placement = placement.resolve(driven.depth, driven.first_free, patches=patches)
         self.base: Any = base

@@ -18,6 +18,7 @@ def check_plan(host: Host, plan: Plan) -> None:
         if (why := host.unfit(member)) is not None:
             raise ReducerError(f"{member.name} is not for this {type(host.model).__name__}: {why}")
     _check_class_token(host, plan)
+    _check_borders(host, plan)
     if host.regroups:
         _check_regrouped(host, plan)
     if any(member.steps.attaches for member in plan.members):
@@ -34,6 +35,18 @@ def attach(host: Host, plan: Plan) -> None:
                 f"{type(host.model).__name__}; place it in one, or one of its own in each: at(…) | at(…)"
             )
         member.join(PlainModel(host, stages[0] if len(host.stages) > 1 else None), blocks)
+
+
+def _check_borders(host: Host, plan: Plan) -> None:
+    """Refuse reducers that ask the block before for what no longer belongs to the tokens of a new stage."""
+    borders = host.borders
+    for block, member in plan.acts:
+        if block in borders and member.traits.uses_previous_attention:
+            raise ReducerError(
+                f"{member.name} asks for the attention of the block before, and block {block} is the first of a stage "
+                f"of this {type(host.model).__name__}, whose tokens are other ones; place it at block {block + 1} or "
+                "later"
+            )
 
 
 def _check_regrouped(host: Host, plan: Plan) -> None:

@@ -48,10 +48,12 @@ def out_of_units(batch: TokenBatch, entered: TokenBatch, grouping: Grouping) -> 
     """The tokens that are left, image by image in the order of their places; ``entered``: the batch as images."""
     units, layout = grouping.units, batch.layout
     biased = None if batch.biased is None else batch.biased.view(units.samples, units.each).any(1)
-    whole = {"units": None, "cls": entered.cls, "biased": biased}
+    whole: dict[str, Any] = {"units": None, "cls": entered.cls, "biased": biased}
     if layout is grouping.layout:  # every row is still there
         rows = torch.empty_like(grouping.rows).index_copy_(0, grouping.rows, _numbers(grouping.rows))
-        same = {name: getattr(entered, name) for name in ("layout", "pos", "size", "centroid", "origin")}
+        same: dict[str, Any] = {
+            name: getattr(entered, name) for name in ("layout", "pos", "size", "centroid", "origin")
+        }
         return replace(_reordered(batch, rows), **whole, **same)
     assert batch.pos is not None
     unit = layout.row_image

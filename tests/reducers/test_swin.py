@@ -17,7 +17,9 @@ from reducers import (
     ATS,
     Count,
     Decision,
+    Drop,
     EViT,
+    Flat,
     Identity,
     Keep,
     Placement,
@@ -33,8 +35,6 @@ from reducers import (
     Trace,
     UnsupportedModel,
     at,
-    available,
-    build,
     reduce_tokens,
 )  # fmt: skip
 from reducers.hosts import host_of
@@ -44,6 +44,8 @@ from reducers.methods import DynamicViT
 from reducers.signals import Signals
 from reducers.tokens import Layout
 from tests.samples import sampled
+
+from .test_contract import CASES
 
 SIZES: dict[str, Any] = {
     "img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4,
@@ -171,6 +173,16 @@ def test_gradients_are_timms_without_reduction_and_reach_every_parameter_with_it
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), key
 
 
+def test_windows_that_were_first_met_without_gradients_serve_a_pass_with_them() -> None:
+    windows.cache_clear()
+    model = made("padded")
+    fast = reduce_tokens(model, at(range(4), ToMe(Ratio(0.8))))
+    with torch.inference_mode():
+        fast(scenes(model))
+    fast(scenes(model)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_stochastic_depth_drops_an_image_with_all_its_windows() -> None:
     """The same numbers drawn in the same order: what timm drops in training is dropped here."""
     model = made("two stages", drop_path_rate=0.5).train()
@@ -257,8 +269,8 @@ def kept_by_stage(model: Any, trace: Trace) -> list[Tensor]:
     return found
 
 
-@each
 @pytest.mark.parametrize("fill", ["last", "zero"])
+@some
 @torch.no_grad()
 def test_what_is_left_of_windows_is_what_a_masked_swin_computes(name: str, fill: str) -> None:
     """Selections in every block, shifted or not, over stages whose merging finds holes."""
@@ -435,24 +447,20 @@ def test_reduced_costs_are_those_of_windows_counted_by_hand(name: str) -> None:
 
 # --- what every method does, and who is refused -----------------------------------------------------------------------
 
-WITHOUT_CLASS_TOKEN = {
-    "ats": {"score": "attention_received"}, "topk": {"score": "value_norm"},
-    "evit": {"score": "attention_received", "fuse": False}, "etps": {"score": "attention_received"},
-}  # fmt: skip
+OTHERWISE: dict[str, TokenReducer] = {  # by a score that asks no class token, where the default does
+    "ats": ATS(Ratio(0.6), score="attention_received"),
+    "topk": TopK(Ratio(0.6), score="value_norm"),
+    "evit": EViT(Ratio(0.6), score="attention_received", fuse=False),
+    "etps": CASES["etps attention received"],
+    "tome": ToMe(Ratio(0.6)),
+}
 REFUSED = {
     "avit": "forms units of its own", "small_input": "forms units of its own", "stvit": "forms units of its own",
-    "back_tracking": "needs a class token", "sttabt": "needs a class token", "diffrate": "needs a class token",
-    "bat": "needs a class token", "hvt_pool": "lie nowhere", "patch_merger": "lie nowhere", "sinkhorn": "lie nowhere",
+    "hvt_pool": "lie nowhere|no positions", "patch_merger": "lie nowhere", "sinkhorn": "lie nowhere",
     "sit": "lie nowhere", "token_learner": "lie nowhere",
 }  # fmt: skip
-QUICK = {"ats", "topk", "tome", "dpc_knn", "gtp", "random", "fixed_pattern"} | set(REFUSED)
-
-
-def settings(name: str) -> TokenReducer:
-    known = {parameter.name for parameter in available()[name].settings()}
-    budget = {"budget": {"ratio": 0.6}} if "budget" in known else {}
-    chosen = {key: value for key, value in WITHOUT_CLASS_TOKEN.get(name, {}).items() if key in known}
-    return build({"name": name, **budget, **chosen})
+ALL = {name: OTHERWISE.get(name, case) for name, case in CASES.items()}
+QUICK = {"ats", "topk", "tome", "gtp", "kmedoids", *REFUSED, "back_tracking", "bat"}
 
 
 @torch.no_grad()
@@ -470,23 +478,30 @@ def alone_as_in_a_batch(fast: ReducedViT, images: Tensor) -> Trace:
     return trace
 
 
-@pytest.mark.parametrize("name", sampled(available(), quick=QUICK))
+@pytest.mark.parametrize("name", sampled(ALL, quick=QUICK))
 @torch.no_grad()
 def test_every_method_acts_inside_windows_or_is_refused_by_name(name: str) -> None:
     for kind in ("two stages", "padded"):
         model = made(kind)
-        images, reducer = scenes(model), settings(name)
-        blocks = [1] if reducer.steps.attaches else [1, 2, 3]
-        if name in REFUSED:
-            with pytest.raises(ReducerError, match=f"(?s){name}.*{REFUSED[name]}"):
+        images, reducer = scenes(model), copy.deepcopy(ALL[name])
+        blocks = [1] if reducer.steps.attaches else [1, 3] if reducer.traits.uses_previous_attention else [1, 2, 3]
+        why = "needs a class token" if reducer.traits.needs_class_token else REFUSED.get(name.split()[0])
+        if why is not None:
+            with pytest.raises(ReducerError, match=why):
                 reduce_tokens(model, at(blocks, reducer))(images)
             continue
-        if name == "gtp" and kind == "padded":
-            reducer = build({"name": "gtp", "budget": {"ratio": 0.6}})
+        if kind == "padded" and "gtp sparse" in name:
+            with pytest.raises(ReducerError, match="the keys of this model are no tokens"):
+                reduce_tokens(model, at(blocks, reducer))(images)
+            continue
+        before = copy.deepcopy(model.state_dict())
         trace = alone_as_in_a_batch(reduce_tokens(model, at(blocks, reducer)).double(), images)
         assert name == "identity" or (trace.tokens[:, 2] < trace.tokens[:, 1]).all()
-        owner, kept = trace.owner(1), trace.kept(1)
-        assert ((owner >= 0) | ~kept).all() and (owner < trace.tokens[:, 2:3]).all()
+        for block in range(len(blocks_of(model))):
+            owner, kept = trace.owner(block), trace.kept(block)
+            assert ((owner >= 0) | ~kept).all() and (owner < trace.tokens[:, block + 1 : block + 2]).all()
+        assert (trace.reference_macs >= trace.macs - trace.reducer_macs - 1e-3).all()
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @torch.no_grad()
@@ -544,6 +559,10 @@ def test_who_cannot_be_driven_is_refused_by_name() -> None:
     fused = Merge(layout, Layout.listed([2], layout.lengths.device), group, torch.ones(4), torch.tensor([False, True]))
     with pytest.raises(ReducerError, match="fusing leaves tokens that are no one patch's continuation"):
         host_of(model).block(0).allow("fusing", fused)
+    with pytest.raises(ReducerError, match="kmedoids asks .* block 2 is the first of a stage"):
+        reduce_tokens(model, at(2, CASES["kmedoids"]))
+    with pytest.raises(ReducerError, match="a schedule shares the tokens of an image out over blocks"):
+        reduce_tokens(model, at(range(4), ToMe(Drop(20)), schedule=Flat()))
     with pytest.raises(ReducerError, match="places='mean' is not for this SwinTransformer"):
         reduce_tokens(model, Placement(), places="mean")
     with torch.device("meta"):
