@@ -55,8 +55,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_data_options(parser)
     parser.add_argument(
         "--task", default="classify", metavar="TASK",
-        help="what is asked of the model: classify (accuracy against labels) or embed (cosine of its pooled features "
-        "with the dense model's, which needs neither labels nor a classifier) (classify)",
+        help="what is asked of the model: classify (accuracy against labels), embed (cosine of its pooled features "
+        "with the dense model's, which needs neither labels nor a classifier) or dense (patches against masks, which "
+        "the embedded workloads have) (classify)",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
     parser.add_argument("--strict", action="store_true", help="refuse images that cannot be used, instead of skipping")

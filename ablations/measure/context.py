@@ -41,10 +41,11 @@ class DensePredictions:
 
     reference: Mapping[str, np.ndarray]  # (n, …), by the names in the task's ``kept``
     gmacs: float  # billions of multiply-adds per image
+    fitted: Mapping[str, np.ndarray] = field(default_factory=dict)  # of no image, by the names in its ``fitted``
 
     def of(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """The reference of the images ``start`` … ``stop - 1``."""
-        return {name: array[start:stop] for name, array in self.reference.items()}
+        """The reference of the images ``start`` … ``stop - 1``, and what was fitted."""
+        return {**{name: array[start:stop] for name, array in self.reference.items()}, **self.fitted}
 
     @property
     def classifies(self) -> bool:
@@ -78,6 +79,11 @@ class TrialContext:
     beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``run.ray.watchdog``
     # the calibration images on the device, batch by batch, with what the plain model computes of each
     calibration_batches: list[tuple[Tensor, Shared]] = field(default_factory=list, init=False, repr=False)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(n, …) int64: what the task holds answers against."""
+        return self.task.targets(self.workload, self.facts.grid)
 
     @cached_property
     def object_patches(self) -> np.ndarray | None:
@@ -146,10 +152,12 @@ def dense_predictions(
     """
     use_exact_float32()
     asked = task or task_of(CLASSIFY)
+    fitted = asked.fit(model, workload, batch=batch, device=device)
+    targets = asked.targets(workload, host_of(model).grid)
 
     def answer(start: int, stop: int) -> dict[str, np.ndarray]:
         found = finite(asked.ask(model, workload.batch(start, stop).to(device)), start, what=asked.answers)
-        return asked.keep(found, labels=workload.labels[start:stop])
+        return asked.keep(found, labels=targets[start:stop], fitted=fitted)
 
     found = halving(
         lambda at_once: [answer(*span) for span in spans(len(workload), at_once)],
@@ -158,7 +166,7 @@ def dense_predictions(
     )
     _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
     reference = {name: np.concatenate([each[name] for each in found]) for name in asked.kept}
-    return DensePredictions(reference, float(trace.macs[0]) / GIGA)
+    return DensePredictions(reference, float(trace.macs[0]) / GIGA, fitted)
 
 
 def check_inputs(trial: Trial, context: TrialContext) -> None:

@@ -153,11 +153,12 @@ class _Run:
         context.beat()
         _set_random_state(self._random, context.device)
         with context.profile.measure("evaluation"):
-            answer, trace = context.task.trace(self.fast, images, shared if self.shares else None)
+            known = shared if self.shares else None
+            answer, trace = context.task.trace(self.fast, images, known, restore=self.trial.restore)
             answer = finite(answer, span[0], what=context.task.answers)
         self._random = _random_state(context.device)
         with context.profile.measure("bookkeeping"):
-            labels, reference = context.workload.labels[slice(*span)], context.dense.of(*span)
+            labels, reference = context.targets[slice(*span)], context.dense.of(*span)
             own = context.task.columns(answer, labels=labels, reference=reference)
             self._batches.append({**own, **batch_columns(trace, depth=context.facts.depth)})
 
@@ -182,6 +183,8 @@ class _Run:
             row["calibration_images"] = len(context.calibration)
         if not context.facts.class_token:
             row["class_kept"] = None
+        if context.task.restores:
+            row["restore"] = self.trial.restore
         took = time.perf_counter() - started
         context.profile.add("bookkeeping", took)
         row.update(

@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,7 @@ def open_subject(
         cache.mkdir(parents=True, exist_ok=True)
     labelled = task_of(task).needs_labels
     images = open_images(source, model, weights=weights, cache=cache, labelled=labelled)
+    task_of(task).check(images)
     if images.skipped:
         log.warning("%d images cannot be used and are skipped; run.json and the report list them", len(images.skipped))
     loaded = open_model(
@@ -160,7 +162,8 @@ def read_dense(path: Path, task: Task) -> DensePredictions | None:
     """Answers of the plain model that were kept, or None where there are none that can be read."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return DensePredictions({name: arrays[name] for name in task.kept}, float(arrays["gmacs"]))
+            kept, fitted = ({name: arrays[name] for name in names} for names in (task.kept, task.fitted))
+            return DensePredictions(kept, float(arrays["gmacs"]), fitted)
     except FileNotFoundError:
         return None
     except Exception as error:  # noqa: BLE001  # a damaged archive can make its readers raise nearly anything
@@ -171,7 +174,8 @@ def read_dense(path: Path, task: Task) -> DensePredictions | None:
 def keep_dense(path: Path, dense: DensePredictions) -> None:
     """Keep answers of the plain model for later runs and for workers."""
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, gmacs=np.float64(dense.gmacs), **dense.reference)  # type: ignore[arg-type]  # arrays by name
+        arrays: dict[str, Any] = {**dense.reference, **dense.fitted}
+        np.savez(file, gmacs=np.float64(dense.gmacs), **arrays)
 
 
 def short_digest(identity: object) -> str:

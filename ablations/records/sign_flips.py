@@ -42,13 +42,18 @@ def sign_flips(differences: np.ndarray, *, draws: int = DRAWS, seed: int = 0) ->
     seen, slack = float(found.sum()), _ROUNDING * float(np.abs(found).sum())
     exact = len(found) <= EXACT
     above = beyond = total = 0
-    for signs in _every(len(found)) if exact else _drawn(len(found), draws, seed):
+    for signs in flips(len(found), draws=draws, seed=seed):
         sums = np.where(signs, 1.0, -1.0) @ found
         above += int((sums >= seen - slack).sum())
         beyond += int((np.abs(sums) >= abs(seen) - slack).sum())
         total += len(sums)
     seen_too = 0 if exact else 1  # every flip includes what was seen
     return SignFlips((above + seen_too) / (total + seen_too), (beyond + seen_too) / (total + seen_too), exact)
+
+
+def flips(count: int, *, draws: int = DRAWS, seed: int = 0) -> Iterator[np.ndarray]:
+    """All flips of ``count`` signs up to ``EXACT`` of them, else ``draws`` from a seed; (some, count) bool each."""
+    return _every(count) if count <= EXACT else _drawn(count, draws, seed)
 
 
 def _every(count: int) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SPECS = Path(__file__).parents[1] / "specs"
-LISTS = ("target", "batch")  # keys of an arm that vary like those of `vary`
+LISTS = ("target", "batch", "restore")  # keys of an arm that vary like those of `vary`
 
 
 def merged(base: Mapping[str, Any], arm: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Arm(_Strict):
     model's multiply-adds, one trial each; what is ``auto`` in the budgets is sought. ``training``: how the weights are
     finetuned first, as ``finetune`` reads it. ``host``: how the model is driven, where it lets one choose
     (``{fill: zero}`` of a CvT: ``reduce_tokens``). ``measure: speed``: timed alone, in batches of ``batch`` images.
-    Both lists vary like those of ``vary``: as ``$target``, ``$batch``, or ``x: target``.
+    ``restore``: by which rules tokens are put back in their places, for the task dense. The lists vary like those of
+    ``vary``: as ``$target``, ``$batch``, ``$restore``, or ``x: target``.
     """
 
     variant: Line | None = None
@@ -99,6 +100,7 @@ class Arm(_Strict):
     host: dict[Variable, Line] | None = None
     measure: Literal["speed"] | None = None
     batch: list[Annotated[int, Field(ge=1, le=65536)]] | None = Field(default=None, min_length=1, max_length=100)
+    restore: list[Literal["last", "owner", "zero"]] | None = Field(default=None, min_length=1, max_length=3)
     x: Variable | int | float | None = None
     seeds: list[Seed] = Field(default_factory=lambda: [0], min_length=1, max_length=100)
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
+from ablations.workloads.base import Workload
 from reducers.runtime import ReducedViT, Shared
 from reducers.trace import Trace
 
@@ -21,8 +23,8 @@ from reducers.trace import Trace
 class Task(ABC):
     """What is asked of a model. A task has no state: everything comes by argument.
 
-    B images in a batch, n in all. ``reference``: what ``keep`` found of the plain model, by the names in ``kept``, here
-    of the same images.
+    B images in a batch, n in all. ``labels``: ``targets`` of the images at hand. ``reference``: what ``keep`` found of
+    the plain model, by the names in ``kept``, here of the same images, and what ``fit`` found, by those in ``fitted``.
     """
 
     name: ClassVar[str]
@@ -30,25 +32,45 @@ class Task(ABC):
     needs_labels: ClassVar[bool]  # images without classes are refused, and models without a classifier
     answers: ClassVar[str]  # what it reads of a model, in the plural: "logits"
     kept: ClassVar[tuple[str, ...]]  # names of the arrays that are kept of the plain model
+    fitted: ClassVar[tuple[str, ...]] = ()  # names of the arrays that are fitted on the plain model, of no image
+    restores: ClassVar[bool] = False  # it reads a dense map, so that rules of ``reducers.restore`` make a difference
 
     metric: ClassVar[str]  # the primary metric, for people: "accuracy"
     column: ClassVar[str]  # its column in a row; ``{column}_low`` and ``{column}_high`` are the 95 % interval
     value: ClassVar[str]  # the column of the images of which it is the mean
     higher_is_better: ClassVar[bool] = True
+    dimensions: ClassVar[int] = 1  # of ``values``; a search goes by the mean over images, and takes tasks of 1
+
+    def check(self, workload: Workload) -> None:  # noqa: B027  # most tasks take them all
+        """Refuse images that it cannot ask about.
+
+        Raises:
+            WorkloadError: the message names what they lack, and the remedy.
+        """
+
+    def targets(self, workload: Workload, grid: tuple[int, int]) -> np.ndarray:
+        """(n, …) int64: what the answers are held against; grid: rows and columns of patches."""
+        return workload.labels
+
+    def fit(self, model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> dict[str, np.ndarray]:
+        """What is fitted on the plain model before it is asked, on images that are never evaluated; by ``fitted``."""
+        return {}
 
     @abstractmethod
     def ask(self, model: nn.Module, images: Tensor) -> Tensor:
         """What the plain model answers to images (B, C, H, W): (B, …)."""
 
     @abstractmethod
-    def keep(self, answer: Tensor, *, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def keep(self, answer: Tensor, *, labels: np.ndarray, fitted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What is kept of the plain model's answer, an entry an image, for each name in ``kept``. labels: (B,) int64,
         -1 where there is none.
         """
 
     @abstractmethod
-    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None) -> tuple[Tensor, Trace]:
-        """What a reduced model answers, (B, …), and the trace of its tokens and cost, in one pass."""
+    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None, *, restore: str) -> tuple[Tensor, Trace]:
+        """What a reduced model answers, (B, …), and the trace of its tokens and cost, in one pass. ``restore``: by
+        which rule tokens are put back in their places, where the task ``restores``.
+        """
 
     @abstractmethod
     def columns(
@@ -73,22 +95,24 @@ class Task(ABC):
         """The primary metric of a row, for people: "top-1 71.20 %"."""
 
     def values(self, images: Mapping[str, Any]) -> np.ndarray:
-        """(n,) float64: the quantity of each image whose mean is the primary metric."""
+        """(n,) float64: the quantity of each image whose mean is the primary metric; or several (n, …) of which it
+        comes, where ``dimensions`` says so.
+        """
         return np.asarray(images[self.value], dtype=np.float64)
 
     @abstractmethod
     def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """The 95 % interval of the mean of ``values`` (n,)."""
+        """The 95 % interval of the primary metric of ``values``."""
 
     def better(self, first: np.ndarray, second: np.ndarray) -> float:
         """How surely the first result is better than the second: the one-sided p-value of a paired test.
 
-        Both are ``values`` of the same images in the same order, (n,).
+        Both are ``values`` of the same images in the same order.
 
         Raises:
             ValueError: they are not of the same number of images, or of none.
         """
-        if first.shape != second.shape or first.ndim != 1 or not len(first):
+        if first.shape != second.shape or first.ndim != self.dimensions or not len(first):
             raise ValueError(f"a paired test compares results on the same images, not {first.shape} and {second.shape}")
         return self._better(first, second) if self.higher_is_better else self._better(second, first)
 

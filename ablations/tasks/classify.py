@@ -35,11 +35,11 @@ class Classify(Task):
     def ask(self, model: nn.Module, images: Tensor) -> Tensor:
         return logits_of(model(images))
 
-    def keep(self, answer: Tensor, *, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def keep(self, answer: Tensor, *, labels: np.ndarray, fitted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         prediction = answer.argmax(1).cpu().numpy().astype(np.int64)
         return {"prediction": prediction, "correct": prediction == labels}
 
-    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None) -> tuple[Tensor, Trace]:
+    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None, *, restore: str) -> tuple[Tensor, Trace]:
         return fast.trace(images, shared=shared)
 
     def columns(

@@ -36,10 +36,10 @@ class Embed(Task):
     def ask(self, model: nn.Module, images: Tensor) -> Tensor:
         return reduce_tokens(model, Placement()).features(images)
 
-    def keep(self, answer: Tensor, *, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def keep(self, answer: Tensor, *, labels: np.ndarray, fitted: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"features": answer.float().cpu().numpy()}
 
-    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None) -> tuple[Tensor, Trace]:
+    def trace(self, fast: ReducedViT, images: Tensor, shared: Shared | None, *, restore: str) -> tuple[Tensor, Trace]:
         return fast.trace(images, shared, pooled=True)
 
     def columns(

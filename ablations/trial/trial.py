@@ -29,9 +29,15 @@ RESULT_VERSION = 1
 CLASSIFY = "classify"
 """What is asked of a model where nothing else is said: the name of a task (``ablations.tasks``)."""
 
+DENSE = "dense"
+"""The task that reads a map of all patches, and so asks for a rule of ``reducers.restore``."""
+
+LAST = "last"
+"""The rule of ``reducers.restore`` by which dense maps are put together where nothing else is said."""
+
 _ADDED_LATER = {  # fields, and what says nothing
     "target": None, "training": "", "measure": "", "calibration": "", "code": "", "task": CLASSIFY,
-    "host": "",
+    "host": "", "restore": LAST,
 }  # fmt: skip
 
 
@@ -87,6 +93,7 @@ class Trial:
     code: str = ""  # digests of the code it uses (``code.code_of``)
     task: str = CLASSIFY  # what is asked of the model
     host: HostOptions = AS_USUAL  # how the model is driven, where that is not its default
+    restore: str = LAST  # by which rule tokens are put back in their places, where the task reads a dense map
 
     @cached_property
     def key(self) -> str:
@@ -102,7 +109,7 @@ class Trial:
     @property
     def family(self) -> str:
         """What a cost depends on beside the free setting: trials that share it can share what they tried."""
-        unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest", "task"}
+        unrelated = {"spec", "variant", "x", "target", "measure", "batch", "images", "data_digest", "task", "restore"}
         content = dataclasses.replace(self, code=_untimed(self.code))._content()
         return _digest({name: value for name, value in content.items() if name not in unrelated})
 

@@ -189,6 +189,19 @@ class ReducedViT(nn.Module):
         answer = host.pooled(batch) if pooled else host.classify(batch)
         return answer, tracer.finish()
 
+    def trace_features(
+        self, images: Tensor, restore: str, shared: Shared | None = None
+    ) -> tuple[Tensor, Tensor, Trace]:
+        """In one pass: the dense map of ``features(images, restore)`` (B, N0, D), and logits and trace of ``trace``.
+
+        Raises:
+            ReducerError: as ``features`` does.
+        """
+        restorer, tracer = Restorer(restore), Tracer()
+        host, batch = self._through(images, tracer, shared, restorer=restorer)
+        dense = restorer.restore(batch, host.token_features, self._acting)
+        return dense, host.classify(batch), tracer.finish()
+
     @torch.no_grad()
     def cost(self, images: Tensor, shared: Shared | None = None) -> Tensor:
         """``trace(images)[1].macs``, (B,) float64, without running what comes after the last reducer."""

@@ -291,5 +291,5 @@ def test_finetuning_is_refused_by_name(tmp_path: Path, ablate: Ablate, capsys: p
 
 def test_settings_know_their_task() -> None:
     assert Settings().task == "classify" and Settings(task="embed").task == "embed"
-    with pytest.raises(ValueError, match="choose classify or embed"):
+    with pytest.raises(ValueError, match="choose classify or dense or embed"):
         Settings(task="read")

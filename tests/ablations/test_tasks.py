@@ -29,7 +29,10 @@ def test_what_a_task_names_is_a_column_of_the_results(task: Task) -> None:
 
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
 def test_a_paired_test_wants_the_same_images(task: Task) -> None:
-    for first, second in ((np.ones(3), np.ones(4)), (np.ones(0), np.ones(0)), (np.ones((2, 2)), np.ones((2, 2)))):
+    shape = (2,) * (task.dimensions - 1)  # of an image's values
+    wrong = np.ones((2, 2)[: 3 - task.dimensions])
+    ones = [np.ones((count, *shape)) for count in (3, 4, 0)]
+    for first, second in ((ones[0], ones[1]), (ones[2], ones[2]), (wrong, wrong)):
         with pytest.raises(ValueError, match="same images"):
             task.better(first, second)
 
@@ -37,6 +40,8 @@ def test_a_paired_test_wants_the_same_images(task: Task) -> None:
 @pytest.mark.parametrize("task", EVERY, ids=lambda task: task.name)
 def test_better_sees_who_is_ahead(task: Task) -> None:
     first, second = np.repeat([1.0, 0.0, 1.0], [20, 3, 40]), np.repeat([0.0, 1.0, 1.0], [20, 3, 40])
+    if task.dimensions == 2:  # intersections and unions of one class
+        first, second = (np.stack([each, np.ones(63)], axis=1) for each in (first, second))
     ahead, behind = task.better(first, second), task.better(second, first)
     assert ahead < 0.001 < 0.999 < behind <= 1
     assert task.better(first, first) == 1

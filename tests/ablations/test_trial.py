@@ -21,6 +21,7 @@ CHANGED: dict[str, Any] = {
     "data_digest": "f" * 64, "images": 11, "batch": 5, "seed": 1,
     "target": 0.5, "training": Training('{"epochs":1}'), "measure": "speed", "calibration": "c" * 64,
     "code": "evaluation=other", "task": "embed", "host": HostOptions.of({"fill": "zero"}),
+    "restore": "zero",
 }  # fmt: skip
 
 
@@ -167,7 +168,20 @@ def test_seeds_derive_from_what_is_computed(trial: Trial) -> None:
     """The same draws under any name, in any batch, at any target, whatever is asked; others for anything that is
     evaluated otherwise.
     """
-    alike = {"spec", "variant", "x", "batch", "target", "measure", "calibration", "code", "weights", "task", "host"}
+    alike = {
+        "spec",
+        "variant",
+        "x",
+        "batch",
+        "target",
+        "measure",
+        "calibration",
+        "code",
+        "weights",
+        "task",
+        "host",
+        "restore",
+    }
     for name, value in CHANGED.items():
         other = dataclasses.replace(trial, **{name: value})
         assert (other.random_seed == trial.random_seed) == (name in alike), name

@@ -21,6 +21,7 @@ from ablations.run.session import Settings
 from ablations.search.errors import SearchError
 from ablations.search.parts import part
 from ablations.store.store import Store
+from ablations.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,11 @@ def begin(
     if settings.model and len(settings.chosen()) > 1:
         raise SearchError(
             f"MODEL={settings.model}: one model is searched for at a time; give one, each an OUT of its own"
+        )
+    if task_of(settings.task).dimensions != 1:
+        raise SearchError(
+            f"a search goes by the mean over images of a quantity, and that of the task {settings.task} is no mean: "
+            "search with --task classify or embed (TASK=…), and run what is found with this task"
         )
     out = Store(settings.out).create()
     store = Store(out.storage.below(CANDIDATES)).create()
