@@ -66,6 +66,7 @@ class CostMeter:
         queries: Tensor,
         leaving: Tensor,
         published_keys: Tensor | None = None,
+        mlp: Tensor | None = None,
         cut_before_values: bool = False,
         beside: Tensor | None = None,
     ) -> None:
@@ -73,13 +74,14 @@ class CostMeter:
 
         Published methods compute all queries and attention rows, then cut: ATS before the rows meet the values
         (``cut_before_values``), the others after the attention residual. ``published_keys``: theirs, where those are
-        others.
+        others; ``mlp``: the rows that the MLP computes, where those are not all that leave.
         """
-        executed = cost.macs(queries=queries, keys=keys, outputs=queries, mlp=leaving, beside=beside)
+        mlp = leaving if mlp is None else mlp
+        executed = cost.macs(queries=queries, keys=keys, outputs=queries, mlp=mlp, beside=beside)
         self.executed = self.executed + self._of_samples(executed)
         outputs = leaving if cut_before_values else entering
         keys = keys if published_keys is None else published_keys
-        reference = cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=leaving, beside=beside)
+        reference = cost.macs(queries=entering, keys=keys, outputs=outputs, mlp=mlp, beside=beside)
         self.reference = self.reference + self._of_samples(reference)
 
     def spend(self, macs: Tensor | float) -> None:

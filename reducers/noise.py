@@ -37,7 +37,7 @@ def _mix(value: Tensor) -> Tensor:
 
 
 def image_keys(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B,) int64, a hash of each image's pixels."""
+    """(B, C, H, W), or clips (B, F, C, H, W) -> (B,) int64, a hash of each one's pixels."""
     flat = images.detach().flatten(1)
     step = max(1, flat.shape[1] // _SAMPLED_PIXELS)
     pixels = flat[:, ::step].float().contiguous()

@@ -88,7 +88,7 @@ class Restorer:
 
 def with_prefix(batch: TokenBatch, features: Callable[[Tensor], Tensor], dense: Tensor, prefix: int) -> Tensor:
     """The model's prefix tokens before the map: (B, P + N0, D), as libraries hand out their tokens; of a clip, those of
-    all its frames.
+    all its frames, or where these share them, the one set.
 
     Raises:
         ReducerError: an image has lost a prefix token.
@@ -100,5 +100,6 @@ def with_prefix(batch: TokenBatch, features: Callable[[Tensor], Tensor], dense: 
             "an image has lost its class token, which these features begin with; keep it (keep_class_token=True), or "
             "ask features(images, restore=…) for the patches alone"
         )
-    rows = layout.starts[:, None] + torch.arange(prefix, device=dense.device)
+    starts = batch.starts if batch.units is not None and batch.units.shared else layout.starts
+    rows = starts[:, None] + torch.arange(prefix, device=dense.device)
     return torch.cat([features(batch.x[rows]).reshape(batch.samples, -1, dense.shape[-1]), dense], dim=1)

@@ -36,6 +36,7 @@ class Units:
 
     samples: int  # B
     places: Tensor  # (units of a sample, n) int64: the patch of its sample in each place of a unit; -1 = no patch
+    shared: int = 0  # prefix tokens of which every unit of a sample has a copy: they count once, and are never dropped
 
     @property
     def each(self) -> int:
@@ -55,6 +56,10 @@ class Units:
     def sum(self, values: Tensor) -> Tensor:
         """Of each unit (U, ...) -> of each sample (B, ...)."""
         return values.view(self.samples, self.each, *values.shape[1:]).sum(1)
+
+    def tokens(self, lengths: Tensor) -> Tensor:
+        """The lengths of units (U,) -> the tokens of each sample (B,), those that units share counted once."""
+        return self.sum(lengths) - (self.each - 1) * self.shared
 
 
 @dataclass(frozen=True, eq=False)

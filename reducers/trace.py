@@ -64,6 +64,11 @@ def _of_samples(batch: TokenBatch, values: Tensor) -> Tensor:
     return values if batch.units is None else batch.units.sum(values)
 
 
+def _tokens(batch: TokenBatch) -> Tensor:
+    """(B,) tokens of each sample."""
+    return batch.layout.lengths if batch.units is None else batch.units.tokens(batch.layout.lengths)
+
+
 class Tracer:
     """Collects a trace while the blocks run; without ``detail`` the cost alone."""
 
@@ -83,7 +88,7 @@ class Tracer:
         the batch has places and provenance.
         """
         self.cost = CostMeter(batch.samples, batch.x.device)
-        self._tokens.append(_of_samples(batch, batch.layout.lengths))
+        self._tokens.append(_tokens(batch))
         self._lies = batch.lies
 
     def enter(self, parents: Tensor | None) -> None:
@@ -97,7 +102,7 @@ class Tracer:
             return
         layout, origin = batch.layout, batch.origin
         assert batch.pos is not None and origin is not None
-        self._tokens.append(_of_samples(batch, layout.lengths))
+        self._tokens.append(_tokens(batch))
         self._owner.append(self._of_the_first((origin - batch.starts[:, None]).masked_fill(origin < 0, -1)))
         kept = torch.zeros(batch.samples, origin.shape[1], dtype=torch.bool, device=batch.x.device)
         own = (batch.pos >= 0).nonzero().squeeze(1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from reducers.cost import BlockCost
 from reducers.errors import ReducerError
 from reducers.maps import TokenMap
-from reducers.reducer import TokenReducer
+from reducers.reducer import Input, TokenReducer
 from reducers.tokens import Layout, TokenBatch, Units
 
 Grid = tuple[int, int]
@@ -155,6 +155,10 @@ class HostBlock(ABC):
 
     def key_counts(self, batch: TokenBatch) -> Tensor:
         """(B,) keys of each image, as ``Core.keys_layout`` would have them."""
+        return batch.layout.lengths
+
+    def mlp_rows(self, batch: TokenBatch) -> Tensor:
+        """(B,) rows of each image that the MLP computes: all, but for copies of tokens that units share."""
         return batch.layout.lengths
 
     def keys_beside(self, batch: TokenBatch) -> Tensor | None:
@@ -312,6 +316,10 @@ class Host(ABC):
 
     library: ClassVar[str] = ""
     families: ClassVar[tuple[Family, ...]] = ()
+    inputs: ClassVar[Input] = "images"
+    """What the model reads: images (B, C, H, W), or clips (B, F, C, H, W). What is said of images here is said of clips
+    then. Patches of a clip are numbered frame by frame, each frame's row by row. Where a clip is one unit, its grid is
+    the frames' grids one below the other."""
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """What a user may choose of how the model is driven: name -> values, the first one its default."""
 
@@ -373,6 +381,18 @@ class Host(ABC):
         return False
 
     @property
+    def between_units(self) -> str | None:
+        """What blocks do between units by the places of their tokens (``HostBlock.before``), in words for messages;
+        None: nothing. Then the same holds as where they regroup.
+        """
+        return None
+
+    @property
+    def shares_class_token(self) -> bool:
+        """Whether the units of a sample have copies of one class token (``Units.shared``), which no reducer drops."""
+        return False
+
+    @property
     def first_free(self) -> int:
         """The first block at which a reducer may act; all later ones take one too."""
         return self.embedded
@@ -410,6 +430,16 @@ class Host(ABC):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model was made for."""
+
+    @property
+    def frames(self) -> int:
+        """Of a clip that the model was made for; of an image 1."""
+        return 1
+
+    @property
+    def steps(self) -> int:
+        """How many grids of patches a clip has: its frames, or fewer where a patch is several frames deep."""
+        return self.frames
 
     @property
     def entry(self) -> Stage:

@@ -123,10 +123,11 @@ class LearnedPooling(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """A pooling at each block that reduces any."""
-        if host.regroups:
+        if host.regroups or host.between_units is not None:
+            by = host.between_units or "forms windows"
             raise ReducerError(
                 f"{self.name} mixes all patches of an image into tokens that lie nowhere, and every block of this "
-                "model forms windows from the places of tokens; use a method that keeps patches or merges them"
+                f"model {by} by the places of tokens; use a method that keeps patches or merges them"
             )
         counts = pooled_counts(self.budget, host, blocks)
         self.poolers = nn.ModuleDict({str(block): self.pooler(host.width, count) for block, count in counts.items()})

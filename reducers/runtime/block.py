@@ -188,6 +188,7 @@ def run_block(
             block.cost, entering=rows.entering, keys=rows.keys, queries=rows.queries, leaving=batch.layout.lengths,
             published_keys=rows.published, beside=rows.beside,
             cut_before_values=reducer is not None and reducer.traits.cuts_before_values,
+            mlp=block.mlp_rows(batch),
         )  # fmt: skip
     if grouping is not None:
         batch = out_of_units(batch, entered, grouping)
@@ -281,6 +282,6 @@ def account(host: Host, blocks: range, batch: TokenBatch, tracer: Tracer) -> Non
         published = None if block.keys_are_tokens else block.published_keys(units)
         tracer.cost.block(
             block.cost, entering=tokens, keys=keys, queries=tokens, leaving=tokens, published_keys=published,
-            beside=block.keys_beside(units),
+            beside=block.keys_beside(units), mlp=block.mlp_rows(units),
         )  # fmt: skip
         tracer.after_block(batch)

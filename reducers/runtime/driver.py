@@ -252,7 +252,7 @@ class ReducedViT(nn.Module):
         run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler)
         index, batch, state = self._begin(run, images)
         depth = end = host.depth
-        counts_tell = cost_only and not host.regroups
+        counts_tell = cost_only and not host.regroups and host.between_units is None
         if counts_tell:  # the last reducer only decides, and nothing runs after it
             end = max(plan.at, default=-1) + 1
         batch = self._blocks(run, range(index, end), batch, state, decide_last=counts_tell)

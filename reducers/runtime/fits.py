@@ -19,7 +19,7 @@ def check_plan(host: Host, plan: Plan) -> None:
             raise ReducerError(f"{member.name} is not for this {type(host.model).__name__}: {why}")
     _check_class_token(host, plan)
     _check_borders(host, plan)
-    if host.regroups:
+    if host.regroups or host.between_units is not None:
         _check_regrouped(host, plan)
     if any(member.steps.attaches for member in plan.members):
         attach(host, plan)
@@ -50,13 +50,13 @@ def _check_borders(host: Host, plan: Plan) -> None:
 
 
 def _check_regrouped(host: Host, plan: Plan) -> None:
-    """Refuse reducers that do more than decide in a model whose blocks form units of their own."""
+    """Refuse reducers that do more than decide in a model whose blocks form units of their own or work between them."""
+    by = host.between_units or "forms units of its own (windows)"
     for block, member in plan.acts:
         if not member.only_decides:
             raise ReducerError(
-                f"{member.name} at block {block} runs blocks, plans or ends by itself on whole images, and every block "
-                f"of this {type(host.model).__name__} forms units of its own (windows); place a method that only "
-                "decides"
+                f"{member.name} at block {block} prepares images, plans, runs blocks or ends by itself, and every "
+                f"block of this {type(host.model).__name__} {by}; place a method that only decides"
             )
 
 
@@ -98,5 +98,10 @@ def _check_class_token(host: Host, plan: Plan) -> None:
                 raise ReducerError(
                     f"{member.name} is asked to drop the class token, and this model has none "
                     f"({host.head_words}); use {member.keeps_class_token_by}"
+                )
+            if host.shares_class_token:
+                raise ReducerError(
+                    f"{member.name} at block {block} may drop the class token, of which every frame has a copy in this "
+                    f"{type(host.model).__name__}; use {member.keeps_class_token_by}"
                 )
             dropper = (block, member)
