@@ -46,6 +46,14 @@ TYPES: dict[str, str] = {
     "transformers.models.cvt.modeling_cvt.CvtModel": "reducers.hosts.hf_cvt",
     "transformers.models.cvt.modeling_cvt.CvtForImageClassification": "reducers.hosts.hf_cvt",
     "reducers.backbones.cvt.CvT": "reducers.hosts.cvt",
+    "transformers.models.vivit.modeling_vivit.VivitModel": "reducers.hosts.hf_clips",
+    "transformers.models.vivit.modeling_vivit.VivitForVideoClassification": "reducers.hosts.hf_clips",
+    "transformers.models.videomae.modeling_videomae.VideoMAEModel": "reducers.hosts.hf_clips",
+    "transformers.models.videomae.modeling_videomae.VideoMAEForVideoClassification": "reducers.hosts.hf_clips",
+    "transformers.models.timesformer.modeling_timesformer.TimesformerModel": "reducers.hosts.hf_timesformer",
+    "transformers.models.timesformer.modeling_timesformer.TimesformerForVideoClassification": (
+        "reducers.hosts.hf_timesformer"
+    ),
 }
 
 _TOWERS = ("clip.modeling_clip.CLIPModel", "siglip.modeling_siglip.SiglipModel")  # what reads images is a part of them
@@ -54,7 +62,8 @@ SUPPORTED = (
     "Supported: timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, AugReg, CLIP, SigLIP, "
     "DINOv2, hybrids, ViTamin, …), Eva (EVA-02, DINOv3, PE, RoPE-ViT, …), Beit, VisionTransformerRelPos, NaFlexVit and "
     "SwinTransformer whose blocks and attentions are those of docs/families.md; transformers' ViT, DeiT, DINOv2, "
-    "DINOv3 ViT, CvT, CLIP and SigLIP vision models; and the networks of reducers.backbones"
+    "DINOv3 ViT, CvT, CLIP and SigLIP vision models, TimeSformer, ViViT and VideoMAE; and the networks of "
+    "reducers.backbones"
 )
 
 

@@ -65,16 +65,16 @@ class Kind:
         return f"transformers.models.{self.module}.modeling_{self.module}.{name}"
 
 
-_VIT = Kind(
+VIT = Kind(
     "vit", "layers", "ViTLayer", ("layernorm_before", "layernorm_after"), ("attention", "ViTAttention"), "o_proj",
     "num_attention_heads", "scaling", "attention_dropout", ("ViTMLP",), "layernorm",
     "embeddings.patch_embeddings.projection", after=("dropout", "dropout"),
 )  # fmt: skip
 _DEIT = replace(
-    _VIT, module="deit", layer="DeiTLayer", attention=("attention", "DeiTAttention"), mlps=("DeiTMLP",), prefix=2
+    VIT, module="deit", layer="DeiTLayer", attention=("attention", "DeiTAttention"), mlps=("DeiTMLP",), prefix=2
 )
 _DINOV2 = replace(
-    _VIT, module="dinov2", layers="encoder.layer", layer="Dinov2Layer", norms=("norm1", "norm2"),
+    VIT, module="dinov2", layers="encoder.layer", layer="Dinov2Layer", norms=("norm1", "norm2"),
     attention=("attention", "Dinov2Attention"), mlps=("Dinov2MLP", "Dinov2SwiGLUFFN"),
     after=("layer_scale1", "layer_scale2"), depth=True, resizes="always",
 )  # fmt: skip
@@ -109,8 +109,8 @@ class Made:
 
 
 MODELS: dict[str, Made] = {
-    _VIT.path("ViTModel"): Made(_VIT),
-    _VIT.path("ViTForImageClassification"): Made(_VIT, "vit"),
+    VIT.path("ViTModel"): Made(VIT),
+    VIT.path("ViTForImageClassification"): Made(VIT, "vit"),
     _DEIT.path("DeiTModel"): Made(_DEIT),
     _DEIT.path("DeiTForImageClassification"): Made(_DEIT, "deit"),
     _DEIT.path("DeiTForImageClassificationWithTeacher"): Made(_DEIT, "deit", "both"),
@@ -219,6 +219,11 @@ class HFBlock(PreNormBlock):
 class HFViT(Host):
     """A model of transformers, as a whole or its vision tower alone."""
 
+    table: ClassVar[Mapping[str, Made]] = MODELS
+    takes: ClassVar[frozenset[str]] = frozenset(
+        ("pixel_values", "labels", "interpolate_pos_encoding", "return_dict", "restore")
+    )
+    read_as: ClassVar[str] = "(B, C, H, W)"
     library: ClassVar[str] = "transformers"
     families: ClassVar[tuple[Family, ...]] = (
         Family("vit", "ViT"),
@@ -233,12 +238,12 @@ class HFViT(Host):
     @classmethod
     def entry_points(cls, family: Family) -> list[str]:
         """Classes, for there are no names of models."""
-        return [path.rpartition(".")[2] for path, made in MODELS.items() if made.kind.module == family.name]
+        return [path.rpartition(".")[2] for path, made in cls.table.items() if made.kind.module == family.name]
 
     @cached_property
     def made(self) -> Made:
         kind = type(self.model)
-        return MODELS[f"{kind.__module__}.{kind.__qualname__}"]
+        return self.table[f"{kind.__module__}.{kind.__qualname__}"]
 
     @property
     def kind(self) -> Kind:
@@ -250,7 +255,7 @@ class HFViT(Host):
 
     @property
     def layers(self) -> Any:
-        return _part(self.tower, self.kind.layers)
+        return part_of(self.tower, self.kind.layers)
 
     def check(self) -> None:
         _check(self.model, self.tower, self.kind)
@@ -259,7 +264,7 @@ class HFViT(Host):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        kind, layers, patch = self.kind, self.layers, _part(self.tower, self.kind.patches)
+        kind, layers, patch = self.kind, self.layers, part_of(self.tower, self.kind.patches)
         rows, columns = (side // size for side, size in zip(self.image_size, patch.kernel_size, strict=True))
         heads = int(getattr(getattr(layers[0], kind.attention[0]), kind.heads))
         registers = getattr(self.tower.embeddings, "register_tokens", None)
@@ -286,7 +291,7 @@ class HFViT(Host):
 
     @property
     def channels(self) -> int:
-        return int(_part(self.tower, self.kind.patches).in_channels)
+        return int(part_of(self.tower, self.kind.patches).in_channels)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -301,17 +306,17 @@ class HFViT(Host):
     # --- images ---
 
     def grid_of(self, images: Tensor) -> Grid:
-        down, across = _part(self.tower, self.kind.patches).kernel_size
+        down, across = part_of(self.tower, self.kind.patches).kernel_size
         return int(images.shape[-2]) // int(down), int(images.shape[-1]) // int(across)
 
     def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
-        down, across = _part(self.tower, self.kind.patches).kernel_size
+        down, across = part_of(self.tower, self.kind.patches).kernel_size
         return self.grid_of(images), (int(down), int(across))
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
         tower, kind = self.tower, self.kind
         self._check_images(images, resized)
-        images = images.to(_part(tower, kind.patches).weight.dtype)
+        images = images.to(part_of(tower, kind.patches).weight.dtype)
         options = {"interpolate_pos_encoding": resized} if kind.resizes == "asked" else {}
         x = tower.embeddings(images, **options)
         if kind.entry is not None:
@@ -344,7 +349,7 @@ class HFViT(Host):
             )
 
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:
-        convolution = _part(self.tower, self.kind.patches)
+        convolution = part_of(self.tower, self.kind.patches)
         return linear_macs(convolution, images[:1].to(convolution.weight.dtype))
 
     # --- blocks ---
@@ -464,8 +469,7 @@ class HFViT(Host):
     # --- a call as the library has it ---
 
     def asked(self, images: Tensor | None, named: Mapping[str, Any]) -> Call:
-        known = {"pixel_values", "labels", "interpolate_pos_encoding", "return_dict", "restore"}
-        name = type(self.model).__name__
+        known, name = self.takes, type(self.model).__name__
         given = {key: value for key, value in named.items() if value is not None}
         if wrong := sorted(set(given) - known):
             raise ReducerError(
@@ -474,7 +478,7 @@ class HFViT(Host):
             )
         pixels = given.get("pixel_values", images)
         if pixels is None or (images is not None and "pixel_values" in given):
-            raise ReducerError(f"a reduced {name} is called as fast(pixel_values=…), (B, C, H, W)")
+            raise ReducerError(f"a reduced {name} is called as fast(pixel_values=…), {self.read_as}")
         tokens = "last_hidden_state" in self._names()
         if "restore" in given and not tokens:
             raise ReducerError(
@@ -511,6 +515,8 @@ class HFViT(Host):
             found["last_hidden_state"] = tokens()
             if "image_embeds" in names:
                 found["image_embeds"] = self.classify(batch)
+            elif "pooler_output" not in names:
+                pass
             elif self.made.reads == "pool":
                 found["pooler_output"] = self.pooled(batch) if model.use_head else None
             else:
@@ -524,7 +530,7 @@ class HFViT(Host):
 HOST = HFViT
 
 
-def _part(module: Any, path: str) -> Any:
+def part_of(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
     return module
@@ -537,7 +543,9 @@ def _output_class(made: Made, names: tuple[str, ...]) -> Any:
     if "image_embeds" in names:
         return import_module(made.kind.path("")[:-1]).CLIPVisionModelOutput
     outputs = import_module("transformers.modeling_outputs")
-    return outputs.ImageClassifierOutput if "logits" in names else outputs.BaseModelOutputWithPooling
+    if "logits" in names:
+        return outputs.ImageClassifierOutput
+    return outputs.BaseModelOutputWithPooling if "pooler_output" in names else outputs.BaseModelOutput
 
 
 # --- whether a model can be driven ------------------------------------------------------------------------------------
@@ -546,34 +554,39 @@ def _output_class(made: Made, names: tuple[str, ...]) -> Any:
 def _check(model: Any, tower: Any, kind: Kind) -> None:
     """Refuse what the runtime would bypass: every part that is restated and not called must be the library's own."""
     name = type(model).__name__
-    _check_whole(model, name)
+    check_whole(model, name)
     if tower is not model:
-        _check_whole(tower, f"{name}'s tower")
+        check_whole(tower, f"{name}'s tower")
+    check_implementation(tower, name)
+    for index, layer in enumerate(part_of(tower, kind.layers)):
+        check_layer(index, layer, kind)
+
+
+def check_implementation(tower: Any, name: str) -> None:
+    """Refuse a way to attend of which it is not known what it computes."""
     implementation = getattr(tower.config, "_attn_implementation", None)
     if implementation is not None and implementation not in _ATTENTIONS:
         raise UnsupportedModel(
             f"{name} attends by attn_implementation={implementation!r}, whose own steps would be bypassed; {_REMEDY}"
         )
-    for index, layer in enumerate(_part(tower, kind.layers)):
-        _check_layer(index, layer, kind)
 
 
-def _check_layer(index: int, layer: nn.Module, kind: Kind) -> None:
+def check_layer(index: int, layer: nn.Module, kind: Kind) -> None:
     where = f"layer {index}"
-    if _qualified(layer) != kind.path(kind.layer):
+    if qualified(layer) != kind.path(kind.layer):
         raise UnsupportedModel(
             f"{where} is a {type(layer).__name__}, not transformers' {kind.layer}, and steps of its own would be "
             "bypassed; put the plain layer back, and wrap, shard or compile the reduced model instead"
         )
-    _check_whole(layer, where)
+    check_whole(layer, where)
     attn, mlp = layer._modules[kind.attention[0]], layer._modules["mlp"]
-    if attn is None or _qualified(attn) != kind.path(kind.attention[1]):
+    if attn is None or qualified(attn) != kind.path(kind.attention[1]):
         raise UnsupportedModel(
             f"{where} attends with {type(attn).__name__}, not transformers' {kind.attention[1]}, whose own steps would "
             "be bypassed; put the plain attention back (merge an adapter first)"
         )
-    _check_whole(attn, f"{where}'s attention")
-    if mlp is None or _qualified(mlp) not in map(kind.path, kind.mlps) or "forward" in mlp.__dict__:
+    check_whole(attn, f"{where}'s attention")
+    if mlp is None or qualified(mlp) not in map(kind.path, kind.mlps) or "forward" in mlp.__dict__:
         raise UnsupportedModel(
             f"{where} has the MLP {type(mlp).__name__}, which is not known to act token by token; replace the layers "
             f"inside {kind.mlps[0]} instead"
@@ -586,7 +599,7 @@ def _check_layer(index: int, layer: nn.Module, kind: Kind) -> None:
         )
 
 
-def _check_whole(module: nn.Module, where: str) -> None:
+def check_whole(module: nn.Module, where: str) -> None:
     """Refuse what rides on a module that is restated and not called: hooks of any kind, a forward of its own."""
     kind = riding(module, _CAPTURES)
     if kind == "forward":
@@ -601,5 +614,5 @@ def _check_whole(module: nn.Module, where: str) -> None:
         )
 
 
-def _qualified(module: nn.Module) -> str:
+def qualified(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
