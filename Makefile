@@ -40,7 +40,7 @@ help: ## this list
 	@echo '             hf-hub:OWNER/NAME, local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME'
 	@echo '  IMG_SIZE   384, or 384,320 (height, width): another size of image than the model'"'"'s own'
 	@echo '  WEIGHTS    a .safetensors file, or random (default: the model'"'"'s own)'
-	@echo '  TASK       classify (default), or embed: features beside the dense model, no labels, no classifier'
+	@echo '  TASK       classify (default), embed: features beside the dense model, no labels, or dense: patches against masks'
 	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
 	@echo '  LIMIT      evaluate at most that many images, spread over the classes'
 	@echo '  BATCH      images in a batch          WORKERS  trials at once'
