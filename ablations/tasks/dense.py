@@ -203,7 +203,7 @@ def fitted_head(features: np.ndarray, labels: np.ndarray, *, classes: int) -> np
             found.backward()
             return found
 
-        solver.step(loss)  # type: ignore[arg-type]  # typed as giving a float
+        solver.step(loss)
         weights = head.detach()[:-1] / spread[:, None]
         return torch.cat([weights, head.detach()[-1:] - mean @ weights]).numpy()
 
