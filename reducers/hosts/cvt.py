@@ -134,7 +134,7 @@ class CvtBlock(PreNormBlock):
     def window(self) -> Window:
         """What a cell is convolved from."""
         key = self.convolutions[1]
-        return Window(side_of(key.kernel_size), side_of(key.stride), side_of(key.padding))  # type: ignore[arg-type]
+        return Window(side_of(key.kernel_size), side_of(key.stride), side_of(key.padding))
 
     def on_grid(self, batch: TokenBatch) -> Cells:
         """A batch on the grid, and its cells."""
@@ -380,7 +380,7 @@ class Cvt(Host):
 
     def classify(self, batch: TokenBatch) -> Tensor:
         pooled = self.pooled(batch)
-        return pooled if self.head is None else self.head(pooled)  # type: ignore[no-any-return]
+        return pooled if self.head is None else self.head(pooled)
 
     @property
     def classifier_macs(self) -> int:
@@ -468,7 +468,7 @@ def side_of(sides: tuple[int, ...] | int | str) -> int:
 
 def patches_of(convolution: nn.Conv2d, size: Grid) -> Grid:
     """Rows and columns that a convolution makes of so many."""
-    window = Window(side_of(convolution.kernel_size), side_of(convolution.stride), side_of(convolution.padding))  # type: ignore[arg-type]
+    window = Window(side_of(convolution.kernel_size), side_of(convolution.stride), side_of(convolution.padding))
     return window.cells(size)
 
 
@@ -514,7 +514,7 @@ def check_convolutions(block: CvtBlock, where: str) -> None:
                 f"the {part} of {where} is not convolved by a square depthwise nn.Conv2d over zeros; put the plain one "
                 "back"
             )
-    kept = side_of(query.stride) == 1 and side_of(query.kernel_size) == 2 * side_of(query.padding) + 1  # type: ignore[arg-type]
+    kept = side_of(query.stride) == 1 and side_of(query.kernel_size) == 2 * side_of(query.padding) + 1
     if not kept:
         raise UnsupportedModel(
             f"the query's convolution of {where} has kernel {query.kernel_size}, stride {query.stride} and padding "
