@@ -64,8 +64,8 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
         raise file.error(("arms",), f"no arm is for {target.facts.name}: MODEL={' or MODEL='.join(others)}")
     if left_out and not trials:
         raise next(iter(left_out.values()))
-    for variant, error in left_out.items():
-        log.info("%s of %s is left out for %s: %s", variant, file.spec.name, target.facts.name, error.reason)
+    for variant, unsuited in left_out.items():
+        log.info("%s of %s is left out for %s: %s", variant, file.spec.name, target.facts.name, unsuited.reason)
     return list(trials.values())
 
 

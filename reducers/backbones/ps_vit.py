@@ -147,7 +147,8 @@ class PSViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         trunc_normal_(self.cls_token, std=0.02)
-        for layer in self.sampling:
+        layers: Any = self.sampling
+        for layer in layers:
             if layer.offset is not None:
                 nn.init.zeros_(layer.offset.weight)
 
@@ -159,7 +160,8 @@ class PSViT(nn.Module):
     @property
     def heads(self) -> int:
         """Of each layer."""
-        return int(self.sampling[0].block.attn.num_heads)  # type: ignore[union-attr]  # a list of modules has no types
+        first: Any = self.sampling[0]  # a list of modules has no types
+        return int(first.block.attn.num_heads)
 
     @property
     def map_size(self) -> tuple[int, int]:

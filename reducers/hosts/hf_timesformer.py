@@ -347,8 +347,10 @@ class HFTimesformer(HFClips):
         patches = x.shape[1] - 1
         places = torch.arange(frames * patches, device=x.device).view(frames, patches)
         units = Units(clips, places, shared=int(self.divided))
-        assert batch.pos is not None or not self.divided
-        return replace(batch, units=units, tables=Lattice(batch.pos, patches) if self.divided else None)
+        if not self.divided:
+            return replace(batch, units=units)
+        assert batch.pos is not None
+        return replace(batch, units=units, tables=Lattice(batch.pos, patches))
 
     def _frame_by_frame(self, x: Tensor, frames: int) -> Tensor:
         """The library's tokens as units: (B F, 1 + N, D), or of joint attention (B, 1 + F N, D)."""
