@@ -40,6 +40,7 @@ def _cvt() -> nn.Module:
         drop_rate=[0.0, 0.0, 0.0],
         drop_path_rate=[0.0, 0.0, 0.0],
         num_labels=CLASSES,
+        image_size=64,  # which a CvT has by itself not: its host goes by it
     )
     return CvtForImageClassification(config)
 

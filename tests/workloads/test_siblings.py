@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ablations.models import paper
-from ablations.models.digits import CLASSES, READS
+from ablations.models.answers import logits_of
+from ablations.models.digits import CLASSES, READS, WEIGHTS
 from ablations.models.loading import check_model, head_classes, input_config
 from ablations.models.siblings import CVT, PS_VIT, SIBLINGS
 from ablations.workloads import ModelError, open_model, pairs, train_siblings
+from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.train_siblings import CELL, draw, shown_around, told
 from reducers.backbones.ps_vit import PSViT
 from reducers.hosts import host_of
@@ -142,3 +145,31 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
     assert all(torch.equal(first[name], second[name]) for name in first)
     curves = [json.loads((folder / f"{PS_VIT}.training.json").read_text())["curve"] for folder in (whole, broken)]
     assert [point["loss"] for point in curves[0]] == [point["loss"] for point in curves[1]]
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_weights_are_small_and_have_their_record_and_card() -> None:
+    files = [WEIGHTS / f"{name}.safetensors" for name in SIBLINGS]
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+    card = (WEIGHTS / "SIBLINGS_CARD.md").read_text(encoding="utf-8")
+    for name in SIBLINGS:
+        record = json.loads((WEIGHTS / f"{name}.training.json").read_text(encoding="utf-8"))
+        assert record["model"] == name and record["scenes"] == train_siblings.SCENES[name]
+        assert record["curve"][-1]["images"] == record["scenes"] and record["curve"][-1]["cpu_minutes"] <= 45
+        assert f"| {name} |" in card and f"{record['scenes']:,}" in card
+
+
+@pytest.mark.parametrize("name", [PS_VIT, pytest.param(CVT, marks=pytest.mark.slow)])
+@torch.inference_mode()
+def test_the_shipped_weights_read_the_digit_pairs_as_their_card_says(name: str) -> None:
+    if name == CVT:
+        pytest.importorskip("transformers")
+    found = re.search(rf"\| {name} \|.* (\d+\.\d) \(\d", (WEIGHTS / "SIBLINGS_CARD.md").read_text(encoding="utf-8"))
+    assert found is not None
+    loaded, workload = open_model(name, weights=None, workload_name="embedded"), embedded_workload(200)
+    assert loaded.weights == "embedded"
+    logits = logits_of(loaded.model(workload.batch(0, 200)))
+    top1 = float((logits.argmax(1).numpy() == workload.labels).mean())
+    assert abs(100 * top1 - float(found[1])) < 5 and float(found[1]) > 90
