@@ -40,7 +40,7 @@ def _cvt() -> nn.Module:
         drop_rate=[0.0, 0.0, 0.0],
         drop_path_rate=[0.0, 0.0, 0.0],
         num_labels=CLASSES,
-        image_size=64,  # which a CvT has by itself not: its host goes by it
+        image_size=64,  # a CvT has none of its own, and its host goes by this
     )
     return CvtForImageClassification(config)
 
