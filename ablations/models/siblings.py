@@ -26,8 +26,8 @@ def _cvt() -> nn.Module:
         raise ModelError(
             f"{CVT} is a model of transformers, which is not installed: pip install 'sievit[hf]'"
         ) from error
-    config_of: Any = CvtConfig  # whose fields of every configuration no type tells
-    config = config_of(
+    configured: Any = CvtConfig  # its fields are not known to type checkers
+    config = configured(
         num_channels=1,
         patch_sizes=[7, 3, 3],
         patch_stride=[4, 2, 1],

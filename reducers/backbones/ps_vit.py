@@ -147,10 +147,10 @@ class PSViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         trunc_normal_(self.cls_token, std=0.02)
-        layers: Any = self.sampling
-        for layer in layers:
-            if layer.offset is not None:
-                nn.init.zeros_(layer.offset.weight)
+        for layer in self.sampling:
+            offset: Any = layer.offset
+            if offset is not None:
+                nn.init.zeros_(offset.weight)
 
     @property
     def depth(self) -> int:
@@ -160,8 +160,8 @@ class PSViT(nn.Module):
     @property
     def heads(self) -> int:
         """Of each layer."""
-        first: Any = self.sampling[0]  # a list of modules has no types
-        return int(first.block.attn.num_heads)
+        first: Any = self.blocks[0]
+        return int(first.attn.num_heads)
 
     @property
     def map_size(self) -> tuple[int, int]:
