@@ -313,7 +313,7 @@ class HFTimesformer(HFClips):
 
     @property
     def between_units(self) -> str | None:
-        return "attends over time, among frames," if self.divided else None
+        return "attends over time among frames" if self.divided else None
 
     @property
     def shares_class_token(self) -> bool:
@@ -341,10 +341,14 @@ class HFTimesformer(HFClips):
         x = tower.embeddings(images.to(part_of(tower, kind.patches).weight.dtype))
         if self.attention_type != _SPACE:  # (B, 1 + N F, D), with all frames of a place side by side
             x = self._frame_by_frame(x, frames)
+        return self._batch(x, clips, track=track)
+
+    def _batch(self, x: Tensor, clips: int, *, track: bool) -> TokenBatch:
+        """Features (units, tokens, D) as the tokens of so many clips."""
         batch = TokenBatch.from_images(x, prefix=1, has_class_token=True, track=track or self.divided)
         if not self.by_frame:
             return batch
-        patches = x.shape[1] - 1
+        frames, patches = self.frames, x.shape[1] - 1
         places = torch.arange(frames * patches, device=x.device).view(frames, patches)
         units = Units(clips, places, shared=int(self.divided))
         if not self.divided:
@@ -354,20 +358,16 @@ class HFTimesformer(HFClips):
 
     def _frame_by_frame(self, x: Tensor, frames: int) -> Tensor:
         """The library's tokens as units: (B F, 1 + N, D), or of joint attention (B, 1 + F N, D)."""
-        patches = x[:, 1:].unflatten(1, (-1, frames)).transpose(1, 2)  # (B, F, N, D)
+        patches = x[:, 1:].unflatten(1, ((x.shape[1] - 1) // frames, frames)).transpose(1, 2)  # (B, F, N, D)
         if self.divided:
             lead = x[:, None, :1].expand(-1, frames, -1, -1)
             return torch.cat([lead, patches], dim=2).flatten(0, 1)
         return torch.cat([x[:, :1], patches.flatten(1, 2)], dim=1)
 
-    def _as_the_library(self, x: Tensor, clips: int) -> Tensor:
-        """The opposite, of all tokens: units (…, D), or (B, 1 + F N, D) -> (B, 1 + N F, D)."""
-        if self.divided and x.shape[0] != clips:
-            x = x.view(clips, -1, x.shape[-2], x.shape[-1])
-            lead, patches = x[:, 0, :1], x[:, :, 1:]
-        else:
-            lead, patches = x[:, :1], x[:, 1:].unflatten(1, (self.frames, -1))
-        return torch.cat([lead, patches.transpose(1, 2).flatten(1, 2)], dim=1)
+    def _place_by_place(self, x: Tensor) -> Tensor:
+        """A clip's tokens (B, 1 + F N, D) in the library's order: all frames of a place side by side."""
+        patches = x[:, 1:].unflatten(1, (self.frames, (x.shape[1] - 1) // self.frames))
+        return torch.cat([x[:, :1], patches.transpose(1, 2).flatten(1, 2)], dim=1)
 
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:
         convolution = part_of(self.tower, self.kind.patches)
@@ -385,7 +385,8 @@ class HFTimesformer(HFClips):
             return None
         x = batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])
         if self.divided:
-            x = self._as_the_library(x, batch.samples)
+            by_clip = x.unflatten(0, (batch.samples, self.frames))
+            x = self._place_by_place(torch.cat([by_clip[:, 0, :1], by_clip[:, :, 1:].flatten(1, 2)], dim=1))
         for layer in self.layers[first:last]:
             (x,) = layer(x)
         if self.divided:
@@ -410,8 +411,9 @@ class HFTimesformer(HFClips):
     def _arranged(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """All tokens, class tokens first (B, P + F N, D), as the library's ``last_hidden_state`` has them."""
         if self.attention_type != _SPACE:
-            return self._as_the_library(tokens, batch.samples)
-        lead, patches = tokens[:, : self.frames, None], tokens[:, self.frames :].unflatten(1, (self.frames, -1))
+            return self._place_by_place(tokens)
+        patches = tokens[:, self.frames :].unflatten(1, (self.frames, tokens.shape[1] // self.frames - 1))
+        lead = tokens[:, : self.frames, None]
         return torch.cat([lead, patches], dim=2).flatten(0, 1)
 
 

@@ -501,6 +501,11 @@ class Host(ABC):
 
     # --- images ---
 
+    def blank(self) -> Tensor:
+        """One image of zeros, or clip, of the model's own size."""
+        size = (self.frames, self.channels) if self.inputs == "clips" else (self.channels,)
+        return self.like.new_zeros(1, *size, *self.image_size)
+
     @abstractmethod
     def grid_of(self, images: Tensor) -> Grid:
         """Rows and columns of patches of these images, which may have another size."""

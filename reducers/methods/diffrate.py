@@ -98,6 +98,12 @@ class DiffRate(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """Logits (blocks, 2, candidates): of the count that pruning leaves, and of that which merging leaves then."""
+        if host.between_units is not None:
+            raise ReducerError(
+                f"{self.name} learns its counts by a cost that follows from them, and every block of this "
+                f"{type(host.base).__name__} {host.between_units}, which costs by the places that are left; use a "
+                "method with a budget"
+            )
         self._blocks, self._patches, self._prefix = blocks, host.patches, host.prefix
         choices = range(host.patches, 0, -self.step)
         like = host.like
@@ -105,7 +111,7 @@ class DiffRate(TokenReducer):
         mean = math.ceil(sum(choices) / len(choices) - _SLACK)  # what zeros say
         self._counts, self._seen = [(mean, mean)] * len(blocks), _version(self.logits)
         self._shapes = {index: host.block(index).cost for index in range(host.embedded, host.depth)}
-        self._outside = _macs_outside(host, like)
+        self._outside = _macs_outside(host)
 
     def kept_counts(self) -> list[tuple[int, int]]:
         """What pruning and then merging leave in each block, read from the logits whenever they have changed."""
@@ -204,7 +210,6 @@ def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
-def _macs_outside(host: Any, like: Tensor) -> float:
+def _macs_outside(host: Any) -> float:
     """Multiply-adds of one image's embedding and of the head's linear layers."""
-    image = torch.zeros(1, host.channels, *host.image_size, device=like.device, dtype=like.dtype)
-    return float(host.embed_macs(image) + host.classifier_macs)
+    return float(host.embed_macs(host.blank()) + host.classifier_macs)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.decision import Decision, advance
+from reducers.errors import ReducerError
 from reducers.kit.back_tracking import back_track
 from reducers.maps import Keep
 from reducers.methods.sttabt.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
@@ -153,6 +154,10 @@ class STTABT(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """ApproxNet, the maps that its distillation needs, and a threshold for each block from the first on."""
+        if host.inputs == "clips":
+            raise ReducerError(
+                f"{self.name} looks at the input by a small network of its own, which reads images alone"
+            )
         self._blocks = blocks
         self.approx = ApproxNet(host, shrink=self.shrink)
         self.mimicry = Mimicry(self.approx.width, host.width, host.depth - host.embedded)
