@@ -122,7 +122,7 @@ class HFClips(HFViT):
         for where, module in {name: self.model, f"{name}'s tower": tower, f"{name}'s encoder": tower.encoder}.items():
             check_whole(module, where)
         check_implementation(tower, name)
-        if "fc_norm" in self.model._modules and self.model.fc_norm is None:
+        if getattr(self.model, "fc_norm", self) is None:
             raise UnsupportedModel(
                 f"this {name} was made with use_mean_pooling=False, so that its head reads the first patch of a clip, "
                 "which any method may drop; make it with use_mean_pooling=True"

@@ -27,6 +27,7 @@ def make_clips(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any)
     import transformers as tf
 
     cls, _, variant = name.partition(" ")
+    pooled = changes.pop("use_mean_pooling", variant != "normed")
     sizes: dict[str, Any] = {**_SIZES, **changes}
     labels = {"num_labels": 7} if "Classification" in cls else {}
     if cls.startswith("Timesformer"):
@@ -37,9 +38,7 @@ def make_clips(name: str, *, dtype: torch.dtype = torch.float64, **changes: Any)
             sizes["tubelet_size"] = [2, sizes.pop("patch_size"), 8]
             config = tf.VivitConfig(**sizes, **labels)
         else:
-            config = tf.VideoMAEConfig(
-                **sizes, **labels, tubelet_size=2, use_mean_pooling=changes.get("use_mean_pooling", variant != "normed")
-            )
+            config = tf.VideoMAEConfig(**sizes, **labels, tubelet_size=2, use_mean_pooling=pooled)
     torch.manual_seed(0)
     options = {"add_pooling_layer": False} if variant == "without pooler" else {}
     model = getattr(tf, cls)(config, **options)
