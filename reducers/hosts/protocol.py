@@ -442,6 +442,11 @@ class Host(ABC):
         return self.frames
 
     @property
+    def units(self) -> int:
+        """How many units a sample has from the embedding on: the frames of a clip, where each attends by itself."""
+        return 1
+
+    @property
     def entry(self) -> Stage:
         """The stage of the first block that the runtime runs: what ``embed`` gives belongs to it."""
         return stage_of(self.embedded, self.stages)

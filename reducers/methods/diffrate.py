@@ -211,5 +211,5 @@ def _version(parameter: Tensor) -> int:
 
 
 def _macs_outside(host: Any) -> float:
-    """Multiply-adds of one image's embedding and of the head's linear layers."""
-    return float(host.embed_macs(host.blank()) + host.classifier_macs)
+    """Multiply-adds of embedding and classifier, of a clip whose frames are units the part of one of them."""
+    return float(host.embed_macs(host.blank()) + host.classifier_macs) / host.units

@@ -156,7 +156,8 @@ class STTABT(TokenReducer):
         """ApproxNet, the maps that its distillation needs, and a threshold for each block from the first on."""
         if host.inputs == "clips":
             raise ReducerError(
-                f"{self.name} looks at the input by a small network of its own, which reads images alone"
+                f"{self.name} guesses attention with a small network that reads images, and this model reads clips; "
+                "use a method that looks at what attention is (ats, topk, evit, …)"
             )
         self._blocks = blocks
         self.approx = ApproxNet(host, shrink=self.shrink)
