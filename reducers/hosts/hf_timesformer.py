@@ -29,6 +29,7 @@ from reducers.hosts.hf_vit import VIT, HFBlock, HFCore, Kind, Made, check_whole,
 from reducers.hosts.protocol import Call, Family, Grid, Stage, StochasticDepth
 from reducers.lazy import cached_property
 from reducers.maps import Mix, TokenMap
+from reducers.masking import masked_softmax
 from reducers.tokens import Layout, TokenBatch, Units
 
 _TIMESFORMER = replace(
@@ -231,8 +232,6 @@ class DividedBlock(TimesformerBlock):
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, alive: Tensor, scale: float, dropout: float) -> Tensor:
     """Attention in which a key counts by what is left of it (n, 1, 1, f), and each token always sees itself."""
-    from reducers.runtime.attention import masked_softmax
-
     wide = torch.promote_types(q.dtype, torch.float32)
     alive = alive.to(wide)
     seen = alive + (1 - alive) * torch.eye(alive.shape[-1], dtype=wide, device=alive.device)

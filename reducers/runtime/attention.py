@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from reducers.errors import ReducerError
 from reducers.hosts.protocol import Core
 from reducers.lazy import cached_property
+from reducers.masking import masked_softmax
 from reducers.runtime.kernels import packed_attention
 from reducers.tokens import Layout
 
@@ -188,17 +189,3 @@ def _rows_of(pair_bias: Tensor, places: Tensor) -> Tensor:
     images, heads, keys = len(places), pair_bias.shape[1], pair_bias.shape[3]
     index = places[:, None, :, None].expand(-1, heads, -1, keys)
     return pair_bias.expand(images, -1, -1, -1).gather(2, index)
-
-
-_EPS = 1e-6
-
-
-def masked_softmax(logits: Tensor, weight: Tensor, valid: Tensor, dim: int) -> Tensor:
-    """DynamicViT's softmax: each key's share is multiplied by its ``weight`` in [0, 1], and gradients reach the weight.
-
-    (exp(l - max) w + eps / N) / (sum + eps), over the ``valid`` of the N places; logits, weight and valid broadcast.
-    """
-    logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
-    shares = (logits - logits.amax(dim, keepdim=True)).exp() * weight * valid
-    places = valid.sum(dim, keepdim=True).clamp(min=1)
-    return (shares + _EPS / places * valid) / (shares.sum(dim, keepdim=True) + _EPS)

@@ -209,7 +209,7 @@ NUMBERS: list[tuple[str, str, str, set[str] | frozenset[str]]] = [
     ("reducers/methods/dynamicvit.py", '    trained_as = ', '    slip: int = 3\n    trained_as = ', {"dynamicvit"}),
     ("reducers/scores.py", "attention.mean(dim=1)", "attention.sum(dim=1)",
      {"ats", "bat", "diffrate", "etps", "evit", "random", "topk"}),
-    ("reducers/runtime/attention.py", "_EPS = 1e-6", "_EPS = 1e-5", EVERY),
+    ("reducers/masking.py", "_EPS = 1e-6", "_EPS = 1e-5", EVERY),
     ("reducers/noise.py", "2 ** (64 - bits) - 1", "2 ** (64 - bits) - 2", EVERY),
     ("ablations/trial/random.py", ">> 1", ">> 2", EVERY),
     ("ablations/trial/random.py", '"images", "seed"', '"seed"', EVERY),
@@ -261,7 +261,7 @@ def test_masks_of_embedded_scenes_are_in_no_digest_of_data_and_so_in_the_code_of
         ("reducers/methods/dynamicvit.py", "    trained_as = ", "    slip: int = 3\n    trained_as = ", ["training"]),
         ("ablations/measure/speed.py", "SHORTEST = 0.1", "SHORTEST = 0.2", ["timing"]),
         (
-            "reducers/runtime/attention.py",
+            "reducers/masking.py",
             "_EPS = 1e-6",
             "_EPS = 1e-5",
             ["evaluation", "calibration", "training", "timing"],

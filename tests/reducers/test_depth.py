@@ -149,7 +149,7 @@ def test_a_share_of_blocks_is_rounded_to_the_nearest_and_is_at_least_one(share, 
         ({"last": "3/0"}, "a share of the blocks"),
         ({"last": float("nan")}, "a share of the blocks"),
         ({"thirds": False}, r"says nothing; write \{thirds: true\}, or name blocks"),
-        ({"first": 0.5}, r"blocks are written .*\{last: 0.75\} or \{thirds: true\}"),
+        ({"first": 0.5}, r"blocks are written .*\{last: 0.75\}, \{thirds: true\} or \{from: 3\}"),
         ({"last": 0.5, "thirds": True}, "blocks are written"),
     ],
 )

@@ -12,7 +12,8 @@ from reducers import Drop, ReducerError, TokenReducer, ToMe, at, reduce_tokens
 from reducers.decision import Decision, advance
 from reducers.hosts.timm_vit import TimmCore
 from reducers.maps import Mask, Merge, Mix, keep_rows
-from reducers.runtime.attention import PackedAttention, masked_softmax
+from reducers.masking import masked_softmax
+from reducers.runtime.attention import PackedAttention
 from reducers.tokens import Layout, TokenBatch
 
 from .conftest import make_vit
