@@ -232,7 +232,7 @@ def test_a_target_is_reached_within_one_percent(
     error: float, reached: bool, tiny: TrialContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goal = 0.6 * tiny.dense.gmacs
-    monkeypatch.setattr(calibrate, "mean_cost", lambda placement, context, seed: (1 + error) * goal)
+    monkeypatch.setattr(calibrate, "mean_cost", lambda placement, context, seed, **_: (1 + error) * goal)
     solution = solve(trial_for(tiny, ATS3, 0.6), fresh(tiny))
     assert solution.reached == reached == (solution.note == "") and solution.error == pytest.approx(error)
 
