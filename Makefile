@@ -32,7 +32,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'variables (all optional):'
-	@echo '  WORKLOAD   embedded (default), embedded:v1, imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
+	@echo '  WORKLOAD   embedded (default), embedded:v1, moving_digits, imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
 	@echo '  DATA       folder of the images, for workloads that read one'
 	@echo '  LABELS     a file of labels (val.txt, LOC_val_solution.csv), order or index (default: found out)'
 	@echo '  LINKS=no   do not follow links in DATA to folders or out of it'

@@ -112,7 +112,7 @@ def differs(row: Mapping[str, object], setting: Setting) -> str:
     reasons = []
     if model_name(setting.model) != row["model"]:
         reasons.append(f"other model ({row['model'] if isinstance(row['model'], str) else NO_MODEL})")
-    if setting.workload in ("embedded", "embedded:v1"):
+    if setting.workload in ("embedded", "embedded:v1", "moving_digits"):
         reasons.append("other data (ImageNet-1k val)")
     elif setting.images < IMAGENET_VAL:
         reasons.append(f"all 50,000 images of ImageNet-1k val (here {setting.images:,} images)")

@@ -55,8 +55,8 @@ MARKERS = (
     "p",
 )  # 11: no colour meets its first marker again soon
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
-PAIRS, CLUTTERED = "digit pairs", "cluttered digits"  # the scenes of the embedded workloads
-WORKLOADS = {"embedded": PAIRS, "embedded:v1": CLUTTERED, "imagefolder": "image folder"}
+PAIRS, CLUTTERED, MOVING = "digit pairs", "cluttered digits", "moving digits"  # scenes of the embedded workloads
+WORKLOADS = {"embedded": PAIRS, "embedded:v1": CLUTTERED, "moving_digits": MOVING, "imagefolder": "image folder"}
 _READ_CLUTTERED = ("digits_vit_small", "digits_vit_tiny")  # their shipped weights read no other scenes
 
 P = ParamSpec("P")
@@ -208,7 +208,7 @@ def scenes(workload: object, model: object, weights: object) -> str:
     """
     if workload == "embedded" and model in _READ_CLUTTERED and weights == "embedded":
         return CLUTTERED
-    return WORKLOADS[workload] if workload in ("embedded", "embedded:v1") else ""
+    return WORKLOADS[workload] if workload in ("embedded", "embedded:v1", "moving_digits") else ""
 
 
 def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:

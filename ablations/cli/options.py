@@ -126,7 +126,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The workload and the model."""
     parser.add_argument(
         "--workload", default="embedded",
-        help="embedded, embedded:v1, imagefolder, timm:…, torchvision:… or hub:… (embedded)",
+        help="embedded, embedded:v1, moving_digits, imagefolder, timm:…, torchvision:… or hub:… (embedded)",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="NAME",

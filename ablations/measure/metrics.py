@@ -16,7 +16,12 @@ GIGA = 1e9
 
 
 def patch_masks(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Pixel masks (n, H, W) bool -> (n, N0) bool: a patch belongs to the object if any of its pixels does."""
+    """Pixel masks (n, H, W) bool -> (n, N0) bool: a patch belongs to the object if any of its pixels does.
+
+    Of clips (n, F, H, W) -> (n, F N0), ``grid`` being that of a frame.
+    """
+    if masks.ndim == 4:
+        return patch_masks(masks.reshape(-1, *masks.shape[2:]), grid).reshape(len(masks), -1)
     images, height, width = masks.shape
     rows, columns = grid
     if height % rows or width % columns:

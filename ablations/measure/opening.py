@@ -92,8 +92,9 @@ def target_of(
 
 
 def default_batch(workload: Workload) -> int:
-    """Images in a batch: as many as keep a core busy without filling its memory."""
-    return 32 if workload.pixels.shape[1] >= 128 else 120
+    """Images in a batch: as many as keep a core busy without filling its memory; of clips, so many frames."""
+    images = 32 if workload.pixels.shape[-3] >= 128 else 120
+    return max(1, images // (workload.frames or 1))
 
 
 def choose_device() -> torch.device:

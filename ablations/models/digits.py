@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, FRAMES
 from ablations.models.siblings import SIBLINGS
 
 EMBEDDED, EMBEDDED_V1 = "embedded", "embedded:v1"  # workloads: digit pairs, and the older cluttered digits
+MOVING = "moving_digits"  # the workload of clips
 CANVAS = 64  # pixels per side of a scene
 CLASSES = 10
 PATCH = 8
@@ -30,14 +32,16 @@ FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "digits_hvt_tiny": {**MODELS["digits_vit_tiny"], **_HVT},
 }
 _VITS = {**MODELS, **PAIRS_MODELS, **FROM_SCRATCH}
-KNOWN = (*_VITS, *SIBLINGS)
+KNOWN = (*_VITS, *SIBLINGS, *CLIPS)
 SHIPPED: dict[str, tuple[str, ...]] = {  # by workload, the models whose weights read its scenes; the main one first
     EMBEDDED: tuple(PAIRS_MODELS),
     EMBEDDED_V1: tuple(MODELS),
+    MOVING: tuple(CLIPS),
 }
 READS = {  # by model, the workload whose scenes its shipped weights read
     **{model: workload for workload, models in SHIPPED.items() for model in models},
     **dict.fromkeys(SIBLINGS, EMBEDDED),
+    **dict.fromkeys(CLIPS, MOVING),
 }
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -51,13 +55,32 @@ def create_digits_model(name: str) -> VisionTransformer:
 
 def create_known(name: str) -> nn.Module:
     """Any of ``KNOWN``, with random weights."""
-    return SIBLINGS[name]() if name in SIBLINGS else create_digits_model(name)
+    made = SIBLINGS.get(name) or CLIPS.get(name)
+    return create_digits_model(name) if made is None else made()
 
 
-def digits_input() -> dict[str, Any]:
-    """What these models read, in the words of ``timm.data.resolve_model_data_config``."""
+def readers(workload: str) -> tuple[str, ...]:
+    """The models that can read the scenes of an embedded workload, whatever their weights."""
+    return tuple(name for name in KNOWN if (name in CLIPS) == (workload == MOVING))
+
+
+def what_is_shown(workload: str) -> str:
+    """The scenes of an embedded workload, for messages."""
+    if workload == MOVING:
+        return f"clips of {FRAMES} frames of {CLIP_CANVAS} x {CLIP_CANVAS} grey pixels"
+    return f"{CANVAS} x {CANVAS} grey digits"
+
+
+def classes_of(name: str) -> int:
+    """Of the head of one of ``KNOWN``."""
+    return DIRECTIONS if name in CLIPS else CLASSES
+
+
+def digits_input(name: str) -> dict[str, Any]:
+    """What one of ``KNOWN`` reads, in the words of ``timm.data.resolve_model_data_config``; of a clip, each frame."""
+    side = CLIP_CANVAS if name in CLIPS else CANVAS
     return {
-        "input_size": (1, CANVAS, CANVAS),
+        "input_size": (1, side, side),
         "mean": (MEAN,),
         "std": (STD,),
         "crop_pct": 1.0,

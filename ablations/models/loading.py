@@ -17,6 +17,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ablations.models import digits, hf, paper, siblings
+from ablations.models.clips import CLIP_CLASSIFIER
 from ablations.models.hub import hub_file
 from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
 from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights
@@ -74,7 +75,8 @@ def check_model(name: str) -> None:
         hf.config_of(known)
     elif known.what in digits.KNOWN:
         if known.size is not None:
-            raise ModelError(f"{known.what} reads scenes of {digits.CANVAS} px and no others: leave IMG_SIZE out")
+            side = digits.digits_input(known.what)["input_size"][-1]
+            raise ModelError(f"{known.what} reads scenes of {side} px and no others: leave IMG_SIZE out")
     elif not _is_paper(known):
         _described(known)
 
@@ -125,7 +127,7 @@ def input_config(name: str) -> dict[str, Any]:
     if known.source == TRANSFORMERS:
         return hf.input_of(known, hf.config_of(known))
     if known.what in digits.KNOWN:
-        return digits.digits_input()
+        return digits.digits_input(known.what)
     if _is_paper(known):
         return paper.input_of(known.what, known.size)
     found = dict(resolve_data_config(pretrained_cfg=_described(known).config.to_dict()))
@@ -148,7 +150,7 @@ def head_classes(name: str, *, weights: str | None, headless: bool = False) -> i
         if rows is not None or (headless and known.source != TRANSFORMERS):
             return rows or 0
     if own:
-        return digits.CLASSES
+        return digits.classes_of(known.what)
     if _is_paper(known):
         return paper.CLASSES
     if known.source == TRANSFORMERS:
@@ -212,7 +214,7 @@ def open_model(
 
 def _check_reads(workload: str, name: str, weights: str | None) -> None:
     """Refuse a model that has another input than the embedded scenes, or shipped weights that read the other set."""
-    if name not in digits.KNOWN:
+    if name not in digits.readers(workload):
         raise ModelError(embedded_needs(name, workload))
     home = digits.READS.get(name, workload)
     if weights is None and home != workload:
@@ -224,9 +226,11 @@ def _check_reads(workload: str, name: str, weights: str | None) -> None:
 
 def embedded_needs(name: str, workload: str) -> str:
     """Why another model cannot run on an embedded workload, and what to do."""
+    home = digits.READS.get(name)
+    other = f"WORKLOAD={home}" if home else f"give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
     return (
-        f"the {workload} workload is 64 x 64 grey digits, which {name} cannot read: use MODEL="
-        f"{' or MODEL='.join(digits.SHIPPED[workload])}, or give {name} images with WORKLOAD=imagefolder DATA=FOLDER"
+        f"the {workload} workload is {digits.what_is_shown(workload)}, which {name} cannot read: use MODEL="
+        f"{' or MODEL='.join(digits.SHIPPED[workload])}, or {other}"
     )
 
 
@@ -326,7 +330,7 @@ def _from_timm(name: ModelName, cache: Path | None) -> nn.Module:
 def _file_head(name: ModelName, path: Path) -> int | None:
     """Rows of the classifier in a weights file, or None where it has none under the model's name for it."""
     if name.what in digits.KNOWN:
-        classifier: Any = siblings.CLASSIFIER.get(name.what, "head")
+        classifier: Any = {**siblings.CLASSIFIER, **CLIP_CLASSIFIER}.get(name.what, "head")
     elif _is_paper(name):
         classifier = "head"
     else:

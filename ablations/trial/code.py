@@ -67,6 +67,7 @@ and for all that is defined below it.
 UNDIGESTED = {
     "embedded": ("ablations.workloads.embedded:embedded_workload",),
     "embedded:v1": ("ablations.workloads.embedded:first_workload",),
+    "moving_digits": ("ablations.workloads.embedded:moving_workload",),
 }
 """By workload: what is drawn beside the pixels and labels that the data digest covers (masks, clutter)."""
 

@@ -10,7 +10,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ablations.models.digits import EMBEDDED, EMBEDDED_V1, KNOWN
+from ablations.models.clips import CLIPS
+from ablations.models.digits import EMBEDDED, EMBEDDED_V1, MOVING, readers
 from ablations.models.loading import (
     LoadedModel,
     check_model,
@@ -49,6 +50,7 @@ def available_workloads() -> dict[str, str]:
     return {
         EMBEDDED: "digit pairs (which digit is shown twice?), made by the suite; nothing to download",
         EMBEDDED_V1: "the scenes that embedded was before: cluttered digits",
+        MOVING: "clips of moving digits (where does the digit move?), made by the suite; nothing to download",
         "imagefolder": "DATA=FOLDER with one folder a class, as ImageNet has (any subset) or any other, or LABELS=FILE",
         "timm:SPEC": "a data set of timm.data.create_dataset, kept in DATA",
         "torchvision:NAME": "a class of torchvision.datasets, kept in DATA; NAME@SPLIT chooses the split",
@@ -96,6 +98,8 @@ def open_images(
     check_model(model)
     if source.name in embedded.WORKLOADS:
         return _embedded(source, model)
+    if model in CLIPS:
+        raise WorkloadError(f"{model} reads clips, and {source.name} has images: use WORKLOAD={MOVING}")
     family = source.name.partition(":")[0]
     if source.name != "imagefolder" and (":" not in source.name or family not in FAMILIES):
         raise WorkloadError(_unknown(source.name))
@@ -134,7 +138,7 @@ def _embedded(source: ImageSource, model: str) -> Workload:
         raise WorkloadError(
             f"the embedded workload makes its own images: leave DATA={source.data} out, or use WORKLOAD=imagefolder"
         )
-    if model not in KNOWN:
+    if model not in readers(source.name):
         raise WorkloadError(embedded_needs(model, source.name))
     return embedded.WORKLOADS[source.name](embedded.IMAGES[source.name] if source.limit is None else source.limit)
 

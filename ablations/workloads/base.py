@@ -1,7 +1,7 @@
-"""What a workload is: decoded images, their labels in the model's own class numbering, and a digest of both.
+"""What a workload is: decoded images or clips, their labels in the model's own class numbering, and a digest of both.
 
 Every source of images (embedded, folders, named data sets) ends in the one frozen ``Workload``, so nothing behind it
-knows where the images came from.
+knows where the images came from. What is said of an image here is said of a clip, which is one sample with one label.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class WorkloadError(ValueError):
 
 @dataclass(frozen=True)
 class Workload:
-    """Images to evaluate: decoded once, already resized and cropped to the model's input."""
+    """Images or clips to evaluate: decoded once, already resized and cropped to the model's input."""
 
     name: str
-    pixels: np.ndarray  # (n, H, W, C) uint8, may be a memory map
+    pixels: np.ndarray  # (n, H, W, C) uint8, of clips (n, F, H, W, C); may be a memory map
     labels: np.ndarray  # (n,) int64: class index of the model's head; NO_LABEL where there are no classes
     ids: tuple[str, ...]  # a stable name for each image
     mean: tuple[float, ...]  # per channel, of pixel / 255
@@ -44,17 +44,18 @@ class Workload:
     classes: int  # size of the head the labels refer to; 0: nothing is known of classes
     digest: str  # sha256 over all that is evaluated: see ``data_digest``
     skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) of what cannot be used
-    masks: np.ndarray | None = None  # (n, H, W) bool: pixels of the object, where known
+    masks: np.ndarray | None = None  # (n, H, W) or (n, F, H, W) bool: pixels of the object, where known
     clutter: np.ndarray | None = None  # (n,) int64, where known
     account: Account | None = None  # what became of all that was found; None where nothing had to be looked for
+    second: np.ndarray | None = None  # (n,) int64: a label of another kind, where known (which digit moves)
 
     def __post_init__(self) -> None:
         count = len(self.ids)
         if count == 0:
             raise WorkloadError(f"workload {self.name} holds no image")
-        if self.pixels.dtype != np.uint8 or self.pixels.ndim != 4 or len(self.pixels) != count:
+        if self.pixels.dtype != np.uint8 or self.pixels.ndim not in (4, 5) or len(self.pixels) != count:
             raise WorkloadError(
-                f"workload {self.name}: pixels must be ({count}, H, W, C) uint8, "
+                f"workload {self.name}: pixels must be ({count}, H, W, C) uint8, or ({count}, F, H, W, C) of clips, "
                 f"not {self.pixels.shape} {self.pixels.dtype}"
             )
         if self.labels.shape != (count,):
@@ -76,21 +77,32 @@ class Workload:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def frames(self) -> int | None:
+        """F of each clip; None where these are images."""
+        return self.pixels.shape[1] if self.pixels.ndim == 5 else None
+
     def batch(self, start: int, stop: int) -> Tensor:
-        """Images ``start`` … ``stop - 1`` as the model reads them: (b, C, H, W) float32, normalised."""
-        part = torch.from_numpy(np.array(self.pixels[start:stop])).permute(0, 3, 1, 2).float() / 255
-        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
-        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        """Images ``start`` … ``stop - 1`` as the model reads them: (b, C, H, W), of clips (b, F, C, H, W), float32,
+        normalised.
+        """
+        part = torch.from_numpy(np.array(self.pixels[start:stop])).movedim(-1, -3).float() / 255
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
         return ((part - mean) / std).contiguous()
 
     def thumbnail(self, index: int) -> np.ndarray:
-        """One image as (H, W, 3) uint8, for drawing; grey images repeat their channel."""
+        """One image as (H, W, 3) uint8, for drawing; grey images repeat their channel. The frames of a clip are put one
+        below the other, (F H, W, 3), so that its patches, counted frame by frame, lie on one grid.
+        """
         image = np.array(self.pixels[index])
+        if image.ndim == 4:
+            image = image.reshape(-1, *image.shape[2:])
         return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 
 def pixel_digest(pixels: np.ndarray) -> str:
-    """sha256 over the bytes of (n, H, W, C) images."""
+    """sha256 over the bytes of (n, H, W, C) images, or of clips."""
     digest = hashlib.sha256()
     for start in range(0, len(pixels), _CHUNK):
         digest.update(np.ascontiguousarray(pixels[start : start + _CHUNK]).data)
@@ -156,6 +168,7 @@ def subset(workload: Workload, positions: Sequence[int]) -> Workload:
         digest=data_digest(pixels, labels=labels, ids=ids, mean=workload.mean, std=workload.std),
         masks=None if workload.masks is None else workload.masks[chosen],
         clutter=None if workload.clutter is None else workload.clutter[chosen],
+        second=None if workload.second is None else workload.second[chosen],
     )
 
 

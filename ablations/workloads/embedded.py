@@ -1,5 +1,5 @@
-"""The embedded workloads, with nothing to download: digit pairs (``embedded``) and, before them, cluttered digits
-(``embedded:v1``).
+"""The embedded workloads, with nothing to download: digit pairs (``embedded``), before them cluttered digits
+(``embedded:v1``), and clips of moving digits (``moving_digits``).
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ablations.models.digits import CLASSES, EMBEDDED, EMBEDDED_V1, MEAN, STD
-from ablations.workloads import digits, pairs
+from ablations.models.clips import DIRECTIONS
+from ablations.models.digits import CLASSES, EMBEDDED, EMBEDDED_V1, MEAN, MOVING, STD
+from ablations.workloads import digits, moving_digits, pairs
 from ablations.workloads.base import CALIBRATION, Workload, data_digest
 
-IMAGES = {EMBEDDED: 2400, EMBEDDED_V1: 2160}  # evaluated by default
+IMAGES = {EMBEDDED: 2400, EMBEDDED_V1: 2160, MOVING: 960}  # evaluated by default
 SCENE_SEED = 18  # of the digit pairs that are evaluated: drawn after the recipe of their model was frozen
+CLIP_SEED = 23  # of the moving digits that are evaluated
 
 
 @functools.lru_cache(maxsize=2)  # drawing them takes seconds; nobody changes them
@@ -59,10 +61,31 @@ def training_scenes(name: str, count: int) -> Workload:
     return _workload(name, scenes, tuple(f"train/{HEAD_SEED}/{index}" for index in range(count)))
 
 
-WORKLOADS: dict[str, Callable[[int], Workload]] = {EMBEDDED: embedded_workload, EMBEDDED_V1: first_workload}
+@functools.lru_cache(maxsize=2)
+def moving_workload(limit: int = IMAGES[MOVING]) -> Workload:
+    """The first ``limit`` held-out clips of moving digits: the direction as label, the digit as the second one, and the
+    digit's mask in every frame.
+
+    A multiple of 80 shows every direction of every digit equally often. The digits are of 359 held-out pictures.
+    """
+    return _moving(range(limit))
+
+
+@functools.lru_cache(maxsize=2)
+def moving_calibration_clips(limit: int, count: int = CALIBRATION) -> Workload:
+    """``count`` clips of moving digits beyond the first ``limit``."""
+    return _moving(range(limit, limit + count))
+
+
+WORKLOADS: dict[str, Callable[[int], Workload]] = {
+    EMBEDDED: embedded_workload,
+    EMBEDDED_V1: first_workload,
+    MOVING: moving_workload,
+}
 CALIBRATIONS: dict[str, Callable[[int], Workload]] = {
     EMBEDDED: calibration_scenes,
     EMBEDDED_V1: first_calibration_scenes,
+    MOVING: moving_calibration_clips,
 }
 
 
@@ -81,6 +104,26 @@ def _pairs(indices: range) -> Workload:
 def _cluttered(indices: range) -> Workload:
     scenes = [digits.render("test", index) for index in indices]
     return _workload(EMBEDDED_V1, scenes, tuple(f"test/{index}" for index in indices))
+
+
+def _moving(indices: range) -> Workload:
+    scenes = [moving_digits.render("test", index, seed=CLIP_SEED) for index in indices]
+    pixels = np.stack([scene.frames for scene in scenes])[..., None]
+    labels = np.array([scene.direction for scene in scenes], dtype=np.int64)
+    ids = tuple(f"moving/{index}" for index in indices)
+    return Workload(
+        name=MOVING,
+        pixels=pixels,
+        labels=labels,
+        ids=ids,
+        mean=(MEAN,),
+        std=(STD,),
+        classes=DIRECTIONS,
+        digest=data_digest(pixels, labels=labels, ids=ids, mean=(MEAN,), std=(STD,)),
+        masks=np.stack([scene.masks for scene in scenes]),
+        clutter=np.array([scene.clutter for scene in scenes], dtype=np.int64),
+        second=np.array([scene.digit for scene in scenes], dtype=np.int64),
+    )
 
 
 def _workload(name: str, scenes: Sequence[digits.Scene], ids: tuple[str, ...]) -> Workload:

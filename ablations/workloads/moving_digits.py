@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ablations.models.clips import CLIP_CANVAS as CANVAS
+from ablations.models.clips import FRAMES
 from ablations.models.digits import CLASSES
 from ablations.workloads.digits import Split, resize, shear, source_digits
 
 VERSION = 1  # part of every data digest: raise it whenever a single pixel of any clip changes
-FRAMES = 8
-CANVAS = 48  # pixels per side of a frame
 DIRECTIONS = (
     (0, 1),
     (1, 1),

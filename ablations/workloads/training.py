@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, SHIPPED, normalise
+from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, MOVING, SHIPPED, normalise
 from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded, pairs
@@ -50,6 +50,10 @@ class TrainingAccess:
     def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
         """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
         source = self.source
+        if source.name == MOVING:
+            raise WorkloadError(
+                "nothing is finetuned on moving digits yet: leave the training out, or use WORKLOAD=embedded"
+            )
         if source.name in SHIPPED:
             if source.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")

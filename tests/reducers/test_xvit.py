@@ -425,7 +425,7 @@ def test_reduced_costs_are_those_of_frames_counted_by_hand() -> None:
 
 # --- what every method does, and who is refused -----------------------------------------------------------------------
 
-REFUSED = {"small_input": "clips cannot be resized for an XViT", "sttabt": "reads images, and this model reads clips"}
+REFUSED = {"small_input": "clips cannot be resized for an XViT", "sttabt": "reads images alone"}
 QUICK = {"ats", "evit", "tome", "patch_merger", "stvit", "random"} | set(REFUSED)
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from ablations.workloads import moving_digits
+from ablations.measure.metrics import patch_masks
+from ablations.measure.opening import default_batch
+from ablations.models.clips import CLIP_CANVAS as CANVAS
+from ablations.models.clips import FRAMES, TIMESFORMER, XVIT
+from ablations.models.digits import MEAN, STD, save_weights
+from ablations.models.loading import check_model, head_classes
+from ablations.models.weight_files import ModelError
+from ablations.workloads import moving_digits, open_model, open_workload, split_calibration
+from ablations.workloads.base import Workload, WorkloadError, subset
 from ablations.workloads.digits import source_digits
-from ablations.workloads.moving_digits import CANVAS, DIGIT_SIZES, DIRECTIONS, FRAMES, MAX_CLUTTER, render
+from ablations.workloads.embedded import CLIP_SEED
+from ablations.workloads.moving_digits import DIGIT_SIZES, DIRECTIONS, MAX_CLUTTER, render
+from reducers import ATS, Placement, Ratio, at, reduce_tokens
 
 
 def steps_of(masks: np.ndarray) -> set[tuple[int, int]]:
@@ -125,3 +139,87 @@ def test_where_the_digit_is_does_not_tell_its_direction() -> None:
             for axis in (0, 1):
                 corners[direction, np.arange(FRAMES), axis, path[:, axis] * 4 // CANVAS] += 1
     assert corners.min() > 60 and corners.max() < 140  # of 100 in each quarter
+
+
+# --- as a workload ----------------------------------------------------------------------------------------------------
+
+
+def test_clips_are_a_workload_of_directions_with_the_digit_beside() -> None:
+    clips = open_workload("moving_digits", data=None, model=XVIT, limit=16, strict=True, cache=None)
+    assert clips.pixels.shape == (16, FRAMES, CANVAS, CANVAS, 1) and clips.frames == FRAMES and clips.classes == 8
+    assert clips.labels.tolist() == [*range(8)] * 2 and clips.second is not None
+    assert clips.second.tolist() == [0] * 8 + [1] * 8
+    scene = render("test", 9, seed=CLIP_SEED)
+    assert np.array_equal(clips.pixels[9, ..., 0], scene.frames) and clips.masks is not None
+    assert np.array_equal(clips.masks[9], scene.masks)
+    batch = clips.batch(8, 10)
+    assert batch.shape == (2, FRAMES, 1, CANVAS, CANVAS) and batch.is_contiguous() and batch.dtype == torch.float32
+    np.testing.assert_allclose(batch[1, :, 0].numpy(), (scene.frames / 255 - MEAN) / STD, atol=1e-6)
+    thumbnail = clips.thumbnail(9)
+    assert thumbnail.shape == (FRAMES * CANVAS, CANVAS, 3)
+    assert np.array_equal(thumbnail[2 * CANVAS : 3 * CANVAS, :, 1], scene.frames[2])
+    part = subset(clips, [9, 3])
+    assert part.labels.tolist() == [1, 3] and part.second is not None and part.second.tolist() == [1, 0]
+    assert np.array_equal(part.pixels, clips.pixels[[9, 3]]) and part.digest != clips.digest
+    calibration, evaluated = split_calibration(clips)
+    assert evaluated is clips and len(calibration) == 128 and not set(calibration.ids) & set(clips.ids)
+
+
+def test_colours_of_clips_are_normalised_apart_and_their_frames_count_in_the_batch() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 6, 5, 3), dtype=np.uint8)
+    clips = Workload("clips", pixels, np.zeros(2, np.int64), ("a", "b"), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 1, "-")
+    expected = (pixels / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]
+    np.testing.assert_allclose(clips.batch(0, 2).numpy(), np.moveaxis(expected, -1, 2), atol=1e-6)
+    for frame in range(3):
+        one = dataclasses.replace(clips, pixels=pixels[:, frame])
+        assert one.frames is None and torch.equal(one.batch(0, 2), clips.batch(0, 2)[:, frame])
+        assert np.array_equal(one.thumbnail(1), clips.thumbnail(1)[6 * frame : 6 * frame + 6])
+    assert default_batch(clips) == 40 and default_batch(one) == 120
+    with pytest.raises(WorkloadError, match="of clips"):
+        dataclasses.replace(clips, pixels=pixels[None])
+
+
+def test_the_patches_of_a_clips_mask_are_counted_frame_by_frame() -> None:
+    masks = np.random.default_rng(0).random((2, 3, 4, 6)) > 0.8
+    found = patch_masks(masks, (2, 3))
+    assert found.shape == (2, 18)
+    assert np.array_equal(found.reshape(2, 3, 6), np.stack([patch_masks(masks[:, t], (2, 3)) for t in range(3)], 1))
+
+
+@torch.no_grad()
+def test_who_reads_clips_is_opened_for_them_alone() -> None:
+    model = open_model(XVIT, weights="random", workload_name="moving_digits", classes=8).model
+    clips = open_workload("moving_digits", data=None, model=XVIT, limit=2, strict=True, cache=None)
+    assert model(clips.batch(0, 2)).shape == (2, 8)
+    fast = reduce_tokens(model, at(range(3, 12), ATS(Ratio(0.5))))
+    _, trace = fast.trace(clips.batch(0, 2))
+    assert trace.kept(11).shape == (2, FRAMES * 36) and trace.kept(11).any()
+    dense = float(reduce_tokens(model, Placement()).trace(clips.batch(0, 1))[1].macs[0])
+    assert round(dense / 1e9, 3) == 0.193
+    with pytest.raises(WorkloadError, match="reads clips, and imagefolder has images"):
+        open_workload("imagefolder", data=".", model=XVIT, limit=2, strict=True, cache=None)
+    for name, workload, why in (
+        (XVIT, "embedded", "64 x 64 grey digits, which digits_xvit_tiny cannot read.*WORKLOAD=moving_digits"),
+        ("digits_vit_tiny", "moving_digits", "clips of 8 frames of 48 x 48 grey pixels, which digits_vit_tiny"),
+    ):
+        with pytest.raises(WorkloadError, match=why):
+            open_workload(workload, data=None, model=name, limit=2, strict=True, cache=None)
+        with pytest.raises(ModelError, match=why):
+            open_model(name, weights="random", workload_name=workload)
+    with pytest.raises(ModelError, match="reads scenes of 48 px"):
+        check_model(f"{XVIT}?img=64")
+
+
+@torch.no_grad()
+def test_the_small_timesformer_is_transformers() -> None:
+    pytest.importorskip("transformers")
+    model = open_model(TIMESFORMER, weights="random", workload_name="moving_digits", classes=8).model
+    assert model(torch.zeros(2, FRAMES, 1, CANVAS, CANVAS)).logits.shape == (2, 8)
+
+
+def test_a_trained_classifier_is_recognised_in_a_file(tmp_path: Path) -> None:
+    model: Any = open_model(XVIT, weights="random", workload_name="moving_digits").model
+    path = save_weights(model, XVIT, tmp_path)
+    loaded: Any = open_model(XVIT, weights=str(path), workload_name="moving_digits", classes=8).model
+    torch.testing.assert_close(loaded.head.fc.weight, model.head.fc.weight.half().float(), rtol=0, atol=0)
+    assert head_classes(XVIT, weights=str(path)) == 8

@@ -156,8 +156,7 @@ class STTABT(TokenReducer):
         """ApproxNet, the maps that its distillation needs, and a threshold for each block from the first on."""
         if host.inputs == "clips":
             raise ReducerError(
-                f"{self.name} guesses attention with a small network that reads images, and this model reads clips; "
-                "use a method that looks at what attention is (ats, topk, evit, …)"
+                f"{self.name} looks at the input by a small network of its own, which reads images alone"
             )
         self._blocks = blocks
         self.approx = ApproxNet(host, shrink=self.shrink)
