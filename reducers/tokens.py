@@ -27,6 +27,9 @@ def _known(extent: int | Tensor) -> int:
     return int(extent) if isinstance(extent, Tensor) else extent
 
 
+Decided = Literal["each", "together", "alike"]
+
+
 @dataclass(frozen=True, eq=False)
 class Units:
     """Whose parts the units of a layout are, where they are less than whole samples.
@@ -37,6 +40,8 @@ class Units:
     samples: int  # B
     places: Tensor  # (units of a sample, n) int64: the patch of its sample in each place of a unit; -1 = no patch
     shared: int = 0  # prefix tokens of which every unit of a sample has a copy: they count once, and are never dropped
+    decided: Decided = "each"  # what reducers decide on: each unit, all units of a sample together, or all alike
+    shown: list[Layout] = field(default_factory=list)  # of the latest decision: the batch's layout, what reducers saw
 
     @property
     def each(self) -> int:

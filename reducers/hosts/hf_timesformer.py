@@ -30,13 +30,14 @@ from reducers.hosts.protocol import Call, Family, Grid, Stage, StochasticDepth
 from reducers.lazy import cached_property
 from reducers.maps import Mix, TokenMap
 from reducers.masking import masked_softmax
-from reducers.tokens import Layout, TokenBatch, Units
+from reducers.tokens import Decided, Layout, TokenBatch, Units
 
 _TIMESFORMER = replace(
     VIT, module="timesformer", layers="encoder.layer", layer="TimesformerLayer",
     attention=("attention", "TimeSformerAttention"), mlps=("TimesformerIntermediate",), heads="num_heads",
     scale="scale", after=None, depth=True, resizes="never",
 )  # fmt: skip
+_DECIDED: dict[str, Decided] = {"frame": "each", "clip": "together", "tube": "alike"}
 _DIVIDED, _SPACE, _JOINT = "divided_space_time", "space_only", "joint_space_time"
 
 
@@ -255,12 +256,20 @@ class HFTimesformer(HFClips):
         ),
     )
 
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"over": ("frame", "clip", "tube")}
+
     # --- whether it can be driven ---
 
     def check(self) -> None:
         name, tower = type(self.model).__name__, self.tower
         for where, module in {name: self.model, f"{name}'s tower": tower, f"{name}'s encoder": tower.encoder}.items():
             check_whole(module, where)
+        if self.chosen["over"] != "frame" and not self.divided:
+            raise UnsupportedModel(
+                f"this {name} has attention_type={self.attention_type!r}, where over={self.chosen['over']!r} means "
+                "nothing: budgets count "
+                + ("the clip, which is one sequence" if self.attention_type == _JOINT else "each frame by itself")
+            )
         if not isinstance(tower.config.image_size, int):
             raise UnsupportedModel(f"{name} is known for square images; make it with image_size=…, one number")
         for index, layer in enumerate(self.layers):
@@ -326,12 +335,17 @@ class HFTimesformer(HFClips):
     @property
     def stages(self) -> tuple[Stage, ...]:
         (stage,) = super().stages
-        return (replace(stage, grid=self.still),) if self.by_frame else (stage,)
+        return (stage,) if self.over_clip else (replace(stage, grid=self.still),)
+
+    @property
+    def over_clip(self) -> bool:
+        """Whether a budget counts the tokens of a whole clip."""
+        return not self.by_frame or self.chosen["over"] == "clip"
 
     # --- clips ---
 
     def grid_of(self, images: Tensor) -> Grid:
-        return super().grid_of(images[:, :1] if self.by_frame else images)
+        return super().grid_of(images if self.over_clip else images[:, :1])
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
         tower, kind = self.tower, self.kind
@@ -349,7 +363,7 @@ class HFTimesformer(HFClips):
             return batch
         frames, patches = self.frames, x.shape[1] - 1
         places = torch.arange(frames * patches, device=x.device).view(frames, patches)
-        units = Units(clips, places, shared=int(self.divided))
+        units = Units(clips, places, int(self.divided), _DECIDED[self.chosen["over"]])
         if not self.divided:
             return replace(batch, units=units)
         assert batch.pos is not None

@@ -17,6 +17,7 @@ from reducers.lazy import cached_property
 from reducers.maps import Keep
 from reducers.reducer import State, TokenReducer
 from reducers.runtime.attention import PackedAttention
+from reducers.runtime.over import over
 from reducers.runtime.units import in_units, into_units, out_of_units
 from reducers.signals import NO_PREVIOUS, InputSignals, Signals, known_positions
 from reducers.stack import Stack
@@ -114,9 +115,15 @@ def members_of(reducer: TokenReducer | None) -> list[TokenReducer]:
 
 
 def decisions_of(
-    members: Sequence[TokenReducer], signals: Signals, state: State, block: HostBlock | None = None
+    members: Sequence[TokenReducer],
+    signals: Signals,
+    state: State,
+    block: HostBlock | None = None,
+    names: list[str] | None = None,
 ) -> list[Decision]:
-    """What each reducer decides, on what those before it leave; ``block`` may refuse it."""
+    """What each reducer decides, on what those before it leave; ``block`` may refuse it. ``names``: is told whose they
+    are.
+    """
     decisions: list[Decision] = []
     carried: Decision | None = None  # the latest that the signals have been taken through
     for member in members:
@@ -130,7 +137,20 @@ def decisions_of(
             if block is not None:
                 block.allow(member.name, decision.map)
             decisions.append(decision)
+            if names is not None:
+                names.append(member.name)
     return decisions
+
+
+def _decide(
+    members: Sequence[TokenReducer], signals: Signals, state: State, block: HostBlock, batch: TokenBatch
+) -> list[Decision]:
+    """What reducers decide of the tokens of a batch, whatever they count over."""
+    shown = over(signals, batch)
+    if shown is None:
+        return decisions_of(members, signals, state, block)
+    names: list[str] = []
+    return shown.back(decisions_of(members, shown, state, block, names), names)
 
 
 def _carry_out(decisions: list[Decision], batch: TokenBatch) -> TokenBatch:
@@ -144,7 +164,7 @@ def _reduce_input(
 ) -> TokenBatch:
     """Reducers at the input site: they see the features that enter the block, and the block sees what they leave."""
     signals = InputSignals(batch, None if tracer is None else tracer.cost.spend)
-    return _carry_out(decisions_of(members, signals, state, block), batch)
+    return _carry_out(_decide(members, signals, state, block, batch), batch)
 
 
 def _pure_selection(decisions: list[Decision]) -> Keep | None:
@@ -242,7 +262,7 @@ def _attend(
     batch = block.before(batch)
     entering = batch.layout.lengths
     signals = BlockSignals(block, batch, tracer)
-    decisions = decisions_of(members[len(first) :], signals, state, block)
+    decisions = _decide(members[len(first) :], signals, state, block, batch)
     if record_attention or batch.received is not None:
         batch = replace(batch, received=signals.attention_received() if record_attention else None)
     selection = None if signals.computed_output else _pure_selection(decisions)

@@ -328,8 +328,11 @@ class ReducedViT(nn.Module):
         assert batch.layout.uniform is not None
         if run.tracer is not None and plain.spent is not None:
             run.tracer.cost.spend(plain.spent)
-        initial = batch.layout.uniform[0] - host.prefix
-        keys = None if keys is None else unit_keys(keys, batch.units)
+        initial, units = batch.layout.uniform[0] - host.prefix, batch.units
+        if units is not None and units.decided == "together":
+            initial *= units.each
+        if keys is not None and units is not None and units.decided == "each":
+            keys = unit_keys(keys, units)
         return index, batch, State(
             0, host.depth, initial, grid, keys, self.training, plans, tracer=run.tracer, notes={}
         )  # fmt: skip

@@ -540,3 +540,174 @@ def test_what_cannot_be_asked_is_refused_by_name(model: Any, clips: Tensor) -> N
         reduce_tokens(model, at(1, dropping))
     with pytest.raises(ReducerError, match="has no option 'fill'"):
         reduce_tokens(model, Placement(), host={"fill": "zero"})
+
+
+# --- what a budget counts ---------------------------------------------------------------------------------------------
+
+
+def frames_of(trace: Any, block: int) -> Tensor:
+    kept: Tensor = trace.kept(block).view(3, FRAMES, PATCHES)
+    return kept
+
+
+@torch.no_grad()
+def scores_of(model: Any, clip: Tensor) -> Tensor:
+    """(F, N) what top-K goes by in block 0: attention of the frame's class token, summed over heads."""
+    layer, tower = model.timesformer.encoder.layer[0], model.timesformer
+    x = tower.embeddings(clip[None])
+    patches = x[:, 1:].unflatten(1, (PATCHES, FRAMES))[0]
+    patches = patches + layer.temporal_dense(layer.temporal_attention(layer.temporal_layernorm(patches))[0])
+    tokens = torch.cat([x[0, :1].expand(FRAMES, 1, -1), patches.transpose(0, 1)], dim=1)
+    shares = layer.attention(layer.layernorm_before(tokens), output_attentions=True)[1]
+    return shares[:, :, 0, 1:].sum(1)
+
+
+@pytest.mark.parametrize(("over", "count"), [("frame", 4), ("clip", 13), ("tube", 4)])
+@torch.no_grad()
+def test_top_k_keeps_the_highest_of_what_it_is_counted_over(over: str, count: int, model: Any, clips: Tensor) -> None:
+    reducer = TopK(Count(count), score="class_attention")
+    fast = reduce_tokens(model, at(0, reducer), host={"over": over})
+    logits, trace = fast.trace(clips)
+    for number, clip in enumerate(clips):
+        scores = scores_of(model, clip)
+        expected = torch.zeros(FRAMES, PATCHES, dtype=torch.bool)
+        if over == "clip":
+            expected.view(-1)[scores.flatten().topk(count).indices] = True
+            assert trace.tokens[number, 1] == 1 + count and len(set(expected.sum(1).tolist())) > 1
+        else:
+            scores = scores if over == "frame" else scores.mean(0).expand(FRAMES, -1)
+            expected.scatter_(1, scores.topk(count).indices, True)
+        assert torch.equal(frames_of(trace, 0)[number], expected)
+        torch.testing.assert_close(logits[number], masked(model, clip, [expected] * DEPTH), rtol=0, atol=1e-9)
+
+
+OVER = {
+    "ats": (ATS(Ratio(0.6)), [1, 2]),
+    "random": (RandomDrop(Ratio(0.5)), [1, 2]),
+    "stack": (Stack(ATS(Ratio(0.8)), TopK(Ratio(0.7))), [1, 2]),
+    "received": (ATS(Ratio(0.6), score="attention_received"), [0, 2]),
+}
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@pytest.mark.parametrize("name", OVER)
+@torch.no_grad()
+def test_choices_over_clips_and_tubes_are_carried_out_in_frames(
+    name: str, over: str, model: Any, clips: Tensor
+) -> None:
+    reducer, blocks = OVER[name]
+    fast = reduce_tokens(model, at(blocks, reducer), host={"over": over})
+    trace = alone_as_in_a_batch(fast, clips)
+    logits = fast(clips).logits
+    kept = [frames_of(trace, block) for block in range(DEPTH)]
+    assert not kept[-1].all(2).any()
+    for number, clip in enumerate(clips):
+        expected = masked(model, clip, [each[number] for each in kept])
+        torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-9)
+    alike = (kept[-1] == kept[-1][:, :1]).all()
+    assert alike if over == "tube" else not alike
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@torch.no_grad()
+def test_merging_over_clips_and_tubes(over: str, model: Any, clips: Tensor) -> None:
+    """ToMe finds for tokens of any frame the token that is most alike, or the same pairs in all frames."""
+    fast = reduce_tokens(model, at([1, 2], ToMe(Drop(3 if over == "clip" else 2))), host={"over": over})
+    trace = alone_as_in_a_batch(fast, clips)
+    gone = 2 * 3 if over == "clip" else FRAMES * 2 * 2
+    assert (trace.tokens[:, -1] == 1 + FRAMES * PATCHES - gone).all()
+    batch = fast._through(clips, Tracer())[1]
+    assert torch.equal(batch.units.sum(batch.layout.sum_rows(batch.size)).long(), torch.full((3,), FRAMES * 10))
+    owner = trace.owner(DEPTH - 1).view(3, FRAMES, PATCHES)
+    assert (owner >= 0).all()
+    lengths = batch.layout.lengths.view(3, FRAMES)
+    frame = torch.searchsorted(lengths.cumsum(1), owner.flatten(1), right=True).view_as(owner)
+    crossed = frame != torch.arange(FRAMES)[:, None]
+    if over == "tube":
+        assert not crossed.any() and torch.equal(
+            owner - (lengths.cumsum(1) - lengths)[..., None], owner[:, :1].expand(-1, FRAMES, -1)
+        )
+    else:
+        assert crossed.any()
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@torch.no_grad()
+def test_keeping_everything_over_clips_and_tubes_is_the_library(over: str, model: Any, clips: Tensor) -> None:
+    for reducer in (Identity(), TopK(Ratio(1.0)), ToMe(Drop(0)), ATS(Count(4000))):
+        fast = reduce_tokens(model, at(range(DEPTH), reducer), host={"over": over})
+        torch.testing.assert_close(fast(clips).logits, model(clips).logits, rtol=0, atol=1e-9)
+    gathered, under = (
+        reduce_tokens(model, at(1, Halved(gather)), host={"over": over})(clips).logits for gather in (True, False)
+    )
+    torch.testing.assert_close(under, gathered, rtol=0, atol=1e-4)
+    assert (gathered - model(clips).logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_whole_map_of_a_clip_has_nothing_between_its_frames(model: Any, clips: Tensor) -> None:
+    maps: dict[str, Tensor] = {}
+
+    class Heard(Given):
+        def decide(self, signals: Signals, state: State) -> Decision | None:
+            maps[fast.host.chosen["over"]] = signals.attention()
+            return None
+
+    for over in ("frame", "clip", "tube"):
+        fast = reduce_tokens(model, at(1, Heard(torch.ones(0))), host={"over": over})
+        fast(clips)
+    own, clip = maps["frame"].unflatten(0, (3, FRAMES)), maps["clip"]
+    torch.testing.assert_close(maps["tube"], own.mean(1), rtol=0, atol=1e-12)
+    assert clip.shape[-2:] == (FRAMES * 10, FRAMES * 10)
+    for frame in range(FRAMES):
+        rows = torch.cat([torch.tensor([frame]), FRAMES + frame * PATCHES + torch.arange(PATCHES)])
+        torch.testing.assert_close(clip[:, :, rows][..., rows], own[:, frame], rtol=0, atol=0)
+    torch.testing.assert_close(clip.sum(-1), torch.ones_like(clip[..., 0]), rtol=0, atol=1e-12)
+
+
+NOT_OVER = {
+    ("clip", "evit"): "evit leaves tokens that are no one patch's .* decided on together.*evit with fuse=False",
+    ("clip", "gtp"): "gtp mixes tokens of all frames, and this model's are decided on together",
+    ("tube", "gtp"): "gtp makes features of its own, and what it sees here is the mean of all frames",
+    ("tube", "tofu"): "tofu makes features of its own, and what it sees here is the mean of all frames",
+}
+QUICK_OVER = {"evit", "gtp", "tofu"}
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@pytest.mark.parametrize("name", sampled(DRIVEN, quick=QUICK_OVER))
+def test_a_method_over_clips_and_tubes_is_the_same_alone_or_refused_by_name(
+    name: str, over: str, model: Any, clips: Tensor
+) -> None:
+    fast = double(reduce_tokens(model, at([1, 2], build(settings(name))), host={"over": over}))
+    if (over, name) in NOT_OVER:
+        with pytest.raises(ReducerError, match=NOT_OVER[over, name]):
+            fast(clips)
+        return
+    trace = alone_as_in_a_batch(fast, clips)
+    assert trace.class_kept(DEPTH - 1).all()
+    if over == "tube":
+        kept = frames_of(trace, DEPTH - 1)
+        assert (kept == kept[:, :1]).all()
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@pytest.mark.parametrize("name", sampled(DRIVEN, quick={"dynamicvit", "tps"}))
+def test_gradients_over_clips_and_tubes_are_finite(name: str, over: str, model: Any, clips: Tensor) -> None:
+    fast = double(reduce_tokens(model, at([1, 2], build(settings(name))), host={"over": over})).train()
+    if (over, name) in NOT_OVER or name == "tps":  # whose masks know of other tokens
+        with pytest.raises(ReducerError, match=f"{name} (mixes|makes|leaves)"):
+            fast(clips)
+        return
+    fast(pixel_values=clips, labels=torch.arange(3)).loss.backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_what_budgets_cannot_count_is_refused_by_name(model: Any) -> None:
+    with pytest.raises(
+        ReducerError, match="'over' of TimesformerForVideoClassification is one of 'frame', 'clip', 'tu"
+    ):
+        reduce_tokens(model, Placement(), host={"over": "window"})
+    for variant, word in (("joint_space_time", "the clip, which is one sequence"), ("space_only", "each frame by its")):
+        with pytest.raises(UnsupportedModel, match=f"attention_type='{variant}', where over='clip' .*{word}"):
+            reduce_tokens(make_clips(f"{NAME} {variant}"), Placement(), host={"over": "clip"})
