@@ -25,7 +25,7 @@ from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
 from ablations.trial.stages import Training
 from ablations.trial.target import Target
-from ablations.trial.trial import CLASSIFY, ModelFacts, Trial
+from ablations.trial.trial import CLASSIFY, DENSE, LAST, ModelFacts, Trial
 from reducers import Placement
 
 log = logging.getLogger(__name__)
@@ -131,6 +131,12 @@ def _trial(
             f"arm, out of a run with --task {target.task} (TASK={target.task})",
         )
     check_trained(file, place, placed, training=training, depth=facts.depth)
+    if arm.restore and target.task != DENSE:
+        raise file.error(
+            (*place, "restore"),
+            f"it puts tokens back in their places, and the task {target.task} reads no map of them: run it with --task "
+            f"{DENSE} (TASK={DENSE}), or leave `restore` out",
+        )
     share = values.get("target")
     trial = target.trial(
         spec=file.spec.name,
@@ -144,6 +150,7 @@ def _trial(
         measure=arm.measure or "",
         batch=values.get("batch"),
         calibrated=share is not None or _seeks(training),
+        restore=values.get("restore") or LAST,
     )
     return dataclasses.replace(trial, code=code_of(trial))
 

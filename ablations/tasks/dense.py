@@ -53,10 +53,10 @@ class Dense(Task):
     dimensions = 2
 
     def check(self, workload: Workload) -> None:
-        if workload.masks is None or workload.name not in embedded.WORKLOADS:
+        if workload.masks is None or workload.name not in embedded.SCENES:
             raise WorkloadError(
                 f"the task dense holds patches against masks of objects, and {workload.name} has none: take "
-                f"WORKLOAD={' or '.join(embedded.WORKLOADS)}, or another task"
+                f"WORKLOAD={' or '.join(embedded.SCENES)}, or another task"
             )
 
     def targets(self, workload: Workload, grid: tuple[int, int]) -> np.ndarray:

@@ -50,6 +50,7 @@ def first_calibration_scenes(limit: int, count: int = CALIBRATION) -> Workload:
     return _cluttered(range(limit, limit + count))
 
 
+SCENES = (EMBEDDED, EMBEDDED_V1)  # images with the masks of what decides, and a train split of others
 HEAD_SEED = 2  # of scenes for heads: the shipped weights were trained on those of seed 0, finetuning draws those of 1
 
 
