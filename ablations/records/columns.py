@@ -38,16 +38,17 @@ ROW: dict[str, Kind] = {
     "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT, "task": _TEXT,
     "cosine": _REAL, "cosine_low": _REAL, "cosine_high": _REAL, "miou": _REAL, "miou_low": _REAL, "miou_high": _REAL,
     "background_iou": _REAL, "dense_miou": _REAL, "restore": _TEXT, "fill": _TEXT, "spread": _TEXT,
+    "over": _TEXT, "missing": _TEXT,
 }  # fmt: skip
 """The columns of ``results.parquet``. ``evaluated_batch``: images at a time as it was evaluated, fewer than ``batch``
 where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of; ``task``:
 what was asked of the model (null: ``classify``, in rows of the time before there were others); ``cosine``: the mean
 over images of ``embed``, with its 95 % interval; ``miou``: of ``dense``, over classes and the background, whose own is
 ``background_iou``; ``restore``: by which rule tokens were put back in their places for it; ``fill``,
-``spread``: options of the model's host (null: it has none of that name).
+``spread``, ``over``, ``missing``: options of the model's host (null: it has none of that name).
 """
 
-OPTIONS = ("fill", "spread")
+OPTIONS = ("fill", "spread", "over", "missing")
 """Of those, the options of a model's host: how it is driven where a reducer acts."""
 
 IMAGE: dict[str, Kind] = {
