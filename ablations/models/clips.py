@@ -7,6 +7,7 @@ when that one is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -28,18 +29,12 @@ def _timesformer() -> nn.Module:
         raise ModelError(
             f"{TIMESFORMER} is a model of transformers, which is not installed: pip install 'sievit[hf]'"
         ) from error
-    config = TimesformerConfig(
-        image_size=CLIP_CANVAS,
-        patch_size=_PATCH,
-        num_channels=1,
-        num_frames=FRAMES,
-        hidden_size=_WIDTH,
-        num_hidden_layers=_DEPTH,
-        num_attention_heads=_HEADS,
-        intermediate_size=4 * _WIDTH,
-        num_labels=DIRECTIONS,
-    )
-    return TimesformerForVideoClassification(config)
+    settings: dict[str, Any] = {
+        "image_size": CLIP_CANVAS, "patch_size": _PATCH, "num_channels": 1, "num_frames": FRAMES,
+        "hidden_size": _WIDTH, "num_hidden_layers": _DEPTH, "num_attention_heads": _HEADS,
+        "intermediate_size": 4 * _WIDTH, "num_labels": DIRECTIONS,
+    }  # fmt: skip
+    return TimesformerForVideoClassification(TimesformerConfig(**settings))
 
 
 def _xvit() -> nn.Module:

@@ -130,7 +130,7 @@ class XViT(VisionTransformer):
         self.group = group
         self.num_classes = num_classes
         for block in self.blocks:
-            block.attn.group = group  # type: ignore[union-attr,assignment]
+            block.attn.group = group  # type: ignore[union-attr]
         self.time_embed = nn.Parameter(torch.zeros(1, group, 1, embed_dim))
         self.head: Any = ClipHead(embed_dim, num_heads, num_classes, mlp_ratio=mlp_ratio, drop_rate=drop_rate)
         self._initialise()

@@ -135,7 +135,7 @@ class ShiftedBlock(TimmBlock):
 class XViTHost(TimmViT):
     """``XViT``."""
 
-    model: XViT  # type: ignore[assignment]  # its forward reads clips
+    model: XViT
     library: ClassVar[str] = "sievit"
     inputs: ClassVar[Input] = "clips"
     options: ClassVar[dict[str, tuple[str, ...]]] = {"missing": ("zero", "self")}
@@ -166,7 +166,7 @@ class XViTHost(TimmViT):
         if type(head) is not ClipHead:
             raise UnsupportedModel(f"the head {type(head).__name__} is not supported. {SUPPORTED}.")
         check_whole(head, "the model's head")
-        groups = {block.attn.group for block in model.blocks}  # type: ignore[union-attr]
+        groups = {int(block.attn.group) for block in model.blocks}  # type: ignore[union-attr,arg-type]
         if groups != {model.group}:
             raise UnsupportedModel(
                 f"blocks exchange in groups of {sorted(groups)} frames and the model's group is {model.group}; make "
