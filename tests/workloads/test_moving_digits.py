@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
 
 from ablations.measure.metrics import patch_masks
 from ablations.measure.opening import default_batch
 from ablations.models.clips import CLIP_CANVAS as CANVAS
 from ablations.models.clips import FRAMES, TIMESFORMER, XVIT
-from ablations.models.digits import MEAN, STD, save_weights
+from ablations.models.digits import MEAN, STD, WEIGHTS, save_weights
 from ablations.models.loading import check_model, head_classes
-from ablations.models.weight_files import ModelError
-from ablations.workloads import moving_digits, open_model, open_workload, split_calibration
+from ablations.models.weight_files import ModelError, read_weights
+from ablations.workloads import moving_digits, open_model, open_workload, split_calibration, train_clips
 from ablations.workloads.base import Workload, WorkloadError, subset
 from ablations.workloads.digits import source_digits
 from ablations.workloads.embedded import CLIP_SEED
@@ -223,3 +227,75 @@ def test_a_trained_classifier_is_recognised_in_a_file(tmp_path: Path) -> None:
     loaded: Any = open_model(XVIT, weights=str(path), workload_name="moving_digits", classes=8).model
     torch.testing.assert_close(loaded.head.fc.weight, model.head.fc.weight.half().float(), rtol=0, atol=0)
     assert head_classes(XVIT, weights=str(path)) == 8
+
+
+# --- the models' training ---------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, torch.Tensor]:
+    return read_weights(WEIGHTS / "digits_vit_tiny.safetensors")
+
+
+@torch.no_grad()
+def test_a_model_of_clips_begins_as_the_shipped_vit_in_every_frame() -> None:
+    """X-ViT alone in time and TimeSformer behind its zeros read each frame as the ViT does, its positions resampled."""
+    plain = VisionTransformer(
+        img_size=CANVAS, patch_size=8, in_chans=1, num_classes=0, embed_dim=64, depth=12, num_heads=2
+    ).eval()  # fmt: skip
+    known = {key: value.float() for key, value in shipped().items() if not key.startswith("head.")}
+    known["pos_embed"] = resample_abs_pos_embed(known["pos_embed"], [6, 6], num_prefix_tokens=1)
+    plain.load_state_dict(known)
+    frame = train_clips.draw("train", 0, 2, seed=0)[0][:, 0]
+    expected = plain.forward_features(frame)
+    clips = frame[:, None].expand(-1, FRAMES, -1, -1, -1)
+    xvit: Any = train_clips.started(XVIT, shipped()).eval()
+    xvit.time_embed.zero_()
+    for block in xvit.blocks:
+        block.attn.group = 1
+    _, summary, tokens = train_clips.told(xvit, clips)
+    torch.testing.assert_close(summary, expected[:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens[:, 3], expected[:, 1:], rtol=0, atol=1e-4)
+    pytest.importorskip("transformers")
+    timesformer: Any = train_clips.started(TIMESFORMER, shipped()).eval()
+    assert timesformer.timesformer.embeddings.time_embeddings.std() > 0.03
+    timesformer.timesformer.embeddings.time_embeddings.zero_()
+    _, summary, tokens = train_clips.told(timesformer, clips)
+    torch.testing.assert_close(summary, expected[:, 0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens[:, 5], expected[:, 1:], rtol=0, atol=1e-4)
+
+
+def test_patches_of_each_frame_are_told_the_direction_of_the_digit_in_them() -> None:
+    clips, directions, digits, patches = train_clips.draw("test", 3, 2, seed=1)
+    scene = render("test", 4, seed=1)
+    assert directions.tolist() == [3, 4] and digits.tolist() == [0, 0] and clips.shape == (2, FRAMES, 1, CANVAS, CANVAS)
+    for frame, (row, column) in itertools.product(range(FRAMES), itertools.product(range(6), range(6))):
+        part = scene.masks[frame, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+        assert int(patches[1, frame, 6 * row + column]) == (4 if part.any() else 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [XVIT, TIMESFORMER])
+def test_what_is_trained_is_what_is_evaluated(name: str) -> None:
+    if name == TIMESFORMER:
+        pytest.importorskip("transformers")
+    model: Any = train_clips.started(name, shipped()).eval()
+    clips = train_clips.draw("train", 0, 2, seed=0)[0]
+    logits = model(clips)
+    torch.testing.assert_close(train_clips.told(model, clips)[0], getattr(logits, "logits", logits))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [XVIT, TIMESFORMER])
+def test_training_writes_weights_and_a_curve(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == TIMESFORMER:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(train_clips, "EVALUATED", 16)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        train_clips.train(name, 2 * train_clips.BATCH, tmp_path / folder, log_every=1)
+    one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    record = json.loads((tmp_path / "one" / f"{name}.training.json").read_text())
+    assert [point["clips"] for point in record["curve"]] == [32, 64]
+    trained = open_model(name, weights=str(tmp_path / "one" / f"{name}.safetensors"), workload_name="moving_digits")
+    assert trained.weights == "file"

@@ -1,0 +1,203 @@
+"""Train the small models of moving digits again: ``python -m ablations.workloads.train_clips --out FOLDER``.
+
+The recipe, and why: every frame begins as ``digits_vit_tiny`` reads an image, its positions interpolated to the smaller
+grid. What is new learns fast, what was known slowly, or the digits are lost before motion is found. TimeSformer's
+attention over time begins as a copy of that over space behind a linear layer of zeros, and time embeddings begin at
+random, as a model that cannot tell frames apart stays at chance. Besides the direction each patch of each frame is told
+the direction of the digit in it, or background (token labelling), and the clip its digit; those two heads are thrown
+away. AdamW, float32, cosine; no token is dropped in training. Clips are drawn on the fly from the training split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, TIMESFORMER
+from ablations.models.digits import CLASSES, MEAN, PATCH, STD, WEIGHTS, save_weights
+from ablations.models.weight_files import read_weights
+from ablations.records.files import user_path
+from ablations.workloads import moving_digits
+from ablations.workloads.digits import Split, mask_patches
+
+log = logging.getLogger(__name__)
+
+TRAINED_ON = 12_800  # clips
+BATCH = 32
+OLD_LR, NEW_LR = 5e-4, 2e-3  # of weights that digits_vit_tiny has, and of those it has not
+WARMUP = 20  # steps
+WEIGHT_DECAY = 0.05
+DIGIT_LOSS, TOKEN_LOSS = 0.2, 1.0
+TIME_STD = 0.05  # of the time embeddings at the start
+DEVELOPMENT_SEED, EVALUATED = 5, 240  # held-out clips of the curve; others than those of the workload
+WIDTH = 64
+_NEW = ("time", "temporal", "head.", "classifier")  # in names of what the start has no values for
+_OF_TIMESFORMER = {  # timm's name of a part of a block -> transformers' names
+    "norm1": ("layernorm_before", "temporal_layernorm"),
+    "attn.qkv": ("attention.attention.qkv", "temporal_attention.attention.qkv"),
+    "attn.proj": ("attention.output.dense", "temporal_attention.output.dense"),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense",),
+    "mlp.fc2": ("output.dense",),
+}
+
+
+def started(name: str, images: Mapping[str, Tensor]) -> nn.Module:
+    """A model of clips that reads its frames as a ViT with the weights ``images`` (timm's names) reads images."""
+    model: Any = CLIPS[name]()
+    grid = CLIP_CANVAS // PATCH
+    known = {key: value.float() for key, value in images.items() if not key.startswith("head.")}
+    known["pos_embed"] = resample_abs_pos_embed(known["pos_embed"], [grid, grid], num_prefix_tokens=1)
+    if name == TIMESFORMER:
+        known = dict(_for_timesformer(known))
+    missing, unexpected = model.load_state_dict(known, strict=False)
+    assert not unexpected and all(_is_new(key) for key in missing), (missing, unexpected)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(("time_embed", "time_embeddings")):
+                nn.init.normal_(parameter, std=TIME_STD)
+            elif "temporal_dense" in key:
+                nn.init.zeros_(parameter)
+    return model
+
+
+def _for_timesformer(known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same under transformers' names; attention over time gets a copy of that over space."""
+    inside = "timesformer.embeddings"
+    found = {
+        f"{inside}.cls_token": known["cls_token"],
+        f"{inside}.position_embeddings": known["pos_embed"],
+    }
+    for kind in ("weight", "bias"):
+        found[f"{inside}.patch_embeddings.projection.{kind}"] = known[f"patch_embed.proj.{kind}"]
+        found[f"timesformer.layernorm.{kind}"] = known[f"norm.{kind}"]
+    for key, value in known.items():
+        if key.startswith("blocks."):
+            _, index, rest = key.split(".", 2)
+            part, kind = rest.rsplit(".", 1)
+            for other in _OF_TIMESFORMER[part]:
+                found[f"timesformer.encoder.layer.{index}.{other}.{kind}"] = value
+    return found
+
+
+def _is_new(key: str) -> bool:
+    return any(part in key for part in _NEW)
+
+
+def told(model: Any, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, directions), what the clip's class tokens say (B, D), and the normed patches (B, F, N, D)."""
+    if hasattr(model, "timesformer"):
+        tokens = model.timesformer(clips).last_hidden_state  # (B, 1 + N F, D), all frames of a place side by side
+        patches = tokens[:, 1:].unflatten(1, (-1, clips.shape[1])).transpose(1, 2)
+        return model.classifier(tokens[:, 0]), tokens[:, 0], patches
+    tokens = model.forward_features(clips)
+    return model.forward_head(tokens), tokens[:, :, 0].mean(1), tokens[:, :, 1:]
+
+
+def draw(split: Split, first: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clips (n, F, 1, H, W) as models read them, directions (n,), digits (n,), and what each patch shows (n, F, N): the
+    direction of the digit in it, or DIRECTIONS where there is none.
+    """
+    scenes = [moving_digits.render(split, first + i, seed=seed) for i in range(count)]
+    clips = torch.from_numpy(np.stack([scene.frames for scene in scenes])).unsqueeze(2).float()
+    directions, digits = (
+        torch.tensor([getattr(scene, what) for scene in scenes]) for what in ("direction", "digit")
+    )  # fmt: skip
+    shown = torch.from_numpy(mask_patches(np.stack([scene.masks for scene in scenes]), PATCH))
+    patches = torch.where(shown, directions[:, None, None], DIRECTIONS)
+    return (clips / 255 - MEAN) / STD, directions, digits, patches
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """As a share of the peak: up, then down along a cosine."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(name: str, clips: int, out: Path, *, seed: int = 0, log_every: int = 40) -> None:
+    """Train one of the models on so many clips; writes weights and curve to ``out`` as it goes."""
+    torch.manual_seed(seed)
+    model = started(name, read_weights(WEIGHTS / "digits_vit_tiny.safetensors"))
+    heads = nn.ModuleDict({"digit": nn.Linear(WIDTH, CLASSES), "token": nn.Linear(WIDTH, DIRECTIONS + 1)})
+    old = [value for key, value in model.named_parameters() if not _is_new(key)]
+    new = [value for key, value in model.named_parameters() if _is_new(key)]
+    peaks = (OLD_LR, NEW_LR)
+    optimizer = torch.optim.AdamW(
+        [{"params": old}, {"params": [*new, *heads.parameters()]}], lr=NEW_LR, weight_decay=WEIGHT_DECAY
+    )
+    steps = clips // BATCH
+    held_out = draw("test", 0, EVALUATED, DEVELOPMENT_SEED)
+    curve: list[dict[str, float]] = []
+    begun, cpu = time.monotonic(), time.process_time()
+    model.train()
+    for step in range(steps):
+        x, directions, digits, patches = draw("train", step * BATCH, BATCH, seed)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * learning_rate(step, steps)
+        logits, summary, tokens = told(model, x)
+        task = F.cross_entropy(logits, directions)
+        digit = F.cross_entropy(heads["digit"](summary), digits)
+        token = F.cross_entropy(heads["token"](tokens).flatten(0, 2), patches.flatten())
+        optimizer.zero_grad()
+        (task + DIGIT_LOSS * digit + TOKEN_LOSS * token).backward()
+        nn.utils.clip_grad_norm_([*old, *new, *heads.parameters()], 1.0)
+        optimizer.step()
+        if (step + 1) % log_every and step + 1 < steps:
+            continue
+        top1, digit_top1 = _accuracies(model, heads["digit"], held_out)
+        point = {
+            "clips": (step + 1) * BATCH,
+            "minutes": round((time.monotonic() - begun) / 60, 2),
+            "cpu_minutes": round((time.process_time() - cpu) / 60, 2),
+            "loss": round(float(task.detach()), 4),
+            "token_loss": round(float(token.detach()), 4),
+            "top1": top1,
+            "digit_top1": digit_top1,
+        }
+        curve.append(point)
+        log.info("%s: %s", name, point)
+        save_weights(model, name, out)
+        record = {"model": name, "clips": steps * BATCH, "seed": seed, "curve": curve}
+        (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _accuracies(model: nn.Module, digit_head: nn.Module, held_out: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Of direction and digit, on held-out clips."""
+    model.eval()
+    right = torch.zeros(2)
+    for x, directions, digits in zip(*(part.split(BATCH) for part in held_out[:3]), strict=True):
+        logits, summary, _ = told(model, x)
+        right[0] += (logits.argmax(1) == directions).sum()
+        right[1] += (digit_head(summary).argmax(1) == digits).sum()
+    model.train()
+    direction, digit = (right / len(held_out[0])).tolist()
+    return round(direction, 4), round(digit, 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(CLIPS), action="append", help="default: both")
+    parser.add_argument("--clips", type=int, default=TRAINED_ON, help="clips in all")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the weights and the training curve")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.model or sorted(CLIPS):
+        train(name, args.clips, args.out, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()
