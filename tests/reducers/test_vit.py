@@ -169,7 +169,7 @@ REFUSED = [
     "cait_xxs24_224",
     "xcit_nano_12_p16_224",
     "pit_ti_224",
-    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
     "samvit_base_patch16",
     "tnt_s_patch16_224",
     "volo_d1_224",
