@@ -320,6 +320,10 @@ class HFTimesformer(HFClips):
         return self.attention_type != _JOINT
 
     @property
+    def units(self) -> int:
+        return self.frames if self.by_frame else 1
+
+    @property
     def between_units(self) -> str | None:
         return "attends over time among frames" if self.divided else None
 

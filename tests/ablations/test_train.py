@@ -240,8 +240,8 @@ def test_what_is_calibrated_after_a_training_has_its_weights(tmp_path: Path, mon
     seen: list[torch.Tensor] = []
     measured = evaluate.reduce_tokens
 
-    def watched(model: Any, placement: Any) -> Any:
-        fast = measured(model, placement)
+    def watched(model: Any, placement: Any, **options: Any) -> Any:
+        fast = measured(model, placement, **options)
         seen.extend(own.scores["3"].weight.detach().clone() for own in fast.members() if own.name == taught.NAME)
         return fast
 
