@@ -124,6 +124,10 @@ class ImageTables(Mapping[str, pd.DataFrame]):
         return sum(1 for _ in self)
 
 
+MEASURED = {"embed": "cosine", "dense": "miou"}
+"""Tasks whose trials are told by a measure of their own, and its column: no figure of accuracy shows them."""
+
+
 @dataclass(frozen=True)
 class Results:
     """One output folder: its trials, its per-image tables, and the record of what was run."""
@@ -139,14 +143,17 @@ class Results:
     @property
     def finished(self) -> pd.DataFrame:
         rows = self.trials
-        return rows[(rows["status"] == "ok") & rows["top1"].notna() & rows["gmacs_mean"].notna()]
+        answered = rows["top1"].notna() & rows["gmacs_mean"].notna() & ~rows["task"].isin(list(MEASURED))
+        return rows[(rows["status"] == "ok") & answered]
 
     @property
     def features(self) -> pd.DataFrame:
-        """Finished trials of the task ``embed``, which have a cosine and no accuracy: none of ``finished``."""
+        """Finished trials of the tasks that are told by another measure than accuracy: none of ``finished``."""
         rows = self.trials
-        answered = (rows["task"] == "embed") & rows["cosine"].notna() & rows["gmacs_mean"].notna()
-        return rows[(rows["status"] == "ok") & answered & rows["top1"].isna()]
+        answered = pd.Series(False, index=rows.index)
+        for task, measure in MEASURED.items():
+            answered |= (rows["task"] == task) & rows[measure].notna()
+        return rows[(rows["status"] == "ok") & answered & rows["gmacs_mean"].notna()]
 
     @property
     def failed(self) -> pd.DataFrame:

@@ -21,7 +21,6 @@ from PIL import Image
 from ablations.records import names
 from analysis import style, tables
 from analysis.account import read_account
-from analysis.features import NOTE as FEATURES_NOTE
 from analysis.features import FeatureTable
 from analysis.frame import Results, records_of
 from analysis.plots import Drawn, Sample
@@ -58,7 +57,6 @@ def render(
         .render(
             parts=parts,
             features=features,
-            features_note=FEATURES_NOTE,
             skipped_specs=skipped,
             others=others,
             failed=records_of(results.failed),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablations.records.sign_flips import flips
+from ablations.records.patch_iou import ious, miou, swaps
 from ablations.records.wilson import wilson
 from ablations.tasks.base import Task
 from ablations.workloads import embedded
@@ -160,30 +160,7 @@ class Dense(Task):
         return float(low), float(high)
 
     def _better(self, first: np.ndarray, second: np.ndarray) -> float:
-        """Were there no difference, the two results of an image could as well be each other's."""
-        gain = second - first
-        gain = gain[gain.any(axis=1)]  # to swap the others changes nothing
-        ours, theirs, above, total = first.sum(0), second.sum(0), 0, 0
-        seen = miou(ours) - miou(theirs)
-        for swapped in flips(len(gain)):
-            moved = swapped.astype(np.float64) @ gain
-            above += int((miou(ours + moved) - miou(theirs - moved) >= seen - 1e-12).sum())
-            total += len(swapped)
-        drawn = int(total < 2 ** len(gain))  # where not all are looked at, what was seen counts as one more
-        return (above + drawn) / (total + drawn)
-
-
-def ious(counts: np.ndarray) -> np.ndarray:
-    """(…, 2 K) intersections and unions -> (…, K); NaN of a class that nobody said and nobody is."""
-    intersection, union = np.split(np.asarray(counts, dtype=np.float64), 2, axis=-1)
-    return np.divide(intersection, union, out=np.full_like(union, np.nan), where=union > 0)
-
-
-def miou(counts: np.ndarray) -> np.ndarray:
-    """(…, 2 K) intersections and unions -> (…): the mean over the classes that somebody said or is."""
-    each = ious(counts)
-    known = ~np.isnan(each)
-    return np.where(known, each, 0).sum(-1) / np.maximum(known.sum(-1), 1)
+        return swaps(first, second)
 
 
 def fitted_head(features: np.ndarray, labels: np.ndarray, *, classes: int) -> np.ndarray:

@@ -17,18 +17,21 @@ from ablations.measure.context import TrialContext
 from ablations.measure.evaluate import run_trial, try_trial
 from ablations.measure.opening import open_context, open_subject
 from ablations.records.columns import IMAGE, ROW
+from ablations.records.patch_iou import ious, miou
 from ablations.spec.expand import expand
 from ablations.spec.model import parse_spec
 from ablations.spec.plain_yaml import SpecError
 from ablations.store.store import Store
 from ablations.tasks import task_of
-from ablations.tasks.dense import TASK, fitted_head, ious, miou
+from ablations.tasks.dense import TASK, fitted_head
 from ablations.trial.code import code_of
 from ablations.trial.stages import Stages
 from ablations.trial.target import Target
 from ablations.trial.trial import Trial, trial_from
 from ablations.workloads import ImageSource, WorkloadError
 from ablations.workloads.embedded import first_workload, training_scenes
+from analysis.frame import read_results
+from analysis.report import write_analysis
 from reducers import Count, Drop, Placement, Ratio, ToMe, TopK, at, reduce_tokens
 from reducers.methods import STViTR
 from tests.ablations.code_edits import FIXED, changed, edited
@@ -266,5 +269,13 @@ def test_a_run_is_kept_found_again_and_reproduced(
     capsys.readouterr()
     assert ablate("reproduce", table[0]["key"], "--out", tmp_path / "out") == 0
     assert "the same: " in capsys.readouterr().out
+    written = write_analysis(read_results(tmp_path / "out"))
+    assert written.figures == () and [path.name for path in written.tables] == ["tiny-patches.csv"]
+    page = written.report.read_text()
+    told = {row["variant"]: row["miou"] for row in table}
+    lead = max(("top-K, last", "top-K, zero"), key=lambda name: told[name])
+    assert f"At 80 % of the dense cost: {lead}, mIoU (%) {100 * told[lead]:.1f}; " in page and "swap test" in page
+    assert "task dense" in page and "No trial failed" in page
+    assert "top-1" not in page.partition('<h2 id="failures">')[0]
     assert ablate("recommend", "--cost", "0.8", *words[:-4], "--out", tmp_path / "found") != 0
     assert "is no mean" in capsys.readouterr().err
