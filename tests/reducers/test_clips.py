@@ -146,7 +146,7 @@ def deep_enough(name: str, method: str) -> Any:
 
 NOT_FOR_CLIPS = {
     "small_input": "clips cannot be resized for VivitForVideoClassification",
-    "sttabt": "sttabt guesses attention with a small network that reads images",
+    "sttabt": "sttabt looks at the input by a small network of its own",
 }
 DRIVEN = [name for name in available() if name not in NOT_FOR_CLIPS]
 
