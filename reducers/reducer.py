@@ -51,7 +51,7 @@ class Traits:
     needs_token_keys: bool = False  # traces or replaces attention from token to token, so keys must be the tokens
     control: bool = False  # a yardstick for methods: it looks at no image's content, or says what a choice is worth
     oracle: bool = False  # its cost leaves something out: what it knows could not be had at that price
-    inputs: tuple[Input, ...] = ("images",)  # what the images it acts on may be: by themselves, or frames of a clip
+    inputs: tuple[Input, ...] = ("images", "clips")  # what it acts on: images, or clips (of frames, or as a whole)
 
     @classmethod
     def merged(cls, members: Iterable[Traits]) -> Traits:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from reducers.budget import Budget, checked_budget
 from reducers.decision import Decision
-from reducers.errors import ReducerError
 from reducers.kit.selection import at_most
 from reducers.maps import Mix
 from reducers.reducer import State, TokenReducer, Traits
@@ -123,12 +122,6 @@ class LearnedPooling(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """A pooling at each block that reduces any."""
-        if host.regroups or host.between_units is not None:
-            by = host.between_units or "forms windows"
-            raise ReducerError(
-                f"{self.name} mixes all patches of an image into tokens that lie nowhere, and every block of this "
-                f"model {by} by the places of tokens; use a method that keeps patches or merges them"
-            )
         counts = pooled_counts(self.budget, host, blocks)
         self.poolers = nn.ModuleDict({str(block): self.pooler(host.width, count) for block, count in counts.items()})
 

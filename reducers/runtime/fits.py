@@ -14,9 +14,7 @@ def check_plan(host: Host, plan: Plan) -> None:
     """Refuse what the model cannot do; reducers that have parameters make them, the first time."""
     check_blocks(plan.at, host.depth)
     _check_embedding(host, plan)
-    for member in plan.members:
-        if (why := host.unfit(member)) is not None:
-            raise ReducerError(f"{member.name} is not for this {type(host.model).__name__}: {why}")
+    _check_members(host, plan)
     _check_class_token(host, plan)
     _check_borders(host, plan)
     if host.regroups or host.between_units is not None:
@@ -49,14 +47,34 @@ def _check_borders(host: Host, plan: Plan) -> None:
             )
 
 
+def _check_members(host: Host, plan: Plan) -> None:
+    """Refuse reducers for what they are, wherever they stand."""
+    model = type(host.model).__name__
+    for member in plan.members:
+        if host.inputs not in member.traits.inputs:
+            raise ReducerError(
+                f"{member.name} reads {' and '.join(member.traits.inputs)} alone, and this {model} reads "
+                f"{host.inputs}; use a method that looks at tokens (ats, topk, evit, …)"
+            )
+        if (why := host.unfit(member)) is not None:
+            raise ReducerError(f"{member.name} is not for this {model}: {why}")
+
+
 def _check_regrouped(host: Host, plan: Plan) -> None:
-    """Refuse reducers that do more than decide in a model whose blocks form units of their own or work between them."""
+    """Refuse reducers that do more than decide, or leave tokens without places, in a model whose blocks form units of
+    their own by places, or work between units by them.
+    """
     by = host.between_units or "forms units of its own (windows)"
     for block, member in plan.acts:
         if not member.only_decides:
             raise ReducerError(
                 f"{member.name} at block {block} prepares images, plans, runs blocks or ends by itself, and every "
                 f"block of this {type(host.model).__name__} {by}; place a method that only decides"
+            )
+        if member.traits.pools:
+            raise ReducerError(
+                f"{member.name} at block {block} mixes all patches into tokens that lie nowhere, and every block of "
+                f"this {type(host.model).__name__} {by}; use a method that keeps patches or merges them"
             )
 
 

@@ -30,7 +30,7 @@ from reducers.candidates import (
     takes_schedule,
     why_no_candidate,
 )
-from reducers.methods import DPCKNN, BackTracking, HVTPool
+from reducers.methods import DPCKNN, STTABT, BackTracking, HVTPool
 from reducers.reducer import Searchable, Traits
 
 from .conftest import make_vit
@@ -106,7 +106,8 @@ def test_an_instance_is_told_as_it_is_set_up() -> None:
     assert "training" in why_no_candidate(DPCKNN(Count(9), weights="learned"))
     assert why_no_candidate(DPCKNN(Count(9), weights="learned"), weights=True) == ""
     assert "no budget" in why_no_candidate(HVTPool()) and budget_kinds(HVTPool()) == ()
-    assert "no clips" in why_no_candidate(TopK, inputs="clips")
+    assert "no clips" in why_no_candidate(STTABT, weights=True, inputs="clips")
+    assert why_no_candidate(TopK, inputs="clips") == ""
     assert BackTracking.traits.control and BackTracking(Drop(3), count_planning=False).traits.oracle
 
 

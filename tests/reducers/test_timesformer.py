@@ -429,14 +429,14 @@ def test_the_published_models_cost_what_is_known(frames: int, side: int, gmacs: 
 
 REFUSED = {
     **dict.fromkeys(
-        ("patch_merger", "sinkhorn", "sit", "token_learner"),
-        "mixes all patches .* every block of this model attends over time among frames by the places",
+        ("patch_merger", "sinkhorn", "sit", "token_learner", "hvt_pool"),
+        "mixes all patches .* every block of this TimesformerForVideoClassification attends over time among frames",
     ),
-    "hvt_pool": "leaves tokens that are no one patch's continuation, and in every block of this TimeSformer",
     **dict.fromkeys(
-        ("avit", "back_tracking", "small_input", "sttabt", "stvit", "stvit_r"),
+        ("avit", "back_tracking", "small_input", "stvit", "stvit_r"),
         "prepares images, plans, runs .* TimesformerForVideoClassification attends over time among frames; place",
     ),
+    "sttabt": "sttabt reads images alone, and this TimesformerForVideoClassification reads clips",
     "diffrate": "learns its counts by a cost .* costs by the places that are left; use a method with a budget",
 }
 DRIVEN = [name for name in available() if name not in REFUSED]

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_number, checked_share, checked_weight, checked_whole
 from reducers.decision import Decision, advance
-from reducers.errors import ReducerError
 from reducers.kit.back_tracking import back_track
 from reducers.maps import Keep
 from reducers.methods.sttabt.approx_net import ApproxNet, Dense, Guess, Mimicry, watch
@@ -117,6 +116,7 @@ class STTABT(TokenReducer):
     traits = Traits(
         adaptive=True, trained=True, needs_class_token=True, needs_teacher=True, uses_positions=True,
         needs_token_keys=True,
+        inputs=("images",),
     )  # fmt: skip
     scheduled_as = None
     budgets = ("count", "ratio")
@@ -154,10 +154,6 @@ class STTABT(TokenReducer):
 
     def attach(self, host: Any, blocks: tuple[int, ...]) -> None:
         """ApproxNet, the maps that its distillation needs, and a threshold for each block from the first on."""
-        if host.inputs == "clips":
-            raise ReducerError(
-                f"{self.name} looks at the input by a small network of its own, which reads images alone"
-            )
         self._blocks = blocks
         self.approx = ApproxNet(host, shrink=self.shrink)
         self.mimicry = Mimicry(self.approx.width, host.width, host.depth - host.embedded)
