@@ -109,36 +109,53 @@ def _cluttered(indices: range) -> Workload:
 
 def _moving(indices: range) -> Workload:
     scenes = [moving_digits.render("test", index, seed=CLIP_SEED) for index in indices]
-    pixels = np.stack([scene.frames for scene in scenes])[..., None]
-    labels = np.array([scene.direction for scene in scenes], dtype=np.int64)
-    ids = tuple(f"moving/{index}" for index in indices)
-    return Workload(
-        name=MOVING,
-        pixels=pixels,
-        labels=labels,
-        ids=ids,
-        mean=(MEAN,),
-        std=(STD,),
+    return _drawn(
+        MOVING,
+        tuple(f"moving/{index}" for index in indices),
+        pixels=[scene.frames for scene in scenes],
+        labels=[scene.direction for scene in scenes],
+        masks=[scene.masks for scene in scenes],
+        clutter=[scene.clutter for scene in scenes],
         classes=DIRECTIONS,
-        digest=data_digest(pixels, labels=labels, ids=ids, mean=(MEAN,), std=(STD,)),
-        masks=np.stack([scene.masks for scene in scenes]),
-        clutter=np.array([scene.clutter for scene in scenes], dtype=np.int64),
-        second=np.array([scene.digit for scene in scenes], dtype=np.int64),
+        second=[scene.digit for scene in scenes],
     )
 
 
 def _workload(name: str, scenes: Sequence[digits.Scene], ids: tuple[str, ...]) -> Workload:
-    pixels = np.stack([scene.image for scene in scenes])[..., None]
-    labels = np.array([scene.label for scene in scenes], dtype=np.int64)
+    return _drawn(
+        name,
+        ids,
+        pixels=[scene.image for scene in scenes],
+        labels=[scene.label for scene in scenes],
+        masks=[scene.mask for scene in scenes],
+        clutter=[scene.clutter for scene in scenes],
+        classes=CLASSES,
+    )
+
+
+def _drawn(
+    name: str,
+    ids: tuple[str, ...],
+    *,
+    pixels: Sequence[np.ndarray],
+    labels: Sequence[int],
+    masks: Sequence[np.ndarray],
+    clutter: Sequence[int],
+    classes: int,
+    second: Sequence[int] | None = None,
+) -> Workload:
+    """Grey scenes or clips as a workload."""
+    grey, numbers = np.stack(pixels)[..., None], np.array(labels, dtype=np.int64)
     return Workload(
         name=name,
-        pixels=pixels,
-        labels=labels,
+        pixels=grey,
+        labels=numbers,
         ids=ids,
         mean=(MEAN,),
         std=(STD,),
-        classes=CLASSES,
-        digest=data_digest(pixels, labels=labels, ids=ids, mean=(MEAN,), std=(STD,)),
-        masks=np.stack([scene.mask for scene in scenes]),
-        clutter=np.array([scene.clutter for scene in scenes], dtype=np.int64),
+        classes=classes,
+        digest=data_digest(grey, labels=numbers, ids=ids, mean=(MEAN,), std=(STD,)),
+        masks=np.stack(masks),
+        clutter=np.array(clutter, dtype=np.int64),
+        second=None if second is None else np.array(second, dtype=np.int64),
     )

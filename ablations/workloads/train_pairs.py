@@ -16,7 +16,7 @@ import json
 import logging
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -44,9 +44,13 @@ TOKEN_LOSS = 0.5
 SMOOTHING = 0.05
 DEVELOPMENT_SEED = 1000  # settings were chosen, and the curve is drawn, on scenes of this seed: never those evaluated
 EVALUATED = 720  # of them, for the curve
+_AHEAD = 4  # batches
 
 
-def draw(first: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, float]  # pixels, labels, what tokens are told; the CPU seconds
+
+
+def draw(first: int, seed: int) -> Drawn:
     """Scenes ``first`` … ``first + BATCH`` of the endless training split: pixels, labels, labels of each patch; and the
     CPU seconds it took.
     """
@@ -58,15 +62,17 @@ def draw(first: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, flo
     return pixels, labels, patches, time.process_time() - begun
 
 
-def batches(first: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """Training batches from scene ``first`` on, drawn ahead of the model by another process."""
+def batches(
+    draw: Callable[[int, int], Drawn], first: int, steps: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """Batches of ``draw(scene, seed)`` from scene ``first`` on, drawn ahead of the model by another process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(draw, first + step * BATCH, seed) for step in range(min(4, steps))]
+        ahead = [pool.submit(draw, first + step * BATCH, seed) for step in range(min(_AHEAD, steps))]
         for step in range(steps):
-            pixels, labels, patches, seconds = ahead.pop(0).result()
-            if step + 4 < steps:
-                ahead.append(pool.submit(draw, first + (step + 4) * BATCH, seed))
-            yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(patches), seconds
+            pixels, labels, told, seconds = ahead.pop(0).result()
+            if step + _AHEAD < steps:
+                ahead.append(pool.submit(draw, first + (step + _AHEAD) * BATCH, seed))
+            yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(told), seconds
 
 
 def development(count: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +141,7 @@ def _cycle(
     before = curve[-1] if curve else {"minutes": 0.0, "cpu_minutes": 0.0}
     begun, cpu, drawing = time.monotonic(), time.process_time(), 0.0
     with float32_muon():
-        for step, (x, y, patches, seconds) in enumerate(batches(first, steps, seed)):
+        for step, (x, y, patches, seconds) in enumerate(batches(draw, first, steps, seed)):
             drawing += seconds
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, peak)

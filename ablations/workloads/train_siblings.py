@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import multiprocessing
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablations.models.digits import CANVAS, CLASSES, PATCH, normalise, save_weights
+from ablations.models.digits import CANVAS, CLASSES, PATCH, save_weights
 from ablations.models.siblings import CVT, SIBLINGS
 from ablations.models.weight_files import load_into, read_weights
 from ablations.records.files import atomic, user_path
@@ -35,7 +32,7 @@ from ablations.records.wilson import wilson
 from ablations.workloads import pairs
 from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.train_embedded import accuracy
-from ablations.workloads.train_pairs import EVALUATED, development, float32_muon
+from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development, float32_muon
 from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -43,7 +40,6 @@ log = logging.getLogger(__name__)
 SCENES = {"digits_cvt_tiny": 51_200, "digits_ps_vit_tiny": 40_960}
 PEAK_LR = 2e-3
 WARMUP, DECAY = 100, 0.3  # steps in which the learning rate rises; the share of all in which it falls to zero
-BATCH = 64
 WEIGHT_DECAY = 0.05
 TOKEN_LOSS = 0.5
 SMOOTHING = 0.05
@@ -51,7 +47,7 @@ CPU = torch.device("cpu")
 CELL = 4  # pixels: what a point shows is told to this accuracy
 
 
-def draw(first: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+def draw(first: int, seed: int) -> Drawn:
     """Scenes ``first`` … ``first + BATCH`` of the endless training split: pixels, labels, how many pixels of each digit
     each cell of 4 x 4 holds (B, 16, 16, classes); and the CPU seconds it took.
     """
@@ -64,17 +60,6 @@ def draw(first: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, flo
     cells = np.moveaxis(shown.reshape(-1, side, CELL, side, CELL), 3, 2).reshape(-1, side, side, CELL * CELL)
     counts = np.stack([(cells == label).sum(axis=-1, dtype=np.uint8) for label in range(CLASSES)], axis=-1)
     return pixels, labels, counts, time.process_time() - begun
-
-
-def batches(first: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
-    """Training batches from step ``first`` on, drawn ahead of the model by another process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(draw, step * BATCH, seed) for step in range(first, min(first + 4, steps))]
-        for step in range(first, steps):
-            pixels, labels, counts, seconds = ahead.pop(0).result()
-            if step + 4 < steps:
-                ahead.append(pool.submit(draw, (step + 4) * BATCH, seed))
-            yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(counts), seconds
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -143,7 +128,7 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     begun, cpu, drawing = time.monotonic(), time.process_time(), 0.0
     trained.train()
     with float32_muon():
-        for step, (x, y, counts, seconds) in enumerate(batches(first, steps, seed), first):
+        for step, (x, y, counts, seconds) in enumerate(batches(draw, first * BATCH, steps - first, seed), first):
             drawing += seconds
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
