@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reducers.cost import BlockCost
 from reducers.errors import ReducerError
 from reducers.maps import TokenMap
+from reducers.recording import recording
 from reducers.reducer import Input, TokenReducer
 from reducers.tokens import Layout, TokenBatch, Units
 
@@ -275,7 +276,7 @@ def add_residual(x: Tensor, added: Tensor, sources: tuple[nn.Module, ...], trust
     """x + added, in the memory of ``added`` where no one can ask for it again: no gradient, and none of ``sources``,
     whose output it is.
     """
-    if torch.is_grad_enabled() or added.dtype != x.dtype:  # autocast: the sum keeps the wider type
+    if recording() or added.dtype != x.dtype:  # autocast: the sum keeps the wider type
         return x + added
     if torch.compiler.is_compiling() or any(_may_keep(source, trusted) for source in sources):
         return x + added

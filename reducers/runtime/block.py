@@ -15,6 +15,7 @@ from reducers.errors import ReducerError
 from reducers.hosts.protocol import Host, HostBlock
 from reducers.lazy import cached_property
 from reducers.maps import Keep
+from reducers.recording import recording
 from reducers.reducer import State, TokenReducer
 from reducers.runtime.attention import PackedAttention
 from reducers.runtime.over import over
@@ -227,7 +228,7 @@ def runs_as_it_is(batch: TokenBatch) -> bool:
     uniform = batch.layout.uniform
     if uniform is None or any(part is not None for part in (batch.key_bias, batch.received, batch.alive)):
         return False
-    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or batch.layout.rows <= FEW)
+    return not recording() and (torch.compiler.is_compiling() or batch.layout.rows <= FEW)
 
 
 class Rows(NamedTuple):

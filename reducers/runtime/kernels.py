@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reducers.recording import recording
 from reducers.tokens import Layout
 
 varlen_attn: Any
@@ -100,7 +101,7 @@ def _products_are_faster(q: Tensor, keys: int, dropout: float) -> bool:
     """Whether two plain products beat the fused kernel on images of equal length."""
     if q.device.type != "cpu" or q.dtype != torch.float32 or dropout > 0 or torch.compiler.is_compiling():
         return False
-    return keys in MEDIUM and not torch.is_grad_enabled()
+    return keys in MEDIUM and not recording()
 
 
 MEDIUM = range(80, 192)
@@ -169,7 +170,7 @@ def _image_by_image(
     """On a CPU a call for each image costs less than padding would: nothing is copied,
     nothing is multiplied in vain.
     """
-    plain = dropout == 0 and not torch.is_grad_enabled() and q.dtype in (torch.float32, torch.float64)
+    plain = dropout == 0 and not recording() and q.dtype in (torch.float32, torch.float64)
     by_head = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)  # (H, T, d)
     counts = queries.counts, keys.counts, keys.counts
     parts = zip(*(x.split(n, dim=1) for x, n in zip(by_head, counts, strict=True)), strict=True)

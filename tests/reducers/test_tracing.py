@@ -47,6 +47,16 @@ def test_every_kind_of_budget_can_be_traced_and_counted(budget):
     assert fvcore_macs(model, seen) == pytest.approx(float(model.cost(seen)), rel=0.01)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_graph_is_the_same_with_gradients_and_without_them(gradients):
+    """As torch checks by itself: it traces twice, the second time without gradients."""
+    seen = torch.randn(1, 3, 96, 96)  # 144 patches: where products are faster than the fused kernel
+    model = reduce_tokens(make_vit(img_size=96), at([1, 2], TopK(Ratio(0.6))))
+    with torch.set_grad_enabled(gradients):
+        graph = torch.jit.trace(model, seen)
+        torch.testing.assert_close(graph(seen), model(seen), rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_traced_graph_refuses_a_batch_of_another_size():
     graph = torch.jit.trace(reduce_tokens(make_vit(depth=1), at(0, TopK(Ratio(0.6)))), torch.randn(2, 3, 48, 48))
