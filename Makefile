@@ -5,6 +5,7 @@ PYTHON ?=
 CONSTRAINTS ?= constraints.txt
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.sievit-installed
+DEV := $(VENV)/.sievit-dev
 
 # results/embedded, results/imagefolder, results/torchvision-CIFAR10, …
 OUT ?= results/$(subst /,-,$(subst :,-,$(or $(WORKLOAD),embedded)))
@@ -81,10 +82,10 @@ train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicv
 smoke: ## two specs on 256 images, in about a minute: does everything work here?
 	@$(MAKE) --no-print-directory ablations SPECS='$(SMOKE_SPECS)' LIMIT=256 OUT=results/smoke
 
-test: $(STAMP) ## all tests but the slow ones (TESTS=tests/reducers for a part)
+test: $(DEV) ## all tests but the slow ones (TESTS=tests/reducers for a part)
 	$(PYTEST) -m 'not slow' $(TESTS)
 
-test-slow: $(STAMP) ## the slow tests
+test-slow: $(DEV) ## the slow tests
 	$(PYTEST) -m slow $(TESTS)
 
 test-floors: ## a part of the tests with the oldest versions allowed (FLOORS="torch==2.13.0" replaces some)
@@ -96,7 +97,7 @@ test-floors: ## a part of the tests with the oldest versions allowed (FLOORS="to
 	.venv-floors/bin/python -m ablations run --specs k_values class_token --limit 256 --out results/floors && \
 	.venv-floors/bin/python -m ablations report --out results/floors
 
-lint: $(STAMP) ## style, format and types
+lint: $(DEV) ## style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -134,7 +135,8 @@ clean: ## remove caches and build files; results and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find ablations analysis reducers tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
+# $(STAMP): what runs and trainings need; $(DEV): what tests, types and ONNX need as well
+define install
 	@set -e; \
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		base=; \
@@ -158,5 +160,12 @@ $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
 		exit 1; \
 	fi; \
 	echo 'installing into $(VENV) (the first time takes some minutes) …'; \
-	$(PY) -m pip install --quiet $(if $(CONSTRAINTS),--constraint '$(CONSTRAINTS)') --editable '.[dev]'; \
-	touch '$@'
+	$(PY) -m pip install --quiet $(if $(CONSTRAINTS),--constraint '$(CONSTRAINTS)') --editable '.[$(1)]'; \
+	touch $(2)
+endef
+
+$(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
+	$(call install,hf,'$@')
+
+$(DEV): pyproject.toml $(wildcard $(CONSTRAINTS))
+	$(call install,dev,'$(STAMP)' '$@')

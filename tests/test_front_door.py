@@ -75,6 +75,16 @@ def test_options_are_passed_on_only_when_they_are_set(tmp_path: Path) -> None:
 
 
 @needs_make
+def test_a_run_installs_what_runs_need_and_the_tests_what_they_need(tmp_path: Path) -> None:
+    for target, extra in (("ablations", "hf"), ("recommend", "hf"), ("train", "hf"), ("test", "dev"), ("lint", "dev")):
+        plan = make("--dry-run", target, f"VENV={tmp_path}")
+        assert re.findall(r"--editable '\.\[(\w+)\]'", plan) == [extra]
+    (tmp_path / ".sievit-installed").touch()
+    assert "--editable" not in make("--dry-run", "ablations", f"VENV={tmp_path}")
+    assert "--editable '.[dev]'" in make("--dry-run", "test", f"VENV={tmp_path}")
+
+
+@needs_make
 def test_train_passes_on_the_methods_and_the_recipe(tmp_path: Path) -> None:
     plan = make("--dry-run", "train", f"VENV={tmp_path}", "METHOD=dynamicvit avit", "LIMIT=5", "SET=epochs=1 images=64")
     assert "-m ablations train dynamicvit avit --out 'results/embedded'" in plan
