@@ -3,9 +3,11 @@
 The recipe, and why: every frame begins as ``digits_vit_tiny`` reads an image, its positions interpolated to the smaller
 grid. What is new learns fast, what was known slowly, or the digits are lost before motion is found. TimeSformer's
 attention over time begins as a copy of that over space behind a linear layer of zeros, and time embeddings begin at
-random, as a model that cannot tell frames apart stays at chance. Besides the direction each patch of each frame is told
-the direction of the digit in it, or background (token labelling), and the clip its digit; those two heads are thrown
-away. AdamW, float32, cosine; no token is dropped in training. Clips are drawn on the fly from the training split.
+random, as a model that cannot tell frames apart stays at chance. Clutter grows over the first part of the training:
+motion is found sooner where little else moves. Besides the direction each patch of each frame is told the direction of
+the digit in it, or background (token labelling), and the clip its digit; those two heads are thrown away. AdamW,
+float32, cosine; no token is dropped in training. Clips are drawn on the fly from the training split, by a process of
+their own.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,13 @@ from ablations.models.weight_files import read_weights
 from ablations.records.files import user_path
 from ablations.workloads import moving_digits
 from ablations.workloads.digits import Split, mask_patches
+from ablations.workloads.drawing_ahead import drawn_ahead
+from ablations.workloads.training_state import Curve, keep, restore
 
 log = logging.getLogger(__name__)
 
-TRAINED_ON = 12_800  # clips
+TRAINED_ON = 25_600  # clips
+CLUTTER_GROWS = 0.4  # share of the training in which clutter comes to be all there is
 BATCH = 32
 OLD_LR, NEW_LR = 5e-4, 2e-3  # of weights that digits_vit_tiny has, and of those it has not
 WARMUP = 20  # steps
@@ -106,11 +112,13 @@ def told(model: Any, clips: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return model.forward_head(tokens), tokens[:, :, 0].mean(1), tokens[:, :, 1:]
 
 
-def draw(split: Split, first: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(
+    split: Split, first: int, count: int, seed: int, max_clutter: int = moving_digits.MAX_CLUTTER
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Clips (n, F, 1, H, W) as models read them, directions (n,), digits (n,), and what each patch shows (n, F, N): the
     direction of the digit in it, or DIRECTIONS where there is none.
     """
-    scenes = [moving_digits.render(split, first + i, seed=seed) for i in range(count)]
+    scenes = [moving_digits.render(split, first + i, seed=seed, max_clutter=max_clutter) for i in range(count)]
     clips = torch.from_numpy(np.stack([scene.frames for scene in scenes])).unsqueeze(2).float()
     directions, digits = (
         torch.tensor([getattr(scene, what) for scene in scenes]) for what in ("direction", "digit")
@@ -125,24 +133,36 @@ def learning_rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(name: str, clips: int, out: Path, *, seed: int = 0, log_every: int = 40) -> None:
-    """Train one of the models on so many clips; writes weights and curve to ``out`` as it goes."""
+def clutter(step: int, steps: int) -> int:
+    """How many pieces there are at most: one more at a time, until all are there."""
+    return min(moving_digits.MAX_CLUTTER, int((moving_digits.MAX_CLUTTER + 1) * step / (CLUTTER_GROWS * steps)))
+
+
+def train(name: str, clips: int, out: Path, *, seed: int = 0, resume: bool = False, log_every: int = 40) -> None:
+    """Train one of the models on so many clips; writes weights, curve and what ``resume`` needs to ``out`` as it
+    goes.
+    """
     torch.manual_seed(seed)
     model = started(name, read_weights(WEIGHTS / "digits_vit_tiny.safetensors"))
     heads = nn.ModuleDict({"digit": nn.Linear(WIDTH, CLASSES), "token": nn.Linear(WIDTH, DIRECTIONS + 1)})
+    trained = nn.ModuleList([model, heads])
     old = [value for key, value in model.named_parameters() if not _is_new(key)]
     new = [value for key, value in model.named_parameters() if _is_new(key)]
     peaks = (OLD_LR, NEW_LR)
     optimizer = torch.optim.AdamW(
         [{"params": old}, {"params": [*new, *heads.parameters()]}], lr=NEW_LR, weight_decay=WEIGHT_DECAY
     )
-    steps = clips // BATCH
+    steps, first = clips // BATCH, 0
+    curve: Curve = []
+    state = out / f"{name}.state.safetensors"
+    if resume and state.is_file():
+        first, curve = restore(state, trained, optimizer)
     held_out = draw("test", 0, EVALUATED, DEVELOPMENT_SEED)
-    curve: list[dict[str, float]] = []
+    before = curve[-1] if curve else {"minutes": 0.0, "cpu_minutes": 0.0}
     begun, cpu = time.monotonic(), time.process_time()
-    model.train()
-    for step in range(steps):
-        x, directions, digits, patches = draw("train", step * BATCH, BATCH, seed)
+    trained.train()
+    calls = (partial(draw, "train", at * BATCH, BATCH, seed, clutter(at, steps)) for at in range(first, steps))
+    for step, (x, directions, digits, patches) in enumerate(drawn_ahead(calls), first):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * learning_rate(step, steps)
         logits, summary, tokens = told(model, x)
@@ -151,25 +171,31 @@ def train(name: str, clips: int, out: Path, *, seed: int = 0, log_every: int = 4
         token = F.cross_entropy(heads["token"](tokens).flatten(0, 2), patches.flatten())
         optimizer.zero_grad()
         (task + DIGIT_LOSS * digit + TOKEN_LOSS * token).backward()
-        nn.utils.clip_grad_norm_([*old, *new, *heads.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % log_every and step + 1 < steps:
             continue
         top1, digit_top1 = _accuracies(model, heads["digit"], held_out)
+        spent = (time.process_time() - cpu) / 60
         point = {
             "clips": (step + 1) * BATCH,
-            "minutes": round((time.monotonic() - begun) / 60, 2),
-            "cpu_minutes": round((time.process_time() - cpu) / 60, 2),
+            "minutes": round(before["minutes"] + (time.monotonic() - begun) / 60, 2),
+            "cpu_minutes": round(before["cpu_minutes"] + spent, 2),
             "loss": round(float(task.detach()), 4),
             "token_loss": round(float(token.detach()), 4),
             "top1": top1,
             "digit_top1": digit_top1,
         }
         curve.append(point)
-        log.info("%s: %s", name, point)
+        log.info(
+            "%s: %6d of %d clips, loss %.3f, tokens %.3f, direction %.3f, digit %.3f, %.1f CPU minutes, %.0f to go",
+            name, point["clips"], steps * BATCH, point["loss"], point["token_loss"], top1, digit_top1,
+            point["cpu_minutes"], spent * (steps - step - 1) / (step + 1 - first),
+        )  # fmt: skip
         save_weights(model, name, out)
         record = {"model": name, "clips": steps * BATCH, "seed": seed, "curve": curve}
         (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        keep(state, trained, optimizer, step + 1, curve)
 
 
 @torch.no_grad()
@@ -192,11 +218,12 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=TRAINED_ON, help="clips in all")
     parser.add_argument("--out", type=user_path, required=True, help="folder for the weights and the training curve")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from what --out holds of an earlier run")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.model or sorted(CLIPS):
-        train(name, args.clips, args.out, seed=args.seed)
+        train(name, args.clips, args.out, seed=args.seed, resume=args.resume)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,8 @@ import contextlib
 import functools
 import json
 import logging
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from torch.nn import functional as F
 from ablations.models.digits import CLASSES, PAIRS_MODEL, PATCH, WEIGHTS, create_digits_model, normalise, save_weights
 from ablations.records.files import user_path
 from ablations.workloads import pairs
+from ablations.workloads.drawing_ahead import drawn_ahead
 from ablations.workloads.train_embedded import accuracy, learning_rate
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,6 @@ TOKEN_LOSS = 0.5
 SMOOTHING = 0.05
 DEVELOPMENT_SEED = 1000  # settings were chosen, and the curve is drawn, on scenes of this seed: never those evaluated
 EVALUATED = 720  # of them, for the curve
-_AHEAD = 4  # batches
 
 
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray, float]  # pixels, labels, what tokens are told; the CPU seconds
@@ -66,13 +64,9 @@ def batches(
     draw: Callable[[int, int], Drawn], first: int, steps: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """Batches of ``draw(scene, seed)`` from scene ``first`` on, drawn ahead of the model by another process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ahead = [pool.submit(draw, first + step * BATCH, seed) for step in range(min(_AHEAD, steps))]
-        for step in range(steps):
-            pixels, labels, told, seconds = ahead.pop(0).result()
-            if step + _AHEAD < steps:
-                ahead.append(pool.submit(draw, first + (step + _AHEAD) * BATCH, seed))
-            yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(told), seconds
+    calls = (functools.partial(draw, first + step * BATCH, seed) for step in range(steps))
+    for pixels, labels, told, seconds in drawn_ahead(calls):
+        yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(told), seconds
 
 
 def development(count: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,12 +25,13 @@ from torch.nn import functional as F
 from ablations.models.digits import CANVAS, CLASSES, PATCH, save_weights
 from ablations.models.siblings import CVT, SIBLINGS
 from ablations.models.weight_files import load_into, read_weights
-from ablations.records.files import atomic, user_path
+from ablations.records.files import user_path
 from ablations.records.wilson import wilson
 from ablations.workloads import pairs
 from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.train_embedded import accuracy
 from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development, float32_muon
+from ablations.workloads.training_state import Curve, keep, restore
 from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -119,10 +118,10 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     trained = nn.ModuleList([model, token_head])
     optimizer = create_optimizer_v2(trained, opt="muon", lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps, first = scenes // BATCH, 0
-    curve: list[dict[str, float]] = []
+    curve: Curve = []
     state = out / f"{name}.state.safetensors"
     if resume and state.is_file():
-        first, curve = _restore(state, trained, optimizer)
+        first, curve = restore(state, trained, optimizer)
     images, labels = development(EVALUATED)
     before = curve[-1] if curve else {"minutes": 0.0, "cpu_minutes": 0.0}
     begun, cpu, drawing = time.monotonic(), time.process_time(), 0.0
@@ -162,36 +161,7 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
             save_weights(model, name, out)
             record = {"model": name, "scenes": steps * BATCH, "seed": seed, "curve": curve}
             (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            _keep(state, trained, optimizer, step + 1, curve)
-
-
-def _keep(path: Path, trained: nn.Module, optimizer: Any, step: int, curve: list[dict[str, float]]) -> None:
-    """Write where a training stands after so many steps."""
-    tensors = {f"model.{name}": value for name, value in trained.state_dict().items()}
-    for number, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata={"at": json.dumps({"step": step, "curve": curve})})
-
-
-def _restore(path: Path, trained: nn.Module, optimizer: Any) -> tuple[int, list[dict[str, float]]]:
-    """Go on from what ``_keep`` wrote; the steps that are done, and the curve so far."""
-    slots: dict[int, dict[str, Any]] = {}
-    weights: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        at = json.loads(file.metadata()["at"])
-        for key in file.keys():  # noqa: SIM118 (no mapping)
-            owner, _, name = key.partition(".")
-            value = file.get_tensor(key)
-            if owner == "model":
-                weights[name] = value
-            else:
-                number, _, slot = name.partition(".")
-                slots.setdefault(int(number), {})[slot] = bool(value) if value.dtype == torch.bool else value
-    trained.load_state_dict(weights)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
-    return int(at["step"]), at["curve"]
+            keep(state, trained, optimizer, step + 1, curve)
 
 
 _CARD = """\

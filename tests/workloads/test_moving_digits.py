@@ -284,18 +284,37 @@ def test_what_is_trained_is_what_is_evaluated(name: str) -> None:
     torch.testing.assert_close(train_clips.told(model, clips)[0], getattr(logits, "logits", logits))
 
 
+def test_clutter_grows_piece_by_piece() -> None:
+    pieces = [train_clips.clutter(step, 100) for step in range(100)]
+    assert pieces == sorted(pieces) and set(pieces) == set(range(6)) and pieces[39] == pieces[40] == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [XVIT, TIMESFORMER])
-def test_training_writes_weights_and_a_curve(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_writes_weights_and_a_curve_and_goes_on_to_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if name == TIMESFORMER:
         pytest.importorskip("transformers")
     monkeypatch.setattr(train_clips, "EVALUATED", 16)
-    for folder in ("one", "two"):
+    for folder in ("whole", "broken"):
         (tmp_path / folder).mkdir()
-        train_clips.train(name, 2 * train_clips.BATCH, tmp_path / folder, log_every=1)
-    one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("one", "two"))
+    clips, plain, seen = 3 * train_clips.BATCH, train_clips._accuracies, []
+    train_clips.train(name, clips, tmp_path / "whole", log_every=1)
+
+    def breaks(*arguments: Any) -> tuple[float, float]:
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    monkeypatch.setattr(train_clips, "_accuracies", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train_clips.train(name, clips, tmp_path / "broken", log_every=1)
+    train_clips.train(name, clips, tmp_path / "broken", resume=True, log_every=1)
+    one, two = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in ("whole", "broken"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
-    record = json.loads((tmp_path / "one" / f"{name}.training.json").read_text())
-    assert [point["clips"] for point in record["curve"]] == [32, 64]
-    trained = open_model(name, weights=str(tmp_path / "one" / f"{name}.safetensors"), workload_name="moving_digits")
+    record = json.loads((tmp_path / "broken" / f"{name}.training.json").read_text())
+    assert [point["clips"] for point in record["curve"]] == [32, 64, 96]
+    trained = open_model(name, weights=str(tmp_path / "whole" / f"{name}.safetensors"), workload_name="moving_digits")
     assert trained.weights == "file"
