@@ -50,14 +50,16 @@ class Placed:
 def check_variables(file: SpecFile, arm: Arm, place: Place) -> None:
     """Every ``$name`` must have a value, and every varied value must make a difference."""
     used = variables([[stage.model_dump() for stage in arm.stages or ()], arm.training or {}, arm.host or {}])
-    varied = {*arm.vary, *_names_of_cases(file, arm, place)}
+    together = set(_names_of_cases(file, arm, place))
+    varied = {*arm.vary, *together}
     known = {*varied, *arm.set, *(name for name in LISTS if getattr(arm, name)), "seed"}
     for name in sorted({*used, *variables(arm.variant)} - known):
         raise file.error(place, f"${name} has no value{did_you_mean(name, known)}; give it in vary, cases or set")
     for name in sorted({"seed", *LISTS} & {*varied, *arm.set}):
         form = "seeds: [0, 1, 2]" if name == "seed" else f"{name}: [...]"
         raise file.error(place, f"{name!r} is given by `{form}`, not by vary, cases or set")
-    for name in sorted(varied - used):
+    named = variables(arm.variant) & together if together & used else set()  # what cases are called
+    for name in sorted(varied - used - named):
         raise file.error(place, f"{name!r} varies but no stage uses ${name}: its trials would all be the same")
     if len(arm.seeds) > 1 and "seed" not in used:
         raise file.error(place, "several seeds, but no stage uses $seed: the trials would all be the same")

@@ -114,6 +114,20 @@ arms:
     assert {trial.stages.plain()[0]["stack"][0]["budget"]["count"] for trial in trials[:2]} == {40}
 
 
+def test_a_case_may_be_called_by_a_name_of_its_own(target: Target) -> None:
+    text = """
+name: a
+title: A
+arms:
+  - variant: $label at once
+    cases: [{label: top-K, method: topk}, {label: ATS, method: ats}]
+    stages: [{at: 3, stack: [{name: $method, budget: {count: 40}}]}]
+"""
+    assert [trial.variant for trial in expand(parse_spec(text), target)] == ["top-K at once", "ATS at once"]
+    with pytest.raises(SpecError, match="'label' varies but no stage uses"):
+        expand(parse_spec(text.replace("$method", "topk")), target)
+
+
 def test_trials_that_are_the_same_appear_once(target: Target) -> None:
     doubled = SPEC.replace("[48, 96]", "[48, 96, 48]")
     assert len(expand(parse_spec(doubled), target)) == 4
