@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,6 +21,8 @@ from ablations.trial.target import Target
 from ablations.trial.trial import CLASSIFY, RESULT_VERSION, ModelFacts, Trial
 from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, default_models, open_model
 from reducers import reduce_tokens
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,19 +172,33 @@ def open_session(settings: Settings) -> Session:
         for name, weights in chosen
     }
     planned = [(subject.target, subject.loaded) for subject in subjects.values()]
-    return Session(settings, store, subjects, files, _trials(files, planned))
+    trials = _trials(files, planned, named=bool(settings.specs))
+    return Session(settings, store, subjects, tuple(file for file in files if file.spec.name in trials), trials)
 
 
-def _trials(files: Sequence[SpecFile], models: Sequence[tuple[Target, LoadedModel]]) -> dict[str, list[Trial]]:
-    """The plan: for each spec its trials, with the main model or with each."""
-    return {
-        file.spec.name: [
-            trial
-            for target, loaded in (models if file.spec.models == "all" else models[:1])
-            for trial in plan.expand(file, target, check=partial(reduce_tokens, loaded.model))
-        ]
-        for file in files
-    }
+def _trials(
+    files: Sequence[SpecFile], models: Sequence[tuple[Target, LoadedModel]], *, named: bool
+) -> dict[str, list[Trial]]:
+    """The plan: for each spec its trials, with the main model or with each. Of specs that nobody named those are left
+    out of which a model can carry out nothing.
+    """
+    planned: dict[str, list[Trial]] = {}
+    unsuited: list[plan.Unsuited] = []
+    for file in files:
+        try:
+            planned[file.spec.name] = [
+                trial
+                for target, loaded in (models if file.spec.models == "all" else models[:1])
+                for trial in plan.expand(file, target, check=partial(reduce_tokens, loaded.model))
+            ]
+        except plan.Unsuited as error:
+            if named:
+                raise
+            log.warning("%s is left out for %s: %s", file.spec.name, models[0][0].facts.name, error.reason)
+            unsuited.append(error)
+    if unsuited and not planned:
+        raise unsuited[0]
+    return planned
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,4 +217,5 @@ def preview(settings: Settings) -> Preview:
     for name, _ in settings.chosen():
         loaded = open_model(name, weights=RANDOM, workload_name=settings.workload)
         known.append((Target(facts_of(name, loaded), settings.workload, "", 0, settings.batch or 1), loaded))
-    return Preview(known[0][0].facts, files, _trials(files, known))
+    trials = _trials(files, known, named=bool(settings.specs))
+    return Preview(known[0][0].facts, tuple(file for file in files if file.spec.name in trials), trials)

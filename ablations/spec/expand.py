@@ -70,8 +70,8 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
 
 
 class Unsuited(SpecError):
-    """What a model cannot carry out whose first blocks take no reducer: most specs name blocks of a plain ViT, and such
-    a model answers as much of them as it can.
+    """What a model cannot carry out of a shipped spec, which were written for a ViT with a class token; or of any spec,
+    where its first blocks take no reducer. It answers as much as it can.
     """
 
     reason = ""
@@ -115,7 +115,7 @@ def _trial(
             check(placed.placement)
         except ValueError as error:
             told = file.error(place, f"{error}")
-            if facts.first_free:
+            if facts.first_free or file.shipped:
                 unsuited = Unsuited(str(told))
                 unsuited.reason = str(error)
                 raise unsuited from error

@@ -145,6 +145,11 @@ class SpecFile:
     path: Path
     node: yaml.Node | None = None
 
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one of the specs that come with the package."""
+        return self.path.parent == SPECS
+
     def error(self, place: Place, message: str) -> SpecError:
         """An error at a place of this file."""
         return SpecError(f"{self.path}{line_of(self.node, place)}: {place_text(place)}: {message}")
