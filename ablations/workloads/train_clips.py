@@ -39,7 +39,7 @@ from ablations.workloads.training_state import Curve, keep, restore
 
 log = logging.getLogger(__name__)
 
-TRAINED_ON = 25_600  # clips
+TRAINED_ON = 17_600  # clips
 CLUTTER_GROWS = 0.4  # share of the training in which clutter comes to be all there is
 BATCH = 32
 OLD_LR, NEW_LR = 5e-4, 2e-3  # of weights that digits_vit_tiny has, and of those it has not
