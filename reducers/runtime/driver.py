@@ -74,6 +74,8 @@ class ReducedViT(nn.Module):
                 "the model is reduced already; join the placements: reduce_tokens(model.base, first | second)"
             )
         driven = host_of(base, places=places, options=host)
+        if not driven.depth:
+            raise UnsupportedModel(f"this {type(base).__name__} has no blocks left, and nothing in it to reduce")
         if not isinstance(placement, Placement):
             raise ReducerError(
                 f"reduce_tokens needs a placement such as at([3, 6, 9], EViT(Ratio(0.7))); got {placement!r}"

@@ -587,3 +587,8 @@ def test_no_reduction_is_plain_timm_on_every_entry_point(family: str) -> None:
             )
         checked += 1
     assert checked >= {"eva": 65, "beit": 7, "vision_transformer_relpos": 14, "naflexvit": 14}[family]
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="this VisionTransformer has no blocks left"):
+        reduce_tokens(timm.create_model("vit_tiny_patch16_224", depth=0), Placement())
