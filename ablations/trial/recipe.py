@@ -145,7 +145,8 @@ _SCENES: dict[str, Any] = {
     "clip": 1.0, "augment": "light", "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.05, "amp": "none",
     "holdout": 256,
 }  # fmt: skip
-DEFAULTS: dict[str, dict[str, Any]] = {"embedded": _SCENES, "embedded:v1": _SCENES}
+_CLIPS: dict[str, Any] = {**_SCENES, "images": 1024, "batch": 32}  # eight frames each
+DEFAULTS: dict[str, dict[str, Any]] = {"embedded": _SCENES, "embedded:v1": _SCENES, "moving_digits": _CLIPS}
 """What a workload changes in the defaults above."""
 
 

@@ -1,8 +1,8 @@
 """The images a workload is trained on: never those it is evaluated on.
 
-The embedded workloads draw scenes of their endless train split, once, into a memory map. Image folders read DATA/train
-beside DATA/val, or the folder named by --train-data. Which picture a place in an epoch gives is a function of (seed,
-epoch, image) alone, so that a restart, and any number of loading processes, sees the same pictures.
+The embedded workloads draw scenes or clips of their endless train split, once, into a memory map. Image folders read
+DATA/train beside DATA/val, or the folder named by --train-data. Which picture a place in an epoch gives is a function
+of (seed, epoch, image) alone, so that a restart, and any number of loading processes, sees the same pictures.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ablations.models.clips import CLIP_CANVAS, DIRECTIONS, FRAMES
 from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, MOVING, SHIPPED, normalise
 from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
-from ablations.workloads import digits, embedded, pairs
+from ablations.workloads import digits, embedded, moving_digits, pairs
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.folders.splits import class_root
 from ablations.workloads.photographs import Augment, Photographs, Place, sample_seed
@@ -31,10 +32,15 @@ from ablations.workloads.reading import ImageSource, Reading
 log = logging.getLogger(__name__)
 
 SCENES = 24_576  # of the embedded train split, drawn once: six epochs of 4096 without repetition
+CLIPS_DRAWN = 6_144  # clips of moving digits, at most: eight times the pixels
 SCENE_SEED = 1  # the shipped weights were trained on the scenes of seed 0
 SHIFT = 4  # pixels by which the light augmentation of scenes moves them, at most: half a patch
 _FOLDERS = ("train", "training")
-_KINDS = {EMBEDDED: ("pairs", pairs.VERSION), EMBEDDED_V1: ("digits", digits.VERSION)}  # in digests and file names
+_KINDS = {  # in digests and file names
+    EMBEDDED: ("pairs", pairs.VERSION),
+    EMBEDDED_V1: ("digits", digits.VERSION),
+    MOVING: ("moving", moving_digits.VERSION),
+}
 
 
 @dataclass(frozen=True)
@@ -50,16 +56,11 @@ class TrainingAccess:
     def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
         """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
         source = self.source
-        if source.name == MOVING:
-            raise WorkloadError(
-                "nothing is finetuned on moving digits yet: leave the training out, or use WORKLOAD=embedded"
-            )
         if source.name in SHIPPED:
             if source.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")
-            return Scenes(
-                self.cache, count=self.scenes, augment=augment, holdout=holdout, seed=seed, workload=source.name
-            )
+            count = min(self.scenes, CLIPS_DRAWN) if source.name == MOVING else self.scenes
+            return Scenes(self.cache, count=count, augment=augment, holdout=holdout, seed=seed, workload=source.name)
         root = training_root(source.data, source.train_data, workload=source.name, reading=source.reading)
         return Photographs(
             root,
@@ -105,15 +106,14 @@ def training_root(data: str | None, train_data: str | None, *, workload: str, re
 
 
 class Scenes(Dataset[tuple[Tensor, int]]):
-    """((1, 64, 64) float32, label) by (epoch, scene): ``count`` scenes of the train split, drawn once.
+    """((1, 64, 64) float32, label) by (epoch, scene): ``count`` scenes of the train split, drawn once; of moving digits
+    ((F, 1, 48, 48) float32, direction).
 
     ``held_out`` are further scenes of that split, never trained on.
 
-    The light augmentation moves a scene by up to half a patch, so that no digit keeps its place on the patch grid.
-    Digits are neither mirrored nor turned: a 6 is no 9.
+    The light augmentation moves a scene by up to half a patch, so that no digit keeps its place on the patch grid; all
+    frames of a clip alike, over its torus. Digits are neither mirrored nor turned: a 6 is no 9.
     """
-
-    classes = CLASSES
 
     def __init__(
         self, cache: Path, *, count: int, augment: Augment, holdout: int, seed: int, workload: str = EMBEDDED
@@ -123,6 +123,7 @@ class Scenes(Dataset[tuple[Tensor, int]]):
         if count < 1:
             raise WorkloadError(f"{count} training scenes are none: give 1 or more")
         self.name = workload
+        self.classes = DIRECTIONS if workload == MOVING else CLASSES
         self.pixels, self.labels = drawn_scenes(cache, 0, count, workload=workload)
         self.held_out: Workload | None = None
         if holdout:
@@ -145,11 +146,13 @@ class Scenes(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, place: Place) -> tuple[Tensor, int]:
         epoch, index = place
-        image = np.array(self.pixels[index, :, :, 0])
+        image = np.array(self.pixels[index, ..., 0])
         if self._shift:
             random_state = np.random.RandomState(sample_seed(self._seed, epoch, index))
-            image = shifted(image, *random_state.randint(-self._shift, self._shift + 1, size=2))
-        return normalise(torch.from_numpy(image)[None])[0], int(self.labels[index])
+            by = random_state.randint(-self._shift, self._shift + 1, size=2)
+            image = np.roll(image, by, axis=(1, 2)) if self.name == MOVING else shifted(image, *by)
+        seen = normalise(torch.from_numpy(image if self.name == MOVING else image[None]))
+        return seen if self.name == MOVING else seen[0], int(self.labels[index])
 
 
 def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
@@ -163,22 +166,23 @@ def shifted(image: np.ndarray, down: int, right: int) -> np.ndarray:
 
 
 def drawn_scenes(cache: Path, start: int, stop: int, *, workload: str = EMBEDDED) -> tuple[np.ndarray, np.ndarray]:
-    """Scenes ``start`` … ``stop - 1`` of the train split: pixels (n, 64, 64, 1) uint8 and labels (n,) int64."""
+    """Scenes ``start`` … ``stop - 1`` of the train split: pixels (n, 64, 64, 1) uint8, of clips (n, F, 48, 48, 1), and
+    labels (n,) int64.
+    """
     folder = cache / "training"
     folder.mkdir(parents=True, exist_ok=True)
     kind, version = _KINDS[workload]
     stem = f"{kind}-v{version}-seed{SCENE_SEED}-{start}-{stop}"
     paths = folder / f"{stem}.npy", folder / f"{stem}-labels.npy", folder / f"{stem}.sha256"
-    shape = (stop - start, CANVAS, CANVAS, 1)
+    size = (FRAMES, CLIP_CANVAS, CLIP_CANVAS) if workload == MOVING else (CANVAS, CANVAS)
+    shape = (stop - start, *size, 1)
     with locked(folder / f"{stem}.lock", what="drawing the training scenes"):
         found = _mapped(*paths, shape)
         if found is None:
             log.info("drawing %d training scenes, once", stop - start)
-            draw = digits.render if workload == EMBEDDED_V1 else pairs.render
-            scenes = (draw("train", index, seed=SCENE_SEED) for index in range(start, stop))
             pixels, labels = np.empty(shape, dtype=np.uint8), np.empty(stop - start, dtype=np.int64)
-            for row, scene in enumerate(scenes):
-                pixels[row, :, :, 0], labels[row] = scene.image, scene.label
+            for row, index in enumerate(range(start, stop)):
+                pixels[row, ..., 0], labels[row] = _drawn(workload, index)
             arrays: tuple[np.ndarray, ...] = pixels, labels
             for path, array in zip(paths, arrays, strict=False):
                 with atomic(path) as temporary, temporary.open("wb") as file:
@@ -188,6 +192,15 @@ def drawn_scenes(cache: Path, start: int, stop: int, *, workload: str = EMBEDDED
             found = _mapped(*paths, shape)
     assert found is not None, "what was just written can be read"
     return found
+
+
+def _drawn(workload: str, index: int) -> tuple[np.ndarray, int]:
+    """What a scene or clip shows, without a channel, and its label."""
+    if workload == MOVING:
+        clip = moving_digits.render("train", index, seed=SCENE_SEED)
+        return clip.frames, clip.direction
+    scene = (digits.render if workload == EMBEDDED_V1 else pairs.render)("train", index, seed=SCENE_SEED)
+    return scene.image, scene.label
 
 
 def _mapped(pixels: Path, labels: Path, digests: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
