@@ -126,6 +126,7 @@ weights: $(STAMP) ## train the embedded models again and replace the shipped wei
 	$(PY) -m ablations.workloads.train_embedded --out ablations/models/weights
 	$(PY) -m ablations.workloads.train_pairs --out ablations/models/weights
 	$(PY) -m ablations.workloads.train_siblings --out ablations/models/weights
+	$(PY) -m ablations.workloads.train_clips --out ablations/models/weights
 	$(PY) -m ablations.measure.separation --card ablations/models/weights
 
 report: $(STAMP) ## draw figures, tables and report.html again from the results in OUT
