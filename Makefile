@@ -20,8 +20,10 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q --numprocesses auto --maxprocesses
 # the options of a run, each passed on only when it is set
 option = $(if $($(1)),--$(2) '$($(1))')
 FOLDER_OPTIONS = $(call option,LABELS,labels) $(if $(filter no 0 off false,$(LINKS)),--no-links)
+CLIP_OPTIONS = $(call option,FRAMES,frames) $(call option,STRIDE,stride) $(call option,VIEWS,views)
 RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call option,MODEL,model) \
 	$(call option,IMG_SIZE,img-size) $(call option,WEIGHTS,weights) $(call option,BATCH,batch) $(call option,WORKERS,workers) \
+	$(CLIP_OPTIONS) \
 	$(call option,TRAIN_DATA,train-data) $(call option,TASK,task) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
@@ -33,13 +35,16 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'variables (all optional):'
-	@echo '  WORKLOAD   embedded (default), embedded:v1, moving_digits, imagefolder, timm:SPEC, torchvision:NAME or hub:NAME'
+	@echo '  WORKLOAD   embedded (default), embedded:v1, moving_digits, imagefolder, clips, timm:SPEC, torchvision:NAME, hub:NAME'
 	@echo '  DATA       folder of the images, for workloads that read one'
 	@echo '  LABELS     a file of labels (val.txt, LOC_val_solution.csv), order or index (default: found out)'
 	@echo '  LINKS=no   do not follow links in DATA to folders or out of it'
 	@echo '  MODEL      a timm name, such as deit_small_patch16_224 (default: the embedded model)'
 	@echo '             hf-hub:OWNER/NAME, local-dir:FOLDER, or of transformers hf:FOLDER or hf:OWNER/NAME'
 	@echo '  IMG_SIZE   384, or 384,320 (height, width): another size of image than the model'"'"'s own'
+	@echo '  FRAMES     frames of a clip (default: the model'"'"'s own); for WORKLOAD=clips DATA=FOLDER also'
+	@echo '  STRIDE     frames of the video from one to the next (default: spread over it), and'
+	@echo '  VIEWS      crops (3), or views in time x crops (4x3), whose answers are averaged (default: 1)'
 	@echo '  WEIGHTS    a .safetensors file, or random (default: the model'"'"'s own)'
 	@echo '  TASK       classify (default), embed: features beside the dense model, no labels, or dense: patches against masks'
 	@echo '  SPECS      names of specs or .yaml files, such as SPECS="k_values class_token" (default: all)'
@@ -76,7 +81,7 @@ recommend: $(STAMP) ## which token reduction this model should use: COST=0.5 (or
 train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)
 	@$(PY) -m ablations train $(METHOD) --out '$(OUT)' $(call option,WORKLOAD,workload) $(call option,DATA,data) \
 		$(call option,MODEL,model) $(call option,IMG_SIZE,img-size) $(call option,WEIGHTS,weights) \
-		$(call option,TRAIN_DATA,train-data) \
+		$(call option,TRAIN_DATA,train-data) $(CLIP_OPTIONS) \
 		$(call option,LIMIT,limit) $(FOLDER_OPTIONS) $(if $(SET),--set $(SET))
 
 smoke: ## two specs on 256 images, in about a minute: does everything work here?

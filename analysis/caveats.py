@@ -24,8 +24,8 @@ def caveats(
     said += _data(setting, trials)
     if trials["model"].nunique() == 1 and question.in_print and setting.model != "deit_small_patch16_224":
         said.append(
-            f"In print: DeiT-S mostly; here: {published.model_name(setting.model)}. Changes to the dense model at a "
-            "share of its cost compare better than accuracies, and neither is the same experiment."
+            f"In print: {question.printed_on}; here: {published.model_name(setting.model)}. Changes to the dense "
+            "model at a share of its cost compare better than accuracies, and neither is the same experiment."
         )
     tuned = trials.loc[~trials["dense"], "finetuned"]
     if question.finetuned_in_print and len(tuned) and not tuned.any():

@@ -112,8 +112,12 @@ def differs(row: Mapping[str, object], setting: Setting) -> str:
     reasons = []
     if model_name(setting.model) != row["model"]:
         reasons.append(f"other model ({row['model'] if isinstance(row['model'], str) else NO_MODEL})")
-    if setting.workload in ("embedded", "embedded:v1", "moving_digits"):
-        reasons.append("other data (ImageNet-1k val)")
+    known = str(row["dataset"])
+    images = known.startswith("ImageNet")
+    if setting.workload in ("embedded", "embedded:v1", "moving_digits") or images == (setting.workload == "clips"):
+        reasons.append(f"other data ({known})")
+    elif not images:
+        reasons.append(f"the validation clips of {known} (here {setting.images:,} clips)")
     elif setting.images < IMAGENET_VAL:
         reasons.append(f"all 50,000 images of ImageNet-1k val (here {setting.images:,} images)")
     words = str(row["setting"]).casefold()

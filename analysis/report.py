@@ -16,8 +16,9 @@ from ablations.records import names
 from ablations.records.kinds import KINDS
 from ablations.records.storage import FULL
 from analysis import caveats, findings, page, published, style, tables
+from analysis.facts.clips import ClipGrid
 from analysis.facts.outcomes import with_answers
-from analysis.facts.overview import Overview
+from analysis.facts.overview import MANY, Overview
 from analysis.facts.spec import Facts
 from analysis.features import feature_tables
 from analysis.frame import AnalysisError, Results, Setting
@@ -125,7 +126,7 @@ def _write(results: Results, home: Path) -> Written:
         with TemporaryFile(dir=folder):  # drawing takes minutes: is it to be had for nothing?
             pass
     trials = results.finished
-    looks = style.assign_looks(trials, order=list(dict.fromkeys(trials.loc[trials["kind"] == "front", "spec"])))
+    looks = style.assign_looks(trials, order=list(dict.fromkeys(trials.loc[trials["kind"].isin(MANY), "spec"])))
     desk = _Desk(results, looks, folders, {name: [] for name in folders})
     everything = {setting: with_answers(results.of(setting), results.images) for setting in results.settings()}
     main = [setting for setting in everything if not _aside(setting, everything, results)]
@@ -229,6 +230,7 @@ def _part(desk: _Desk, setting: Setting, everything: Mapping[Setting, pd.DataFra
         imagenet=not embedded and results.run.get("classes", 1000) == 1000,
         patches=_whole(results.run.get("patches")),
         count=setting.images,
+        clip=_clip_grid(setting, results),
     )
     kinds = trials.drop_duplicates("spec").set_index("spec")["kind"]
     sections = []
@@ -299,6 +301,17 @@ def _by_model(facts: Facts) -> list[Facts]:
     """The facts of each model, in the order of the trials."""
     names = list(facts.trials["model"].unique())
     return [facts] if len(names) == 1 else [facts.models[name] for name in names]
+
+
+def _clip_grid(setting: Setting, results: Results) -> ClipGrid | None:
+    """How the patches of a clip lie, as the run recorded it of the model."""
+    models = results.run.get("models")
+    for one in models if isinstance(models, list) else []:
+        if isinstance(one, Mapping) and one.get("weights_digest") == setting.weights_digest:
+            grid = one.get("clip_grid")
+            if isinstance(grid, list) and len(grid) == 3 and all(isinstance(each, int) and each > 0 for each in grid):
+                return ClipGrid(*grid)
+    return None
 
 
 def _whole(value: object) -> int | None:

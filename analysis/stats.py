@@ -187,6 +187,55 @@ def spearman(first: ArrayLike, second: ArrayLike, *, level: float = LEVEL) -> In
     return Interval(rho, math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
 
 
+def clustered_spearman(
+    first: ArrayLike, second: ArrayLike, *, draws: int = 1000, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Spearman's rank correlation of pairs that come in groups, such as the frames of clips: (groups, each) twice. The
+    interval is of resampled groups (percentile bootstrap), ranked anew in each draw; nan where one side never varies.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"{a.shape} and {b.shape}: pairs in groups are two arrays (groups, each)")
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    groups, each = a.shape
+    ones = np.ones((1, a.size))
+    rho = float(_weighted_correlation(_weighted_ranks(a.ravel(), ones), _weighted_ranks(b.ravel(), ones), ones)[0])
+    random, found = np.random.default_rng(seed), []
+    for _ in range(0, draws, _GROUPS_AT_ONCE):
+        counts = random.multinomial(groups, np.full(groups, 1 / groups), size=min(_GROUPS_AT_ONCE, draws))
+        weights = np.repeat(counts.astype(np.float64), each, axis=1)
+        ranks = (_weighted_ranks(values.ravel(), weights) for values in (a, b))
+        found.append(_weighted_correlation(*ranks, weights))
+    low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(rho, float(low), float(high))
+
+
+_GROUPS_AT_ONCE = 50  # draws: their ranks are in memory together
+
+
+def _weighted_ranks(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(draws, n) mean ranks of values that stand ``weights`` (draws, n) times each, ties sharing theirs."""
+    _, place = np.unique(values, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
+    mass = np.add.reduceat(weights[:, order], starts, axis=1)  # (draws, distinct values)
+    ranks: NDArray[np.float64] = (np.cumsum(mass, axis=1) - (mass - 1) / 2)[:, place]
+    return ranks
+
+
+def _weighted_correlation(
+    first: NDArray[np.float64], second: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(draws,) Pearson's correlation of (draws, n) values that stand ``weights`` times each; nan without spread."""
+    total = weights.sum(axis=1, keepdims=True)
+    one, other = (values - (weights * values).sum(axis=1, keepdims=True) / total for values in (first, second))
+    spread = np.sqrt((weights * one * one).sum(axis=1) * (weights * other * other).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: NDArray[np.float64] = (weights * one * other).sum(axis=1) / spread
+    return found
+
+
 def _same_images(a: NDArray[Any], b: NDArray[Any]) -> None:
     if a.shape != b.shape or a.ndim != 1 or not len(a):
         raise ValueError(f"{a.shape} and {b.shape} outcomes: a paired test needs the same images, at least one")
@@ -205,6 +254,6 @@ def _z(level: float) -> float:
 
 
 __all__ = [
-    "ALPHA", "DRAWS", "LEVEL", "Interval", "Paired", "Resolution", "accuracy", "bootstrap",
+    "ALPHA", "DRAWS", "LEVEL", "Interval", "Paired", "Resolution", "accuracy", "bootstrap", "clustered_spearman",
     "holm", "mcnemar", "paired", "paired_bootstrap", "resolution", "spearman", "wilson",
 ]  # fmt: skip

@@ -56,7 +56,13 @@ MARKERS = (
 )  # 11: no colour meets its first marker again soon
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
 PAIRS, CLUTTERED, MOVING = "digit pairs", "cluttered digits", "moving digits"  # scenes of the embedded workloads
-WORKLOADS = {"embedded": PAIRS, "embedded:v1": CLUTTERED, "moving_digits": MOVING, "imagefolder": "image folder"}
+WORKLOADS = {
+    "embedded": PAIRS,
+    "embedded:v1": CLUTTERED,
+    "moving_digits": MOVING,
+    "imagefolder": "image folder",
+    "clips": "clips",
+}
 _READ_CLUTTERED = ("digits_vit_small", "digits_vit_tiny")  # their shipped weights read no other scenes
 
 P = ParamSpec("P")

@@ -198,11 +198,18 @@ def display_published(rows: pd.DataFrame) -> pd.DataFrame:
             "GFLOPs as printed": [_number(value, None) for value in rows["gflops"]],
             "top-1 as printed (%)": [_number(value, None) for value in rows["top1"]],
             "data": rows["dataset"].fillna(""),
-            "setting": rows["setting"].fillna(""),
+            "setting": [_setting(row) for row in records_of(rows)],
             "source": [f"{source}, {table}" for source, table in zip(rows["source"], rows["table"], strict=True)],
             "differs from ours": rows["differs"],
         }
     )
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """What is printed beside a row; of clips also how many views their cost counts."""
+    told = [row["setting"] if isinstance(row["setting"], str) else ""]
+    told += [f"{row['views']} views"] if isinstance(row.get("views"), str) else []
+    return "; ".join(text for text in told if text)
 
 
 def with_bounds(value: float, low: float, high: float, *, sign: bool = False) -> str:

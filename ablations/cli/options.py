@@ -118,6 +118,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="for --data: a file of labels (val.txt, LOC_val_solution.csv), 'order' (sorted folders are the head's "
         "classes) or 'index' (folders are named by index); default: WordNet ids, else found out",
     )  # fmt: skip
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="of clips: frames of the video from one frame of a view to the next "
+        "(default: spread over the whole video)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--views", metavar="VIEWS", help="of clips: crops of each frame, 3, or views in time x crops, 4x3; their "
+        "answers are averaged (1: the middle)",
+    )  # fmt: skip
     parser.add_argument("--no-links", action="store_true", help="do not follow links to folders or out of the folder")
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most N images")
 
@@ -126,7 +134,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The workload and the model."""
     parser.add_argument(
         "--workload", default="embedded",
-        help="embedded, embedded:v1, moving_digits, imagefolder, timm:…, torchvision:… or hub:… (embedded)",
+        help="embedded, embedded:v1, moving_digits, imagefolder, clips, timm:…, torchvision:… or hub:… (embedded)",
     )  # fmt: skip
     parser.add_argument(
         "--model", metavar="NAME",
@@ -138,6 +146,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--img-size", metavar="PIXELS", help="read images of this size, 384 or 384,320 (height, width); positions are "
         "resampled (the model's own)",
     )  # fmt: skip
+    parser.add_argument("--frames", metavar="N", help="read clips of so many frames (the model's own number)")
 
 
 def settings_of(arguments: argparse.Namespace, *, specs: tuple[str, ...] = (), ray: bool) -> Settings:
@@ -159,6 +168,9 @@ def settings_of(arguments: argparse.Namespace, *, specs: tuple[str, ...] = (), r
         train_data=arguments.train_data or None,
         model=arguments.model or None,
         img_size=arguments.img_size or None,
+        frames=arguments.frames or None,
+        stride=arguments.stride,
+        views=arguments.views or None,
         weights=arguments.weights or None,
         specs=specs,
         limit=arguments.limit,

@@ -59,13 +59,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from ablations.records.names import CACHE
     from ablations.run import train
     from ablations.trial.recipe import parse_settings
-    from ablations.workloads import ImageSource, Reading, default_models
+    from ablations.workloads import ImageSource, Reading, default_models, parse_sampling
 
     known = train.trainable()
     if not arguments.methods:
         print("\n".join(["methods that can be trained:", *(f"  {name}" for name in known)]))
         return OK
-    model = chosen_name(arguments.model or default_models(arguments.workload)[0], arguments.img_size)
+    main = arguments.model or default_models(arguments.workload)[0]
+    model = chosen_name(main, arguments.img_size, arguments.frames or None)
     depth, first = train.blocks_of(model)
     settings = None if arguments.settings is None else train.parse_method_settings(arguments.settings)
     asked = [
@@ -84,6 +85,7 @@ def _train(arguments: argparse.Namespace) -> int:
     source = ImageSource(
         arguments.workload, arguments.data or None, arguments.train_data or None, limit=arguments.limit,
         reading=Reading(arguments.labels or None, not arguments.no_links),
+        sampling=parse_sampling(arguments.stride, arguments.views),
     )  # fmt: skip
     cache = arguments.out / CACHE
     subject = open_subject(source, model, weights=arguments.weights or None, cache=cache)

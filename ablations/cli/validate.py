@@ -35,6 +35,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         workload=arguments.workload,
         model=arguments.model or None,
         img_size=arguments.img_size or None,
+        frames=arguments.frames or None,
         specs=tuple(arguments.specs),
     )
     plan = preview(settings)

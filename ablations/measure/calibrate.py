@@ -27,6 +27,7 @@ from reducers.runtime import ReducedViT, Shared
 REACHED = 0.01  # a target counts as reached within this share of it
 _CLOSE = 0.002  # … and this near, the search ends: finer than what the evaluated images will repeat
 _BATCH = 32  # images at once; the calibration images stay in memory
+LARGE = 128  # pixels of a side from which on the frames of clips are counted
 _GIGA = 1e9
 
 
@@ -113,11 +114,12 @@ def mean_cost(placement: Placement, context: TrialContext, *, seed: int, host: H
     """
     use_exact_float32()
     fast = reduce_tokens(context.model, placement, host=host.data).to(context.device).eval()
+    views = context.workload.views  # each costs by itself, and a clip costs them all
     if not any(member.traits.adaptive for member in fast.members()):
-        return cost_of(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
-    return halving(
+        return views * cost_of(fast, [(calibration_batches(context)[0][0][:1], None)], seed=seed)
+    return views * halving(
         lambda at_once: cost_of(fast, calibration_batches(context, at_once=at_once), seed=seed),
-        at_once=len(calibration_batches(context)[0][0]),
+        at_once=len(calibration_batches(context)[0][0]) // views,
         what="settings are sought",
     )
 
@@ -131,16 +133,19 @@ def cost_of(fast: ReducedViT, batches: Sequence[tuple[Tensor, Shared | None]], *
     return float(costs.mean()) / _GIGA
 
 
-def calibration_batches(context: TrialContext, *, at_once: int = _BATCH) -> list[tuple[Tensor, Shared]]:
-    """The calibration images, at most ``at_once`` in a batch, and for each batch what the plain model computes of its
-    first blocks. They stay, and so does their size where it had to be made smaller.
+def calibration_batches(context: TrialContext, *, at_once: int | None = None) -> list[tuple[Tensor, Shared]]:
+    """The calibration images, at most ``at_once`` in a batch (None: 32; of clips of large frames, so many frames), and
+    for each batch what the plain model computes of its first blocks. They stay, and so does their size where it had to
+    be made smaller.
     """
-    found = context.calibration_batches
-    if not found or len(found[0][0]) > at_once:
+    found, workload = context.calibration_batches, context.calibration
+    if workload is None:
+        raise TrialError("a target is met on calibration images, and this context has none")
+    if at_once is None:
+        large = workload.frames is not None and workload.pixels.shape[-3] >= LARGE
+        at_once = max(1, _BATCH // workload.pixels.shape[1]) if large else _BATCH
+    if not found or len(found[0][0]) > at_once * workload.views:
         found.clear()  # before the new ones need its memory
-        workload = context.calibration
-        if workload is None:
-            raise TrialError("a target is met on calibration images, and this context has none")
         found.extend(
             (workload.batch(start, stop).to(context.device), Shared()) for start, stop in spans(len(workload), at_once)
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ablations.measure.failures import halving
-from ablations.measure.metrics import GIGA, finite, patch_masks
+from ablations.measure.metrics import GIGA, finite, motion_of, of_views, patch_masks
 from ablations.measure.profile import Profile
 from ablations.tasks import Task, task_of
 from ablations.trial.code import code_of
@@ -40,7 +40,7 @@ class DensePredictions:
     """What is kept of the plain model's answer to every image, and what it costs."""
 
     reference: Mapping[str, np.ndarray]  # (n, …), by the names in the task's ``kept``
-    gmacs: float  # billions of multiply-adds per image
+    gmacs: float  # billions of multiply-adds per image; of a clip, all its views together
     fitted: Mapping[str, np.ndarray] = field(default_factory=dict)  # of no image, by the names in its ``fitted``
 
     def of(self, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -90,6 +90,11 @@ class TrialContext:
         """(n, N0) bool: patches that hold at least one pixel of the object, or None where no mask is known."""
         return None if self.workload.masks is None else patch_masks(self.workload.masks, self.facts.grid)
 
+    @cached_property
+    def motion(self) -> np.ndarray | None:
+        """(n, frames of all views) how much moves in each frame of each clip; None where there are images."""
+        return None if self.workload.frames is None else motion_of(self.workload.pixels, self.workload.views)
+
 
 def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, params_m: float) -> ModelFacts:
     """Read what a plan needs off a vision transformer.
@@ -111,6 +116,7 @@ def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, param
         class_token=host.has_class_token,
         first_free=host.first_free,
         options=dict(host.options),
+        units=host.units,
     )
 
 
@@ -156,7 +162,8 @@ def dense_predictions(
     targets = asked.targets(workload, host_of(model).grid)
 
     def answer(start: int, stop: int) -> dict[str, np.ndarray]:
-        found = finite(asked.ask(model, workload.batch(start, stop).to(device)), start, what=asked.answers)
+        said = of_views(asked.ask(model, workload.batch(start, stop).to(device)), workload.views)
+        found = finite(said, start, what=asked.answers)
         return asked.keep(found, labels=targets[start:stop], fitted=fitted)
 
     found = halving(
@@ -166,7 +173,7 @@ def dense_predictions(
     )
     _, trace = reduce_tokens(model, Placement()).eval().trace(workload.batch(0, 1).to(device))
     reference = {name: np.concatenate([each[name] for each in found]) for name in asked.kept}
-    return DensePredictions(reference, float(trace.macs[0]) / GIGA, fitted)
+    return DensePredictions(reference, float(trace.macs.sum()) / GIGA, fitted)
 
 
 def check_inputs(trial: Trial, context: TrialContext) -> None:

@@ -29,7 +29,7 @@ from ablations.measure.context import (
     versions,
 )
 from ablations.measure.failures import DeviceError, again, device_lost, in_words
-from ablations.measure.metrics import batch_columns, finite, image_columns, summary
+from ablations.measure.metrics import batch_columns, finite, image_columns, of_views, summary
 from ablations.trial.trial import Solution, Trial, TrialError, TrialResult, base_row, failed, trained_together
 from reducers import Identity, at, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
@@ -155,12 +155,14 @@ class _Run:
         with context.profile.measure("evaluation"):
             known = shared if self.shares else None
             answer, trace = context.task.trace(self.fast, images, known, restore=self.trial.restore)
-            answer = finite(answer, span[0], what=context.task.answers)
+            answer = finite(of_views(answer, context.workload.views), span[0], what=context.task.answers)
         self._random = _random_state(context.device)
         with context.profile.measure("bookkeeping"):
             labels, reference = context.targets[slice(*span)], context.dense.of(*span)
             own = context.task.columns(answer, labels=labels, reference=reference)
-            self._batches.append({**own, **batch_columns(trace, depth=context.facts.depth)})
+            self._batches.append(
+                {**own, **batch_columns(trace, depth=context.facts.depth, views=context.workload.views)}
+            )
 
     def result(self, context: TrialContext) -> TrialResult:
         """The finished result."""
@@ -170,6 +172,7 @@ class _Run:
             ids=workload.ids,
             objects=context.object_patches,
             clutter=workload.clutter,
+            motion=context.motion,
         )
         row = {
             **base_row(self.trial, context.facts, self.solution),
@@ -190,6 +193,7 @@ class _Run:
         row.update(
             status="ok",
             dense_gmacs=dense.gmacs,
+            views=workload.views if workload.frames is not None else None,
             shared_prefix=self.shares,
             evaluated_batch=self.at_once,
             attempts=self.attempts,

@@ -94,7 +94,7 @@ def target_of(
 def default_batch(workload: Workload) -> int:
     """Images in a batch: as many as keep a core busy without filling its memory; of clips, so many frames."""
     images = 32 if workload.pixels.shape[-3] >= 128 else 120
-    return max(1, images // (workload.frames or 1))
+    return max(1, images // ((workload.frames or 1) * workload.views))
 
 
 def choose_device() -> torch.device:

@@ -14,7 +14,7 @@ from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, FRAMES
 from ablations.models.siblings import SIBLINGS
 
 EMBEDDED, EMBEDDED_V1 = "embedded", "embedded:v1"  # workloads: digit pairs, and the older cluttered digits
-MOVING = "moving_digits"  # the workload of clips
+MOVING, VIDEOS = "moving_digits", "clips"  # the workloads of clips: drawn ones, and folders of real ones
 CANVAS = 64  # pixels per side of a scene
 CLASSES = 10
 PATCH = 8
@@ -62,6 +62,11 @@ def create_known(name: str) -> nn.Module:
 def readers(workload: str) -> tuple[str, ...]:
     """The models that can read the scenes of an embedded workload, whatever their weights."""
     return tuple(name for name in KNOWN if (name in CLIPS) == (workload == MOVING))
+
+
+def shows_clips(workload: str) -> bool:
+    """Whether a workload has clips, and not images."""
+    return workload in (MOVING, VIDEOS)
 
 
 def what_is_shown(workload: str) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ import torch
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from ablations.models.hub import hub_file
 from ablations.models.model_names import ModelName
 from ablations.models.weight_files import ModelError, check_finite, load_into
-from reducers.hosts import TYPES, host_of
+from reducers.hosts import TYPES, host_of, kind_of
 
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
+_OF_VIDEOS = "video_preprocessor_config.json"  # as later versions call the processor's file of a model of clips
 CLASSIFIER = "classifier"
 _POSITIONS = ("pos_embed", "position_embeddings", "position_embedding.weight")
+_MOMENTS = "time_embeddings"
 _RESIZE_THEMSELVES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "cvt")  # of transformers.models
 _SHARDS = "model.safetensors.index.json"
 _MODES = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's, by number
@@ -60,9 +64,24 @@ def config_of(name: ModelName, cache: Path | None = None) -> dict[str, Any]:
 
 def classes_of(name: ModelName, config: dict[str, Any]) -> int | None:
     """Classes of the model's head; None where the class has no classifier."""
-    if "ImageClassification" not in _class_path(name, config):
+    if not any(what in _class_path(name, config) for what in ("ImageClassification", "VideoClassification")):
         return None
     return len(config["id2label"]) if config.get("id2label") else int(config.get("num_labels", 2))
+
+
+def class_names(config: dict[str, Any]) -> tuple[str, ...]:
+    """What the classes of the head are called, in order; () where the config has no names of its own for them."""
+    found = {int(number): str(label) for number, label in (config.get("id2label") or {}).items()}
+    names = tuple(found.get(number, "") for number in range(len(found)))
+    generic = all(label == f"LABEL_{number}" for number, label in enumerate(names))
+    return () if generic or "" in names else names
+
+
+def frames_of(name: ModelName, config: dict[str, Any]) -> int | None:
+    """Frames of a clip, as asked for or the model's own; None for a model of images."""
+    if kind_of(_class_path(name, config)).inputs != "clips":
+        return None
+    return name.frames or _own_frames(name, config)
 
 
 def create(
@@ -75,6 +94,8 @@ def create(
         settings.num_labels = classes
     settings._attn_implementation = _attention(kind)
     _set_size(name, settings, size_of(name, config, cache))
+    if name.frames is not None:
+        settings.num_frames = name.frames
     model: nn.Module = kind(settings)
     return model
 
@@ -94,7 +115,7 @@ def load(name: ModelName, config: dict[str, Any], cache: Path | None) -> nn.Modu
     if _resizes_itself(name, config):  # the library itself goes by the size of the image
         _set_size(name, model.config, size)
         return model
-    if size == _own_size(config):
+    if size == _own_size(config) and name.frames in (None, frames_of(replace(name, frames=None), config)):
         return model
     sized = create(name, config, cache=cache)
     sized.load_state_dict(resampled(model.state_dict(), sized))
@@ -107,7 +128,7 @@ def load_file(name: ModelName, config: dict[str, Any], weights: Mapping[str, Ten
     classes = None if head is None else head.shape[0]
     model = create(name, config, classes=classes)
     if not set(weights) <= set(model.state_dict()):
-        own = create(ModelName(name.source, name.what, _own_size(config)), config, classes=classes)
+        own = create(ModelName(name.source, name.what, _own_size(config), name.frames), config, classes=classes)
         weights = _loaded(type(own), source, None, config=own.config, state_dict=dict(weights)).state_dict()
     load_into(model, resampled(weights, model), name=str(name), source=source)
     return model
@@ -148,13 +169,27 @@ def _loaded(kind: Any, source: str, folder: Path | None, **options: Any) -> Any:
 
 
 def resampled(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights with positions for the model's size of image, as timm resamples them (bicubic, antialiased).
+    """The weights with positions for the model's size of image, as timm resamples them (bicubic, antialiased), and its
+    number of frames, as transformers' TimeSformer does (to the nearest).
 
     Positions of a grid that is not square are left as they are, to be refused where they do not fit.
+
+    Raises:
+        ModelError: one table has all positions of a clip, which is not resampled.
     """
     host, expected, found = host_of(model), model.state_dict(), dict(weights)
     for key, value in weights.items():
         target = expected.get(key)
+        if target is not None and key.endswith(_MOMENTS) and target.shape != value.shape:
+            found[key] = interpolate(value.mT, size=target.shape[1], mode="nearest").mT.contiguous()
+            continue
+        if target is not None and host.inputs == "clips" and host.units == 1 and key.endswith(_POSITIONS):
+            if target.shape != value.shape:
+                raise ModelError(
+                    f"the weights have positions of {value.shape[-2]} places of a clip, and {target.shape[-2]} are "
+                    "asked for: leave IMG_SIZE and FRAMES (--img-size, --frames) out"
+                )
+            continue
         if not key.endswith(_POSITIONS) or target is None or target.shape == value.shape:
             continue
         prefix = target.shape[-2] - host.patches
@@ -173,31 +208,53 @@ def size_of(name: ModelName, config: dict[str, Any], cache: Path | None = None) 
         return name.size
     if _resizes_itself(name, config):  # such models read any size, and the processor says which
         with suppress(ModelError):
-            return _crop(_processor(name, cache), name)
+            return _crop(_processor(name, cache, config), name)
     return _own_size(config)
 
 
 def input_of(name: ModelName, config: dict[str, Any], cache: Path | None = None) -> dict[str, Any]:
     """What the processor does to images, in the words of ``timm.data.resolve_model_data_config``."""
-    told = _processor(name, cache)
+    told = _processor(name, cache, config)
     height, width = _crop(told, name)
     crops = bool(told.get("do_center_crop", False))
     share = 1.0
     if crops and "shortest_edge" in (told.get("size") or {}):
         share = min(1.0, min(height, width) / int(told["size"]["shortest_edge"]))
     height, width = size_of(name, config, cache)
-    normalises = told.get("do_normalize", True)
+    mean, std = _normalisation(told)
     return {
         "input_size": (int(config.get("num_channels", _vision(config).get("num_channels", 3))), height, width),
-        "mean": tuple(told["image_mean"]) if normalises else (0.0,) * 3,
-        "std": tuple(told["image_std"]) if normalises else (1.0,) * 3,
+        "mean": mean,
+        "std": std,
         "crop_pct": share,
         "crop_mode": "center" if crops else "squash",  # a processor that does not crop stretches the image to its size
         "interpolation": _MODES.get(int(told.get("resample", 2)), "bilinear"),
     }
 
 
-def _processor(name: ModelName, cache: Path | None) -> dict[str, Any]:
+def _normalisation(told: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation as shares of white; ViViT's processor takes one off what it has rescaled, and others
+    may rescale to another range than 0 … 1.
+    """
+    normalises = told.get("do_normalize", True)
+    means = tuple(told["image_mean"]) if normalises else (0.0,) * 3
+    stds = tuple(told["image_std"]) if normalises else (1.0,) * 3
+    white = 255 * float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 255.0
+    offset = 1.0 if told.get("offset", False) else 0.0
+    if offset == 0 and abs(white - 1) < 1e-6:  # as nearly all: their numbers are left to the last bit
+        return means, stds
+    return tuple((mean + offset) / white for mean in means), tuple(std / white for std in stds)
+
+
+def _own_frames(name: ModelName, config: dict[str, Any]) -> int:
+    """As the config says, which need not say what is the class's default."""
+    return int(config["num_frames"] if "num_frames" in config else _class(name, config).config_class().num_frames)
+
+
+def _processor(name: ModelName, cache: Path | None, config: dict[str, Any]) -> dict[str, Any]:
+    if frames_of(name, config) is not None:
+        with suppress(ModelError):
+            return _read_json(folder_of(name, cache, files=(CONFIG, _OF_VIDEOS)) / _OF_VIDEOS, "")
     folder = folder_of(name, cache, files=(CONFIG, PROCESSOR))
     return _read_json(folder / PROCESSOR, "save the processor beside the model: processor.save_pretrained(FOLDER)")
 
@@ -230,7 +287,12 @@ def _set_size(name: ModelName, settings: Any, size: tuple[int, int]) -> None:
     square = size[0] == size[1]
     if not square and settings.model_type.startswith(("clip", "siglip")):
         raise ModelError(f"{name} reads square images alone: give one number, such as --img-size {size[0]}")
-    patch = part.patch_size if hasattr(part, "patch_size") else math.prod(part.patch_stride)
+    if hasattr(part, "patch_size"):
+        patch = part.patch_size
+    elif hasattr(part, "tubelet_size"):
+        patch = part.tubelet_size[-1]
+    else:
+        patch = math.prod(part.patch_stride)
     if any(side % (patch if isinstance(patch, int) else patch[0]) for side in size):
         raise ModelError(f"{size[0]} x {size[1]} px are no whole patches of {patch} of {name}: give a multiple of it")
     part.image_size = size[0] if square else size

@@ -17,7 +17,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ablations.models import digits, hf, paper, siblings
-from ablations.models.clips import CLIP_CLASSIFIER
+from ablations.models.clips import CLIP_CLASSIFIER, CLIPS, FRAMES
 from ablations.models.hub import hub_file
 from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
 from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights
@@ -72,8 +72,15 @@ def check_model(name: str) -> None:
     """Refuse a name that no library knows, with the nearest ones that exist."""
     known = parse_model_name(name)
     if known.source == TRANSFORMERS:
-        hf.config_of(known)
-    elif known.what in digits.KNOWN:
+        config = hf.config_of(known)
+        if known.frames is not None and hf.frames_of(known, config) is None:
+            raise ModelError(f"{known.what} reads images, and no clips: leave FRAMES={known.frames} (--frames) out")
+        return
+    if known.frames is not None:
+        raise ModelError(
+            f"{known.what} has one number of frames, or reads images: leave FRAMES={known.frames} (--frames) out"
+        )
+    if known.what in digits.KNOWN:
         if known.size is not None:
             side = digits.digits_input(known.what)["input_size"][-1]
             raise ModelError(f"{known.what} reads scenes of {side} px and no others: leave IMG_SIZE out")
@@ -134,6 +141,23 @@ def input_config(name: str) -> dict[str, Any]:
     return found if known.size is None else {**found, "input_size": (found["input_size"][0], *known.size)}
 
 
+def clip_frames(name: str) -> int | None:
+    """How many frames a clip has that the model reads; None for a model of images."""
+    check_model(name)
+    known = parse_model_name(name)
+    if known.source == TRANSFORMERS:
+        return hf.frames_of(known, hf.config_of(known))
+    if known.what in CLIPS:
+        return FRAMES
+    return paper.FRAMES.get(known.what) if _is_paper(known) else None
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """What the model calls the classes of its head, in order; () where it does not say."""
+    known = parse_model_name(name)
+    return hf.class_names(hf.config_of(known)) if known.source == TRANSFORMERS else ()
+
+
 def head_classes(name: str, *, weights: str | None, headless: bool = False) -> int | None:
     """How many classes the model's head tells apart; None for random weights, whose head follows the data.
 
@@ -152,7 +176,7 @@ def head_classes(name: str, *, weights: str | None, headless: bool = False) -> i
     if own:
         return digits.classes_of(known.what)
     if _is_paper(known):
-        return paper.CLASSES
+        return paper.classes_of(known.what)
     if known.source == TRANSFORMERS:
         classes = hf.classes_of(known, hf.config_of(known))
     else:
@@ -332,7 +356,7 @@ def _file_head(name: ModelName, path: Path) -> int | None:
     if name.what in digits.KNOWN:
         classifier: Any = {**siblings.CLASSIFIER, **CLIP_CLASSIFIER}.get(name.what, "head")
     elif _is_paper(name):
-        classifier = "head"
+        classifier = paper.CLASSIFIER.get(name.what, "head")
     else:
         classifier = hf.CLASSIFIER if name.source == TRANSFORMERS else _described(name).config.classifier
     first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier

@@ -9,7 +9,8 @@
 =====================  =====================================================================================
 
 Behind any of them ``?img=384`` or ``?img=384x320`` (height x width) asks for another size: ``--img-size`` writes that,
-so that the name alone says which model it is, in keys, records and to workers elsewhere.
+so that the name alone says which model it is, in keys, records and to workers elsewhere. ``?frames=16`` behind that
+asks for another number of frames of a clip, and is written by ``--frames``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ablations.records.files import absolute, user_path
 TIMM_HUB, TIMM_FOLDER, TRANSFORMERS = "hf-hub", "local-dir", "hf"
 _SOURCES = (TIMM_HUB, TIMM_FOLDER, TRANSFORMERS)
 _SIZE = re.compile(r"(\d{1,5})(?:\s*[x,]\s*(\d{1,5}))?")
-_MARK = "?img="
+_MARK, _FRAMES_MARK = "?img=", "?frames="
+_FRAMES = re.compile(r"[1-9]\d{0,3}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ModelName:
     source: str  # "" for timm's and the embedded ones
     what: str  # name, folder, or owner/name[@revision]
     size: tuple[int, int] | None = None  # height and width in pixels; None: the model's own
+    frames: int | None = None  # of a clip; None: the model's own, if it reads clips
 
     @property
     def folder(self) -> Path | None:
@@ -48,18 +51,19 @@ class ModelName:
 
     def __str__(self) -> str:
         where = f"{self.source}:{self.what}" if self.source else self.what
-        if self.size is None:
-            return where
-        height, width = self.size
-        return f"{where}{_MARK}{height}" + ("" if width == height else f"x{width}")
+        if self.size is not None:
+            height, width = self.size
+            where += f"{_MARK}{height}" + ("" if width == height else f"x{width}")
+        return where if self.frames is None else f"{where}{_FRAMES_MARK}{self.frames}"
 
 
 def parse_model_name(text: str) -> ModelName:
     """A name from its text.
 
     Raises:
-        ModelError: a source that does not exist, a size that is none, or a source without a name.
+        ModelError: a source that does not exist, a size or a number of frames that is none, or a source without a name.
     """
+    text, timed, frames = text.partition(_FRAMES_MARK)
     bare, mark, size = text.partition(_MARK)
     source, colon, what = bare.partition(":")
     if not colon:
@@ -71,7 +75,14 @@ def parse_model_name(text: str) -> ModelName:
         )
     if not what:
         raise ModelError(f"nothing stands behind {source}: in the model {text!r}; write a folder or OWNER/NAME there")
-    return ModelName(source, what, parse_size(size) if mark else None)
+    return ModelName(source, what, parse_size(size) if mark else None, parse_frames(frames) if timed else None)
+
+
+def parse_frames(text: str) -> int:
+    """``16``: frames of a clip."""
+    if not _FRAMES.fullmatch(text.strip()):
+        raise ModelError(f"{text!r} is no number of frames: write 16")
+    return int(text)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -82,8 +93,15 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def chosen_name(text: str, size: str | None = None) -> str:
-    """A model's name as records hold it: a folder by its full path, the size of image in the name."""
+def chosen_name(text: str, size: str | None = None, frames: str | None = None) -> str:
+    """A model's name as records hold it: a folder by its full path, the size of image and frames in the name."""
     name = parse_model_name(text)
     what = name.what if name.folder is None else absolute(name.what) or name.what
-    return str(ModelName(name.source, what, name.size if size is None else parse_size(size)))
+    return str(
+        ModelName(
+            name.source,
+            what,
+            name.size if size is None else parse_size(size),
+            name.frames if frames is None else parse_frames(frames),
+        )
+    )

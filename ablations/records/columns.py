@@ -38,14 +38,15 @@ ROW: dict[str, Kind] = {
     "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT, "task": _TEXT,
     "cosine": _REAL, "cosine_low": _REAL, "cosine_high": _REAL, "miou": _REAL, "miou_low": _REAL, "miou_high": _REAL,
     "background_iou": _REAL, "dense_miou": _REAL, "restore": _TEXT, "fill": _TEXT, "spread": _TEXT,
-    "over": _TEXT, "missing": _TEXT,
+    "over": _TEXT, "missing": _TEXT, "views": _WHOLE,
 }  # fmt: skip
 """The columns of ``results.parquet``. ``evaluated_batch``: images at a time as it was evaluated, fewer than ``batch``
 where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of; ``task``:
 what was asked of the model (null: ``classify``, in rows of the time before there were others); ``cosine``: the mean
 over images of ``embed``, with its 95 % interval; ``miou``: of ``dense``, over classes and the background, whose own is
 ``background_iou``; ``restore``: by which rule tokens were put back in their places for it; ``fill``,
-``spread``, ``over``, ``missing``: options of the model's host (null: it has none of that name).
+``spread``, ``over``, ``missing``: options of the model's host (null: it has none of that name); ``views``: of a clip,
+whose costs and tokens are those of all its views together (null: images).
 """
 
 OPTIONS = ("fill", "spread", "over", "missing")
@@ -55,12 +56,14 @@ IMAGE: dict[str, Kind] = {
     "image": _TEXT, "label": _WHOLE, "prediction": _WHOLE, "correct": _FLAG, "dense_correct": _FLAG, "loss": _REAL,
     "gmacs": _REAL, "tokens": Kind.WHOLES, "kept": Kind.BYTES, "class_kept": _FLAG, "coverage": _REAL,
     "clutter": _WHOLE, "cosine": _REAL, "intersection": Kind.WHOLES, "union": Kind.WHOLES,
+    "motion": Kind.REALS,
 }  # fmt: skip
 """The columns of ``images/<key>.parquet``; ``kept`` holds one ``np.packbits`` of the patches a block; ``intersection``
-and ``union`` count patches, of each class and last of the background.
+and ``union`` count patches, of each class and last of the background; ``motion`` says of each frame of a clip how much
+changes from the frame before, as a mean share of white.
 """
 
-IMAGE_ADDED_LATER = ("cosine", "intersection", "union")
+IMAGE_ADDED_LATER = ("cosine", "intersection", "union", "motion")
 """Those that files of earlier versions lack."""
 
 

@@ -25,6 +25,9 @@ Answer = Literal[
     "trained",  # what methods with a training of their own are worth
     "scratch",  # models trained with the reduction from their first update on
     "backbones",  # one method on the backbones it was published on, at the published costs
+    "clips",  # which method, or which way of counting, to take on clips
+    "clip_placement",  # in which blocks of a video model
+    "clip_scores",  # what decides which tokens of a frame are kept
     "ranking",  # who leads at equal cost; of a spec that says nothing else
 ]
 KINDS: tuple[Answer, ...] = get_args(Answer)

@@ -25,7 +25,7 @@ from ablations.records.files import atomic, write_json
 from ablations.run.session import Session
 from ablations.tasks import task_of
 from ablations.trial.trial import ModelFacts
-from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, open_model
+from ablations.workloads import ImageSource, LoadedModel, Reading, Sampling, Workload, open_model
 
 _LARGE = ("pixels", "masks")  # mapped from files of their own, which models and later runs share
 _SMALL = ("labels", "clutter")
@@ -165,7 +165,10 @@ def _load_model(saved: dict[str, Any], workload: Workload, locate: Locate) -> Lo
 
 
 def _source(saved: dict[str, Any]) -> ImageSource:
-    return ImageSource(**{**saved["source"], "reading": Reading(**saved["source"]["reading"])})
+    source = saved["source"]
+    return ImageSource(
+        **{**source, "reading": Reading(**source["reading"]), "sampling": Sampling(**source["sampling"])}
+    )
 
 
 def _save_weights(subject: Subject, cache: Path) -> str | None:

@@ -23,7 +23,7 @@ from ablations.records.names import INDEX, RUN, SAMPLES, planned_keys
 from ablations.run.session import Session, Settings
 from ablations.store.store import Store
 from ablations.trial.staleness import outdated
-from ablations.trial.trial import CLASSIFY
+from ablations.trial.trial import CLASSIFY, ModelFacts
 from ablations.version import own_version
 from ablations.workloads import Workload
 
@@ -99,6 +99,7 @@ def settings_in_full(settings: Settings) -> dict[str, Any]:
     about.update(data=absolute(settings.data), train_data=absolute(settings.train_data))
     models, files = zip(*settings.chosen(), strict=True)
     about.update(labels=settings.reading.labels, links=settings.links)
+    about.update(stride=settings.stride, views=settings.views)
     return {**about, "models": list(models), "weights_files": [located_weights(file) for file in files]}
 
 
@@ -132,6 +133,7 @@ def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
         "patches": facts.patches,
         "width": facts.width,
         "grid": list(facts.grid),
+        "clip_grid": clip_grid(subject.workload, facts),
         "data_digest": subject.target.data_digest,
         "plain": None if dense is None or not dense.classifies else chance_of(dense, subject.workload).as_data(),
     }
@@ -139,20 +141,33 @@ def _about_model(session: Session, subject: Subject) -> dict[str, Any]:
 
 def write_samples(session: Session) -> None:
     """``OUT/samples``: a few images for the pictures, and which rows they are."""
-    save_samples(session.store, session.workload, session.facts.grid)
+    save_samples(session.store, session.workload, session.facts)
 
 
-def save_samples(store: Store, workload: Workload, grid: tuple[int, int], count: int = SAMPLE_COUNT) -> None:
+def clip_grid(workload: Workload, facts: ModelFacts) -> tuple[int, int, int] | None:
+    """(steps in time, rows, columns) of the patches of a clip; None where there are images. A step is a frame, or a
+    tubelet several frames deep.
+    """
+    if workload.frames is None:
+        return None
+    (height, width), (rows, columns) = workload.pixels.shape[-3:-1], facts.grid
+    of_frame = columns * height // width
+    return facts.units * rows // of_frame, of_frame, columns
+
+
+def save_samples(store: Store, workload: Workload, facts: ModelFacts, count: int = SAMPLE_COUNT) -> None:
     """``samples`` of a store: ``count`` images of a workload."""
     entries = []
+    clip = clip_grid(workload, facts)
+    steps, rows, columns = clip or (1, *facts.grid)
     for number, row in enumerate(sample_rows(workload, count)[:count]):
         name = f"{number + 1:04d}.png"
         picture = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(workload.thumbnail(row))).save(picture, format="PNG")
+        Image.fromarray(np.ascontiguousarray(workload.thumbnail(row, clip and steps))).save(picture, format="PNG")
         store.write(f"{SAMPLES}/{name}", picture.getvalue())
         label = int(workload.labels[row]) if workload.classes else None
         entries.append({"image": workload.ids[row], "file": name, "label": label, "row": row})
-    store.write_json(f"{SAMPLES}/{INDEX}", {"grid": list(grid), "images": entries})
+    store.write_json(f"{SAMPLES}/{INDEX}", {"grid": [steps * rows, columns], "images": entries})
 
 
 def sample_rows(workload: Workload, count: int = SAMPLE_COUNT) -> list[int]:

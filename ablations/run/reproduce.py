@@ -167,6 +167,8 @@ def _run(
         strict=bool(settings.get("strict")),
         labels=labels or settings.get("labels"),
         links=bool(settings.get("links", True)),
+        stride=settings.get("stride"),
+        views=settings.get("views"),
         task=trial.task,
     )
     own = Store(folder).create()

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from ablations.measure.opening import Subject, facts_of, open_subject
+from ablations.models.digits import shows_clips
 from ablations.models.loading import RANDOM
 from ablations.models.model_names import chosen_name
 from ablations.run.jobs import Computation, computations
 from ablations.spec import expand as plan
+from ablations.spec.checks import Unsuited
 from ablations.spec.model import SpecFile, find_specs
 from ablations.store.store import Store
 from ablations.tasks import task_of
 from ablations.trial.target import Target
 from ablations.trial.trial import CLASSIFY, RESULT_VERSION, ModelFacts, Trial
-from ablations.workloads import ImageSource, LoadedModel, Reading, Workload, default_models, open_model
+from ablations.workloads import (
+    ImageSource,
+    LoadedModel,
+    Reading,
+    Workload,
+    default_models,
+    open_model,
+    parse_sampling,
+)
 from reducers import reduce_tokens
 
 log = logging.getLogger(__name__)
@@ -39,6 +49,9 @@ class Settings:
     train_data: str | None = None
     model: str | None = None
     img_size: str | None = None  # "384" or "384,320": what the models read, where not their own size
+    frames: str | None = None  # "16": of the clips that the models read, where not their own number
+    stride: int | None = None  # of clips: see ``workloads.videos.sampling``
+    views: str | None = None  # of clips: "3", or "4x3"
     weights: str | None = None
     specs: tuple[str, ...] = ()
     limit: int | None = None
@@ -57,14 +70,15 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} leaves nothing to evaluate; give 1 or more")
         self.chosen()
+        parse_sampling(self.stride, self.views)
 
     def chosen(self) -> list[tuple[str, str | None]]:
         """The models of the run and the weights of each, in the order given; the first is the run's main one."""
-        names = [chosen_name(name, self.img_size) for name in self.model.split()] if self.model else []
+        names = [self._name(name) for name in self.model.split()] if self.model else []
         if len(names) != len(set(names)):
             raise ValueError(f"--model {self.model!r} names a model twice; name each once")
         if not names:
-            names = [chosen_name(name, self.img_size) for name in default_models(self.workload)]
+            names = [self._name(name) for name in default_models(self.workload)]
             if self.weights not in (None, RANDOM):
                 names = names[:1]  # the file is the main model's
         if len(names) == 1 or self.weights in (None, RANDOM):
@@ -77,6 +91,9 @@ class Settings:
             )
         return list(zip(names, files, strict=True))
 
+    def _name(self, name: str) -> str:
+        return chosen_name(name, self.img_size, self.frames)
+
     @property
     def reading(self) -> Reading:
         """How folders are read; a file by its full path, for whoever reads them elsewhere."""
@@ -87,7 +104,7 @@ class Settings:
         """Where the run's images come from."""
         return ImageSource(
             self.workload, self.data, self.train_data, limit=self.limit, strict=self.strict, download=self.download,
-            reading=self.reading,
+            reading=self.reading, sampling=parse_sampling(self.stride, self.views),
         )  # fmt: skip
 
     @property
@@ -160,7 +177,9 @@ class Session:
 
 def open_session(settings: Settings) -> Session:
     """Read and check everything; nothing has been computed or written but decoded images when this returns."""
-    files = tuple(find_specs(settings.specs))  # a slip in a spec is found before any image is decoded
+    files = tuple(
+        find_specs(settings.specs, clips=shows_clips(settings.workload))
+    )  # a slip in a spec is found before any image is decoded
     store = Store(settings.out).create()
     chosen = settings.chosen()
     if not any(file.spec.models == "all" for file in files):
@@ -183,7 +202,7 @@ def _trials(
     out of which a model can carry out nothing.
     """
     planned: dict[str, list[Trial]] = {}
-    unsuited: list[plan.Unsuited] = []
+    unsuited: list[Unsuited] = []
     for file in files:
         try:
             planned[file.spec.name] = [
@@ -191,7 +210,7 @@ def _trials(
                 for target, loaded in (models if file.spec.models == "all" else models[:1])
                 for trial in plan.expand(file, target, check=partial(reduce_tokens, loaded.model))
             ]
-        except plan.Unsuited as error:
+        except Unsuited as error:
             if named:
                 raise
             log.warning("%s is left out for %s: %s", file.spec.name, models[0][0].facts.name, error.reason)
@@ -212,7 +231,7 @@ class Preview:
 
 def preview(settings: Settings) -> Preview:
     """Check specs against the models; raises what is wrong with them."""
-    files = tuple(find_specs(settings.specs))
+    files = tuple(find_specs(settings.specs, clips=shows_clips(settings.workload)))
     known: list[tuple[Target, LoadedModel]] = []
     for name, _ in settings.chosen():
         loaded = open_model(name, weights=RANDOM, workload_name=settings.workload)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ablations.records.columns import OPTIONS
 from ablations.spec.arms import LISTS
 from ablations.spec.model import AblationSpec, Arm, SpecFile
-from ablations.spec.plain_yaml import Place, substitute, variables
+from ablations.spec.plain_yaml import Place, SpecError, substitute, variables
 from ablations.trial.free_settings import (
     AUTO,
     StageList,
@@ -42,6 +43,17 @@ class Placed:
     stages: Stages  # as the placement describes itself; what is free is "auto"
     kind: str | None  # "count" | "ratio" | "drop": what is free
     place: Place  # where the stages are written
+
+
+class Unsuited(SpecError):
+    """What a model cannot carry out of a spec that was written for others: of a shipped one, or of any whose blocks are
+    those of a plain ViT where its own first blocks take no reducer, or that asks for an option which other hosts have.
+    It answers as much of the spec as it can.
+    """
+
+    def __init__(self, told: SpecError, *, reason: str) -> None:
+        super().__init__(str(told))
+        self.reason = reason
 
 
 # --- variables --------------------------------------------------------------------------------------------------------
@@ -98,7 +110,10 @@ def host_options(file: SpecFile, arm: Arm, place: Place, values: Mapping[str, An
         known = facts.options.get(name)
         if known is None:
             told = f"it knows {', '.join(facts.options)}" if facts.options else "it lets one choose nothing"
-            raise file.error((*spot, name), f"{facts.name} has no option {name!r}: {told}")
+            error = file.error((*spot, name), f"{facts.name} has no option {name!r}: {told}")
+            if name in OPTIONS:
+                raise Unsuited(error, reason=f"it has no option {name!r}")
+            raise error
         if value not in known:
             raise file.error((*spot, name), f"{name} is one of {', '.join(known)} for {facts.name}; got {value!r:.80}")
         if value != known[0]:

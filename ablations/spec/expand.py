@@ -11,6 +11,7 @@ from typing import Any
 from ablations.spec.arms import combinations, lists_of
 from ablations.spec.checks import (
     Placed,
+    Unsuited,
     check_target,
     check_trained,
     check_variables,
@@ -19,7 +20,7 @@ from ablations.spec.checks import (
     training_of,
 )
 from ablations.spec.model import Arm, SpecFile
-from ablations.spec.plain_yaml import Place, SpecError, substitute
+from ablations.spec.plain_yaml import Place, substitute
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
 from ablations.trial.labels import budget_number
@@ -69,14 +70,6 @@ def expand(file: SpecFile, target: Target, *, check: Check | None = None) -> lis
     return list(trials.values())
 
 
-class Unsuited(SpecError):
-    """What a model cannot carry out of a shipped spec, which were written for a ViT with a class token; or of any spec,
-    where its first blocks take no reducer. It answers as much as it can.
-    """
-
-    reason = ""
-
-
 def _check_recommended(file: SpecFile, facts: ModelFacts) -> None:
     """A placement file of another version is refused, one for another model is told, as by ``reducers.load``."""
     about = file.spec.recommended
@@ -116,9 +109,7 @@ def _trial(
         except ValueError as error:
             told = file.error(place, f"{error}")
             if facts.first_free or file.shipped:
-                unsuited = Unsuited(str(told))
-                unsuited.reason = str(error)
-                raise unsuited from error
+                raise Unsuited(told, reason=str(error)) from error
             raise told from error
     variant = str(substitute(arm.variant, values))
     if "\n" in variant or not 0 < len(variant) <= 120:

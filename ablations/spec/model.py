@@ -119,7 +119,7 @@ class AblationSpec(_Strict):
     caption: Text = ""
     published: Text = ""
     models: Literal["first", "all"] = "first"  # of the models of a run: the first, or every one
-    default: bool = True  # run where no spec is named
+    default: bool | Literal["clips"] = True  # run where no spec is named: on images, or on clips
     recommended: dict[str, Any] | None = None  # of a placement file (reducers.load): what was found; no trial asks
     base: Arm = Field(default_factory=Arm)
     arms: list[Arm] = Field(min_length=1, max_length=100)
@@ -190,12 +190,12 @@ def parse_spec(text: str, path: Path | str = "spec.yaml") -> SpecFile:
 
 
 def find_specs(
-    names: Sequence[str] | None = None, folder: Path = SPECS, *, only_default: bool = True
+    names: Sequence[str] | None = None, folder: Path = SPECS, *, only_default: bool = True, clips: bool = False
 ) -> list[SpecFile]:
     """The named specs, shipped ones by name and others by path.
 
-    Where none is named: all shipped ones but those that say ``default: false``, and these as well if not
-    ``only_default``.
+    Where none is named: all shipped ones that ``runs_by_default``, and the others as well if not ``only_default``.
+    ``clips``: that is what the workload shows.
     """
     shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     chosen: list[Path] = []
@@ -217,7 +217,14 @@ def find_specs(
         owners[file.spec.name] = file.path
         if file.path.parent == folder and file.path.stem != file.spec.name:
             raise file.error(("name",), f"a shipped spec is named like its file: {file.path.stem!r}")
-    return files if names or not only_default else [file for file in files if file.spec.default]
+    if names or not only_default:
+        return files
+    return [file for file in files if runs_by_default(file.spec, clips=clips)]
+
+
+def runs_by_default(spec: AblationSpec, *, clips: bool) -> bool:
+    """Whether a spec is run where none is named: ``default: clips`` is for workloads of clips, ``true`` for others."""
+    return spec.default == "clips" if clips else spec.default is True
 
 
 # --- saying what is wrong ---------------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ class ModelFacts:
     class_token: bool
     first_free: int = 0  # the first block at which a reducer may act
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of its host: values, the default first
+    units: int = 1  # of a sample, each with such a grid: frames that attend by themselves
 
 
 @dataclass(frozen=True)

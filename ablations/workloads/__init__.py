@@ -10,11 +10,12 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ablations.models.clips import CLIPS
-from ablations.models.digits import EMBEDDED, EMBEDDED_V1, MOVING, readers
+from ablations.models.digits import EMBEDDED, EMBEDDED_V1, MOVING, VIDEOS, readers
 from ablations.models.loading import (
     LoadedModel,
     check_model,
+    class_names,
+    clip_frames,
     default_models,
     embedded_needs,
     head_classes,
@@ -28,12 +29,16 @@ from ablations.workloads.image_folder import open_image_folder
 from ablations.workloads.named import FAMILIES, open_named
 from ablations.workloads.preprocess import Preprocess, Resize
 from ablations.workloads.reading import AS_USUAL, ImageSource, Reading
+from ablations.workloads.videos import folder, reader
+from ablations.workloads.videos.prepare import ClipPreprocess
+from ablations.workloads.videos.sampling import ONE_VIEW, Sampling, parse_sampling
 
 __all__ = [
     "ImageSource",
     "LoadedModel",
     "ModelError",
     "Reading",
+    "Sampling",
     "Workload",
     "WorkloadError",
     "available_workloads",
@@ -41,6 +46,7 @@ __all__ = [
     "open_images",
     "open_model",
     "open_workload",
+    "parse_sampling",
     "split_calibration",
 ]
 
@@ -52,6 +58,7 @@ def available_workloads() -> dict[str, str]:
         EMBEDDED_V1: "the scenes that embedded was before: cluttered digits",
         MOVING: "clips of moving digits (where does the digit move?), made by the suite; nothing to download",
         "imagefolder": "DATA=FOLDER with one folder a class, as ImageNet has (any subset) or any other, or LABELS=FILE",
+        VIDEOS: "DATA=FOLDER with one folder a class, in it videos (as Kinetics has them) or folders of frames",
         "timm:SPEC": "a data set of timm.data.create_dataset, kept in DATA",
         "torchvision:NAME": "a class of torchvision.datasets, kept in DATA; NAME@SPLIT chooses the split",
         "hub:NAME": "a Hugging Face data set, with the package `datasets`; NAME@SPLIT chooses the split",
@@ -70,13 +77,15 @@ def open_workload(
     resize: Resize = "auto",
     download: bool = False,
     reading: Reading | None = None,
+    sampling: Sampling = ONE_VIEW,
 ) -> Workload:
-    """``open_images`` with its source spelled out: ``name``, ``data``, ``limit``, ``strict``, ``resize``, ``download``
-    and ``reading`` are those of ``ImageSource``.
+    """``open_images`` with its source spelled out: ``name``, ``data``, ``limit``, ``strict``, ``resize``, ``download``,
+    ``reading`` and ``sampling`` are those of ``ImageSource``.
     """
     source = ImageSource(
-        name, data, limit=limit, strict=strict, download=download, resize=resize, reading=reading or AS_USUAL
-    )
+        name, data, limit=limit, strict=strict, download=download, resize=resize, reading=reading or AS_USUAL,
+        sampling=sampling,
+    )  # fmt: skip
     return open_images(source, model, weights=weights, cache=cache)
 
 
@@ -98,8 +107,13 @@ def open_images(
     check_model(model)
     if source.name in embedded.WORKLOADS:
         return _embedded(source, model)
-    if model in CLIPS:
-        raise WorkloadError(f"{model} reads clips, and {source.name} has images: use WORKLOAD={MOVING}")
+    frames = clip_frames(model)
+    if source.name == VIDEOS:
+        return _clips(source, model, frames, weights=weights, cache=cache, labelled=labelled)
+    if frames is not None:
+        other = MOVING if model in readers(MOVING) else f"{VIDEOS} DATA=FOLDER"
+        raise WorkloadError(f"{model} reads clips, and {source.name} has images: use WORKLOAD={other}")
+    _refuse_sampling(source)
     family = source.name.partition(":")[0]
     if source.name != "imagefolder" and (":" not in source.name or family not in FAMILIES):
         raise WorkloadError(_unknown(source.name))
@@ -129,7 +143,35 @@ def split_calibration(workload: Workload) -> tuple[Workload, Workload]:
     return base.split_calibration(workload)
 
 
+def _clips(
+    source: ImageSource, model: str, frames: int | None, *, weights: str | None, cache: Path | None, labelled: bool
+) -> Workload:
+    if frames is None:
+        raise WorkloadError(f"{model} reads images, and {source.name} has clips: use a model of clips (docs/video.md)")
+    one = Preprocess.from_config(input_config(model), resize=source.resize)
+    return folder.open_clips(
+        source.data,
+        head=head_classes(model, weights=weights) if labelled else None,
+        names=class_names(model) if labelled else (),
+        prepare=ClipPreprocess(one, frames, source.sampling, reader.decoder_version()),
+        limit=source.limit,
+        strict=source.strict,
+        cache=cache,
+        reading=source.reading,
+        labelled=labelled,
+    )
+
+
+def _refuse_sampling(source: ImageSource) -> None:
+    if source.sampling != ONE_VIEW:
+        raise WorkloadError(
+            f"STRIDE and VIEWS are for clips, and {source.name} takes its samples whole: leave them out (--stride, "
+            "--views)"
+        )
+
+
 def _embedded(source: ImageSource, model: str) -> Workload:
+    _refuse_sampling(source)
     if source.reading != AS_USUAL:
         raise WorkloadError(
             "the embedded workload makes its own images and labels: leave LABELS and LINKS (--labels, --no-links) out"

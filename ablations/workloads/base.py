@@ -36,7 +36,7 @@ class Workload:
     """Images or clips to evaluate: decoded once, already resized and cropped to the model's input."""
 
     name: str
-    pixels: np.ndarray  # (n, H, W, C) uint8, of clips (n, F, H, W, C); may be a memory map
+    pixels: np.ndarray  # (n, H, W, C) uint8, of clips (n, views · F, H, W, C); may be a memory map
     labels: np.ndarray  # (n,) int64: class index of the model's head; NO_LABEL where there are no classes
     ids: tuple[str, ...]  # a stable name for each image
     mean: tuple[float, ...]  # per channel, of pixel / 255
@@ -48,6 +48,7 @@ class Workload:
     clutter: np.ndarray | None = None  # (n,) int64, where known
     account: Account | None = None  # what became of all that was found; None where nothing had to be looked for
     second: np.ndarray | None = None  # (n,) int64: a label of another kind, where known (which digit moves)
+    views: int = 1  # of each clip, whose answers are averaged
 
     def __post_init__(self) -> None:
         count = len(self.ids)
@@ -60,6 +61,8 @@ class Workload:
             )
         if self.labels.shape != (count,):
             raise WorkloadError(f"workload {self.name}: needs one label for each of {count} images")
+        if self.views < 1 or (self.views > 1 and (self.pixels.ndim == 4 or self.pixels.shape[1] % self.views)):
+            raise WorkloadError(f"workload {self.name}: {self.pixels.shape} are no {self.views} views of each clip")
         self._check_labels()
 
     def _check_labels(self) -> None:
@@ -79,24 +82,29 @@ class Workload:
 
     @property
     def frames(self) -> int | None:
-        """F of each clip; None where these are images."""
-        return self.pixels.shape[1] if self.pixels.ndim == 5 else None
+        """F of each view of a clip; None where these are images."""
+        return self.pixels.shape[1] // self.views if self.pixels.ndim == 5 else None
 
     def batch(self, start: int, stop: int) -> Tensor:
-        """Images ``start`` … ``stop - 1`` as the model reads them: (b, C, H, W), of clips (b, F, C, H, W), float32,
-        normalised.
+        """Images ``start`` … ``stop - 1`` as the model reads them: (b, C, H, W), of clips (b · views, F, C, H, W), the
+        views of each one after the other; float32, normalised.
         """
         part = torch.from_numpy(np.array(self.pixels[start:stop])).movedim(-1, -3).float() / 255
+        if self.views > 1:
+            part = part.unflatten(1, (self.views, -1)).flatten(0, 1)
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return ((part - mean) / std).contiguous()
 
-    def thumbnail(self, index: int) -> np.ndarray:
-        """One image as (H, W, 3) uint8, for drawing; grey images repeat their channel. The frames of a clip are put one
-        below the other, (F H, W, 3), so that its patches, counted frame by frame, lie on one grid.
+    def thumbnail(self, index: int, steps: int | None = None) -> np.ndarray:
+        """One image as (H, W, 3) uint8, for drawing; grey images repeat their channel. The frames of a clip (or the
+        first of each of ``steps`` equal parts) are put one below the other, (F H, W, 3), so that its patches, counted
+        frame by frame, lie on one grid; of several views, those of the first.
         """
         image = np.array(self.pixels[index])
         if image.ndim == 4:
+            image = image[: self.frames]
+            image = image[:: len(image) // (steps or len(image))]
             image = image.reshape(-1, *image.shape[2:])
         return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
@@ -117,6 +125,7 @@ def data_digest(
     mean: Sequence[float],
     std: Sequence[float],
     pixels_sha256: str | None = None,
+    views: int = 1,
 ) -> str:
     """sha256 over everything about the data that can change a result: pixels, labels, names, order, normalisation.
 
@@ -129,6 +138,7 @@ def data_digest(
         "ids": list(ids),
         "mean": list(mean),
         "std": list(std),
+        **({"views": views} if views > 1 else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -165,7 +175,7 @@ def subset(workload: Workload, positions: Sequence[int]) -> Workload:
         pixels=pixels,
         labels=labels,
         ids=ids,
-        digest=data_digest(pixels, labels=labels, ids=ids, mean=workload.mean, std=workload.std),
+        digest=data_digest(pixels, labels=labels, ids=ids, mean=workload.mean, std=workload.std, views=workload.views),
         masks=None if workload.masks is None else workload.masks[chosen],
         clutter=None if workload.clutter is None else workload.clutter[chosen],
         second=None if workload.second is None else workload.second[chosen],

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import PIL
@@ -25,7 +25,6 @@ from ablations.system import cores
 from ablations.workloads.account import Account, Entry
 from ablations.workloads.base import Workload, WorkloadError, data_digest, pixel_digest
 from ablations.workloads.formats import formats
-from ablations.workloads.preprocess import Preprocess
 from ablations.workloads.problems import UNREADABLE, kind_of, notes_on_frames, notes_on_pixels, reason_of, refuse_size
 
 log = logging.getLogger(__name__)
@@ -34,10 +33,27 @@ _VERSION = 3  # part of every key: raise it whenever the same sources would give
 _AHEAD = 64  # images decoded at once, so that memory stays small
 
 
-class Loaded(NamedTuple):
-    """A decoded image, its label, and what is unusual about it: see ``problems``."""
+class Prepare(Protocol):
+    """What makes an image's pixels of what its source has loaded: ``Preprocess``, or of a clip ``ClipPreprocess``."""
 
-    image: Image.Image
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def __call__(self, image: Any, /) -> np.ndarray: ...
+
+
+class Loaded(NamedTuple):
+    """A decoded image (or the array of a clip), its label, and what is unusual about it: see ``problems``."""
+
+    image: Image.Image | np.ndarray
     label: int
     notes: tuple[str, ...] = ()
 
@@ -55,7 +71,7 @@ class Source:
 class Decoded:
     """What could be decoded, in the order of the sources."""
 
-    pixels: np.ndarray  # (n, H, W, C) uint8
+    pixels: np.ndarray  # (n, H, W, C) uint8, of clips (n, views · F, H, W, C)
     labels: np.ndarray  # (n,) int64
     ids: tuple[str, ...]
     skipped: tuple[Entry, ...]  # (id, reason)
@@ -66,11 +82,12 @@ class Decoded:
         self,
         name: str,
         *,
-        preprocess: Preprocess,
+        preprocess: Prepare,
         labels: np.ndarray,
         classes: int,
         skipped: tuple[Entry, ...],
         account: Account | None = None,
+        views: int = 1,
     ) -> Workload:
         """These images as a workload, with labels in the numbering of a head of ``classes`` classes."""
         digest = data_digest(
@@ -80,6 +97,7 @@ class Decoded:
             mean=preprocess.mean,
             std=preprocess.std,
             pixels_sha256=self.pixels_sha256,
+            views=views,
         )
         return Workload(
             name=name,
@@ -92,6 +110,7 @@ class Decoded:
             digest=digest,
             skipped=skipped,
             account=account,
+            views=views,
         )
 
 
@@ -107,7 +126,7 @@ class _Row:
 def decode(
     sources: Sequence[Source],
     *,
-    preprocess: Preprocess,
+    preprocess: Prepare,
     cache: Path | None,
     origin: str,
     workers: int | None = None,
@@ -138,7 +157,7 @@ def decode(
         ) from error
 
 
-def cache_key(sources: Sequence[Source], *, preprocess: Preprocess, origin: str) -> str:
+def cache_key(sources: Sequence[Source], *, preprocess: Prepare, origin: str) -> str:
     """32 hex digits over all that decides the pixels."""
     content = {
         "version": _VERSION,
@@ -168,7 +187,7 @@ def load_image(file: Path | BinaryIO) -> Image.Image:
     return read_image(file)[0]
 
 
-def _decode_one(source: Source, preprocess: Preprocess) -> _Row:
+def _decode_one(source: Source, preprocess: Prepare) -> _Row:
     try:
         image, label, notes = source.load()
         return _Row(source.id, label, preprocess(image), notes=notes)
@@ -176,9 +195,7 @@ def _decode_one(source: Source, preprocess: Preprocess) -> _Row:
         return _Row(source.id, -1, None, reason_of(error))
 
 
-def _rows(
-    sources: Sequence[Source], preprocess: Preprocess, workers: int, unwanted: Mapping[str, str]
-) -> Iterator[_Row]:
+def _rows(sources: Sequence[Source], preprocess: Prepare, workers: int, unwanted: Mapping[str, str]) -> Iterator[_Row]:
     def row(source: Source) -> _Row:
         reason = unwanted.get(source.id)
         return _decode_one(source, preprocess) if reason is None else _Row(source.id, -1, None, reason)
@@ -208,7 +225,7 @@ def _collect(rows: Iterator[_Row], origin: str) -> Decoded:
     return Decoded(pixels, labels, tuple(row.id for row in good), skipped, notes, pixel_digest(pixels))
 
 
-def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preprocess, origin: str) -> Decoded:
+def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Prepare, origin: str) -> Decoded:
     """Write pixels as they are decoded, never holding them all; both files appear whole or not at all."""
     cache.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
@@ -243,12 +260,12 @@ def _write(rows: Iterator[_Row], *, cache: Path, key: str, preprocess: Preproces
     return found
 
 
-def _write_header(file: BinaryIO, count: int, preprocess: Preprocess) -> None:
+def _write_header(file: BinaryIO, count: int, preprocess: Prepare) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *preprocess.shape)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _read(cache: Path, key: str, preprocess: Preprocess) -> Decoded | None:
+def _read(cache: Path, key: str, preprocess: Prepare) -> Decoded | None:
     """A finished cache, or None where there is none or it is damaged (it is then made again)."""
     try:
         content = json.loads((cache / f"{key}.json").read_text(encoding="utf-8"))

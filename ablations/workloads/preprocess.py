@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
-from torchvision.transforms.functional import center_crop
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from ablations.workloads.base import WorkloadError
 from ablations.workloads.problems import Unusable
@@ -77,6 +77,30 @@ class Preprocess:
             return pixels.reshape(self.shape)  # a grey image comes without a channel axis
         self._refuse_elongated(image)
         return self._timm(image).permute(1, 2, 0).numpy()
+
+    def crops(self, image: Image.Image, count: int) -> np.ndarray:
+        """(count, H, W, C) uint8: crops evenly along the longer side of the image, from its one end to the other; one
+        is the centre's, as by calling this. For square crops of ``crop_mode`` center.
+        """
+        if count == 1:
+            return self(image)[None]
+        side = self.size[0]
+        image = convert(image, channels=self.channels)
+        if not self._only_crops(image):
+            self._refuse_elongated(image)
+            how = InterpolationMode(self.interpolation)
+            image = resize(image, [math.floor(side / self.crop_pct)], interpolation=how)
+        spare = (image.width - side, image.height - side)
+        if min(spare) < 0:  # `resize="never"` leaves what is too small
+            image = center_crop(image, [max(side, image.height), max(side, image.width)])
+            spare = (image.width - side, image.height - side)
+        along = 0 if image.width >= image.height else 1
+        found = []
+        for number in range(count):
+            at = [round(each / 2) for each in spare]  # as torchvision puts the centre
+            at[along] = at[along] if 2 * number == count - 1 else spare[along] * number // (count - 1)
+            found.append(np.asarray(image.crop((*at, at[0] + side, at[1] + side))).reshape(self.shape))
+        return np.stack(found)
 
     def _only_crops(self, image: Image.Image) -> bool:
         if self.resize != "auto":

@@ -1,4 +1,4 @@
-"""What can be wrong with an image, in words that can be counted.
+"""What can be wrong with an image or a clip, in words that can be counted.
 
 A reason is a kind of problem and, after a colon, its particulars: ``truncated: image file is truncated (12 bytes not
 processed)``. A note has the same form and speaks of an image that is read all the same. Counting goes by the kind.
@@ -31,6 +31,13 @@ CONTRADICTION = "the same file in two classes"
 NO_LABEL = "no label"
 TWO_LABELS = "two labels"
 
+NOT_A_VIDEO = "not a video, or of an unknown format"
+OTHER_CODEC = "a codec that is not read"
+TOO_LONG = "too long"
+SLOW = "takes too long to read"
+BESIDE_CLIPS = "an image beside clips"
+BAD_FRAME = "a frame cannot be used"
+
 BROKEN_LINE = "a line without a name and a label"
 NO_IMAGE = "a line without its image"
 ESCAPE = "a line that leads out of the folder"
@@ -42,6 +49,9 @@ PALETTE = "a palette"
 DEEP = "16 bits a channel"
 TRANSPARENT = "transparent"
 FRAMES = "several frames"
+SHORT = "short"
+VARIABLE_RATE = "a variable frame rate"
+SIZES = "frames of several sizes"
 
 _SAME_FORMAT = {"JPEG": ("MPO",), "BMP": ("DIB",), "MPO": ("JPEG",)}  # what else files of this name rightly hold
 _LONGEST = 300  # characters of a decoder's own words

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ablations.records.files import absolute, user_path
 from ablations.workloads.preprocess import Resize
+from ablations.workloads.videos.sampling import ONE_VIEW, Sampling
 
 ORDER = "order"  # the sorted folders are the head's classes, in its order
 INDEX = "index"  # the folders are named by their index in the head
@@ -51,6 +52,7 @@ class ImageSource:
     download: bool = False  # torchvision and timm may fetch a data set
     resize: Resize = "auto"  # see ``preprocess``
     reading: Reading = AS_USUAL
+    sampling: Sampling = ONE_VIEW  # of clips: which frames, and how many views
 
     def located(self) -> ImageSource:
         """With full paths, for whoever reads them from elsewhere."""

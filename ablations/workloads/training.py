@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ablations.models.clips import CLIP_CANVAS, DIRECTIONS, FRAMES
-from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, MOVING, SHIPPED, normalise
+from ablations.models.digits import CANVAS, CLASSES, EMBEDDED, EMBEDDED_V1, MOVING, SHIPPED, VIDEOS, normalise
 from ablations.models.loading import input_config
 from ablations.records.files import atomic, locked, user_path
 from ablations.workloads import digits, embedded, moving_digits, pairs
@@ -56,6 +56,10 @@ class TrainingAccess:
     def open(self, *, augment: Augment, holdout: int, seed: int, evaluated: Workload | None = None) -> TrainingImages:
         """The training images; ``evaluated`` are those they must be disjoint from and agree with on classes."""
         source = self.source
+        if source.name == VIDEOS:
+            raise WorkloadError(
+                "nothing is finetuned on folders of videos yet: leave the training out, or use WORKLOAD=moving_digits"
+            )
         if source.name in SHIPPED:
             if source.train_data:
                 raise WorkloadError("the embedded workload draws its own training scenes: leave --train-data out")

@@ -17,6 +17,7 @@ from analysis.frame import choosable, records_of, reducer_names, row_nearest
 
 OVERVIEW_COST = 0.6  # share of the dense cost at which methods are pictured: deep enough to differ, not yet broken
 ASIDE = 0.06  # of the dense cost: how far a method without a trial at that cost may stand from it
+MANY = ("front", "clips")  # kinds of specs that set many methods beside each other
 PICTURED = 3  # methods on the sheet of samples
 
 
@@ -40,7 +41,7 @@ class Overview:
     @cached_property
     def agreement(self) -> tuple[pd.DataFrame, list[str]]:
         """How far each pair of methods keeps the same patches, and the methods without patches to compare."""
-        many = (self.trials["kind"] == "front").any()
+        many = self.trials["kind"].isin(MANY).any()
         return agreement.matrix(self.rows if many else agreement.across_specs(self.trials, self.rows), self.images)
 
 
@@ -51,7 +52,7 @@ def overview(trials: pd.DataFrame) -> pd.DataFrame:
     counts = trials[~trials["dense"]].groupby("spec", sort=False)["variant"].nunique()
     if counts.empty:
         return trials.iloc[:0]
-    many = counts[counts.index.isin(trials.loc[trials["kind"] == "front", "spec"])]
+    many = counts[counts.index.isin(trials.loc[trials["kind"].isin(MANY), "spec"])]
     rows = merge_seeds(trials[trials["spec"] == (many if len(many) else counts).idxmax()])
     dense = dense_gmacs(rows)
     wanted, levels = OVERVIEW_COST * dense, cost_levels(rows, by="variant", count=8)

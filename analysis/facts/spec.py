@@ -57,7 +57,11 @@ class Facts:
     @cached_property
     def by(self) -> str:
         """The column whose values are compared."""
-        return "placement" if self.kind == "placement" and self.rows["placement"].nunique() > 1 else "variant"
+        return (
+            "placement"
+            if self.kind in ("placement", "clip_placement") and self.rows["placement"].nunique() > 1
+            else "variant"
+        )
 
     @cached_property
     def placement_levels(self) -> list[float]:

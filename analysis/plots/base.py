@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.facts.clips import ClipGrid
 from analysis.facts.spec import Facts
 from analysis.plots.panels import pages
 from analysis.style import Look
@@ -46,6 +47,7 @@ class Scene:
     imagenet: bool = False  # the data and classes of the published tables
     patches: int | None = None  # patches of an image, where the run says it
     count: int = 0  # images
+    clip: ClipGrid | None = None  # where these are clips
     page: int = 0  # of a figure whose panels do not fit on one
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from analysis.facts import tokens
+from analysis.facts import clips, tokens
+from analysis.facts.clips import ClipGrid
 from analysis.facts.overview import Overview, pictured_methods, staged_trial
 from analysis.facts.spec import Facts
 from analysis.plots import adaptivity as _adaptivity
 from analysis.plots import agreement as _agreement
+from analysis.plots import clip_motion as _motion
+from analysis.plots import clip_steadiness as _steady
+from analysis.plots import clip_strip as _strip
 from analysis.plots import clutter as _clutter
 from analysis.plots import coverage as _coverage
 from analysis.plots import extremes as _extremes
@@ -46,6 +50,8 @@ def shared_figures(facts: Overview, scene: Scene) -> list[Drawn]:
     rows, images = facts.rows, facts.images
     if rows.empty:
         return []
+    if scene.clip is not None:
+        return _of_clips(facts, scene, scene.clip)
     level = f"{cost(rows['gmacs_mean'].median())} GMACs"
     own: dict[str, Any] = {"looks": scene.looks, "subtitle": scene.subtitle}
     drawn = []
@@ -70,6 +76,41 @@ def shared_figures(facts: Overview, scene: Scene) -> list[Drawn]:
         title = "Sample images: surviving patches, stage by stage"
         figure = _samples.samples(pictured, images, scene.pictures, title=title, subtitle=scene.subtitle)
         drawn.append(Drawn("samples", title, _samples.CAPTION, figure))
+    return drawn
+
+
+def _of_clips(facts: Overview, scene: Scene, grid: ClipGrid) -> list[Drawn]:
+    """Of clips: tokens per block, tokens against motion and clutter, steadiness, agreement, strips of frames."""
+    rows, images = facts.rows, facts.images
+    at = f"{cost(rows['gmacs_mean'].median())} GMACs"
+    level = f"Trials nearest to {at}"
+    own: dict[str, Any] = {"looks": scene.looks, "subtitle": scene.subtitle}
+    drawn = []
+    if any(len(tokens) for tokens in rows["tokens"]):
+        title = "Token survival against depth"
+        figure = _tokens.tokens_per_block(rows, images, title=title, **own)
+        drawn.append(Drawn("tokens_per_block", title, _tokens.caption(rows, images, at), figure))
+    moved = clips.of_motion(rows, images, grid)
+    if len(moved) and moved["rho"].notna().any():
+        title = "Do frames in which more moves keep more tokens?"
+        figure = _motion.clip_motion(moved, title=title, **own)
+        drawn.append(Drawn("clip_motion", title, _motion.caption(moved, level), figure, moved))
+    found, what = facts.correlations
+    if len(found) and found["rho"].notna().any():
+        title = _clutter.question(what).replace("images", "clips")
+        figure = _clutter.clutter(found, what, title=title, **own)
+        drawn.append(Drawn("clutter", title, _clutter.caption(found, what, level), figure, found))
+    steady = clips.steadiness(rows, images, grid)
+    if len(steady):
+        title = "How steady in time are the kept patches?"
+        figure = _steady.clip_steadiness(steady, title=title, **own)
+        drawn.append(Drawn("clip_steadiness", title, _steady.CAPTION.format(level=level), figure, steady))
+    drawn += _agreement_figure(facts, at, scene)
+    pictured = pictured_methods(rows, images)
+    if scene.pictures and len(pictured):
+        title = "Frames with the surviving patches"
+        figure = _strip.clip_strip(pictured, images, scene.pictures, grid, title=title, subtitle=scene.subtitle)
+        drawn.append(Drawn("clip_strip", title, _strip.caption(grid), figure))
     return drawn
 
 

@@ -35,6 +35,7 @@ class Question:
     plots: tuple[Plot, ...] = (tradeoff.PLOT, difference.PLOT)  # the one that answers first
     more: Callable[[Facts, str, Scene], list[Drawn]] = lambda facts, title, scene: []
     printed: Choose | None = None  # rows of the reference table
+    printed_on: str = "DeiT-S mostly"  # the models of those rows
     note: str = ""  # what is in print without numbers
     claims: Callable[[Facts, int | None], list[Line]] = lambda facts, patches: []  # beside the nearest of ours
     finetuned_in_print: bool = False

@@ -110,6 +110,12 @@ def check_options(kind: type[Host], name: str, options: Mapping[str, str] | None
             raise ReducerError(f"the option {option!r} of {name} is one of {told}; got {value!r}")
 
 
+def kind_of(path: str) -> type[Host]:
+    """The host of the models of a type in ``TYPES``."""
+    kind: type[Host] = import_module(TYPES[path]).HOST
+    return kind
+
+
 def hosts() -> list[type[Host]]:
     """Every host, each once; their libraries are imported."""
     return [import_module(module).HOST for module in dict.fromkeys(TYPES.values())]

@@ -18,6 +18,7 @@ from ablations.records.columns import ROW
 from ablations.records.kinds import ANSWERS, kind_of
 from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.expand import expand
+from ablations.models.digits import MOVING, shows_clips
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError, parse_yaml
 from ablations.trial.target import Target
@@ -255,6 +256,25 @@ def test_what_the_model_cannot_carry_out_is_named_with_its_arm(target: Target) -
     headless = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", depth=12)
     with pytest.raises(SpecError, match=r"my.yaml:8: arms\[0\]: .*class token"):
         expand(parse_spec(SPEC, "my.yaml"), target, check=lambda placement: reduce_tokens(headless, placement))
+
+
+def test_what_is_run_where_no_spec_is_named_depends_on_what_the_workload_shows() -> None:
+    images, clips = ({file.spec.name for file in find_specs(clips=shown)} for shown in (False, True))
+    assert clips == {"video_methods", "video_over", "video_placement", "video_score"} and not images & clips
+    assert {file.spec.name for file in find_specs(["k_values", "video_over"], clips=True)} == {"k_values", "video_over"}
+    assert [shows_clips(name) for name in ("embedded", "imagefolder", MOVING, "clips")] == [False, False, True, True]
+
+
+def test_an_option_that_a_model_lacks_leaves_its_arm_out(target: Target) -> None:
+    """And is refused where no arm is left, or where no host knows it."""
+    (file,) = find_specs(["video_over"])
+    assert [trial.variant for trial in expand(file, target)][::2] == ["ATS, over frames", "top-K, over frames"]
+    framed = dataclasses.replace(target, facts=dataclasses.replace(target.facts, options={"over": ("frame", "clip")}))
+    one = "{name: a, title: A, arms: [{variant: v, host: {%s: clip}, stages: [{at: 3, stack: [{name: identity}]}]}]}"
+    for option in ("over", "overr"):
+        with pytest.raises(SpecError, match=f"has no option .{option}"):
+            expand(parse_spec(one % option), target)
+    assert len(expand(parse_spec(one % "over"), framed)) == 1
 
 
 def test_the_shipped_specs_fit_the_embedded_model_and_its_time(target: Target) -> None:

@@ -42,7 +42,7 @@ def test_a_named_data_set_is_opened_through_the_same_door() -> None:
 @pytest.mark.parametrize("name", ["imagefolders", "tensorflow:mnist", "folder", ""])
 def test_an_unknown_workload_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
-        WorkloadError, match=r"unknown workload .*embedded, embedded:v1, moving_digits, imagefolder, timm:SPEC"
+        WorkloadError, match=r"unknown workload .*embedded, embedded:v1, moving_digits, imagefolder, clips, timm:SPEC"
     ) as caught:
         open_workload(name, data=None, model="test_vit", **OPTIONS)
     assert all(kind in str(caught.value) for kind in available_workloads())

@@ -57,7 +57,7 @@ def write_record(store: Store, call: Call, settings: Settings, *, command: Seque
         },
     )
     store.compact(keys)
-    save_samples(store, call.pieces.workload(len(call.parts.rungs)), facts.grid, _PICTURES)
+    save_samples(store, call.pieces.workload(len(call.parts.rungs)), facts, _PICTURES)
 
 
 def _weights(call: Call) -> str:

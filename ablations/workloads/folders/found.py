@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from errno import ELOOP
 from pathlib import Path
@@ -51,7 +51,15 @@ class FoundImages:
 
 def find_images(root: Path, *, links: bool = True) -> FoundImages:
     """Every image file below each class folder, at any depth; what cannot be read is skipped and reported."""
-    scan = _Scan(root, links=links)
+    found = find_files(root, suffixes(), links=links)
+    if not found.files:
+        raise WorkloadError(_nothing_found(root, found.skipped))
+    return found
+
+
+def find_files(root: Path, endings: frozenset[str], *, links: bool = True) -> FoundImages:
+    """``find_images`` for files whose names end in one of ``endings``, as ``suffixes`` has them; there may be none."""
+    scan = _Scan(root, links=links, endings=endings)
     files: dict[str, list[Path]] = {}
     empty: list[str] = []
     for folder in folders_in(root, links=links, skipped=scan.skipped):
@@ -60,18 +68,21 @@ def find_images(root: Path, *, links: bool = True) -> FoundImages:
             files[folder.name] = images
         else:
             empty.append(folder.name)
-    if not files:
-        raise WorkloadError(_nothing_found(root, scan.skipped))
     return scan.found(files, empty)
+
+
+def find_all_files(root: Path, endings: frozenset[str], *, links: bool = True) -> FoundImages:
+    """``find_all_images`` for files whose names end in one of ``endings``; there may be none."""
+    scan = _Scan(root, links=links, endings=endings)
+    return scan.found({"": scan.images(root)}, [])
 
 
 def find_all_images(root: Path, *, links: bool = True) -> FoundImages:
     """Every image file in a folder and at any depth below it, whatever the folders mean."""
-    scan = _Scan(root, links=links)
-    images = scan.images(root)
-    if not images:
-        raise WorkloadError(_nothing_found(root, scan.skipped))
-    return scan.found({"": images}, [])
+    found = find_all_files(root, suffixes(), links=links)
+    if not found.files[""]:
+        raise WorkloadError(_nothing_found(root, found.skipped))
+    return found
 
 
 def folders_in(root: Path, *, links: bool = True, skipped: list[Entry] | None = None) -> list[Path]:
@@ -113,8 +124,8 @@ class _Folder:
 class _Scan:
     """One reading of a folder; it counts what it passes over."""
 
-    def __init__(self, root: Path, *, links: bool) -> None:
-        self._root, self._links, self._suffixes = root, links, suffixes()
+    def __init__(self, root: Path, *, links: bool, endings: frozenset[str]) -> None:
+        self._root, self._links, self._suffixes = root, links, endings
         self._real_root = os.path.realpath(root)
         self.skipped: list[Entry] = []
         self._targets: dict[Path, str] = {}
@@ -122,7 +133,9 @@ class _Scan:
 
     def found(self, files: dict[str, list[Path]], empty: list[str]) -> FoundImages:
         if self._ignored:
-            log.info("%s: %d files are no images by their names and were ignored", self._root, self._ignored)
+            log.info(
+                "%s: %d files are none of those looked for by their names and were ignored", self._root, self._ignored
+            )
         return FoundImages(self._root, files, tuple(empty), tuple(self.skipped), self._ignored, self._targets)
 
     def images(self, top: Path) -> list[Path]:
@@ -250,7 +263,7 @@ def holds_images(root: Path) -> bool:
     )
 
 
-def _nothing_found(root: Path, skipped: list[Entry]) -> str:
+def _nothing_found(root: Path, skipped: Sequence[Entry]) -> str:
     if skipped:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in skipped[:3])
         return f"{root} has no image that can be used ({len(skipped)} skipped: {reasons})"

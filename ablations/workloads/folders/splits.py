@@ -41,14 +41,14 @@ class Place:
 
 def find_place(data: str | None, reading: Reading) -> Place:
     """DATA itself or its validation split; and the labels where DATA's images lie in no class folders."""
-    root = _existing(data)
+    root = existing(data)
     folder = _evaluated(root, str(data), reading)
     return Place(folder, _labels(folder, root, reading))
 
 
 def unlabelled_place(data: str | None, reading: Reading) -> Path:
     """DATA itself, or its validation split where DATA holds splits and no image beside them."""
-    root = _existing(data)
+    root = existing(data)
     if holds_images(root):
         return root
     kinds = {folder: _kind(folder, reading) for folder in _folders(root)}
@@ -65,9 +65,10 @@ def class_root(data: str | None, reading: Reading | None = None) -> Path:
     return find_place(data, reading or Reading()).folder
 
 
-def _existing(data: str | None) -> Path:
+def existing(data: str | None, workload: str = "imagefolder") -> Path:
+    """DATA as a folder that is there."""
     if not data:
-        raise WorkloadError("the workload imagefolder needs DATA=FOLDER, a folder with one folder for each class")
+        raise WorkloadError(f"the workload {workload} needs DATA=FOLDER, a folder with one folder for each class")
     root = Path(os.path.abspath(user_path(data)))  # noqa: PTH100  not resolved: what lies beside a link counts
     remedy = "give the folder that holds the class folders"
     try:
