@@ -171,7 +171,7 @@ define install
 endef
 
 $(STAMP): pyproject.toml $(wildcard $(CONSTRAINTS))
-	$(call install,hf,'$@')
+	$(call install,video,'$@')
 
 $(DEV): pyproject.toml $(wildcard $(CONSTRAINTS))
 	$(call install,dev,'$(STAMP)' '$@')

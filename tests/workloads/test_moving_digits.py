@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from timm.models.vision_transformer import VisionTransformer
 from ablations.measure.metrics import patch_masks
 from ablations.measure.opening import default_batch
 from ablations.models.clips import CLIP_CANVAS as CANVAS
-from ablations.models.clips import FRAMES, TIMESFORMER, XVIT
+from ablations.models.clips import CLIPS, FRAMES, TIMESFORMER, XVIT
 from ablations.models.digits import MEAN, STD, WEIGHTS, save_weights
 from ablations.models.loading import check_model, head_classes
 from ablations.models.weight_files import ModelError, read_weights
 from ablations.workloads import moving_digits, open_model, open_workload, split_calibration, train_clips
 from ablations.workloads.base import Workload, WorkloadError, subset
 from ablations.workloads.digits import source_digits
-from ablations.workloads.embedded import CLIP_SEED
+from ablations.workloads.embedded import CLIP_SEED, moving_workload
 from ablations.workloads.moving_digits import DIGIT_SIZES, DIRECTIONS, MAX_CLUTTER, render
 from reducers import ATS, Placement, Ratio, at, reduce_tokens
 
@@ -318,3 +319,30 @@ def test_a_training_writes_weights_and_a_curve_and_goes_on_to_the_same_bits(
     assert [point["clips"] for point in record["curve"]] == [32, 64, 96]
     trained = open_model(name, weights=str(tmp_path / "whole" / f"{name}.safetensors"), workload_name="moving_digits")
     assert trained.weights == "file"
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_weights_of_clips_are_small_and_have_their_record_and_card() -> None:
+    files = [WEIGHTS / f"{name}.safetensors" for name in CLIPS]
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+    card = (WEIGHTS / "CLIPS_CARD.md").read_text(encoding="utf-8")
+    for name in CLIPS:
+        record = json.loads((WEIGHTS / f"{name}.training.json").read_text(encoding="utf-8"))
+        assert record["model"] == name and record["clips"] == train_clips.TRAINED_ON[name]
+        assert record["curve"][-1]["clips"] == record["clips"] and record["curve"][-1]["cpu_minutes"] <= 45
+        assert f"| {name} |" in card and f"{record['clips']:,}" in card
+
+
+@pytest.mark.parametrize("name", [XVIT, pytest.param(TIMESFORMER, marks=pytest.mark.slow)])
+@torch.inference_mode()
+def test_the_shipped_weights_tell_directions_as_their_card_says(name: str) -> None:
+    if name == TIMESFORMER:
+        pytest.importorskip("transformers")
+    found = re.search(rf"\| {name} \|.* (\d+\.\d) \(\d", (WEIGHTS / "CLIPS_CARD.md").read_text(encoding="utf-8"))
+    assert found is not None
+    loaded, workload = open_model(name, weights=None, workload_name="moving_digits"), moving_workload(80)
+    assert loaded.weights == "embedded"
+    right = (train_clips.told(loaded.model, workload.batch(0, 80))[0].argmax(1).numpy() == workload.labels).mean()
+    assert abs(100 * right - float(found[1])) < 12
