@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ablations.measure.context import TrialContext, dense_predictions
 from ablations.measure.evaluate import run_trial
 from ablations.measure.metrics import motion_of, of_views
-from ablations.measure.context import TrialContext, dense_predictions
 from ablations.measure.opening import default_batch, facts_of, target_of
 from ablations.models.clips import XVIT
 from ablations.models.loading import open_model
@@ -21,7 +21,6 @@ from ablations.trial.trial import Trial
 from ablations.workloads.base import Workload, WorkloadError, data_digest
 from ablations.workloads.embedded import moving_workload
 from reducers import ATS, Count, at, reduce_tokens
-
 
 SPEC = "{name: a, title: A, arms: [{variant: v, stages: [{at: 3, stack: [{name: ats, budget: {count: 12}}]}]}]}"
 
@@ -44,9 +43,7 @@ def in_views(clips: Workload, views: int = 2) -> Workload:
     """Clips that are shown ``views`` times, each time a little darker."""
     dimmed = [(clips.pixels * (1 - 0.2 * view)).astype(np.uint8) for view in range(views)]
     pixels = np.concatenate(dimmed, axis=1)
-    digest = data_digest(
-        pixels, labels=clips.labels, ids=clips.ids, mean=clips.mean, std=clips.std, views=views
-    )
+    digest = data_digest(pixels, labels=clips.labels, ids=clips.ids, mean=clips.mean, std=clips.std, views=views)
     return replace(clips, pixels=pixels, views=views, digest=digest, masks=None, second=None)
 
 

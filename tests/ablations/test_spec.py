@@ -14,11 +14,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ablations.models.digits import MOVING, shows_clips
 from ablations.records.columns import ROW
 from ablations.records.kinds import ANSWERS, kind_of
 from ablations.spec.arms import SPECS, combinations, merged
 from ablations.spec.expand import expand
-from ablations.models.digits import MOVING, shows_clips
 from ablations.spec.model import MAX_BYTES, find_specs, load_spec, parse_spec
 from ablations.spec.plain_yaml import SpecError, parse_yaml
 from ablations.trial.target import Target

@@ -29,9 +29,8 @@ def table(kept: np.ndarray, moves: np.ndarray, **columns: Any) -> pd.DataFrame:
     whole = np.packbits(np.ones_like(flat), axis=1)
     last = np.packbits(flat, axis=1)
     bits = [[one.tobytes(), other.tobytes()] for one, other in zip(whole, last, strict=True)]
-    return pd.DataFrame(
-        {"image": [f"clip/{i}" for i in range(len(kept))], "kept": bits, "motion": list(moves), "correct": True, **columns}
-    )
+    names = [f"clip/{i}" for i in range(len(kept))]
+    return pd.DataFrame({"image": names, "kept": bits, "motion": list(moves), "correct": True, **columns})
 
 
 @pytest.fixture
@@ -112,9 +111,7 @@ def test_steadiness_is_one_where_places_stay_and_chance_where_they_are_blind(ima
     assert blind["low"] < blind["chance"] + 0.05 and abs(blind["jaccard"] - blind["chance"]) < 0.06
     kept = frames_kept(images, "blind", GRID)
     assert kept is not None
-    slow = [
-        np.mean([(one & other).sum() / (one | other).sum() for one, other in pairwise(clip[0])]) for clip in kept
-    ]
+    slow = [np.mean([(one & other).sum() / (one | other).sum() for one, other in pairwise(clip[0])]) for clip in kept]
     assert blind["jaccard"] == pytest.approx(np.mean(slow))
 
 

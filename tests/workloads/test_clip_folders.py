@@ -142,7 +142,9 @@ def test_a_limit_takes_clips_of_every_class(kinetics: Path) -> None:
     assert clips.labels.tolist() == [0, 1] and clips.account is not None and clips.account.left_out == 2
 
 
-def test_decoded_clips_are_kept_and_found_again(kinetics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoded_clips_are_kept_and_found_again(
+    kinetics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = opened(kinetics, cache=tmp_path / "cache")
     monkeypatch.setattr(reader, "read_video", None)
     again = opened(kinetics, cache=tmp_path / "cache")
@@ -165,7 +167,8 @@ def test_a_folder_without_clips_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(WorkloadError, match="an image beside clips"):  # they lie in a class folder directly
         opened(tmp_path)
     with pytest.raises(WorkloadError, match="the workload clips needs DATA"):
-        folder.open_clips(None, head=None, prepare=ClipPreprocess(FRAME, 4, Sampling()), limit=None, strict=False, cache=None)
+        nothing = ClipPreprocess(FRAME, 4, Sampling())
+        folder.open_clips(None, head=None, prepare=nothing, limit=None, strict=False, cache=None)
 
 
 def test_a_file_of_labels_is_refused(kinetics: Path) -> None:

@@ -123,7 +123,8 @@ def test_frames_are_refused_where_they_cannot_be_chosen() -> None:
 def test_clips_and_images_are_told_apart(saved: Path, frames: Path, make_tree: MakeTree) -> None:
     options: dict[str, Any] = {"limit": None, "strict": False, "cache": None}
     clips = open_workload("clips", data=str(frames), model=f"hf:{saved}", **options)
-    assert clips.labels.tolist() == [1] * 6 + [2] * 6 and clips.classes == 3 and clips.pixels.shape[1:] == (4, 32, 32, 3)
+    assert clips.labels.tolist() == [1] * 6 + [2] * 6 and clips.classes == 3
+    assert clips.pixels.shape == (12, 4, 32, 32, 3)
     with pytest.raises(WorkloadError, match="reads images, and clips has clips"):
         open_workload("clips", data=str(frames), model="test_vit", **options)
     with pytest.raises(WorkloadError, match="reads clips, and imagefolder has images: use WORKLOAD=clips"):

@@ -24,6 +24,14 @@ def prepare(frames: int = 4, stride: int | None = None, temporal: int = 1, spati
     return ClipPreprocess(FRAME, frames, Sampling(stride, temporal, spatial))
 
 
+def read_or_why_not(path: Path) -> np.ndarray | str:
+    """Its clip, or the kind of the reason against it."""
+    try:
+        return reader.read_video(path, prepare(4))[0]
+    except Unusable as error:
+        return kind_of(str(error))
+
+
 def refused(path: Path, *, at: ClipPreprocess | None = None) -> str:
     with pytest.raises(Unusable) as caught:
         reader.read_video(path, at or prepare())
@@ -65,7 +73,9 @@ def test_views_are_written_as_tables_print_them() -> None:
         parse_sampling(0, None)
 
 
-@pytest.mark.parametrize(("ending", "codec"), [("mp4", "mpeg4"), ("avi", "mpeg4"), ("mkv", "mpeg4"), ("webm", "libvpx-vp9")])
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("mp4", "mpeg4"), ("avi", "mpeg4"), ("mkv", "mpeg4"), ("webm", "libvpx-vp9")]
+)
 def test_the_frames_asked_for_are_those_read(tmp_path: Path, ending: str, codec: str) -> None:
     path = write_video(tmp_path / f"a.{ending}", 20, codec=codec)
     clip, notes = reader.read_video(path, prepare(4, stride=3))
@@ -85,8 +95,8 @@ def test_frames_of_a_variable_rate_are_taken_by_time(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", 20, stamps=stamps, codec="libvpx-vp9")
     clip, notes = reader.read_video(path, prepare(4))
     assert [kind_of(note) for note in notes] == ["a variable frame rate"]
-    wanted = [stamps[0] + place * (stamps[-1] - stamps[0]) / 19 for place in (2, 7, 12, 17)]
-    assert shown(clip) == [max(i for i, at in enumerate(stamps) if at <= late + 0.25 * stamps[-1] / 19) for late in wanted]
+    until = [(place + 0.25) * stamps[-1] / 19 for place in (2, 7, 12, 17)]
+    assert shown(clip) == [max(i for i, at in enumerate(stamps) if at <= late) for late in until]
     assert shown(clip)[0] >= 9  # by number it would be frame 2
 
 
@@ -135,13 +145,12 @@ def test_a_truncated_video_is_refused_or_ends_where_it_was_cut(tmp_path: Path, e
     path = write_video(tmp_path / f"a.{ending}", 60, options=options)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    try:
-        clip, _ = reader.read_video(path, prepare(4))
-    except Unusable as error:
-        assert kind_of(str(error)) in ("truncated", "damaged", "not a video, or of an unknown format", "no picture")
-        return
-    assert ending != "mp4", "its table names frames that are not there"
-    assert max(shown(clip)) < 60 * share + 5
+    found = read_or_why_not(path)
+    if isinstance(found, str):
+        assert found in ("truncated", "damaged", "not a video, or of an unknown format", "no picture")
+    else:
+        assert ending != "mp4", "its table names frames that are not there"
+        assert max(shown(found)) < 60 * share + 5
 
 
 def test_an_mp4_cut_before_its_table_is_no_video(tmp_path: Path) -> None:
@@ -159,12 +168,8 @@ def test_noise_in_the_middle_is_refused_or_shown_never_a_crash(tmp_path: Path) -
         for place in random.integers(40, len(broken), size=30):
             broken[place] = int(random.integers(256))
         path.write_bytes(broken)
-        try:
-            clip, _ = reader.read_video(path, prepare(4))
-        except Unusable as error:
-            assert ":" in str(error) or str(error), trial
-        else:
-            assert clip.shape == (4, 32, 32, 3)
+        found = read_or_why_not(path)
+        assert found if isinstance(found, str) else found.shape == (4, 32, 32, 3), trial
 
 
 @pytest.mark.parametrize(
@@ -226,10 +231,7 @@ def test_reading_says_nothing_on_the_terminal(tmp_path: Path, capfd: pytest.Capt
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2] + os.urandom(200) + content[len(content) // 2 + 200 :])
     capfd.readouterr()
-    try:
-        reader.read_video(path, prepare())
-    except Unusable:
-        pass
+    read_or_why_not(path)
     assert capfd.readouterr() == ("", "")
 
 

@@ -192,12 +192,8 @@ def _classes(
     """As ``folder_classes``; by the model's own names where it has one for every folder."""
     known = {_plain(name): index for index, name in enumerate(names)}
     used = list(found.clips)
-    if (
-        head is not None
-        and rule is None
-        and head == len(names) == len(known)
-        and all(_plain(name) in known for name in used)
-    ):
+    named = len(names) == len(known) and all(_plain(name) in known for name in used)
+    if head is not None and rule is None and head == len(names) and named:
         empty = tuple(name for name in found.empty if _plain(name) in known)
         return {name: known[_plain(name)] for name in used}, head, empty
     return folder_classes(used, found.empty, head=head, where=str(root), rule=rule)
