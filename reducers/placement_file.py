@@ -18,12 +18,21 @@ Such a file is a spec of one arm with a block of its own on what was found::
       - {at: [1, 2], stack: [{name: tome, budget: {drop: 3}}]}
 
 ``version``, of the form of the file, and ``model`` must be there; ``weights_digest``, ``depth`` and ``patches`` are
-compared with a model where they are; what else stands there is kept and not looked at.
+compared with a model where they are; what else stands there is kept and not looked at, but for::
+
+      trained:
+        reducers: {file: 0.60.reducers.safetensors, digest: 8e1b…}
+        model: {file: 0.60.model.safetensors, digest: 77f0…}
+      host: {fill: zero}
+
+The reducers' trained tensors, a file beside this one, are put into the placement; the model is to be loaded with the
+weights of the other, where it was trained as well. ``host`` is how the model is to be driven (``reduce_tokens``).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +42,7 @@ from typing import Any
 from torch import nn
 
 from reducers.checks import whole_number
-from reducers.digest import state_digest
+from reducers.digest import state_digest, tensors_digest
 from reducers.errors import ReducerError
 from reducers.hosts import host_of
 from reducers.placement import Placement, check_blocks, parse_blocks, placement_from
@@ -43,6 +52,7 @@ VERSION = 1  # of the form of these files
 MAX_BYTES = 64 * 1024
 _MOST_STAGES, _MOST_BLOCKS, _MOST_PLACED = 64, 1000, 4096  # of a placement: more is a slip, or meant to take long
 _MOST_NESTED = 32  # levels; a placement has about ten, and PyYAML's time grows with their square
+_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors")  # of a file in the same folder
 _REMEDY = "write it again with `sievit recommend`, or undo the edit"
 
 
@@ -59,25 +69,41 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Placem
     """The placement that a file written by ``sievit recommend`` holds: ``reduce_tokens(model, load(path, model))``.
 
     With a ``model``, a warning says if the file was written for another one (other weights, or another number of
-    patches): the placement works, and what the file promises of cost and accuracy is not promised of that model.
+    patches): the placement works, and what the file promises of cost and accuracy is not promised of that model. A
+    warning says as well where ``reduce_tokens`` must be told how to drive the model.
+
+    Where what was recommended was trained, its reducers come with their trained tensors, from the file beside this one,
+    on the model's device; they are made for a model, which must then be given, with the weights that were trained with
+    them.
 
     Raises:
         ReducerError: there is no such file, it holds no placement, was written by a later version, or the model has
-            another number of blocks.
+            another number of blocks; or trained tensors are not there, are others, or do not fit.
     """
     file = read_placement_file(path)
+    trained = _trained(file.recommended)
     if model is None:
+        if trained:
+            raise ReducerError(f"{file.path} comes with trained weights, which are put into a model: load(path, model)")
         return file.placement
-    host = host_of(model.base if isinstance(model, ReducedViT) else model)
+    host = model.host if isinstance(model, ReducedViT) else host_of(model)
     about, name = file.recommended, file.recommended["model"]
     if about.get("depth", host.depth) != host.depth:
         raise ReducerError(
             f"{file.path}: it is for {name}, of {about['depth']} blocks, and this model has {host.depth}; load it with "
             "that model, or ask `sievit recommend` about this one"
         )
-    others = []
-    if about.get("weights_digest", "") not in ("", state_digest(host.model)):
-        others.append("this model has other weights")
+    others, wanted, others_are = [], about.get("weights_digest", ""), "this model has other weights"
+    if "model" in trained:
+        wanted, others_are = (
+            trained["model"].digest,
+            (
+                f"this model has not the weights that were trained, {trained['model'].file} beside it "
+                "(model.load_state_dict(safetensors.torch.load_file(…)) before it is reduced)"
+            ),
+        )
+    if wanted not in ("", state_digest(host.model)):
+        others.append(others_are)
     if "patches" in about and about["patches"] != host.patches:
         others.append(f"its {host.patches} patches are not the {about['patches']} that counts were found for")
     if others:
@@ -86,8 +112,58 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Placem
             "`sievit recommend` about this model",
             stacklevel=2,
         )
+    if any(host.chosen.get(name) != value for name, value in about.get("host", {}).items()):
+        warnings.warn(
+            f"{file.path} was found with the model driven in another way than it is by itself: "
+            f"reduce_tokens(model, placement, host={about['host']!r})",
+            stacklevel=2,
+        )
     patches = host.patches if file.placement.is_scheduled else None
-    return file.placement.resolve(host.depth, host.first_free, patches=patches)
+    placement = file.placement.resolve(host.depth, host.first_free, patches=patches)
+    return _with_tensors(placement, host.model, file.path, trained["reducers"]) if "reducers" in trained else placement
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Trained weights beside a placement file."""
+
+    file: str  # its name
+    digest: str
+
+
+def _trained(about: Mapping[str, Any]) -> dict[str, _Weights]:
+    """The trained weights that a file comes with, by "reducers" and "model"."""
+    return {what: _Weights(each["file"], each["digest"]) for what, each in about.get("trained", {}).items()}
+
+
+def _with_tensors(placement: Placement, model: nn.Module, path: Path, weights: _Weights) -> Placement:
+    """The placement with trained tensors in its reducers, on the model's device.
+
+    Raises:
+        ReducerError: they are not there, are others, or do not fit.
+    """
+    import safetensors
+
+    beside = path.parent / weights.file
+    again = f"copy it there from where `sievit recommend` wrote {path.name}, or write both again"
+    if beside.is_symlink() or not beside.is_file():
+        raise ReducerError(f"{path} comes with {weights.file}, which is no file beside it: {again}")
+    reduced = ReducedViT(model, placement)  # makes the parameters that the tensors go into
+    wanted = reduced.reducers.state_dict()
+    try:
+        with safetensors.safe_open(beside, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            unlike = [name for name, tensor in wanted.items() if shapes.get(name) != tuple(tensor.shape)]
+            if unlike:
+                raise ReducerError(f"{beside} does not fit the placement of {path.name} ({unlike[0]}): {again}")
+            tensors = {name: file.get_tensor(name) for name in sorted(shapes)}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ReducerError(f"{beside} cannot be read ({error!s:.200}): {again}") from error
+    if tensors_digest(tensors) != weights.digest:
+        raise ReducerError(f"{beside} holds other weights than those that {path.name} was written with: {again}")
+    reduced.reducers.load_state_dict({name: tensors[name] for name in wanted})
+    device = next(model.parameters()).device
+    return Placement({int(block): reducer.to(device) for block, reducer in reduced.reducers.items()})  # type: ignore[misc]
 
 
 def read_placement_file(path: str | os.PathLike[str]) -> PlacementFile:
@@ -145,8 +221,9 @@ def placement_text(
     placement: Placement, recommended: Mapping[str, Any], *, name: str, title: str, variant: str = "recommended",
     question: str = "",
 ) -> str:  # fmt: skip
-    """The text of a placement file. ``recommended``: plain data with at least ``model``; its version is put in front.
-    ``name``, ``title``, ``variant`` and ``question`` are those of a spec.
+    """The text of a placement file. ``recommended``: plain data with at least ``model``; its version is put in front,
+    and its ``host``, where there is one, is that of the arm. ``name``, ``title``, ``variant`` and ``question`` are
+    those of a spec.
     """
     import yaml
 
@@ -159,7 +236,13 @@ def placement_text(
         "title": title,
         **({"question": question} if question else {}),
         "recommended": {"version": VERSION, **recommended},
-        "arms": [{"variant": variant, "stages": placement.spec()}],
+        "arms": [
+            {
+                "variant": variant,
+                "stages": placement.spec(),
+                **({"host": dict(recommended["host"])} if recommended.get("host") else {}),
+            }
+        ],
     }
     text: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text
@@ -196,11 +279,29 @@ def _recommended(data: Any) -> Mapping[str, Any]:
     for name in ("model", "weights_digest"):
         if not isinstance(about.get(name, "" if name != "model" else None), str):
             raise ValueError(f"recommended.{name} must be text; got {about.get(name)!r:.80}")
+    _check_trained(about.get("trained", {}))
+    if not _is_texts(about.get("host", {})):
+        raise ValueError(f"recommended.host is written {{fill: zero}}; got {about['host']!r:.80}")
     for name, most in (("depth", _MOST_BLOCKS), ("patches", 10**9)):
         number = whole_number(about.get(name, 1))
         if number is None or not 1 <= number <= most:
             raise ValueError(f"recommended.{name} must be a whole number from 1 to {most}; got {about[name]!r:.80}")
     return about
+
+
+def _check_trained(trained: Any) -> None:
+    if not isinstance(trained, dict) or not trained.keys() <= {"reducers", "model"}:
+        raise ValueError(f"recommended.trained has reducers and model; got {trained!r:.80}")
+    for what, each in trained.items():
+        if not _is_texts(each) or each.keys() != {"file", "digest"}:
+            raise ValueError(f"recommended.trained.{what} has a file and its digest; got {each!r:.80}")
+        if not _NAME.fullmatch(each["file"]):
+            raise ValueError(f"recommended.trained.{what}.file is a file beside this one; got {each['file']!r:.80}")
+
+
+def _is_texts(data: Any) -> bool:
+    """A mapping of texts."""
+    return isinstance(data, dict) and all(isinstance(part, str) for pair in data.items() for part in pair)
 
 
 def _placement(data: Mapping[str, Any], about: Mapping[str, Any]) -> Placement:

@@ -13,10 +13,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reducers import Count, Drop, EViT, Late, Placement, Ratio, ReducerError, ToMe, at, load, reduce_tokens
-from reducers.digest import state_digest
+from reducers import Count, Drop, EViT, Late, Placement, Ratio, ReducedViT, ReducerError, ToMe, at, load, reduce_tokens
+from reducers.digest import state_digest, tensors_digest
+from reducers.methods import DynamicViT
 from reducers.placement_file import MAX_BYTES, VERSION, placement_text, read_placement_file
 
 from .conftest import DEPTH, make_vit
@@ -239,3 +241,87 @@ def test_a_count_is_for_the_size_it_was_found_for(file: Path, images: Tensor) ->
     with pytest.warns(UserWarning, match="64 patches"):
         placement = load(file, make_vit(img_size=64))
     assert placement.blocks[1].spec()["budget"] == {"count": 20}
+
+
+def write_trained(folder: Path, model: ReducedViT) -> Path:
+    """A placement file with its reducers' tensors and the model's weights beside it, as `sievit recommend` does."""
+    tensors = dict(sorted(model.reducers.state_dict().items()))
+    about: dict[str, Any] = {
+        **ABOUT,
+        "trained": {
+            "reducers": {"file": "0.60.reducers.safetensors", "digest": tensors_digest(tensors)},
+            "model": {"file": "0.60.model.safetensors", "digest": state_digest(model.base)},
+        },
+    }
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "0.60.reducers.safetensors")
+    file = folder / "0.60.yaml"
+    file.write_text(placement_text(model.placement, about, name="a", title="A"), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def trained_model() -> ReducedViT:
+    return reduce_tokens(make_vit(seed=3), at([1, 2], DynamicViT(Ratio(0.6)))).eval()
+
+
+def test_trained_reducers_come_with_their_tensors(trained_model: ReducedViT, images: Tensor, tmp_path: Path) -> None:
+    file = write_trained(tmp_path, trained_model)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        fast = reduce_tokens(make_vit(seed=3), load(file, make_vit(seed=3))).eval()
+        assert torch.equal(fast(images), trained_model(images))
+    with pytest.raises(ReducerError, match=r"comes with trained weights.*load\(path, model\)"):
+        load(file)
+    with pytest.warns(UserWarning, match=r"has not the weights that were trained, 0.60.model.safetensors beside it"):
+        load(file, MODEL)
+
+
+def test_tensors_beside_a_file_are_checked(trained_model: ReducedViT, tmp_path: Path) -> None:
+    file = write_trained(tmp_path, trained_model)
+    own, model = tmp_path / "0.60.reducers.safetensors", make_vit(seed=3)
+    tensors = load_file(own)
+    for change, message in (
+        (lambda tensor: tensor + 1, "holds other weights than those that 0.60.yaml was written with"),
+        (lambda tensor: tensor[:1].clone(), "does not fit the placement of 0.60.yaml"),
+    ):
+        save_file({name: change(tensor) for name, tensor in tensors.items()}, own)
+        with pytest.raises(ReducerError, match=message):
+            load(file, model)
+    own.write_bytes(pickle.dumps(tensors))
+    with pytest.raises(ReducerError, match="cannot be read"):
+        load(file, model)
+    own.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    save_file(tensors, tmp_path / "elsewhere/0.safetensors")
+    own.symlink_to(tmp_path / "elsewhere/0.safetensors")
+    with pytest.raises(ReducerError, match="no file beside it"):
+        load(file, model)
+    text = file.read_text(encoding="utf-8")
+    for name in ("elsewhere/0.safetensors", "../0.safetensors", str(own), ".safetensors", "a.pt", "a\\b.safetensors"):
+        file.write_text(text.replace("0.60.reducers.safetensors", name), encoding="utf-8")
+        with pytest.raises(ReducerError, match="is a file beside this one"):
+            load(file, model)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("reducers: {", "others: {"), ("digest:", "sum:"), ("trained:", "trained: 3\n  other:")]
+)
+def test_what_is_said_of_trained_weights_must_be_whole(
+    old: str, new: str, trained_model: ReducedViT, tmp_path: Path
+) -> None:
+    file = write_trained(tmp_path, trained_model)
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ReducerError, match=r"recommended\.trained.*; write it again"):
+        load(file, make_vit(seed=3))
+
+
+def test_how_the_model_is_driven_is_told(file: Path) -> None:
+    file.write_text(placement_text(PLACED, {**ABOUT, "host": {"fill": "zero"}}, name="a", title="A"), encoding="utf-8")
+    assert yaml.safe_load(file.read_text())["arms"][0]["host"] == {"fill": "zero"}
+    with pytest.warns(UserWarning, match=r"reduce_tokens\(model, placement, host=\{'fill': 'zero'\}\)"):
+        load(file, MODEL)
+    file.write_text(file.read_text().replace("fill: zero", "fill: 3"), encoding="utf-8")
+    with pytest.raises(ReducerError, match="recommended.host is written"):
+        load(file)
