@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ablations.records.names import RECOMMENDATION_PAGE, RECOMMENDED
 from ablations.records.storage import as_folder, is_uri
 from ablations.records.streams import say
 from analysis import remote
@@ -59,11 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_opening(read_results(as_folder(options.out)), Path(options.opening))
             return 0
         if options.recommendation:
-            if is_uri(options.out):
-                raise AnalysisError(
-                    f"{options.out}: the page of a recommendation is drawn from a folder; copy it to this machine first"
-                )
-            say(str(write_recommendation(as_folder(options.out))), sys.stdout)
+            say(_recommendation(options.out), sys.stdout)
             return 0
         results, written, report = _analyse(options.out, options.to)
     except (AnalysisError, PermissionError) as error:
@@ -79,6 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("error: no trial finished; the report lists the reasons", sys.stderr)
         return 1
     return 0
+
+
+def _recommendation(out: str) -> str:
+    """Where the page of a search was written."""
+    if not is_uri(out):
+        return str(write_recommendation(as_folder(out)))
+    place = remote.open_place(out)
+    with remote.local_folder(out) as copy:
+        folder = copy / RECOMMENDED
+        folder.mkdir(exist_ok=True)
+        return place.send(write_recommendation(place.fetch_recommendation(folder)).parent, RECOMMENDATION_PAGE)
 
 
 def _analyse(out: str, to: str | None) -> tuple[Results, Written, str]:

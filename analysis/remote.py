@@ -6,11 +6,12 @@ Only files that are new or changed travel, so drawing again after a few more tri
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,17 +63,41 @@ class Place:
             raise AnalysisError(f"{self.uri} cannot be read ({str(error)[:200]})") from error
         return folder
 
-    def send(self, folder: Path) -> str:
-        """Copy what was drawn back; the URI of the report."""
+    def fetch_recommendation(self, folder: Path) -> Path:
+        """Copy what the page of a search reads into a folder of its own, and return it; what an earlier page drew
+        there goes.
+        """
+        for name in _DRAWN:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        try:
+            top = {name: entry for name, entry in self._listed("").items() if name == names.RECOMMENDATION}
+            if not top:
+                (folder / names.RECOMMENDATION).unlink(missing_ok=True)
+                raise AnalysisError(
+                    f"{self.storage.below(names.RECOMMENDATION)} is not there: `sievit recommend --out {self.uri}` "
+                    "makes it"
+                )
+            self._copy(top, folder)
+            images = self._listed(f"{names.CANDIDATES}/{names.IMAGES}")
+            drawn = {f"{names.CANDIDATES}/{names.images_file(key)}" for key in _keys_drawn(folder)}
+            wanted = {name: entry for name, entry in images.items() if name in drawn}
+            self._copy(wanted | self._listed(f"{names.CANDIDATES}/{names.SAMPLES}"), folder)
+        except (OSError, pa.ArrowException) as error:
+            raise AnalysisError(f"{self.uri} cannot be read ({str(error)[:200]})") from error
+        return folder
+
+    def send(self, folder: Path, page: str = names.REPORT) -> str:
+        """Copy what was drawn back; the URI of the page."""
         files = [path for name in _DRAWN for path in sorted((folder / name).glob("*")) if path.is_file()]
         try:
+            self.storage.make(*_DRAWN)
             with ThreadPoolExecutor(_THREADS) as threads:
-                list(threads.map(lambda path: self._send_one(path, folder), [*files, folder / names.REPORT]))
+                list(threads.map(lambda path: self._send_one(path, folder), [*files, folder / page]))
         except OSError as error:
             raise AnalysisError(
-                f"the report is in {folder}, but cannot be written to {self.uri} ({str(error)[:200]})"
+                f"{page} is in {folder}, but cannot be written to {self.uri} ({str(error)[:200]})"
             ) from error
-        return self.storage.below(names.REPORT)
+        return self.storage.below(page)
 
     def _listed(self, folder: str) -> dict[str, Entry]:
         prefix = f"{folder}/" if folder else ""
@@ -93,6 +118,13 @@ class Place:
 
     def _send_one(self, path: Path, folder: Path) -> None:
         self.storage.write(path.relative_to(folder).as_posix(), path.read_bytes())
+
+
+def _keys_drawn(folder: Path) -> Iterator[str]:
+    """The trials whose images the page of a search draws; none where its record is damaged, which who draws it says."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        for goal in json.loads((folder / names.RECOMMENDATION).read_text(encoding="utf-8"))["goals"]:
+            yield from (str(goal[entry]["key"]) for entry in ("recommended", "comparator"))
 
 
 def open_place(uri: str) -> Place:

@@ -93,10 +93,6 @@ def _recommend(arguments: argparse.Namespace) -> int:
         print()
         print(_where_the_time_went(ended, time.perf_counter() - started))
     sys.stdout.flush()
-    if away:
-        print(f"recommend.html is drawn from a folder: copy {out_of(arguments)} to this machine, then "
-              "`python -m analysis --recommendation FOLDER`")  # fmt: skip
-        return OK
     from ablations.cli.report import draw_recommendation
 
     return OK if draw_recommendation(out_of(arguments)) == OK else FAILED

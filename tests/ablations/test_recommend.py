@@ -233,7 +233,7 @@ def test_results_of_another_version_in_out_are_passed_over(
 
 
 @pytest.mark.slow
-def test_a_search_into_an_object_store_goes_on_and_says_where_its_page_is_drawn(
+def test_a_search_into_an_object_store_goes_on_and_its_page_lies_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path))
@@ -241,12 +241,19 @@ def test_a_search_into_an_object_store_goes_on_and_says_where_its_page_is_drawn(
         asked = ["recommend", "--serial", "--limit", str(IMAGES), "--candidates", "1", "--cost", "0.5"]
         assert main([*asked, "--out", f"{bucket}/out"]) == 0
         said = capfd.readouterr().out
-        assert "copy s3://" in said and "reducers.load('s3:" not in said
+        assert "copy it here for reducers.load" in said and "reducers.load('s3:" not in said
+        assert said.splitlines()[-1] == f"{bucket}/out/recommend.html"
+        out = Store(f"{bucket}/out")
+        page = out.storage.read("recommend.html").decode()
+        assert "reducers.load" in page and len(out.storage.entries("figures")) == 4, "with the kept patches"
+        out.delete("recommend.html")
         before = Store(f"{bucket}/out/recommend").finished()
         assert main([*asked, "--out", f"{bucket}/out"]) == 0
         assert Store(f"{bucket}/out/recommend").finished() == before
-        assert analysis(["--recommendation", f"{bucket}/out"]) == 2
-        assert "copy it to this machine" in capfd.readouterr().err
+        assert out.storage.entry("recommend.html") is not None, "drawn again"
+        capfd.readouterr()
+        assert analysis(["--recommendation", f"{bucket}/none"]) == 2
+        assert "`sievit recommend --out s3://" in capfd.readouterr().err
 
 
 def plant(store: Store, key: str, good: set[int]) -> None:

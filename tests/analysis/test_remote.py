@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from analysis.__main__ import main
 from analysis.frame import AnalysisError, read_results
 from tests.analysis.runs import scores
 from tests.analysis.synthetic import Maker
+from tests.analysis.test_recommendation import record
 from tests.s3 import local_s3
 
 pytestmark = pytest.mark.usefixtures("plain_figures")
@@ -124,3 +126,24 @@ def test_where_no_copy_can_be_kept_the_setting_is_named_and_nothing_is_fetched(
     monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "chosen"))
     with remote.local_folder(uploaded) as copy:
         assert copy.is_dir() and copy.is_relative_to(tmp_path / "chosen")
+
+
+def test_the_page_of_a_search_is_drawn_from_the_object_store_into_it(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "cache"))
+    uri = f"{bucket}/{tmp_path.name}"
+    assert main(["--recommendation", uri]) == 2
+    assert "recommend.json is not there: `sievit recommend --out s3://" in capsys.readouterr().err
+    place = remote.open_place(uri)
+    for label in ("ToMe", "another"):
+        place.storage.write("recommend.json", json.dumps(record(label)).encode())
+        assert main(["--recommendation", uri]) == 0
+        assert capsys.readouterr().out.strip() == f"{uri}/recommend.html"
+        assert f"use {label}" in place.storage.read("recommend.html").decode()
+    assert sorted(place.storage.entries("figures")) == [
+        "recommend-0-50-confirmed.png", "recommend-0-50-confirmed.svg"
+    ]  # fmt: skip
+    place.storage.write("recommend.json", b"{")
+    assert main(["--recommendation", uri]) == 2
+    assert "cannot be used" in capsys.readouterr().err
