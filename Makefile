@@ -53,6 +53,7 @@ help: ## this list
 	@echo '  TRAIN_DATA folder of training images, for specs that finetune (default: DATA/train)'
 	@echo '  COST       for recommend: shares of the dense cost (COST="0.5 0.7"); SPEED=1.5: times as fast, here'
 	@echo '  CANDIDATES for recommend: placements to try for each (96); SEED: of the search (0)'
+	@echo '  TRAINED    for recommend: folders of trainings whose weights are tried as well; HOST=fill=zero drives the model so'
 	@echo '  METHOD     for train: registered names, or all (none: list them); SET="epochs=1" changes its recipe'
 	@echo '  PROFILE=1  tell where the time went'
 	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
@@ -76,6 +77,7 @@ ablations: $(STAMP) ## run the ablations that are not finished yet, then draw th
 recommend: $(STAMP) ## which token reduction this model should use: COST=0.5 (or several), or SPEED=1.5 (minutes)
 	@$(PY) -m ablations recommend --out '$(OUT)' $(call option,COST,cost) $(call option,SPEED,speed) \
 		$(call option,LIMIT,limit) $(call option,CANDIDATES,candidates) $(call option,SEED,seed) \
+		$(call option,TRAINED,trained) $(call option,HOST,host) \
 		$(if $(SERIAL),--serial) $(RUN_OPTIONS)
 
 train: $(STAMP) ## train a method and put it beside random drop: METHOD=dynamicvit (several: METHOD="a b"; minutes)

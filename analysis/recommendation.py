@@ -165,6 +165,7 @@ def _percent(value: float) -> str:
 def in_python(found: Found) -> str:
     """How what was found is used, in six lines."""
     goal, about = found.goals[0]["goal"]["name"], found.about
+    trained, host = found.goals[0].get("weights") or {}, about.get("host") or {}
     name, weights = about["model"], about["weights"]
     if about["source"] == "timm" and weights == "hub" and "?" not in name:
         opened = f'import timm\nmodel = timm.create_model("{name}", pretrained=True).eval()'
@@ -176,10 +177,14 @@ def in_python(found: Found) -> str:
             "from ablations.workloads import open_model\n"
             f'model = open_model("{name}", weights={given}, workload_name="{about["workload"]}"{more}).model{note}'
         )
+    if "model" in trained:
+        file = f"{names.RECOMMENDED}/{trained['model']}"
+        opened += f'\nimport safetensors.torch\nmodel.load_state_dict(safetensors.torch.load_file("{file}"))'
+    driven = f", host={json.dumps(host)}" if host else ""
     return (
         f"import reducers\n{opened}\n"
         f'placement = reducers.load("{names.RECOMMENDED}/{goal}.yaml", model)\n'
-        "fast = reducers.reduce_tokens(model, placement)\n"
+        f"fast = reducers.reduce_tokens(model, placement{driven})\n"
         f"answers = fast(images)  # as model(images), at the cost of {goal}"
     )
 

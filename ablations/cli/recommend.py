@@ -22,6 +22,7 @@ examples:
   sievit recommend --speed 1.5 --workload imagefolder --data IMAGES     half as fast again, on this machine
   sievit recommend --cost 0.6 --task embed --data IMAGES --workload imagefolder --model MODEL
                                                     without labels: how near features stay to the dense model's
+  sievit recommend --cost 0.5 --trained results/embedded/train/dynamicvit     trained weights are tried as well
   RAY_ADDRESS=HOST:6379 sievit recommend --cost 0.5 on an existing Ray cluster
 
 Searches over methods, blocks, schedules, settings and pairs of methods, each brought to the cost that is asked; then
@@ -53,6 +54,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--task", default="classify", help="what is asked of the model: classify, or embed (no labels)")
     add_data_options(parser)
+    parser.add_argument(
+        "--trained", nargs="+", default=[], metavar="FOLDER",
+        help="trainings whose weights are tried as well: folders that `sievit train` (OUT/train/METHOD) or `python -m "
+        "ablations.measure.finetune` (its OUT) wrote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host", nargs="+", default=[], metavar="NAME=VALUE",
+        help="how the model is driven, where it lets one choose: fill=zero (docs/models.md)",
+    )  # fmt: skip
     parser.add_argument("--candidates", type=int, default=96, metavar="N", help="placements to try for each cost (96)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search: one seed, one search (0)")
     parser.add_argument("--batch", type=int, metavar="N", help="images in a batch (by image size)")
@@ -69,14 +79,17 @@ def _recommend(arguments: argparse.Namespace) -> int:
         raise ValueError("--candidates is 1 or more, --seed a whole number from 0 on")
     if arguments.workers is not None and arguments.workers < 1:
         raise ValueError(f"--workers {arguments.workers}: at least one candidate must be tried at a time")
+    host = options_of(arguments.host)
     from ablations.records.storage import is_uri
+    from ablations.run.given import folders_of
     from ablations.run.recommend.begin import begin
 
     settings = settings_of(arguments, ray=not arguments.serial)
     started = time.perf_counter()
     ended = begin(
         settings, goals, candidates=arguments.candidates, seed=arguments.seed, serial=arguments.serial,
-        workers=arguments.workers, command=["sievit", *arguments.words],
+        workers=arguments.workers, command=["sievit", *arguments.words], trained=folders_of(arguments.trained),
+        host=host,
     )  # fmt: skip
     away = is_uri(out_of(arguments))
     for told, name in zip(ended.told, ended.files, strict=True):
@@ -137,6 +150,21 @@ def goals_of(costs: list[str], speeds: list[str]) -> tuple[Goal, ...]:
     if not goals:
         raise ValueError("what may it cost? Give --cost 0.5 (a share of the dense model's cost), or --speed 1.5")
     return tuple(goals.values())
+
+
+def options_of(words: list[str]) -> dict[str, str]:
+    """``fill=zero spread=nearest`` as options of a model's host.
+
+    Raises:
+        ValueError: a word is none.
+    """
+    found = {}
+    for word in " ".join(words).split():
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--host {word!r} is no option such as fill=zero")
+        found[name] = value
+    return found
 
 
 def finalists_table(told: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from ablations.store.status import find_key
 from ablations.store.store import Store
 from ablations.tasks import Task, task_of
 from ablations.trial.code import code_of
+from ablations.trial.given import given_of
 from ablations.trial.staleness import changed_code
 from ablations.trial.trial import CLASSIFY, Trial, TrialError, trial_from
 from ablations.words import in_words
@@ -121,7 +122,7 @@ def reproduce(
     again, notes = as_evaluated(trial, recorded)
     with _folder(scratch) as folder, _threads(None if trial.measure else recorded.get("device")):
         row, images = _run(
-            again, run["settings"], folder, data=data, train_data=train_data, weights=weights, labels=labels
+            again, run["settings"], folder, store, data=data, train_data=train_data, weights=weights, labels=labels
         )
     before = _before(store, key=trial.key, recorded=recorded)
     differences = [*_row_differences(recorded, row), *_image_differences(before, images)]
@@ -145,12 +146,15 @@ def as_evaluated(trial: Trial, recorded: Mapping[str, Any]) -> tuple[Trial, list
 
 
 def _run(
-    trial: Trial, settings: Mapping[str, Any], folder: Path, *, data: str | None, train_data: str | None,
+    trial: Trial, settings: Mapping[str, Any], folder: Path, store: Store, *, data: str | None, train_data: str | None,
     weights: str | None, labels: str | None,
 ) -> tuple[dict[str, Any], pa.Table | None]:  # fmt: skip
-    """Evaluate the trial in a store of its own: its row and its images, None if it failed."""
+    """Evaluate the trial in a store of its own: its row and its images, None if it failed. From the ``store`` where it
+    is on record come trained weights that it was given, and nothing else.
+    """
     from ablations.measure.evaluate import try_trial
     from ablations.measure.opening import choose_device, open_context, open_subject
+    from ablations.run.given import provide
     from ablations.run.session import Settings
     from ablations.workloads.embedded import name_of
 
@@ -186,6 +190,8 @@ def _run(
                 f"the {what} are not those of the trial (digest {found[:12]} in place of {planned[:12]}); "
                 f"say where they are with {remedy}"
             )
+    if given_of(trial.training):
+        provide(trial.training, store, own.cache, subject.loaded.model)
     result = try_trial(trial, open_context(subject, choose_device(), cache=own.cache))
     own.save(result)
     row = own.load(trial.key)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ablations.search.space import Space
-from ablations.trial.stages import Stages, canonical_json
+from ablations.trial.stages import OFF_THE_SHELF, Stages, Training, canonical_json
 
 if TYPE_CHECKING:
     import optuna
@@ -29,6 +29,7 @@ class Candidate:
     number: int
     stages: Stages
     label: str
+    training: Training = OFF_THE_SHELF  # whose weights it has
 
 
 class Planner(Protocol):
@@ -62,8 +63,8 @@ class Sampled:
         space: what may be proposed.
         size: how many candidates to hand out.
         seed: of the sampler: asked and told alike, two planners of one seed propose the same.
-        label: the words for a candidate's stages.
-        fits: raises ValueError for stages that the model cannot carry out; they are never handed out.
+        label: the words for a candidate's stages and the training whose weights it has.
+        fits: raises ValueError for what the model cannot carry out, of the same two; it is never handed out.
         starts: what is tried first, as the choices' names and options.
     """
 
@@ -73,16 +74,16 @@ class Sampled:
         *,
         size: int,
         seed: int,
-        label: Callable[[Any], str],
-        fits: Callable[[Stages], object],
+        label: Callable[[Any, Training], str],
+        fits: Callable[[Stages, Training], object],
         starts: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._space, self._size, self._label, self._fits = space, size, label, fits
         self._estimator, self._chance = _samplers(seed, by_chance=max(10, round(_BY_CHANCE * size)))
         self._study = _study(self._estimator)
         self._open: dict[int, optuna.trial.Trial] = {}
-        self._impossible: set[str] = set()
-        self._numbers: dict[str, int] = {}  # by the candidate's text
+        self._impossible: set[tuple[Stages, Training]] = set()
+        self._numbers: dict[tuple[Stages, Training], int] = {}
         for start in starts:
             self._study.enqueue_trial({name: _spelled(option) for name, option in start.items()})
 
@@ -93,20 +94,22 @@ class Sampled:
             self._study.sampler = sampler
             for _ in range(tries):
                 trial = self._study.ask()
-                stages = Stages.of(self._space.draw(_Optuna(trial)))
-                if stages.text in self._numbers or stages.text in self._impossible or not self._possible(stages):
+                drawn = self._space.draw(_Optuna(trial))
+                asked = Stages.of(drawn.stages), drawn.training
+                if asked in self._numbers or asked in self._impossible or not self._possible(*asked):
                     self._say(trial, None)  # nothing is learnt from it
                     continue
-                number = self._numbers[stages.text] = len(self._numbers)
+                number = self._numbers[asked] = len(self._numbers)
                 self._open[number] = trial
-                return Candidate(number, stages, self._label(stages.data))
+                stages, training = asked
+                return Candidate(number, stages, self._label(stages.data, training), training)
         return None
 
-    def _possible(self, stages: Stages) -> bool:
+    def _possible(self, stages: Stages, training: Training) -> bool:
         try:
-            self._fits(stages)
+            self._fits(stages, training)
         except ValueError:
-            self._impossible.add(stages.text)
+            self._impossible.add((stages, training))
             return False
         return True
 

@@ -81,7 +81,8 @@ class Race:
             return self._waiting.pop(0)
         candidate = self._planner.ask()
         if candidate is not None:
-            self._told({"event": ASKED, "number": candidate.number, "stages": candidate.stages.text})
+            training = {"training": candidate.training.text} if candidate.training else {}
+            self._told({"event": ASKED, "number": candidate.number, "stages": candidate.stages.text, **training})
             self.standings[candidate.number] = Standing(candidate)
         return candidate
 
@@ -162,7 +163,7 @@ class Race:
         for event in events:
             kind, number = event["event"], event["number"]
             if kind == ASKED:
-                self._ask_again(number, event["stages"])
+                self._ask_again(number, event["stages"], event.get("training", ""))
                 running.append(number)
                 continue
             if number in lost:  # an earlier resumption tried it again
@@ -178,9 +179,9 @@ class Race:
             self.standings[number].ended = ""
         return running + lost
 
-    def _ask_again(self, number: int, stages: str) -> None:
-        candidate = self.ask()
-        if candidate is None or (candidate.number, candidate.stages.text) != (number, stages):
+    def _ask_again(self, number: int, stages: str, training: str) -> None:
+        candidate, asked = self.ask(), (number, stages, training)
+        if candidate is None or (candidate.number, candidate.stages.text, candidate.training.text) != asked:
             raise SearchError("another search would be made by now")
 
     def _report_again(self, event: Event, values_of: Callable[[str, int], np.ndarray | None]) -> bool:

@@ -1,22 +1,28 @@
 """The space that is searched: methods, their settings, blocks, schedules, and two methods in turn, as plain stages.
 
 Every candidate leaves one kind of budget open (``auto``), which calibration settles, so that all of them cost the same.
+Where trained weights are given, each training is a part of the space as well: its own placement with the budget left
+open, or as it was trained, alone or before another method. Only what was trained stands there as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ablations.search.errors import SearchError
-from ablations.trial.free_settings import AUTO, SAMPLERS, StageList
+from ablations.trial.free_settings import AUTO, KINDS, SAMPLERS, StageList, budgets_in, free_kinds
+from ablations.trial.given import short_name
 from ablations.trial.labels import ranges
-from ablations.trial.stages import plain
+from ablations.trial.stages import OFF_THE_SHELF, Training, plain
 from reducers import available
 from reducers.candidates import budget_kinds, searchable_settings, takes_schedule, why_no_candidate
 
 SHAPES = ("one", "two")
+TRAINED = "trained"  # a further shape, where trained weights are given
+ALONE = "nothing"  # behind what was trained
+AS_TRAINED = "as trained"
 EACH = 0  # "in every block from the first one on"
 COUNTS = (1, 2, 3, 4, 6, EACH)  # blocks in which a method acts, evenly spaced to the last
 KEPT = ("auto", 0.95, 0.9, 0.8, 0.7, 0.55)  # what the first of two methods keeps of all patches; auto: as the second
@@ -45,6 +51,56 @@ class Method:
     scheduled: bool = False  # tokens dropped can be shared out over its blocks by a schedule
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A candidate: its stages, and the training whose weights it has."""
+
+    stages: StageList
+    training: Training = OFF_THE_SHELF
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training whose weights are given, and the placements that may be tried with them."""
+
+    training: Training
+    placements: Mapping[str, StageList]  # by the kind of budget that they leave open, or ``AS_TRAINED``
+
+    @property
+    def name(self) -> str:
+        return short_name(self.training)
+
+
+def trained(training: Training, fits: Callable[[StageList], object]) -> Trained:
+    """What may be tried with the weights of a training: where it has reducers, with one kind of budget open that all
+    of them have or take (``fits`` raises ValueError where not), and as it is.
+    """
+    stages = training.stages.plain()
+    found: dict[str, StageList] = {}
+    written = {kind for budget in budgets_in(stages) for kind in KINDS if kind in budget}
+    for kind in (*sorted(written), *(("ratio",) if written and "ratio" not in written else ())):
+        opened = _opened(stages, kind, replace=kind not in written)
+        try:
+            fits(opened)
+        except ValueError:
+            continue
+        found[kind] = opened
+    return Trained(training, {**found, AS_TRAINED: stages})
+
+
+def _opened(data: Any, kind: str, *, replace: bool) -> Any:
+    """The same stages with every budget of a kind open; ``replace``: in place of budgets of other kinds."""
+    if isinstance(data, Mapping):
+        made = {name: _opened(part, kind, replace=replace) for name, part in data.items() if name != "budget"}
+        budget = data.get("budget")
+        if not isinstance(budget, Mapping):
+            return {**made, **({} if budget is None else {"budget": budget})}
+        if replace:
+            return {**made, "budget": {kind: AUTO}}
+        return {**made, "budget": {**budget, kind: AUTO} if kind in budget else dict(budget)}
+    return [_opened(part, kind, replace=replace) for part in data] if isinstance(data, list | tuple) else data
+
+
 def methods(fits: Callable[[StageList], object], block: int) -> tuple[Method, ...]:
     """Every registered method that decides on images without training, at a cost that leaves nothing out, and is no
     control; of these, those that the model takes: ``fits`` raises ValueError for the others at ``block``.
@@ -70,17 +126,36 @@ class Space:
     methods: tuple[Method, ...]
     free: tuple[int, ...]  # the blocks where a reducer may act
     latest: int | None = None  # the last block at which the first method may begin: later, the cost is spent already
+    trained: tuple[Trained, ...] = ()  # whose weights are given
 
     def __post_init__(self) -> None:
         if not self.methods or not self.free:
             raise SearchError("no method can be searched over here: `sievit list --reducers` says what each needs")
 
-    def draw(self, choose: Chooser) -> StageList:
+    def draw(self, choose: Chooser) -> Drawn:
         """One candidate, as the chooser wants it."""
-        two = choose.one_of("shape", SHAPES) == "two"
-        if two:
-            return self._two(choose)
-        return self._one(choose)
+        shape = choose.one_of("shape", (*SHAPES, TRAINED) if self.trained else SHAPES)
+        if shape == TRAINED:
+            return self._trained(choose)
+        return Drawn(self._two(choose) if shape == "two" else self._one(choose))
+
+    def _trained(self, choose: Chooser) -> Drawn:
+        """Trained weights with the placement they were trained with, and perhaps a method behind it: in blocks of its
+        own, since what was trained together stays together.
+        """
+        name = choose.one_of("training", [one.name for one in self.trained])
+        one = next(one for one in self.trained if one.name == name)
+        opened = choose.one_of(f"{name} budget", list(one.placements))
+        stages = list(one.placements[opened])
+        taken = {block for stage in stages for block in stage["at"]}
+        later = [block for block in self.free if block > min(taken) and block not in taken]
+        behind = choose.one_of("behind trained", [ALONE, *(method.name for method in self.methods)])
+        if behind != ALONE and later and free_kinds(stages) <= {"ratio"}:
+            method = next(method for method in self.methods if method.name == behind)
+            start, count = choose.whole("behind from", 0, len(self.free) - 1), choose.one_of("behind blocks", COUNTS)
+            blocks = spread(later[min(start, len(later) - 1) :], count)
+            stages.append({"at": blocks, "stack": [self._reducer(choose, "behind", method, budget={"ratio": AUTO})]})
+        return Drawn(stages, one.training)
 
     def _method(self, choose: Chooser, place: str) -> Method:
         name = choose.one_of(f"{place} method", [method.name for method in self.methods])
@@ -132,9 +207,14 @@ class Space:
 
 def starts(space: Space) -> list[dict[str, Any]]:
     """What is tried first: each method with its defaults at three blocks, as many papers place it, then in every block,
-    as those do that merge a few tokens at a time. Who does not come to the cost that way is passed over.
+    as those do that merge a few tokens at a time. Before them what was trained, alone. Who does not come to the cost
+    that way is passed over.
     """
-    found = []
+    found: list[dict[str, Any]] = [
+        {"shape": TRAINED, "training": one.name, f"{one.name} budget": opened, "behind trained": ALONE}
+        for one in space.trained
+        for opened in one.placements
+    ]
     for start, count in ((len(space.free) // 4, 3), (0, EACH)):
         for method in space.methods:
             choices: dict[str, Any] = {
@@ -179,13 +259,23 @@ def _joined(acting: Mapping[int, list[dict[str, Any]]]) -> StageList:
     return stages
 
 
-def describe(stages: StageList) -> str:
-    """A candidate in words: ``ToMe 0-5, then ATS 6-11 (score key_norm)``, one method after the other."""
+def names_of(stages: StageList) -> Iterator[str]:
+    """The methods in stages; a chooser inside another method is a part of that one."""
+    for stage in stages:
+        for reducer in stage["stack"]:
+            yield str(reducer["name"])
+
+
+def describe(stages: StageList, training: Training = OFF_THE_SHELF) -> str:
+    """A candidate in words: ``ToMe 0-5, then ATS 6-11 (score key_norm)``, one method after the other; with trained
+    weights ``DynamicViT 3, 6, 9 (trained 3f9c1b)``, by what they are and not by where they came from.
+    """
     acting: dict[str, list[int]] = {}
     for stage in stages:
         for reducer in stage["stack"]:
             acting.setdefault(_words(reducer), []).extend(stage["at"])
-    return ", then ".join(f"{what.replace('@', ranges(sorted(blocks)))}" for what, blocks in acting.items())
+    words = ", then ".join(f"{what.replace('@', ranges(sorted(blocks)))}" for what, blocks in acting.items())
+    return f"{words} (trained {short_name(training)})" if training else words
 
 
 def _words(reducer: Mapping[str, Any]) -> str:

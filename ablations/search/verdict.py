@@ -48,8 +48,13 @@ def finalists(complete: Sequence[Standing], comparator: Standing, *, limit: int 
         comparator: the best single method there.
         limit: at most so many.
     """
-    others = [one for one in complete if one.candidate.stages != comparator.candidate.stages]
+    others = [one for one in complete if not _same(one, comparator)]
     return [one for one in others if one.mean > comparator.mean][:limit]
+
+
+def _same(one: Standing, other: Standing) -> bool:
+    """They ask for the same placement of the same weights."""
+    return (one.candidate.stages, one.candidate.training) == (other.candidate.stages, other.candidate.training)
 
 
 def difference_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

@@ -82,6 +82,12 @@ def _check_recommended(file: SpecFile, facts: ModelFacts) -> None:
             ("recommended", "version"), f"it is {about.get('version')!r:.40}, and this is read: {VERSION}; write the "
             "file again with `sievit recommend`, or update this version"
         )  # fmt: skip
+    if about.get("trained"):
+        raise file.error(
+            ("recommended", "trained"), "it comes with trained weights, which no run reads: use it in Python "
+            "(reducers.load), or search again with `sievit recommend --trained FOLDER`; the placement alone can be "
+            "trained anew, `python -m ablations.measure.finetune --stages`"
+        )  # fmt: skip
     named = ("weights_digest", "depth", "patches")
     if any(about[name] and getattr(facts, name) and about[name] != getattr(facts, name)
            for name in named if name in about):  # fmt: skip

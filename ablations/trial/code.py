@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablations.trial.code_sources import Sources
+from ablations.trial.given import given_of
 
 if TYPE_CHECKING:
     from ablations.trial.stages import Stages, Training
@@ -45,6 +46,7 @@ ROOTS: dict[str, tuple[str, ...]] = {
     "evaluation": ("ablations.measure.evaluate:run_group", "ablations.measure.evaluate:run_trial"),
     "calibration": ("ablations.measure.calibrate:solve",),
     "training": ("ablations.measure.finetune.cache:finetuned", "ablations.measure.finetune.cache:train_or_load"),
+    "given": ("ablations.measure.finetune.given:finetuned",),
     "timing": ("ablations.measure.speed:measure_speed",),
 }
 """The parts of ``code`` and where each begins. One part never reaches into another's roots."""
@@ -137,7 +139,9 @@ def _code(stages: Stages, calibrated: bool, training: Training, timed: bool, wor
     parts = {"evaluation": _part("evaluation", _names(stages), beside)}
     if calibrated:
         parts["calibration"] = _part("calibration", frozenset(), ())
-    if training:
+    if given_of(training):  # who trained them, and by which code, is not asked: the key names them by their content
+        parts["given"] = _part("given", frozenset(), ())
+    elif training:
         parts["training"] = _part("training", _names(training.stages), ())
     if timed:
         parts["timing"] = _part("timing", frozenset(), ())

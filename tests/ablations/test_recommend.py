@@ -297,6 +297,47 @@ def test_what_cannot_be_answered_is_told_with_the_remedy(
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fill"], "--host 'fill' is no option such as fill=zero"),
+        (["=zero"], "is no option such as"),
+        (["fill=grey"], "--host fill=grey: pairs_vit_tiny knows no options: leave it out"),
+        (["fill=last", "a=b"], "--host fill=last: pairs_vit_tiny knows no options"),
+    ],
+)
+def test_options_of_the_host_are_those_that_it_knows(
+    words: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["recommend", "--serial", "--out", str(tmp_path), "--cost", "0.5", "--limit", str(IMAGES)]
+    assert main([*asked, "--host", *words]) == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_is_driven_as_it_is_asked_from_the_search_to_the_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--cost", "0.8", "--model", "digits_cvt_tiny"]
+    assert recommend(tmp_path, *words, "--host", "fill=zero", candidates=2) == 0
+    rows = Store(tmp_path / "recommend").rows()
+    assert rows and all(json.loads(row["trial"])["host"] == '{"fill":"zero"}' for row in rows.values())
+    (goal,), before = told(tmp_path)["goals"], results(tmp_path)
+    file = tmp_path / "recommended/0.80.yaml"
+    model = open_model("digits_cvt_tiny", weights=None, workload_name="embedded", classes=10).model
+    with pytest.warns(UserWarning, match=r"host=\{'fill': 'zero'\}"):
+        placement = reducers.load(file, model)
+    fast, images = reducers.reduce_tokens(model, placement, host={"fill": "zero"}).eval(), embedded_workload(IMAGES)
+    confirm = part(images, None).confirmation
+    right = [int(fast(images.batch(row, row + 1)).argmax()) == images.labels[row] for row in confirm]
+    assert np.mean(right) == pytest.approx(goal["recommended"]["value"])
+    assert main(["reproduce", goal["recommended"]["key"], "--out", str(tmp_path / "recommend")]) == 0
+    assert "bit for bit" in capfd.readouterr().out
+    assert main(["validate", "--model", "digits_cvt_tiny", str(file)]) == 0
+    assert recommend(tmp_path, *words, candidates=1) == 0
+    assert before.items() <= results(tmp_path).items() and len(results(tmp_path)) > len(before), "other trials"
+
+
 def test_goals_are_read_as_they_are_written() -> None:
     assert [goal.name for goal in goals_of(["0.5 0.7", "0.50"], ["1.5"])] == ["0.50", "0.70", "speed-1.50"]
     near = goals_of(["0.5", "0.504", "0.0001", "0.999"], ["1.501"])

@@ -14,7 +14,8 @@ from ablations.search.journal import Journal
 from ablations.search.planner import Candidate, Listed, Sampled
 from ablations.search.race import Race
 from ablations.search.rungs import goes_on
-from ablations.search.space import Method, Space, describe
+from ablations.search.space import Method, Space, describe, starts, trained
+from ablations.trial.given import given_training
 from ablations.trial.stages import Stages
 from tests.samples import sampled
 from tests.search.conftest import paired
@@ -44,7 +45,7 @@ def values(text: str, number: int, rung: int) -> np.ndarray:
 
 
 def planner(size: int = 40, seed: int = 0) -> Sampled:
-    return Sampled(SPACE, size=size, seed=seed, label=describe, fits=lambda stages: None)
+    return Sampled(SPACE, size=size, seed=seed, label=describe, fits=lambda *_: None)
 
 
 def race(events: list[dict[str, Any]] | None = None, *, size: int = 40, seed: int = 0, **more: Any) -> Race:
@@ -96,6 +97,29 @@ def test_one_seed_makes_one_search_and_another_seed_another() -> None:
         run(race(events, size=20, seed=seed))
         found.append(events)
     assert found[0] == found[1] != found[2]
+
+
+def test_the_journal_carries_what_was_trained_and_other_weights_make_another_search() -> None:
+    stages = Stages.of([{"at": [1, 2], "stack": [{"name": "topk", "budget": {"ratio": 0.7}}]}])
+    events: list[dict[str, Any]] = []
+
+    def begun(letter: str) -> Race:
+        given = given_training(stages, model=letter * 64, reducers="")
+        space = Space(SPACE.methods, SPACE.free, trained=(trained(given, lambda stages: None),))
+        made = Sampled(space, size=12, seed=0, label=describe, fits=lambda *_: None, starts=starts(space))
+        return Race(made, rungs=len(RUNGS), dense=DENSE, test=paired, keep=events.append)
+
+    results: dict[str, np.ndarray] = {}
+    run(begun("a"), steps=9, results=results)
+    told = list(events)
+    named = [event["training"] for event in told if event["event"] == "asked" and "training" in event]
+    assert len(named) >= 2 and all("a" * 64 in text for text in named)
+    again = begun("a")
+    again.resume(told, lambda key, rung: results[key])
+    run(again, results=results)
+    assert again.asked == 12
+    with pytest.raises(SearchError, match="another search"):
+        begun("c").resume(told, lambda key, rung: results[key])
 
 
 @pytest.mark.parametrize("steps", [0, 1, 7, 30])

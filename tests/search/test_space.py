@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from ablations.search.errors import SearchError
 from ablations.search.planner import Sampled
-from ablations.search.space import EACH, Method, Space, describe, spread, starts
+from ablations.search.space import AS_TRAINED, EACH, Method, Space, describe, spread, starts, trained
 from ablations.trial.free_settings import filled, free_kinds
-from ablations.trial.stages import Stages
+from ablations.trial.given import given_training, short_name
+from ablations.trial.stages import Stages, Training
 from reducers import placement_from
 from tests.search.conftest import Scripted
 
@@ -27,7 +30,7 @@ def test_blocks_are_spread_evenly_to_the_last() -> None:
 
 def test_one_method_with_a_schedule() -> None:
     chooser = Scripted(first_blocks=EACH, tome_budget="drop", schedule="later", first_tome_proportional=False)
-    stages = SPACE.draw(chooser)
+    stages = SPACE.draw(chooser).stages
     (stage,) = stages
     assert stage["at"] == list(range(12))
     assert stage["stack"] == [
@@ -38,7 +41,7 @@ def test_one_method_with_a_schedule() -> None:
 
 def test_two_methods_in_turn_and_in_one_block() -> None:
     apart = SPACE.draw(Scripted(shape="two", second_method="ats", second_from=6, second_blocks=EACH, first_blocks=2,
-                                first_keeps=0.8))  # fmt: skip
+                                first_keeps=0.8)).stages  # fmt: skip
     assert apart[0] == {"at": [0], "stack": [{"name": "tome", "budget": {"ratio": 0.894}}]}
     assert describe(apart) == "ToMe 0, 6 (keep 0.894), then ATS 6-11"
     at_six = next(stage for stage in apart if 6 in stage["at"])
@@ -58,7 +61,7 @@ def test_every_candidate_can_be_built_and_leaves_one_kind_of_budget_open() -> No
 
     kinds = set()
     for _ in range(300):
-        stages = Stages.of(SPACE.draw(Anything()))
+        stages = Stages.of(SPACE.draw(Anything()).stages)
         (kind,) = free_kinds(stages.data)
         kinds.add(kind)
         placement_from(filled(stages.data, {"count": 20, "ratio": 0.9, "drop": 12}), depth=12, patches=196)
@@ -75,19 +78,19 @@ def test_the_first_method_begins_before_the_cost_is_spent() -> None:
             asked[name] = high
             return high
 
-    stages = space.draw(Highest(shape="two", second_method="ats"))
+    stages = space.draw(Highest(shape="two", second_method="ats")).stages
     assert asked == {"first from": 4, "second from": 11} and stages[0]["at"][0] == 4
 
 
 def test_each_method_is_tried_first_as_papers_place_it() -> None:
-    planner = Sampled(SPACE, size=3, seed=0, label=describe, fits=lambda stages: None, starts=starts(SPACE))
+    planner = Sampled(SPACE, size=3, seed=0, label=describe, fits=lambda *_: None, starts=starts(SPACE))
     asked = [planner.ask() for _ in range(4)]
     assert [one.label for one in asked if one is not None] == ["ToMe 3, 6, 9", "ATS 3, 6, 9", "EViT 3, 6, 9"]
     assert asked[3] is None
 
 
 def test_what_a_model_refuses_is_never_handed_out() -> None:
-    def fits(stages: Stages) -> None:
+    def fits(stages: Stages, training: Training) -> None:
         if any(reducer["name"] == "ats" for stage in stages.data for reducer in stage["stack"]):
             raise ValueError("no class token")
 
@@ -102,7 +105,7 @@ def test_what_a_model_refuses_is_never_handed_out() -> None:
 
 def test_a_small_space_ends_when_all_of_it_was_tried() -> None:
     space = Space((Method("topk"),), (0, 1))
-    planner = Sampled(space, size=500, seed=0, label=describe, fits=lambda stages: None)
+    planner = Sampled(space, size=500, seed=0, label=describe, fits=lambda *_: None)
     found = []
     while (one := planner.ask()) is not None:
         found.append(one.stages.text)
@@ -113,3 +116,64 @@ def test_a_small_space_ends_when_all_of_it_was_tried() -> None:
 def test_a_space_without_methods_is_refused() -> None:
     with pytest.raises(SearchError, match="no method"):
         Space((), (0,))
+
+
+GIVEN = given_training(
+    Stages.of([{"at": [3, 6, 9], "stack": [{"name": "dynamicvit", "budget": {"ratio": 0.7}, "threshold": 0.5}]}]),
+    model="a" * 64, reducers="b" * 64,
+)  # fmt: skip
+
+
+def test_what_was_trained_is_tried_with_its_budget_open_and_as_it_is_and_first_of_all() -> None:
+    one = trained(GIVEN, lambda stages: None)
+    assert list(one.placements) == ["ratio", AS_TRAINED]
+    assert one.placements[AS_TRAINED] == GIVEN.stages.plain()
+    (opened,) = one.placements["ratio"]
+    assert opened["at"] == [3, 6, 9]
+    assert opened["stack"] == [{"name": "dynamicvit", "budget": {"ratio": "auto"}, "threshold": 0.5}]
+    space = Space(SPACE.methods, SPACE.free, trained=(one,))
+    planner = Sampled(space, size=3, seed=0, label=describe, fits=lambda *_: None, starts=starts(space))
+    first, second, third = (planner.ask() for _ in range(3))
+    assert first is not None and second is not None and third is not None
+    assert first.training == second.training == GIVEN and not third.training
+    assert first.label == f"DynamicViT 3, 6, 9 (threshold 0.5) (trained {one.name})"
+    assert second.label == f"DynamicViT 3, 6, 9 (threshold 0.5, keep 0.7) (trained {one.name})"
+
+
+def test_budgets_of_another_kind_are_tried_as_shares_where_the_method_takes_them() -> None:
+    counts = [{"at": [3], "stack": [{"name": "topk", "budget": {"count": 90}}]}]
+    given = given_training(Stages.of(counts), model="a" * 64, reducers="")
+    assert list(trained(given, lambda stages: None).placements) == ["count", "ratio", AS_TRAINED]
+
+    def fits(stages: Any) -> None:
+        if free_kinds(stages) == {"ratio"}:
+            raise ValueError("it takes counts alone")
+
+    assert list(trained(given, fits).placements) == ["count", AS_TRAINED]
+    without = [{"at": [3], "stack": [{"name": "avit"}]}]
+    assert list(trained(given_training(Stages.of(without), model="a" * 64, reducers=""), fits).placements) == [
+        AS_TRAINED
+    ]
+
+
+def test_a_method_behind_what_was_trained_has_blocks_of_its_own() -> None:
+    space = Space(SPACE.methods, SPACE.free, trained=(trained(GIVEN, lambda stages: None),))
+    chooser = Scripted(shape="trained", behind_trained="ats", behind_from=1, behind_blocks=EACH)
+    drawn = space.draw(chooser)
+    assert drawn.training == GIVEN and drawn.stages[0]["at"] == [3, 6, 9]
+    assert drawn.stages[1]["at"] == [5, 7, 8, 10, 11] and drawn.stages[1]["stack"][0]["name"] == "ats"
+    assert describe(drawn.stages, drawn.training).endswith(f"then ATS 5, 7, 8, 10, 11 (trained {short_name(GIVEN)})")
+
+
+def test_a_space_without_given_weights_asks_the_same_questions_as_ever() -> None:
+    shapes: list[tuple[Any, ...]] = []
+
+    class Shapes(Scripted):
+        def one_of(self, name: str, options: Any) -> Any:
+            if name == "shape":
+                shapes.append(tuple(options))
+            return super().one_of(name, options)
+
+    Space(SPACE.methods, SPACE.free).draw(Shapes())
+    Space(SPACE.methods, SPACE.free, trained=(trained(GIVEN, lambda stages: None),)).draw(Shapes())
+    assert shapes == [("one", "two"), ("one", "two", "trained")]

@@ -40,6 +40,7 @@ from ablations.run.recommend.serial import ShareOf
 from ablations.search.planner import Candidate
 from ablations.search.race import Race
 from ablations.store.store import Store
+from ablations.trial.stages import HostOptions
 
 _INSIDE = "/"  # between the names of what Tune gives a scheduler flattened
 _TRIES = 2  # times a candidate is handed out again whose worker was lost
@@ -49,7 +50,7 @@ Searching = Callable[[Race, Pieces, ShareOf, Callable[[Race], None]], None]
 
 @contextmanager
 def search_on_ray(
-    subject: Subject, out: Store, store: Store, *, seed: int, workers: int | None, profile: Profile,
+    subject: Subject, out: Store, store: Store, *, seed: int, host: HostOptions, workers: int | None, profile: Profile,
     time_limit: float | None,
 ) -> Iterator[tuple[Searching, int]]:  # fmt: skip
     """Who carries races out on Ray, as long as the block lasts, and how many candidates at once.
@@ -65,6 +66,7 @@ def search_on_ray(
             about = {
                 **about_run(cluster, store, {subject.facts.name: path}, limit=time_limit),
                 "seed": seed,
+                "host": host.text,
                 "batch": subject.target.batch,
                 "warm": out.location if out.finished() else "",
             }
@@ -179,6 +181,7 @@ class _Asking(Searcher):
             "number": candidate.number,
             "stages": candidate.stages.text,
             "label": candidate.label,
+            "training": candidate.training.text,
             "share": self._share_of(candidate.stages),
             "first": len(self._rounds.race.standings[candidate.number].values),
         }

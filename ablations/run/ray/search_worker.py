@@ -22,7 +22,7 @@ from ablations.run.recommend.pieces import Pieces, Proposal, TrialFailed
 from ablations.run.recommend.serial import settled
 from ablations.search.parts import part
 from ablations.store.store import Store
-from ablations.trial.stages import Stages
+from ablations.trial.stages import HostOptions, Stages, Training
 
 
 def try_candidate(config: Mapping[str, Any], run: Mapping[str, Any], rungs: int) -> None:
@@ -53,7 +53,8 @@ class _Clock:
 
 
 def _try(config: Mapping[str, Any], worker: _Worker, rungs: int, clock: _Clock) -> None:
-    proposal = Proposal(Stages(config["stages"]), config["label"], float(config["share"]))
+    stages, training = Stages(config["stages"]), Training(config["training"])
+    proposal = Proposal(stages, config["label"], float(config["share"]), training)
     _, reason = settled(proposal, worker.pieces)
     for rung in range(int(config["first"]), rungs):
         told: dict[str, Any] = {"failed": reason, "mean": 0.0}
@@ -87,7 +88,7 @@ class _Worker:
             )  # fmt: skip
         self.pieces = Pieces(
             context, part(context.workload, context.calibration), self.store, batch=int(run["batch"]),
-            seed=int(run["seed"]), warm=Store(run["warm"]) if run["warm"] else None,
+            seed=int(run["seed"]), warm=Store(run["warm"]) if run["warm"] else None, host=HostOptions(run["host"]),
         )  # fmt: skip
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ablations.measure.opening import Subject, choose_device, open_context, open_subject
 from ablations.measure.profile import Profile
 from ablations.records.names import CANDIDATES
+from ablations.run.given import Given, keep_given, read_given
 from ablations.run.recommend import outcome
 from ablations.run.recommend.call import Call, Found, Goal, Searcher, Wishes
 from ablations.run.recommend.progress import SearchProgress
@@ -20,8 +22,12 @@ from ablations.run.recommend.speeds import meet_speed, shares_at_speed
 from ablations.run.session import Settings
 from ablations.search.errors import SearchError
 from ablations.search.parts import part
+from ablations.search.space import describe
 from ablations.store.store import Store
 from ablations.tasks import task_of
+from ablations.trial.given import short_name
+from ablations.trial.stages import HostOptions, Training
+from ablations.trial.trial import ModelFacts
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +46,10 @@ class Ended:
 
 def begin(
     settings: Settings, goals: Sequence[Goal], *, candidates: int, seed: int, serial: bool, workers: int | None,
-    command: Sequence[str],
+    command: Sequence[str], trained: Sequence[Path] = (), host: Mapping[str, str] | None = None,
 ) -> Ended:  # fmt: skip
-    """Carry a call out, or on from where it was stopped.
+    """Carry a call out, or on from where it was stopped. ``trained``: folders of trainings whose weights are given;
+    ``host``: how the model is driven (``reduce_tokens``).
 
     Raises:
         SearchError: it cannot be answered; the message names the remedy.
@@ -56,6 +63,11 @@ def begin(
             f"a search goes by the mean over images of a quantity, and that of the task {settings.task} is no mean: "
             "search with --task classify or embed (TASK=…), and run what is found with this task"
         )
+    if trained and not task_of(settings.task).needs_labels:
+        raise SearchError(
+            f"--trained: the task {settings.task} asks how near answers stay to the model's own, and trained weights "
+            "are another model's: leave it out, or search with --task classify"
+        )
     out = Store(settings.out).create()
     store = Store(out.storage.below(CANDIDATES)).create()
     profile = Profile()
@@ -65,19 +77,23 @@ def begin(
             settings.source, name, weights=weights, cache=out.cache, batch=settings.batch, task=settings.task
         )
         parts = part(subject.workload, subject.calibration)
+        driven = host_options(host or {}, subject.facts)
+        given = [read_given(folder, subject) for folder in trained]
     with ExitStack() as stack:
         stack.enter_context(store.lock())
+        weights_given = tuple(sorted({_kept(one, store) for one in given}, key=short_name))  # in whatever order
+        given.clear()  # their tensors are kept there by now
         context = open_context(subject, choose_device(), cache=out.cache, profile=profile)
         log.info(
             "%d images: %d to search on, %d to confirm on, %d to calibrate on",
             len(subject.workload), len(parts.search), len(parts.confirmation), len(subject.calibration or ()),
         )  # fmt: skip
         searcher, at_once = stack.enter_context(
-            _searcher(subject, out, store, seed=seed, serial=serial, workers=workers, profile=profile)
+            _searcher(subject, out, store, seed=seed, host=driven, serial=serial, workers=workers, profile=profile)
         )
         call = Call(
             subject, context, parts, store,
-            wishes=Wishes(tuple(goals), candidates=candidates, seed=seed),
+            wishes=Wishes(tuple(goals), candidates=candidates, seed=seed, trained=weights_given, host=driven),
             searcher=searcher, told=SearchProgress(candidates).told, warm=_earlier(out),
         )  # fmt: skip
         try:
@@ -94,7 +110,8 @@ def begin(
 
 @contextmanager
 def _searcher(
-    subject: Subject, out: Store, store: Store, *, seed: int, serial: bool, workers: int | None, profile: Profile
+    subject: Subject, out: Store, store: Store, *, seed: int, host: HostOptions, serial: bool, workers: int | None,
+    profile: Profile,
 ) -> Iterator[tuple[Searcher, int]]:  # fmt: skip
     """Who carries races out, and how many candidates at once."""
     if serial:
@@ -103,9 +120,30 @@ def _searcher(
     with profile.measure("imports"):
         from ablations.run.ray.search import search_on_ray
     with search_on_ray(
-        subject, out, store, seed=seed, workers=workers, profile=profile, time_limit=_PATIENCE
+        subject, out, store, seed=seed, host=host, workers=workers, profile=profile, time_limit=_PATIENCE
     ) as searching:
         yield searching
+
+
+def _kept(given: Given, store: Store) -> Training:
+    """The weights of a training, kept beside the results: from here on they are told by their content."""
+    keep_given(given, store)
+    stages = given.training.stages.data
+    log.info("trained %s: %s, from %s", short_name(given.training), describe(stages), given.folder)
+    return given.training
+
+
+def host_options(chosen: Mapping[str, str], facts: ModelFacts) -> HostOptions:
+    """How the model is driven, the default left out.
+
+    Raises:
+        SearchError: the model's host knows no such option, or no such value of it.
+    """
+    known = ", ".join(f"{name}={'|'.join(values)}" for name, values in facts.options.items())
+    for name, value in chosen.items():
+        if value not in facts.options.get(name, ()):
+            raise SearchError(f"--host {name}={value}: {facts.name} knows {known or 'no options: leave it out'}")
+    return HostOptions.of({name: value for name, value in chosen.items() if value != facts.options[name][0]})
 
 
 def _earlier(out: Store) -> Store | None:

@@ -27,12 +27,12 @@ from ablations.search.journal import Journal
 from ablations.search.parts import Parts
 from ablations.search.planner import Listed, Planner, Sampled
 from ablations.search.race import Race, Standing
-from ablations.search.space import Space, describe, methods, spread, starts
+from ablations.search.space import AS_TRAINED, Space, describe, methods, names_of, spread, starts, trained
 from ablations.search.verdict import Comparison, compare, finalists
 from ablations.store.store import Store
 from ablations.trial.code import code_of, runtime_code
 from ablations.trial.free_settings import AUTO, StageList, filled
-from ablations.trial.stages import Stages
+from ablations.trial.stages import AS_USUAL, HostOptions, Stages, Training
 from ablations.trial.trial import TrialError, trial_from
 from reducers import placement_from, reduce_tokens
 
@@ -65,6 +65,8 @@ class Wishes:
     goals: tuple[Goal, ...]
     candidates: int = 96
     seed: int = 0
+    trained: tuple[Training, ...] = ()  # whose weights are given, and kept in the store
+    host: HostOptions = AS_USUAL  # how the model is driven
 
 
 @dataclass
@@ -112,7 +114,8 @@ class Call:
     ) -> None:  # fmt: skip
         self.subject, self.context, self.parts, self.store = subject, context, parts, store
         self.wishes, self._searcher, self._told = wishes, searcher, told
-        self.pieces = Pieces(context, parts, store, batch=subject.target.batch, seed=wishes.seed, warm=warm)
+        self.pieces = Pieces(context, parts, store, batch=subject.target.batch, seed=wishes.seed, warm=warm,
+                             host=wishes.host)  # fmt: skip
         self._rungs = len(parts.rungs)
         self._openings()  # a damaged record is told before anything is searched
         self._dense = self.pieces.dense(*range(self._rungs))
@@ -125,7 +128,7 @@ class Call:
 
         ``share``: of the dense model's cost, where candidates do not have shares of their own by ``share_of``.
         """
-        known = singles(self.subject.target, self.subject.loaded.model, share)
+        known = self._singles(share)
         if not [single for single in known if not single.control]:
             raise SearchError("this model takes none of the methods of the spec `methods`: there is nothing to compare")
         listed = [(single.label, single.stages) for single in known]
@@ -139,6 +142,7 @@ class Call:
             entries[one.candidate.stages] for one in alone.complete if not entries[one.candidate.stages].control
         ]
         failed = [(one.candidate.label, one.ended) for one in alone.standings.values() if not one.complete]
+        failed += self._out_of_reach(share, share_of)
         if not published:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failed[:3])
             raise SearchError(
@@ -174,9 +178,11 @@ class Call:
             self._journal.forget(f"{phase} {goal.name}")
 
     def each_method(self, share: float) -> dict[str, Proposal]:
-        """Every method of the space, alone: as the spec places it, else at three blocks."""
+        """Every method of the space, alone: as the spec places it, else at three blocks; of those that must be trained,
+        as they were.
+        """
         space, found = self._space(), dict[str, Proposal]()
-        for single in singles(self.subject.target, self.subject.loaded.model, share):
+        for single in self._singles(share):
             name = single.stages.data[0]["stack"][0]["name"]
             if not single.control:
                 found.setdefault(name, Proposal(single.stages, single.label, share))
@@ -184,13 +190,39 @@ class Call:
             stages = [{"at": spread(space.free[len(space.free) // 4 :], 3),
                        "stack": [{"name": method.name, "budget": {"ratio": AUTO}}]}]  # fmt: skip
             found.setdefault(method.name, Proposal(Stages.of(stages), describe(stages), share))
+        for one in space.trained:
+            stages, training = next(iter(one.placements.values())), one.training
+            for name in names_of(stages):
+                found.setdefault(name, Proposal(Stages.of(stages), describe(stages, training), share, training))
         return found
+
+    def _singles(self, share: float) -> list[Single]:
+        return singles(self.subject.target, self.subject.loaded.model, share, host=self.wishes.host)
+
+    def _out_of_reach(self, share: float, share_of: ShareOf) -> list[tuple[str, str]]:
+        """What was trained and cannot come to a goal in any way, and why."""
+        found = []
+        for one in self._space(share).trained:
+            stages = one.placements[AS_TRAINED]
+            reasons = [self._why_not(share_of, Stages.of(each), one.training) for each in one.placements.values()]
+            if all(reasons):
+                found.append((describe(stages, one.training), reasons[0]))
+                log.warning("%s is left out: %s", *found[-1])
+        return found
+
+    def _why_not(self, share_of: ShareOf, stages: Stages, training: Training) -> str:
+        try:
+            self._reaches(share_of, stages, training)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _space(self, share: float | None = None) -> Space:
         facts = self.context.facts
         free = tuple(range(facts.first_free, facts.depth))
         latest = None if share is None else max(free[0], int(share * facts.depth))
-        return Space(methods(self._fits, free[0]), free, latest)
+        given = tuple(trained(training, self._fits) for training in self.wishes.trained)
+        return Space(methods(self._fits, free[0]), free, latest, given)
 
     def _planner(self, share: float, share_of: ShareOf) -> Planner:
         space = self._space(share)
@@ -199,18 +231,19 @@ class Call:
             fits=partial(self._reaches, share_of), starts=starts(space),
         )  # fmt: skip
 
-    def _reaches(self, share_of: ShareOf, stages: Stages) -> None:
+    def _reaches(self, share_of: ShareOf, stages: Stages, training: Training) -> None:
         """Raises ValueError for what the model cannot carry out, or what does not come near its cost."""
         self._fits(stages.data)
         share = share_of(stages)
-        if not comes_near(stages, share, self.context):
+        if not comes_near(stages, training, share, self.pieces):
             raise ValueError(f"it cannot cost {share:.3g} of the dense model")
 
     def _fits(self, stages: StageList) -> object:
         """Raises ValueError for what the model cannot carry out; every free budget counts as one that can."""
         facts = self.context.facts
         one = filled(stages, {"count": max(1, facts.patches // 2), "ratio": Fraction(9, 10), "drop": 1})
-        return reduce_tokens(self.context.model, placement_from(one, depth=facts.depth, patches=facts.patches))
+        placement = placement_from(one, depth=facts.depth, patches=facts.patches)
+        return reduce_tokens(self.context.model, placement, host=self.wishes.host.data)
 
     def _race(
         self, make: Callable[[], Planner], phase: str, share_of: ShareOf, *, incumbent: Standing | None = None,
@@ -296,7 +329,7 @@ class Call:
 
     def _entry(self, standing: Standing, share_of: ShareOf, single: Single | None = None) -> Entry:
         candidate = standing.candidate
-        proposal = Proposal(candidate.stages, candidate.label, share_of(candidate.stages))
+        proposal = Proposal.of(candidate, share_of(candidate.stages))
         return Entry(standing, proposal, control=single is not None and single.control)
 
     def _identity(self) -> list[object]:
@@ -304,6 +337,8 @@ class Call:
         return [
             target.facts.name, target.facts.weights_digest, target.workload, target.data_digest, target.calibration,
             target.batch, target.task, self.wishes.seed, self.wishes.candidates, runtime_code(target.task),
+            *([{"trained": [each.text for each in self.wishes.trained]}] if self.wishes.trained else []),
+            *([{"host": self.wishes.host.text}] if self.wishes.host else []),
         ]  # fmt: skip
 
 

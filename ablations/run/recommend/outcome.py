@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from ablations.measure.finetune.given import GIVEN, weights_file
 from ablations.measure.opening import Subject
 from ablations.records.names import RECOMMENDATION, RECOMMENDED
 from ablations.run.recommend.call import Call, Entry, Found, Goal
@@ -13,7 +14,8 @@ from ablations.search.parts import difference_seen
 from ablations.search.race import Standing
 from ablations.search.verdict import winner
 from ablations.store.store import Store
-from ablations.trial.stages import Stages
+from ablations.trial.given import given_of, short_name
+from ablations.trial.stages import AS_USUAL, OFF_THE_SHELF, HostOptions, Stages, Training
 from ablations.version import own_version
 from reducers.placement_file import placement_text
 
@@ -49,6 +51,8 @@ def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any
         "singles": [_searched(one) for one in found.singles],
         "complete": [_searched(one) for one in race.complete],
         "left_out": [list(each) for each in found.failed],
+        "untrained": " without training" if call.wishes.trained else "",  # what the comparator is
+        "weights": _beside(found.goal, chosen.proposal.training),
     }
     return {**told, "sentences": sentences(told, metric=call.context.task.metric)}
 
@@ -65,6 +69,7 @@ def _entry(call: Call, entry: Entry) -> dict[str, Any]:
     told: dict[str, Any] = {
         "label": entry.proposal.label,
         "control": entry.control,
+        "trained": short_name(entry.proposal.training) if entry.proposal.training else None,
         "stages": Stages(looked.row["reducer"]).plain(),
         "asked": entry.proposal.stages.plain(),
         "key": looked.row["key"],
@@ -82,6 +87,12 @@ def _entry(call: Call, entry: Entry) -> dict[str, Any]:
     return told if entry.timed is None else {**told, "timed": entry.timed}
 
 
+def _training(call: Call, entry: Mapping[str, Any]) -> Training:
+    """The training whose weights an entry has."""
+    named = {short_name(training): training for training in call.wishes.trained}
+    return named[entry["trained"]] if entry["trained"] else OFF_THE_SHELF
+
+
 def _source(subject: Subject) -> str:
     """The library that opens the model by its name: ``timm``, ``transformers``, or nothing for a shipped one."""
     return "" if subject.facts.weights == "embedded" else "transformers" if subject.facts.name[:3] == "hf:" else "timm"
@@ -93,18 +104,18 @@ def _source(subject: Subject) -> str:
 def sentences(told: Mapping[str, Any], *, metric: str) -> list[str]:
     """The verdict in three: what to use, how sure that is, and what it rests on."""
     chosen, other, images = told["recommended"], told["comparator"], told["confirmation_images"]
+    best_single = f"the best single published method{told.get('untrained', '')} on the search images"
     cost = _cost(told["goal"])
     if told["better"]:
         first = (
             f"{cost}, use {chosen['label']}: {_percent(chosen)} {metric} on {images:,} images that the search never "
-            f"saw, where {other['label']}, the best single published method on the search images, has "
-            f"{_percent(other)}."
+            f"saw, where {other['label']}, {best_single}, has {_percent(other)}."
         )
         second = f"The gain of {_difference(chosen['difference'])} is told apart{_tests(told['tests'])}."
     else:
         first = (
-            f"{cost}, use {other['label']}, the best single published method on the search images: nothing found is "
-            f"shown to be better; it has {_percent(other)} {metric} on {images:,} images that the search never saw."
+            f"{cost}, use {other['label']}, {best_single}: nothing found is shown to be better; it has "
+            f"{_percent(other)} {metric} on {images:,} images that the search never saw."
         )
         best = max(told["finalists"], key=lambda one: one["search"], default=None)
         second = (
@@ -154,9 +165,16 @@ def _seen(times: int) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str:
-    """The YAML of a placement file: a spec of one arm, and what it was recommended for."""
+def placement_file(
+    goal: Goal, told: Mapping[str, Any], subject: Subject, *, training: Training = OFF_THE_SHELF,
+    host: HostOptions = AS_USUAL,
+) -> str:  # fmt: skip
+    """The YAML of a placement file: a spec of one arm, and what it was recommended for; beside it lie the weights of
+    a ``training``.
+    """
     chosen, facts, metric = told["recommended"], subject.facts, subject.task.metric
+    digests = given_of(training)
+    beside = {what: {"file": file, "digest": digests[what]} for what, file in _beside(goal, training).items()}
     about = {
         "sievit": own_version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -175,6 +193,8 @@ def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str
         "images": told["confirmation_images"],
         "better_than": told["comparator"]["label"] if told["better"] else None,
         "candidates": told["candidates"],
+        **({"trained": beside} if beside else {}),
+        **({"host": dict(host.data)} if host else {}),
     }
     return _HEADING + placement_text(
         Stages.of(chosen["stages"]).placement(facts.depth),
@@ -186,12 +206,24 @@ def placement_file(goal: Goal, told: Mapping[str, Any], subject: Subject) -> str
     )
 
 
+def _beside(goal: Goal, training: Training) -> dict[str, str]:
+    """The files of trained weights beside a placement file, by "reducers" and "model"."""
+    return {what: f"{goal.name}.{what}.safetensors" for what, digest in given_of(training).items() if digest}
+
+
 def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]) -> list[str]:
-    """``OUT/recommended/*.yaml`` and ``OUT/recommend.json``; the placement files' names."""
+    """``OUT/recommended/*.yaml``, the weights beside them, and ``OUT/recommend.json``; the placement files' names."""
     names = []
     for one, goal in zip(told, (each.goal for each in found), strict=True):
         name = f"{RECOMMENDED}/{goal.name}.yaml"
-        out.write(name, placement_file(goal, one, call.subject).encode())
+        training = _training(call, one["recommended"])
+        for what in ("reducers", "model"):
+            out.delete(f"{RECOMMENDED}/{goal.name}.{what}.safetensors")  # of an earlier call
+        for what, file in _beside(goal, training).items():
+            kept = f"{GIVEN}/{weights_file(given_of(training)[what])}"
+            out.write(f"{RECOMMENDED}/{file}", call.store.storage.read(kept))
+        text = placement_file(goal, one, call.subject, training=training, host=call.wishes.host)
+        out.write(name, text.encode())
         names.append(name)
     facts, dense = call.subject.facts, call.context.dense
     rungs = len(call.parts.rungs)
@@ -208,6 +240,8 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
             "workload": call.subject.target.workload,
             "weights": facts.weights,
             "source": _source(call.subject),
+            "host": dict(call.wishes.host.data),
+            "trained": [short_name(training) for training in call.wishes.trained],
             "task": call.context.task.name,
             "metric": call.context.task.metric,
             "dense": {

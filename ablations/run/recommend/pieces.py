@@ -7,7 +7,7 @@ computed again, and every candidate can be looked up and reproduced like any tri
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,17 @@ from ablations.measure.opening import target_of
 from ablations.run.jobs import Computation, Job
 from ablations.run.serial import carry_out
 from ablations.search.parts import Parts, workload_of
+from ablations.search.planner import Candidate
 from ablations.store.store import Store
 from ablations.trial.code import code_of
 from ablations.trial.free_settings import free_kinds
-from ablations.trial.stages import Stages
+from ablations.trial.stages import AS_USUAL, OFF_THE_SHELF, HostOptions, Stages, Training
 from ablations.trial.trial import Solution, Trial, TrialError, trial_from
 from ablations.workloads import Workload
+from reducers import Placement
+
+Load = Callable[[Placement], Placement]
+"""Puts trained tensors into the reducers of a placement."""
 
 SPEC = "recommend"
 _LONGEST = 120  # characters of a label
@@ -38,6 +43,12 @@ class Proposal:
     stages: Stages
     label: str
     share: float
+    training: Training = OFF_THE_SHELF  # whose weights it has
+
+    @classmethod
+    def of(cls, candidate: Candidate, share: float) -> Proposal:
+        """A candidate at a share of the dense model's cost."""
+        return cls(candidate.stages, candidate.label, share, candidate.training)
 
 
 @dataclass(frozen=True)
@@ -59,13 +70,16 @@ class Pieces:
         batch: images at once.
         seed: of every draw that stages do not seed themselves.
         warm: results of an earlier run over the whole workload, from which search images alone are read.
+        host: how the model is driven.
     """
 
     def __init__(
-        self, context: TrialContext, parts: Parts, store: Store, *, batch: int, seed: int, warm: Store | None = None
-    ) -> None:
-        self.context, self.parts, self.store = context, parts, store
+        self, context: TrialContext, parts: Parts, store: Store, *, batch: int, seed: int, warm: Store | None = None,
+        host: HostOptions = AS_USUAL,
+    ) -> None:  # fmt: skip
+        self.context, self.parts, self.store, self.host = context, parts, store, host
         self.task = context.task
+        self._tuned: dict[Training, tuple[TrialContext, Load | None]] = {OFF_THE_SHELF: (context, None)}
         self._batch, self._seed = batch, seed
         self._contexts: dict[int, TrialContext] = {}
         self._warm = warm
@@ -82,8 +96,25 @@ class Pieces:
         trial = self._trial(proposal, self.context)
         if trial.target is None:
             return None
+        context, load = self.with_weights(proposal.training)
         with self.context.profile.measure("calibration"):
-            return solve(trial, self.context)
+            return solve(trial, context, load=load)
+
+    def with_weights(self, training: Training) -> tuple[TrialContext, Load | None]:
+        """The context with the weights of a training, and what puts the reducers' own into a placement.
+
+        Raises:
+            FinetuneError: they are not kept any more.
+        """
+        if training not in self._tuned:
+            from ablations.measure.finetune import finetuned
+            from ablations.run.given import provide  # most searches need none of it
+
+            assert self.context.cache is not None
+            provide(training, self.store, self.context.cache, self.context.model)
+            tuned = finetuned(training, self.context, host=self.host)
+            self._tuned[training] = dataclasses.replace(self.context, model=tuned.model), tuned.load_reducers
+        return self._tuned[training]
 
     def look(self, proposal: Proposal, part: int) -> Looked:
         """The proposal's result on a part, computed unless it is on record.
@@ -96,6 +127,10 @@ class Pieces:
         trial = self.trial(proposal, part)
         looked = self.known(trial.key, part)
         if looked is None:
+            try:
+                self.with_weights(proposal.training)  # they must lie in the caches
+            except ValueError as error:
+                raise TrialFailed(str(error)) from error
             job = Job((Computation(trial, (trial,), 0.0, 0.0),))
             (outcome,) = carry_out(job, self._context(part), self.store)
             looked = self.known(trial.key, part)
@@ -144,6 +179,8 @@ class Pieces:
             seed=self._seed,
             target=proposal.share if open_budget else None,
             calibrated=open_budget,
+            training=proposal.training,
+            host=self.host,
         )
         return dataclasses.replace(trial, code=code_of(trial))
 

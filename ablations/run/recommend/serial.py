@@ -31,7 +31,7 @@ def search_serially(race: Race, pieces: Pieces, share_of: ShareOf, told: Callabl
 
 
 def _try(candidate: Candidate, race: Race, pieces: Pieces, share: float) -> None:
-    proposal = Proposal(candidate.stages, candidate.label, share)
+    proposal = Proposal.of(candidate, share)
     _, reason = settled(proposal, pieces)
     if reason is not None:
         race.fail(candidate.number, reason)

@@ -14,7 +14,7 @@ from ablations.spec.expand import expand
 from ablations.spec.model import SpecFile, find_specs
 from ablations.spec.plain_yaml import SpecError
 from ablations.trial.free_settings import free_kinds
-from ablations.trial.stages import Stages
+from ablations.trial.stages import AS_USUAL, HostOptions, Stages
 from ablations.trial.target import Target
 from reducers import available, reduce_tokens
 from reducers.candidates import why_no_candidate
@@ -34,13 +34,15 @@ class Single:
     control: bool = False  # no method: what every method must beat
 
 
-def singles(target: Target, model: nn.Module, share: float) -> list[Single]:
-    """Every method of the spec that this model takes and that can be brought to a share of the dense model's cost."""
+def singles(target: Target, model: nn.Module, share: float, *, host: HostOptions = AS_USUAL) -> list[Single]:
+    """Every method of the spec that this model, so driven, takes and that can be brought to a share of the dense
+    model's cost.
+    """
     (file,) = find_specs([METHODS])
     found: dict[Stages, Single] = {}
     for alone in _arms(file, share):
         try:
-            trials = expand(alone, target, check=partial(reduce_tokens, model))
+            trials = expand(alone, target, check=partial(reduce_tokens, model, host=host.data))
         except SpecError as error:  # this model does not take it
             log.debug("left out: %s", error)
             continue

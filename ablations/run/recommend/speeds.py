@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from ablations.measure.context import device_name
 from ablations.measure.speed import measure_speed
 from ablations.run.recommend.call import Call, Entry, Found, Goal
 from ablations.run.recommend.pieces import Proposal
+from ablations.run.recommend.reach import share_as_it_is
 from ablations.run.recommend.serial import ShareOf, settled
 from ablations.search.errors import SearchError
+from ablations.search.space import names_of
 from ablations.trial.stages import Stages
 
 log = logging.getLogger(__name__)
@@ -70,21 +71,17 @@ def _timed_shares(call: Call, goal: Goal) -> dict[str, float]:
     return shares
 
 
-def names_of(data: Any) -> Iterator[str]:
-    """The methods in stages; a chooser inside another method is a part of that one."""
-    for stage in data:
-        for reducer in stage["stack"]:
-            yield str(reducer["name"])
-
-
 def timed(call: Call, proposal: Proposal) -> Mapping[str, float] | None:
     """A placement's speed beside the dense model's, alone on the machine; None where it does not reach its cost."""
     solution, reason = settled(proposal, call.pieces)
     if reason is not None:
         return None
+    if solution is None:
+        share = share_as_it_is(proposal.stages, proposal.training, call.pieces)
+    else:
+        share = solution.calibration_gmacs / call.context.dense.gmacs
     trial = call.pieces.trial(proposal, len(call.parts.rungs))
     columns = measure_speed(trial, call.context, stages=proposal.stages if solution is None else solution.stages)
-    share = proposal.share if solution is None else solution.calibration_gmacs / call.context.dense.gmacs
     return {"share": share, **{name: columns[name] for name in ("speedup", "speedup_low", "speedup_high")}}
 
 
