@@ -55,7 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="classify", help="what is asked of the model: classify, or embed (no labels)")
     add_data_options(parser)
     parser.add_argument(
-        "--trained", nargs="+", default=[], metavar="FOLDER",
+        "--trained", dest="folders", nargs="+", default=[], metavar="FOLDER",
         help="trainings whose weights are tried as well: folders that `sievit train` (OUT/train/METHOD) or `python -m "
         "ablations.measure.finetune` (its OUT) wrote",
     )  # fmt: skip
@@ -88,7 +88,7 @@ def _recommend(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     ended = begin(
         settings, goals, candidates=arguments.candidates, seed=arguments.seed, serial=arguments.serial,
-        workers=arguments.workers, command=["sievit", *arguments.words], trained=folders_of(arguments.trained),
+        workers=arguments.workers, command=["sievit", *arguments.words], trained=folders_of(arguments.folders),
         host=host,
     )  # fmt: skip
     away = is_uri(out_of(arguments))

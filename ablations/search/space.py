@@ -126,7 +126,7 @@ class Space:
     methods: tuple[Method, ...]
     free: tuple[int, ...]  # the blocks where a reducer may act
     latest: int | None = None  # the last block at which the first method may begin: later, the cost is spent already
-    trained: tuple[Trained, ...] = ()  # whose weights are given
+    given: tuple[Trained, ...] = ()  # whose weights are given
 
     def __post_init__(self) -> None:
         if not self.methods or not self.free:
@@ -134,7 +134,7 @@ class Space:
 
     def draw(self, choose: Chooser) -> Drawn:
         """One candidate, as the chooser wants it."""
-        shape = choose.one_of("shape", (*SHAPES, TRAINED) if self.trained else SHAPES)
+        shape = choose.one_of("shape", (*SHAPES, TRAINED) if self.given else SHAPES)
         if shape == TRAINED:
             return self._trained(choose)
         return Drawn(self._two(choose) if shape == "two" else self._one(choose))
@@ -143,8 +143,8 @@ class Space:
         """Trained weights with the placement they were trained with, and perhaps a method behind it: in blocks of its
         own, since what was trained together stays together.
         """
-        name = choose.one_of("training", [one.name for one in self.trained])
-        one = next(one for one in self.trained if one.name == name)
+        name = choose.one_of("training", [one.name for one in self.given])
+        one = next(one for one in self.given if one.name == name)
         opened = choose.one_of(f"{name} budget", list(one.placements))
         stages = list(one.placements[opened])
         taken = {block for stage in stages for block in stage["at"]}
@@ -212,7 +212,7 @@ def starts(space: Space) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = [
         {"shape": TRAINED, "training": one.name, f"{one.name} budget": opened, "behind trained": ALONE}
-        for one in space.trained
+        for one in space.given
         for opened in one.placements
     ]
     for start, count in ((len(space.free) // 4, 3), (0, EACH)):

@@ -33,6 +33,7 @@ from ablations.workloads import ImageSource, open_model
 from ablations.workloads.embedded import embedded_workload
 from analysis.recommendation import write_recommendation
 from tests.ablations.test_recommend import IMAGES, few, journal, recommend, results, told  # noqa: F401
+from tests.s3 import local_s3
 
 NAME = "pairs_vit_tiny"
 STAGES = [{"at": [3, 6, 9], "stack": [{"name": "dynamicvit", "budget": {"ratio": 0.8}}]}]
@@ -205,12 +206,12 @@ def test_on_ray_workers_find_the_weights(found: Path, noisy: Path, training: Pat
 
 @pytest.mark.slow
 def test_a_cost_that_it_does_not_reach_is_told(
-    noisy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    noisy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:  # fmt: skip
     """At block 11 nothing that acts can save half of the cost."""
     late = write_training(tmp_path / "late", stages=[{"at": [11], "stack": STAGES[0]["stack"]}])
     assert search(tmp_path / "out", noisy, late, candidates=1, cost="0.5") == 0
-    assert "is left out: it cannot cost 0.5 of the dense model" in capfd.readouterr().err
+    assert "is left out: it cannot cost 0.5 of the dense model" in caplog.text
     (goal,) = told(tmp_path / "out")["goals"]
     assert any("trained" in label for label, _ in goal["left_out"])
 
@@ -252,6 +253,21 @@ def test_what_is_kept_is_made_whole_again_and_never_believed_by_its_name(
         provide(given.training, store, tmp_path / "cache", plain)
     keep_given(given, store)
     provide(given.training, store, tmp_path / "cache", plain)
+
+
+@pytest.mark.slow
+def test_what_is_kept_in_an_object_store_is_fetched(
+    training: Path, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a node does that shares no disk with the driver."""
+    monkeypatch.setenv("SIEVIT_CACHE", str(tmp_path / "home"))
+    with local_s3() as bucket:
+        given, store = read_given(training, subject), Store(f"{bucket}/out").create()
+        keep_given(given, store)
+        provide(given.training, Store(f"{bucket}/out"), tmp_path / "node", subject.loaded.model)
+        assert len(list((tmp_path / "node/given").iterdir())) == 3
+        with pytest.raises(ValueError, match=r"are not in s3://.*/none/given .*search again with --trained FOLDER"):
+            provide(given.training, Store(f"{bucket}/none"), tmp_path / "other", subject.loaded.model)
 
 
 def test_weights_that_were_held_still_are_not_kept_twice(subject: Subject, noisy: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_journal_carries_what_was_trained_and_other_weights_make_another_sea
 
     def begun(letter: str) -> Race:
         given = given_training(stages, model=letter * 64, reducers="")
-        space = Space(SPACE.methods, SPACE.free, trained=(trained(given, lambda stages: None),))
+        space = Space(SPACE.methods, SPACE.free, given=(trained(given, lambda stages: None),))
         made = Sampled(space, size=12, seed=0, label=describe, fits=lambda *_: None, starts=starts(space))
         return Race(made, rungs=len(RUNGS), dense=DENSE, test=paired, keep=events.append)
 

@@ -131,7 +131,7 @@ def test_what_was_trained_is_tried_with_its_budget_open_and_as_it_is_and_first_o
     (opened,) = one.placements["ratio"]
     assert opened["at"] == [3, 6, 9]
     assert opened["stack"] == [{"name": "dynamicvit", "budget": {"ratio": "auto"}, "threshold": 0.5}]
-    space = Space(SPACE.methods, SPACE.free, trained=(one,))
+    space = Space(SPACE.methods, SPACE.free, given=(one,))
     planner = Sampled(space, size=3, seed=0, label=describe, fits=lambda *_: None, starts=starts(space))
     first, second, third = (planner.ask() for _ in range(3))
     assert first is not None and second is not None and third is not None
@@ -157,7 +157,7 @@ def test_budgets_of_another_kind_are_tried_as_shares_where_the_method_takes_them
 
 
 def test_a_method_behind_what_was_trained_has_blocks_of_its_own() -> None:
-    space = Space(SPACE.methods, SPACE.free, trained=(trained(GIVEN, lambda stages: None),))
+    space = Space(SPACE.methods, SPACE.free, given=(trained(GIVEN, lambda stages: None),))
     chooser = Scripted(shape="trained", behind_trained="ats", behind_from=1, behind_blocks=EACH)
     drawn = space.draw(chooser)
     assert drawn.training == GIVEN and drawn.stages[0]["at"] == [3, 6, 9]
@@ -175,5 +175,5 @@ def test_a_space_without_given_weights_asks_the_same_questions_as_ever() -> None
             return super().one_of(name, options)
 
     Space(SPACE.methods, SPACE.free).draw(Shapes())
-    Space(SPACE.methods, SPACE.free, trained=(trained(GIVEN, lambda stages: None),)).draw(Shapes())
+    Space(SPACE.methods, SPACE.free, given=(trained(GIVEN, lambda stages: None),)).draw(Shapes())
     assert shapes == [("one", "two"), ("one", "two", "trained")]

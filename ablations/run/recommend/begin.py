@@ -93,7 +93,7 @@ def begin(
         )
         call = Call(
             subject, context, parts, store,
-            wishes=Wishes(tuple(goals), candidates=candidates, seed=seed, trained=weights_given, host=driven),
+            wishes=Wishes(tuple(goals), candidates=candidates, seed=seed, given=weights_given, host=driven),
             searcher=searcher, told=SearchProgress(candidates).told, warm=_earlier(out),
         )  # fmt: skip
         try:

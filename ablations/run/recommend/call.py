@@ -65,7 +65,7 @@ class Wishes:
     goals: tuple[Goal, ...]
     candidates: int = 96
     seed: int = 0
-    trained: tuple[Training, ...] = ()  # whose weights are given, and kept in the store
+    given: tuple[Training, ...] = ()  # whose weights are given, and kept in the store
     host: HostOptions = AS_USUAL  # how the model is driven
 
 
@@ -190,7 +190,7 @@ class Call:
             stages = [{"at": spread(space.free[len(space.free) // 4 :], 3),
                        "stack": [{"name": method.name, "budget": {"ratio": AUTO}}]}]  # fmt: skip
             found.setdefault(method.name, Proposal(Stages.of(stages), describe(stages), share))
-        for one in space.trained:
+        for one in space.given:
             stages, training = next(iter(one.placements.values())), one.training
             for name in names_of(stages):
                 found.setdefault(name, Proposal(Stages.of(stages), describe(stages, training), share, training))
@@ -202,7 +202,7 @@ class Call:
     def _out_of_reach(self, share: float, share_of: ShareOf) -> list[tuple[str, str]]:
         """What was trained and cannot come to a goal in any way, and why."""
         found = []
-        for one in self._space(share).trained:
+        for one in self._space(share).given:
             stages = one.placements[AS_TRAINED]
             reasons = [self._why_not(share_of, Stages.of(each), one.training) for each in one.placements.values()]
             if all(reasons):
@@ -221,7 +221,7 @@ class Call:
         facts = self.context.facts
         free = tuple(range(facts.first_free, facts.depth))
         latest = None if share is None else max(free[0], int(share * facts.depth))
-        given = tuple(trained(training, self._fits) for training in self.wishes.trained)
+        given = tuple(trained(training, self._fits) for training in self.wishes.given)
         return Space(methods(self._fits, free[0]), free, latest, given)
 
     def _planner(self, share: float, share_of: ShareOf) -> Planner:
@@ -337,7 +337,7 @@ class Call:
         return [
             target.facts.name, target.facts.weights_digest, target.workload, target.data_digest, target.calibration,
             target.batch, target.task, self.wishes.seed, self.wishes.candidates, runtime_code(target.task),
-            *([{"trained": [each.text for each in self.wishes.trained]}] if self.wishes.trained else []),
+            *([{"trained": [each.text for each in self.wishes.given]}] if self.wishes.given else []),
             *([{"host": self.wishes.host.text}] if self.wishes.host else []),
         ]  # fmt: skip
 

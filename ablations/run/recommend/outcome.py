@@ -51,7 +51,7 @@ def outcome(call: Call, found: Found, *, seen: int, tests: int) -> dict[str, Any
         "singles": [_searched(one) for one in found.singles],
         "complete": [_searched(one) for one in race.complete],
         "left_out": [list(each) for each in found.failed],
-        "untrained": " without training" if call.wishes.trained else "",  # what the comparator is
+        "untrained": " without training" if call.wishes.given else "",  # what the comparator is
         "weights": _beside(found.goal, chosen.proposal.training),
     }
     return {**told, "sentences": sentences(told, metric=call.context.task.metric)}
@@ -89,7 +89,7 @@ def _entry(call: Call, entry: Entry) -> dict[str, Any]:
 
 def _training(call: Call, entry: Mapping[str, Any]) -> Training:
     """The training whose weights an entry has."""
-    named = {short_name(training): training for training in call.wishes.trained}
+    named = {short_name(training): training for training in call.wishes.given}
     return named[entry["trained"]] if entry["trained"] else OFF_THE_SHELF
 
 
@@ -241,7 +241,7 @@ def write(out: Store, call: Call, told: list[dict[str, Any]], found: list[Found]
             "weights": facts.weights,
             "source": _source(call.subject),
             "host": dict(call.wishes.host.data),
-            "trained": [short_name(training) for training in call.wishes.trained],
+            "trained": [short_name(training) for training in call.wishes.given],
             "task": call.context.task.name,
             "metric": call.context.task.metric,
             "dense": {
