@@ -28,8 +28,10 @@ class Decision:
     proportional: bool = False
 
 
-def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> TokenBatch:
-    """Carry everything that travels with the tokens through a decision; ``x`` (M, D) are features already reduced."""
+def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None, *, together: bool = False) -> TokenBatch:
+    """Carry everything that travels with the tokens through a decision; ``x`` (M, D) are features already reduced.
+    ``together``: it is one on all units of a sample, though others may be on each.
+    """
     token_map = decision.map
     if x is None:
         x = decision.features if decision.features is not None else token_map.apply(batch.x)
@@ -41,20 +43,22 @@ def advance(batch: TokenBatch, decision: Decision, x: Tensor | None = None) -> T
     if decision.proportional:
         wide = torch.promote_types(x.dtype, torch.float32)
         by_size = carried["size"].to(wide).log()
-        bias, biased = _weighed_by_size(token_map, by_size, carried.get("key_bias"), batch)
+        bias, biased = _weighed_by_size(token_map, by_size, carried.get("key_bias"), batch, together)
         return replace(batch, x=x, layout=token_map.new, **{**carried, "key_bias": bias, "biased": biased})
     return replace(batch, x=x, layout=token_map.new, **carried)
 
 
 def _weighed_by_size(
-    token_map: TokenMap, by_size: Tensor, bias: Tensor | None, batch: TokenBatch
+    token_map: TokenMap, by_size: Tensor, bias: Tensor | None, batch: TokenBatch, together: bool
 ) -> tuple[Tensor, Tensor | None]:
     """From here on, attention to a token is weighted by its size, in the images of which something was merged."""
     new, units, biased = token_map.new, batch.units, batch.biased
     if new.uniform is not None:
         return by_size, None
     changed = new.lengths < token_map.old.lengths  # images of which nothing was merged keep the attention they had
-    if units is not None and units.decided == "together":  # one frame's tokens may have gone into another's
+    if units is not None and (
+        together or units.decided == "together"
+    ):  # one frame's tokens may have gone into another's
         changed = (units.sum(changed.long()) > 0)[units.sample]
     by_size = torch.where(changed[new.row_image], by_size, torch.zeros_like(by_size) if bias is None else bias)
     return by_size, changed if bias is None else None if biased is None else biased | changed

@@ -51,6 +51,9 @@ class Traits:
     needs_token_keys: bool = False  # traces or replaces attention from token to token, so keys must be the tokens
     control: bool = False  # a yardstick for methods: it looks at no image's content, or says what a choice is worth
     oracle: bool = False  # its cost leaves something out: what it knows could not be had at that price
+    whole_clip: bool = (
+        False  # decides on all patches of a clip at once, whatever its units; at the input site, unrandom
+    )
     inputs: tuple[Input, ...] = ("images", "clips")  # what it acts on: images, or clips (of frames, or as a whole)
 
     @classmethod
@@ -97,6 +100,8 @@ class State:
     draw: int = 0  # how many reducers of the same block draw random numbers before this one
     tracer: Tracer | None = None  # while tracing: a reducer that replaces a block reports its maps and its cost here
     notes: dict[TokenReducer, list[Any]] = field(default_factory=dict)  # of this pass, for ``losses``
+    steps: int = 1  # in time, of a clip; where it is decided on as one, their grids lie one below the other in ``grid``
+    still: int = 0  # patch tokens of one step in time, entering block 0
 
     def note(self, reducer: TokenReducer, value: Any) -> None:
         """Put something aside that the reducer's ``losses`` will ask for; one entry a call, first to last."""
@@ -116,6 +121,17 @@ class Prepares(Protocol):
 
     def prepare(self, images: Tensor, host: Any) -> Tensor:
         """images (B, C, H, W) -> others, of any height and width the model takes."""
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """Decides on patches by the images themselves, before any block."""
+
+    def select(self, images: Tensor, host: Any, batch: TokenBatch) -> Decision | None:
+        """What becomes of the embedded patches, all of which are there (``TokenBatch.lattice``); None: nothing.
+
+        ``batch``: as the first block would get it. In a clip whose frames are units a map may go from one to another.
+        """
 
 
 @runtime_checkable
@@ -179,6 +195,7 @@ class Steps:
     """Which of the optional steps a reducer has. Protocols take long to ask, and are asked once."""
 
     prepares: bool
+    selects: bool
     plans: bool
     plans_training: bool
     runs_blocks: bool
@@ -194,6 +211,7 @@ class Steps:
 
         return cls(
             prepares=has(Prepares, "prepare"),
+            selects=has(Selects, "select"),
             plans=has(Plans, "plan"),
             plans_training=has(PlansTraining, "plan_training"),
             runs_blocks=has(RunsBlocks, "block"),
@@ -204,8 +222,13 @@ class Steps:
         )
 
     @property
+    def looks_first(self) -> bool:
+        """It looks at the images in its own way before any block, so that no other pass can lend it its tokens."""
+        return self.prepares or self.selects or self.plans
+
+    @property
     def only_decides(self) -> bool:
-        return not (self.prepares or self.plans or self.runs_blocks or self.finishes)
+        return not (self.prepares or self.selects or self.plans or self.runs_blocks or self.finishes)
 
 
 # --- traits by their own names, as reducers said them before there were ``Traits`` ------------------------------------

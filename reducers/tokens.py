@@ -422,22 +422,25 @@ class TokenBatch:
         size = torch.ones(images * tokens, dtype=torch.float32, device=x.device)
         return cls(x.flatten(0, 1), layout, size, class_rows, pos)
 
+    def lattice(self) -> Tensor:
+        """(B, N) the packed row of each patch of each sample, where nothing has been reduced yet."""
+        layout = self.layout
+        assert layout.uniform is not None
+        patches = torch.arange(layout.uniform[0] - layout.uniform[1], device=self.x.device)
+        rows = (layout.starts + layout.uniform[1])[:, None] + patches
+        if self.units is None:
+            return rows
+        by_unit = rows.view(self.samples, -1)  # in the order of units; -> in that of the sample's own patches
+        return torch.empty_like(by_unit).index_copy_(1, self.units.places.flatten(), by_unit)
+
     def with_origin(self, carrier: Tensor | None = None) -> TokenBatch:
         """With provenance from here on, nothing having been reduced yet.
 
-        ``carrier`` (N0,): where the images came in smaller than their own size, the patch that covers each original
+        ``carrier`` (N0,): where the samples came in smaller than their own size, the patch that covers each original
         one.
         """
-        layout = self.layout
-        assert layout.uniform is not None
-        if carrier is None:
-            carrier = torch.arange(layout.uniform[0] - layout.uniform[1], device=self.x.device)
-        rows = (layout.starts + layout.uniform[1])[:, None] + carrier
-        if self.units is not None:  # (U, n) by unit -> (B, N0) by the sample's own patches
-            rows = torch.empty_like(rows.view(self.samples, -1)).index_copy_(
-                1, self.units.places.flatten(), rows.view(self.samples, -1)
-            )
-        return replace(self, origin=rows)
+        rows = self.lattice()
+        return replace(self, origin=rows if carrier is None else rows[:, carrier])
 
     @property
     def samples(self) -> int:

@@ -8,6 +8,13 @@ from zlib import crc32
 
 import pytest
 
+from reducers import available
+
+
+def reading(kind: str) -> list[str]:
+    """The registered methods that read ``"images"``, or ``"clips"``."""
+    return [name for name, method in available().items() if kind in method.traits.inputs]
+
 
 def sampled(names: Iterable[Any], *, quick: Collection[Any]) -> list[Any]:
     """All of the names; those that are not ``quick`` marked slow."""

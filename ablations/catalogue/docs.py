@@ -32,12 +32,14 @@ from ablations.models.loading import create_model
 from ablations.records.files import atomic
 from ablations.spec.written import example_stages
 from reducers import Placement, TokenReducer, available, reduce_tokens
+from reducers.backbones.xvit import XViT
 
 FOLDER = Path(__file__).parents[2] / "docs"
 PLACE = "methods/"  # of the pages on methods, in that folder
 INDEX = f"{PLACE}README.md"
 _FAMILIES = "families.md"
 _MODEL, _DEPTH = "deit_tiny_patch16_224", 12  # on which a method's own work and weights are counted
+_FRAMES = 8  # of an X-ViT of that model's size, for methods that read clips alone
 _METHODS = "reducers.methods."  # a method that somebody registers beside them is not the package's
 _KIT = "reducers.kit."
 _MADE = "<!-- made by `sievit docs`: change the docstrings of {source} instead -->\n"
@@ -45,6 +47,7 @@ _SITES = {
     "attention": "after the attention residual of its blocks, before their MLP",
     "input": "before its blocks, with the features alone",
     "image": "on the input image",
+    "pixels": "on embedded patches, by the input's pixels, before the first block",
 }
 
 
@@ -168,6 +171,7 @@ def _shared(modules: list[ModuleType]) -> list[FunctionType]:
 def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, source: str) -> list[list[str]]:
     reducer = next(iter(placement.blocks.values()))
     work = work_of(placement)
+    counted_on = "DeiT-Ti" if "images" in about.inputs else f"an X-ViT of DeiT-Ti's size on {_FRAMES} frames"
     needs = [
         words
         for words, asked in (
@@ -189,8 +193,9 @@ def _facts(cls: type[TokenReducer], about: Properties, placement: Placement, sou
         ["needs", ", ".join(needs)],
         ["in one block with others", "yes, with any other that stacks" if about.stacks else f"no: {about.why_not}"],
         ["at other blocks than others", "yes"],
-        ["weights of its own", f"{work.parameters:,} (DeiT-Ti, the example)" if work.parameters else "none"],
-        ["work of its own", f"{_percent(work.share)} (DeiT-Ti, the example)" if work.share else "none"],
+        ["reads", "" if about.inputs == ("images", "clips") else f"{' and '.join(about.inputs)} alone"],
+        ["weights of its own", f"{work.parameters:,} ({counted_on}, the example)" if work.parameters else "none"],
+        ["work of its own", f"{_percent(work.share)} ({counted_on}, the example)" if work.share else "none"],
         ["code", f"[`{source}`](../../{source})"],
     ]
     return [fact for fact in facts if fact[1]]
@@ -203,8 +208,10 @@ def _weights(about: Properties) -> str:
 
 
 def work_of(placement: Placement) -> Work:
-    """Counted on one image of noise in a DeiT-Ti with random weights, in float64 so that all machines agree."""
-    subject = _subject()
+    """Counted on one image of noise in a DeiT-Ti with random weights, in float64 so that all machines agree; of what
+    reads clips alone, on one clip in an X-ViT of the same size.
+    """
+    subject = _subject(of_clips=any("images" not in reducer.traits.inputs for reducer in placement.blocks.values()))
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.set_rng_state(subject.random)  # reducers draw their parameters as if the model had just been made
         fast = reduce_tokens(subject.model, placement).eval()
@@ -215,18 +222,19 @@ def work_of(placement: Placement) -> Work:
 
 class _Subject(NamedTuple):
     model: nn.Module
-    images: Tensor  # (1, 3, 224, 224)
+    images: Tensor  # (1, 3, 224, 224), or a clip of such frames
     macs: float  # of the dense model
     random: Tensor  # the state of the random numbers once both were drawn
 
 
 @cache
-def _subject() -> _Subject:
-    """What work is counted on: the same for every method, and made once."""
+def _subject(*, of_clips: bool) -> _Subject:
+    """What work is counted on: the same for every method of a kind, and made once."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
-        model = create_model(_MODEL).double().eval()
-        images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+        model = XViT(num_frames=_FRAMES, embed_dim=192, num_heads=3) if of_clips else create_model(_MODEL)
+        model = model.double().eval()
+        images = torch.randn(1, *([_FRAMES] if of_clips else []), 3, 224, 224, dtype=torch.float64)
         state = torch.get_rng_state()
         dense = reduce_tokens(model, Placement()).eval().trace(images)[1]
     return _Subject(model, images, float(dense.macs[0]), state)

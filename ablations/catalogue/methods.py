@@ -15,6 +15,7 @@ OFF_THE_SHELF, TRAINED = "off the shelf", "trained"
 
 _STEPS = {
     "prepares": "it changes the input image",
+    "selects": "it chooses by the input's pixels, before any block",
     "plans": "it plans all blocks ahead",
     "runs_blocks": "it replaces the computation of its blocks",
     "finishes": "it has an output of its own",
@@ -31,9 +32,10 @@ class Properties:
     weights: str  # OFF_THE_SHELF: any trained model will do; TRAINED: works only after training
     stacks: bool  # with others at one block
     why_not: str  # … and what stands against it
-    site: str  # "attention" | "input" | "image"
+    site: str  # "attention" | "input" | "image" | "pixels"
     summary: str
     source: str
+    inputs: tuple[str, ...]  # what it reads: "images", "clips"
 
 
 def properties() -> list[Properties]:
@@ -53,9 +55,10 @@ def properties_of(name: str, cls: type[TokenReducer]) -> Properties:
         weights=TRAINED if reducer.traits.trained else OFF_THE_SHELF,
         stacks=reducer.only_decides,
         why_not="" if reducer.only_decides else why_not,
-        site="image" if reducer.steps.prepares else reducer.traits.site,
+        site="image" if reducer.steps.prepares else "pixels" if reducer.steps.selects else reducer.traits.site,
         summary=cls.summary,
         source=cls.source,
+        inputs=reducer.traits.inputs,
     )
 
 

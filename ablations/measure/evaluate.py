@@ -145,7 +145,7 @@ class _Run:
     @property
     def can_share(self) -> bool:
         """Something is computed as the plain model does, and nothing looks at the images in its own way first."""
-        own_way = any(member.steps.prepares or member.steps.plans for member in self.fast.members())
+        own_way = any(member.steps.looks_first for member in self.fast.members())
         return self.fast.first_block > 0 and not own_way
 
     def batch(self, images: Tensor, span: tuple[int, int], context: TrialContext, shared: Shared | None) -> None:

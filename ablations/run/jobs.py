@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ablations.trial.labels import blocks_of
 from ablations.trial.trial import ModelFacts, Trial, estimated_cost, trained_together
 from reducers import available
-from reducers.reducer import Plans, Prepares
+from reducers.reducer import Plans, Prepares, Selects
 
 LARGEST = 6  # computations in a group: the gain of each further one is small, and so is what an interruption loses
 SPEED = "speed"
@@ -149,7 +149,7 @@ def _computation(trial: Trial, answers: tuple[Trial, ...], facts: ModelFacts) ->
     stages, dense = trial.stages.data, estimated_cost((), facts)
     blocks = blocks_of(stages)
     methods = [available()[reducer["name"]] for stage in stages for reducer in stage["stack"]]
-    shares = not any(issubclass(method, (Prepares, Plans)) for method in methods)
+    shares = not any(issubclass(method, (Prepares, Selects, Plans)) for method in methods)
     cost = estimated_cost(stages, facts, trial.target)
     prefix = min(cost, dense * (blocks[0] if blocks else facts.depth) / facts.depth) if shares else 0.0
     if trial.target is not None:

@@ -62,7 +62,8 @@ def _first(arm: dict[str, Any]) -> WrittenArm:
 
 
 def example_stages(name: str) -> list[dict[str, Any]]:
-    """Where and how a method is used, as people would write it: from the shipped specs, else at three blocks.
+    """Where and how a method is used, as people would write it: from the shipped specs, else at three blocks, or of
+    clips at the first.
 
     A budget that is sought there stands at a usual value.
     """
@@ -70,10 +71,12 @@ def example_stages(name: str) -> list[dict[str, Any]]:
         for arm in written_arms(spec):
             if arm.names() == {name}:
                 return usual(arm.stages)
-    needs = {parameter.name: parameter for parameter in available()[name].settings()}
+    method = available()[name]
+    needs = {parameter.name: parameter for parameter in method.settings()}
     budget = needs.get("budget")
     asks = budget is not None and budget.default is budget.empty
-    return [{"at": {"thirds": True}, "stack": [{"name": name, **({"budget": {"ratio": 0.7}} if asks else {})}]}]
+    at: Any = {"thirds": True} if "images" in method.traits.inputs else 0  # clips alone: as they enter
+    return [{"at": at, "stack": [{"name": name, **({"budget": {"ratio": 0.7}} if asks else {})}]}]
 
 
 def usual(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,14 +7,18 @@ transformers before a model of it is there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reducers.cost import BlockCost, linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
+from reducers.frames import spread_steps
 from reducers.hosts.hf_vit import (
     VIT,
     HFBlock,
@@ -27,7 +31,7 @@ from reducers.hosts.hf_vit import (
     part_of,
     qualified,
 )
-from reducers.hosts.protocol import Family, Grid, HostBlock, Stage
+from reducers.hosts.protocol import Family, Grid, Host, HostBlock, Stage
 from reducers.reducer import Input
 from reducers.tokens import TokenBatch
 
@@ -138,8 +142,15 @@ class HFClips(HFViT):
         deep, down, across = part_of(self.tower, self.kind.patches).kernel_size
         return int(deep), int(down), int(across)
 
+    _length: int | None = None  # frames of shortened clips
+
     @property
     def frames(self) -> int:
+        return self.made_for if self._length is None else self._length
+
+    @property
+    def made_for(self) -> int:
+        """Frames of a clip as the library takes it."""
         return int(self.tower.config.num_frames)
 
     @property
@@ -168,33 +179,87 @@ class HFClips(HFViT):
     # --- clips ---
 
     def grid_of(self, images: Tensor) -> Grid:
+        steps, rows, columns = self.lattice_of(images)
+        return steps * rows, columns
+
+    def lattice_of(self, images: Tensor) -> tuple[int, int, int]:
         deep, down, across = self.tubelet
         frames, height, width = (int(images.shape[axis]) for axis in (-4, -2, -1))
-        return frames // deep * (height // down), width // across
+        return frames // deep, height // down, width // across
 
     def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
-        raise ReducerError(f"clips cannot be resized for {type(self.model).__name__}, whose positions are of one size")
+        self.check_clips(images, frames=int(images.shape[1]))
+        if self.kind is _VIDEOMAE:
+            raise ReducerError(
+                f"clips cannot be resized for {type(self.model).__name__}, whose positions are waves over all patches "
+                "of clips of one size; make them shorter (fewer_frames)"
+            )
+        return self.lattice_of(images)[1:], self.tubelet[1:]
+
+    def whole_steps(self, images: Tensor) -> tuple[int, int]:
+        self.check_clips(images, size=(int(images.shape[-2]), int(images.shape[-1])))
+        return self.steps, 1
+
+    def shortened(self, images: Tensor) -> Host:
+        twin = copy.copy(self)
+        twin._length = int(images.shape[1])
+        return twin
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
         tower, kind = self.tower, self.kind
-        self.check_clips(images)
+        self.check_embedded(images, resized)
         images = images.to(part_of(tower, kind.patches).weight.dtype)
-        x = tower.embeddings(images, None) if kind is _VIDEOMAE else tower.embeddings(images)
+        if resized:
+            x = self._embed_resized(images)
+        else:
+            x = tower.embeddings(images, None) if kind is _VIDEOMAE else tower.embeddings(images)
         return TokenBatch.from_images(x, prefix=kind.prefix, has_class_token=kind.prefix > 0, track=track)
 
-    def check_clips(self, images: Tensor) -> None:
-        """Refuse what the library would refuse, or take without telling and read otherwise."""
-        (height, width), made_for = self.image_size, type(self.model).__name__
+    def _embed_resized(self, images: Tensor) -> Tensor:
+        """Clips of fewer frames or smaller ones -> (B, P + N, D), as the library embeds its own.
+
+        Steps that stay have the positions of their own time; of smaller frames positions are interpolated, bicubic,
+        antialiased, step by step. The library does neither [D].
+        """
+        embeddings, prefix = self.tower.embeddings, self.kind.prefix
+        x = part_of(self.tower, self.kind.patches)(images.transpose(1, 2)).flatten(2).transpose(1, 2)
+        lead, table = embeddings.position_embeddings.to(x).split(
+            [prefix, embeddings.position_embeddings.shape[1] - prefix], dim=1
+        )
+        made_for = self.made_for // self.tubelet[0]
+        steps, *grid = self.lattice_of(images)
+        table = table.reshape(made_for, *self.still, -1)[spread_steps(made_for, steps)]
+        if tuple(grid) != self.still:
+            wide = table.permute(0, 3, 1, 2).to(torch.promote_types(x.dtype, torch.float32))
+            wide = F.interpolate(wide, size=grid, mode="bicubic", antialias=True)
+            table = wide.permute(0, 2, 3, 1).to(x.dtype)
+        x = x + table.flatten(0, 2)
+        if not prefix:
+            return x
+        x = torch.cat([(embeddings.cls_token + lead).expand(len(x), -1, -1), x], dim=1)
+        found: Tensor = embeddings.dropout(x)
+        return found
+
+    def check_embedded(self, images: Tensor, resized: bool) -> None:
+        """As ``check_clips``, of frames of any size where a reducer resized them."""
+        self.check_clips(images, size=(int(images.shape[-2]), int(images.shape[-1])) if resized else None)
+
+    def check_clips(self, images: Tensor, *, frames: int | None = None, size: Grid | None = None) -> None:
+        """Refuse what the library would refuse, or take without telling and read otherwise. ``frames`` and ``size``:
+        what they may have, where that is not the model's.
+        """
+        made_for, (height, width) = type(self.model).__name__, self.image_size if size is None else size
         if images.dim() != 5 or images.shape[2] != self.channels:
             raise ReducerError(
                 f"{made_for} reads clips (B, F, {self.channels}, H, W); got {tuple(images.shape)}: prepare them as its "
                 "processor does"
             )
-        frames, *size = (int(images.shape[axis]) for axis in (1, 3, 4))
-        if (frames, *size) != (self.frames, height, width):
+        wanted = self.frames if frames is None else frames
+        found, *pixels = (int(images.shape[axis]) for axis in (1, 3, 4))
+        if (found, *pixels) != (wanted, height, width):
             raise ReducerError(
-                f"the clips have {frames} frames of {size[0]} x {size[1]} px and this {made_for} was made for "
-                f"{self.frames} of {height} x {width}; sample and resize them so"
+                f"the clips have {found} frames of {pixels[0]} x {pixels[1]} px and this {made_for} was made for "
+                f"{wanted} of {height} x {width}; sample and resize them so"
             )
 
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from reducers.cost import BlockCost, linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
+from reducers.frames import spread_steps
 from reducers.hosts.hf_clips import HFClips, OwnBlock, check_own_layer, check_part
 from reducers.hosts.hf_vit import VIT, HFBlock, HFCore, Kind, Made, check_whole, part_of
 from reducers.hosts.protocol import Call, Family, Grid, Stage, StochasticDepth
@@ -342,6 +343,10 @@ class HFTimesformer(HFClips):
         return (stage,) if self.over_clip else (replace(stage, grid=self.still),)
 
     @property
+    def decided(self) -> Decided:
+        return _DECIDED[self.chosen["over"]]
+
+    @property
     def over_clip(self) -> bool:
         """Whether a budget counts the tokens of a whole clip."""
         return not self.by_frame or self.chosen["over"] == "clip"
@@ -353,12 +358,16 @@ class HFTimesformer(HFClips):
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
         tower, kind = self.tower, self.kind
-        self.check_clips(images)
+        self.check_embedded(images, resized)
         clips, frames = images.shape[:2]
+        # of resized clips the library takes the positions that are nearest, in space and in time
         x = tower.embeddings(images.to(part_of(tower, kind.patches).weight.dtype))
         if self.attention_type != _SPACE:  # (B, 1 + N F, D), with all frames of a place side by side
             x = self._frame_by_frame(x, frames)
         return self._batch(x, clips, track=track)
+
+    def relocated(self, tables: Lattice | None, original: Tensor, patches: int) -> Lattice | None:  # type: ignore[override]
+        return None if tables is None else Lattice(tables.untouched, patches)
 
     def _batch(self, x: Tensor, clips: int, *, track: bool) -> TokenBatch:
         """Features (units, tokens, D) as the tokens of so many clips."""
@@ -367,7 +376,7 @@ class HFTimesformer(HFClips):
             return batch
         frames, patches = self.frames, x.shape[1] - 1
         places = torch.arange(frames * patches, device=x.device).view(frames, patches)
-        units = Units(clips, places, int(self.divided), _DECIDED[self.chosen["over"]])
+        units = Units(clips, places, int(self.divided), self.decided)
         if not self.divided:
             return replace(batch, units=units)
         assert batch.pos is not None
@@ -381,9 +390,9 @@ class HFTimesformer(HFClips):
             return torch.cat([lead, patches], dim=2).flatten(0, 1)
         return torch.cat([x[:, :1], patches.flatten(1, 2)], dim=1)
 
-    def _place_by_place(self, x: Tensor) -> Tensor:
+    def _place_by_place(self, x: Tensor, frames: int) -> Tensor:
         """A clip's tokens (B, 1 + F N, D) in the library's order: all frames of a place side by side."""
-        patches = x[:, 1:].unflatten(1, (self.frames, (x.shape[1] - 1) // self.frames))
+        patches = x[:, 1:].unflatten(1, (frames, (x.shape[1] - 1) // frames))
         return torch.cat([x[:, :1], patches.transpose(1, 2).flatten(1, 2)], dim=1)
 
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:
@@ -398,12 +407,15 @@ class HFTimesformer(HFClips):
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         layout = batch.layout
         assert layout.uniform is not None
-        if self.divided and batch.pos is not batch.tables.untouched:
+        rows, columns = self.still  # which the library's layers take from its configuration, and so the frames
+        whole = self.frames == self.made_for and layout.uniform[0] == 1 + rows * columns
+        if self.divided and not (whole and batch.pos is batch.tables.untouched):
             return None
         x = batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])
         if self.divided:
             by_clip = x.unflatten(0, (batch.samples, self.frames))
-            x = self._place_by_place(torch.cat([by_clip[:, 0, :1], by_clip[:, :, 1:].flatten(1, 2)], dim=1))
+            clips = torch.cat([by_clip[:, 0, :1], by_clip[:, :, 1:].flatten(1, 2)], dim=1)
+            x = self._place_by_place(clips, self.frames)
         for layer in self.layers[first:last]:
             (x,) = layer(x)
         if self.divided:
@@ -428,10 +440,12 @@ class HFTimesformer(HFClips):
     def _arranged(self, tokens: Tensor, batch: TokenBatch) -> Tensor:
         """All tokens, class tokens first (B, P + F N, D), as the library's ``last_hidden_state`` has them."""
         if self.attention_type != _SPACE:
-            return self._place_by_place(tokens)
-        patches = tokens[:, self.frames :].unflatten(1, (self.frames, tokens.shape[1] // self.frames - 1))
-        lead = tokens[:, : self.frames, None]
-        return torch.cat([lead, patches], dim=2).flatten(0, 1)
+            return self._place_by_place(tokens, self.made_for)
+        lead, patches = tokens[:, : self.frames], tokens[:, self.frames :].unflatten(1, (self.made_for, -1))
+        if self.frames != self.made_for:  # frames that were left out are told as those before them
+            stays = torch.tensor(spread_steps(self.made_for, self.frames), device=tokens.device)
+            lead = lead[:, torch.bucketize(torch.arange(self.made_for, device=tokens.device), stays, right=True) - 1]
+        return torch.cat([lead[:, :, None], patches], dim=2).flatten(0, 1)
 
 
 HOST = HFTimesformer

@@ -23,7 +23,7 @@ from reducers.errors import ReducerError
 from reducers.maps import TokenMap
 from reducers.recording import recording
 from reducers.reducer import Input, TokenReducer
-from reducers.tokens import Layout, TokenBatch, Units
+from reducers.tokens import Decided, Layout, TokenBatch, Units
 
 Grid = tuple[int, int]
 Spread = Literal["share", "mean"]
@@ -443,9 +443,19 @@ class Host(ABC):
         return self.frames
 
     @property
+    def tubelet(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels of a patch; told of clips alone."""
+        raise ReducerError(f"{type(self.model).__name__} does not tell how many frames and pixels a patch has")
+
+    @property
     def units(self) -> int:
         """How many units a sample has from the embedding on: the frames of a clip, where each attends by itself."""
         return 1
+
+    @property
+    def decided(self) -> Decided:
+        """What reducers decide on (``Units.decided``)."""
+        return "each"
 
     @property
     def entry(self) -> Stage:
@@ -521,6 +531,22 @@ class Host(ABC):
         model does not take are refused.
         """
         raise ReducerError(f"images cannot be resized for {type(self.model).__name__}")
+
+    def lattice_of(self, images: Tensor) -> tuple[int, int, int]:
+        """Steps in time, rows and columns of patches of these clips, which may have another size; of images 1 step."""
+        return 1, *self.grid_of(images)
+
+    def whole_steps(self, images: Tensor) -> tuple[int, int]:
+        """Steps in time of clips that are to be made shorter, and of how many a length must be a multiple; clips that
+        the model does not take are refused.
+        """
+        raise ReducerError(f"clips cannot be made shorter for {type(self.model).__name__}")
+
+    def shortened(self, images: Tensor) -> Host:
+        """This host for clips of fewer frames (``reducers.frames``), for one pass: it says that it was made for so
+        many. Of images and clips as the model takes them it is never asked.
+        """
+        raise ReducerError(f"clips cannot be made shorter for {type(self.model).__name__}")
 
     @abstractmethod
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:

@@ -12,8 +12,9 @@ text or code says so.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
@@ -23,10 +24,19 @@ from torch import Tensor, nn
 from reducers.backbones.xvit import PRESETS, SHARE, ClipHead, ShiftedAttention, XViT, shift_in_time
 from reducers.cost import linear_macs
 from reducers.errors import ReducerError, UnsupportedModel
+from reducers.frames import spread_steps
 from reducers.hosts import SUPPORTED
 from reducers.hosts.pools import class_or_mean
-from reducers.hosts.protocol import Family, HostBlock
-from reducers.hosts.timm_parts import check_attention, check_kind, check_rest, check_unreplaced, check_whole, mlp_row
+from reducers.hosts.protocol import Family, Grid, Host, HostBlock
+from reducers.hosts.timm_parts import (
+    check_attention,
+    check_kind,
+    check_rest,
+    check_unreplaced,
+    check_whole,
+    entrance,
+    mlp_row,
+)
 from reducers.hosts.timm_vit import TimmBlock, TimmCore, TimmViT
 from reducers.lazy import cached_property
 from reducers.reducer import Input
@@ -187,33 +197,72 @@ class XViTHost(TimmViT):
     def head_words(self) -> str:
         return "its head reads the frames' class tokens"
 
+    _length: int | None = None  # frames of shortened clips
+
     @property
     def frames(self) -> int:
-        return self.model.num_frames
+        return self.model.num_frames if self._length is None else self._length
+
+    @property
+    def tubelet(self) -> tuple[int, int, int]:
+        down, across = self.patcher.feat_ratio(as_scalar=False)
+        return 1, int(down), int(across)
 
     @property
     def units(self) -> int:
         return self.frames
 
-    def whole_patches(self, images: Tensor) -> NoReturn:
-        raise ReducerError("clips cannot be resized for an XViT; create it for another size, or with fewer frames")
-
     # --- clips ---
 
+    def lattice_of(self, images: Tensor) -> tuple[int, int, int]:
+        return int(images.shape[1]), *self.grid_of(images)
+
+    def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
+        if images.dim() != 5:
+            raise ReducerError(f"an XViT reads clips (B, F, C, H, W); got {tuple(images.shape)}")
+        return super().whole_patches(images)
+
+    def whole_steps(self, images: Tensor) -> tuple[int, int]:
+        if images.dim() != 5 or images.shape[1] != self.frames:
+            raise ReducerError(f"clips of shape {tuple(images.shape)}: this XViT takes (B, {self.frames}, C, H, W)")
+        return self.frames, self.frames // self.model.group
+
+    def shortened(self, images: Tensor) -> Host:
+        twin = copy.copy(self)
+        twin._length = int(images.shape[1])
+        return twin
+
+    def relocated(self, tables: Clips, original: Tensor, patches: int) -> Clips:
+        return replace(tables, places=patches)
+
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
-        """Clips (B, F, C, H, W); frames are units."""
-        assert not resized  # whole_patches saw to it
+        """Clips (B, F, C, H, W); frames are units. Of shortened clips each group keeps as many frames as any other,
+        which go on to exchange among themselves, with the time embeddings that they had [D].
+        """
         model, frames = self.model, self.frames
-        batch = TokenBatch.from_images(model.tokens(images), prefix=1, has_class_token=True, track=True)
+        groups = model.num_frames // model.group
+        x = self._embed_resized(images) if resized else model.tokens(images)
+        batch = TokenBatch.from_images(x, prefix=1, has_class_token=True, track=True)
         assert batch.pos is not None and batch.layout.uniform is not None
         patches = batch.layout.uniform[0] - 1
         places = torch.arange(frames * patches, device=images.device).view(frames, patches)
         return replace(
-            batch, units=Units(len(images), places), tables=Clips(frames, model.group, patches, batch.pos)
+            batch, units=Units(len(images), places), tables=Clips(frames, frames // groups, patches, batch.pos)
         )  # fmt: skip
 
+    def _embed_resized(self, images: Tensor) -> Tensor:
+        """As ``XViT.tokens``, with positions interpolated as those of images are."""
+        model, through = self.model, entrance(self.model, resized=True)
+        if images.shape[1] != self.frames:
+            raise ReducerError(f"clips of shape {tuple(images.shape)}: this XViT takes (B, {self.frames}, C, H, W)")
+        x = through._pos_embed(through.patch_embed(images.flatten(0, 1)))
+        chosen = [number % model.group for number in spread_steps(model.num_frames, self.frames)]
+        x = x.unflatten(0, (len(images), self.frames)) + model.time_embed[:, chosen]
+        entering: Tensor = model.norm_pre(x.flatten(0, 1))
+        return entering
+
     def embed_macs(self, images: Tensor, *, resized: bool = False) -> int:
-        return self.frames * linear_macs(self.model.patch_embed, images[0, :1])
+        return self.frames * linear_macs(entrance(self.model, resized=resized).patch_embed, images[0, :1])
 
     # --- blocks ---
 
@@ -224,7 +273,8 @@ class XViTHost(TimmViT):
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         """As long as every token is there: after that, tokens of equal number are of unequal places."""
-        return super().plain(first, last, batch) if batch.pos is batch.tables.untouched else None
+        whole = batch.pos is batch.tables.untouched and self._length is None  # blocks know their own groups alone
+        return super().plain(first, last, batch) if whole else None
 
     # --- the head ---
 

@@ -9,6 +9,8 @@ from reducers.methods.diffrate import DiffRate
 from reducers.methods.dpc_knn import DPCKNN
 from reducers.methods.dynamicvit import DynamicViT
 from reducers.methods.evit import EViT
+from reducers.methods.evs import EVS
+from reducers.methods.fewer_frames import FewerFrames
 from reducers.methods.fixed_pattern import FixedPattern
 from reducers.methods.gtp import GTP
 from reducers.methods.hvt_pool import HVTPool
@@ -18,6 +20,7 @@ from reducers.methods.kmedoids import KMedoids
 from reducers.methods.patch_merger import PatchMerger
 from reducers.methods.pitome import PiToMe
 from reducers.methods.random_drop import RandomDrop
+from reducers.methods.rlt import RLT
 from reducers.methods.shrinking_pattern import ShrinkingPattern
 from reducers.methods.sinkhorn import Sinkhorn
 from reducers.methods.sit import SiT
@@ -31,11 +34,12 @@ from reducers.methods.token_pooling import TokenPooling
 from reducers.methods.tome import ToMe
 from reducers.methods.topk import TopK
 from reducers.methods.tps import DTPS, ETPS
+from reducers.methods.vidcom2 import VidCom2
 from reducers.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
-    "ATC", "ATS", "AViT", "BackTracking", "BAT", "DPCKNN", "DTPS", "DiffRate", "DynamicViT", "ETPS", "EViT",
-    "FixedPattern", "GTP", "HVTPool", "IARED2", "Identity", "KMedoids", "PatchMerger", "PiToMe", "RandomDrop",
-    "STTABT", "STViT", "STViTR", "ShrinkingPattern", "Sinkhorn", "SiT", "SmallInput", "ToFu", "TokenLearner",
-    "TokenPooling", "ToMe", "TopK", "ZeroTPrune",
+    "ATC", "ATS", "AViT", "BackTracking", "BAT", "DPCKNN", "DTPS", "DiffRate", "DynamicViT", "ETPS", "EVS", "EViT",
+    "FewerFrames", "FixedPattern", "GTP", "HVTPool", "IARED2", "Identity", "KMedoids", "PatchMerger", "PiToMe", "RLT",
+    "RandomDrop", "STTABT", "STViT", "STViTR", "ShrinkingPattern", "Sinkhorn", "SiT", "SmallInput", "ToFu",
+    "TokenLearner", "TokenPooling", "ToMe", "TopK", "VidCom2", "ZeroTPrune",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -144,19 +145,39 @@ def decisions_of(
 
 
 def _decide(
-    members: Sequence[TokenReducer], signals: Signals, state: State, block: HostBlock, batch: TokenBatch
+    members: Sequence[TokenReducer],
+    signals: Signals,
+    state: State,
+    block: HostBlock,
+    batch: TokenBatch,
+    *,
+    whole: bool = False,
 ) -> list[Decision]:
-    """What reducers decide of the tokens of a batch, whatever they count over."""
-    shown = over(signals, batch)
+    """What reducers decide of the tokens of a batch, whatever they count over; ``whole``: over whole clips."""
+    shown = over(signals, batch, whole=whole)
     if shown is None:
         return decisions_of(members, signals, state, block)
+    if whole:
+        state = _of_clips(state, batch)
     names: list[str] = []
     return shown.back(decisions_of(members, shown, state, block, names), names)
 
 
-def _carry_out(decisions: list[Decision], batch: TokenBatch) -> TokenBatch:
+def _of_clips(state: State, batch: TokenBatch) -> State:
+    """What reducers that decide on whole clips may know, where all else is told of frames."""
+    units = batch.units
+    assert units is not None
+    if units.decided != "each":
+        return state
+    rows, columns = state.grid
+    return replace(
+        state, initial=state.initial * units.each, grid=(rows * state.steps, columns), image_keys=None
+    )  # numbers are drawn for frames here
+
+
+def _carry_out(decisions: list[Decision], batch: TokenBatch, *, together: bool = False) -> TokenBatch:
     for decision in decisions:
-        batch = advance(batch, decision)
+        batch = advance(batch, decision, together=True) if together else advance(batch, decision)
     return batch
 
 
@@ -164,8 +185,12 @@ def _reduce_input(
     block: HostBlock, members: list[TokenReducer], batch: TokenBatch, state: State, tracer: Tracer | None
 ) -> TokenBatch:
     """Reducers at the input site: they see the features that enter the block, and the block sees what they leave."""
-    signals = InputSignals(batch, None if tracer is None else tracer.cost.spend)
-    return _carry_out(_decide(members, signals, state, block, batch), batch)
+    for whole, some in groupby(members, key=lambda member: member.traits.whole_clip):
+        acting = list(some)
+        signals = InputSignals(batch, None if tracer is None else tracer.cost.spend)
+        batch = _carry_out(_decide(acting, signals, state, block, batch, whole=whole), batch, together=whole)
+        state = replace(state, draw=state.draw + sum(member.traits.uses_random for member in acting))
+    return batch
 
 
 def _pure_selection(decisions: list[Decision]) -> Keep | None:

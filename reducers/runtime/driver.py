@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,16 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reducers.decision import advance
 from reducers.errors import ReducerError, UnsupportedModel
+from reducers.frames import spread_steps
 from reducers.hosts import host_of
-from reducers.hosts.protocol import Grid, Host, Places
+from reducers.hosts.protocol import Host, Places
 from reducers.noise import image_keys, unit_keys
 from reducers.placement import Placement
-from reducers.reducer import ByReducer, Finishes, Plans, PlansTraining, Prepares, RunsBlocks, State, TokenReducer
+from reducers.reducer import (
+    ByReducer,
+    Finishes,
+    Plans,
+    PlansTraining,
+    Prepares,
+    RunsBlocks,
+    Selects,
+    State,
+    TokenReducer,
+)  # fmt: skip
 from reducers.restore import Restorer, with_prefix
 from reducers.runtime.block import account, run_block, runs_as_it_is
 from reducers.runtime.fits import check_plan
-from reducers.runtime.plain import PlainModel, carriers
+from reducers.runtime.plain import PlainModel, carriers, over_time
 from reducers.runtime.plan import Plan
 from reducers.runtime.shared import Shared
 from reducers.tokens import TokenBatch
@@ -248,12 +261,12 @@ class ReducedViT(nn.Module):
                     f"{', '.join(own)} ends with an output of its own, whose tokens have no places; ask for pooled "
                     "features (features(images)), or place another method"
                 )
-        if host.borders or any(member.steps.prepares or member.steps.plans for member in members):
+        if host.borders or any(member.steps.looks_first for member in members):
             shared = None  # its tokens tell one stage's costs; or they look at the images in their own way first
         filler = Restorer(host.fill) if host.borders and plan.at else None
         run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler)
-        index, batch, state = self._begin(run, images)
-        depth = end = host.depth
+        run, index, batch, state = self._begin(run, images)
+        host, depth, end = run.host, run.host.depth, run.host.depth
         counts_tell = cost_only and not host.regroups and host.between_units is None
         if counts_tell:  # the last reducer only decides, and nothing runs after it
             end = max(plan.at, default=-1) + 1
@@ -313,53 +326,64 @@ class ReducedViT(nn.Module):
             restorer.forget()
         return entered if batch.origin is None else entered.with_origin()
 
-    def _begin(self, run: _Pass, images: Tensor) -> tuple[int, TokenBatch, State]:
-        """All that comes before the blocks: the first one to run, the tokens that enter it, what reducers may know."""
+    def _begin(self, run: _Pass, images: Tensor) -> tuple[_Pass, int, TokenBatch, State]:
+        """All that comes before the blocks: what the pass goes by now, the first block to run, the tokens that enter
+        it, what reducers may know.
+        """
         host, members, shared = run.host, run.members, run.shared
         if shared is not None:
             shared.claim(self.base, images)
         keys = None
         if any(member.traits.uses_random for member in members):
             keys = image_keys(images) if shared is None else shared.image_keys(images)
-        plain, grid, asked = PlainModel(host), host.grid_of(images), images.shape
+        plain, grid, given = PlainModel(host), host.grid_of(images), host.lattice_of(images)
+        asked = images.shape
         for member in members:
             if member.steps.prepares:
                 images = cast(Prepares, member).prepare(images, plain)
+        if host.lattice_of(images)[0] != given[0]:
+            host = host.shortened(images)
+            run, plain.host = replace(run, host=host), host
         plans = plans_of(members, images, plain, training=self.training)
-        index, batch = self._enter(run, images, resized=grid if images.shape != asked else None)
-        assert batch.layout.uniform is not None
+        index, batch, patches = self._enter(run, images, plain, resized=given if images.shape != asked else None)
         if run.tracer is not None and plain.spent is not None:
             run.tracer.cost.spend(plain.spent)
-        initial, units = batch.layout.uniform[0] - host.prefix, batch.units
+        initial, units = patches, batch.units
         if units is not None and units.decided == "together":
             initial *= units.each
         if keys is not None and units is not None and units.decided == "each":
             keys = unit_keys(keys, units)
-        return index, batch, State(
-            0, host.depth, initial, grid, keys, self.training, plans, tracer=run.tracer, notes={}
+        return run, index, batch, State(
+            0, host.depth, initial, grid, keys, self.training, plans, tracer=run.tracer, notes={}, steps=given[0],
+            still=math.prod(host.lattice_of(images)[1:]),
         )  # fmt: skip
 
-    def _enter(self, run: _Pass, images: Tensor, *, resized: Grid | None) -> tuple[int, TokenBatch]:
-        """The first block to run and the tokens that enter it; ``resized``: the grid of the images as they came, where
-        they now have another.
+    def _enter(
+        self, run: _Pass, images: Tensor, plain: PlainModel, *, resized: tuple[int, int, int] | None
+    ) -> tuple[int, TokenBatch, int]:
+        """The first block to run, the tokens that enter it, and how many patches an image (a unit) had before any was
+        chosen; ``resized``: ``Host.lattice_of`` the images as they came, where they now have other patches.
         """
-        host, tracer, carrier = run.host, run.tracer, None
+        host, tracer = run.host, run.tracer
         known = None if run.shared is None else run.shared.latest(run.plan.first(host.depth))
         if known is None:
             detailed = run.shared is not None or bool(run.restorers) or (tracer is not None and tracer.detail)
             track = detailed or any(member.traits.uses_positions for member in run.members)
-            batch = host.embed(images, resized=resized is not None or run.resized, track=track)
+            embedded = host.embed(images, resized=resized is not None or run.resized, track=track)
+            batch = embedded.with_origin() if detailed else embedded
             if resized is not None and track:  # told in the patches of the image as it was given
-                carrier, batch = _as_given(host, batch, resized, host.grid_of(images))
-            known = host.embedded, batch.with_origin(carrier) if detailed else batch
+                batch = _as_given(host, batch, resized, host.lattice_of(images))
+            known, patches = (host.embedded, _chosen(run, images, plain, embedded, batch)), _patches(host, embedded)
+        else:
+            patches = _patches(host, known[1])
         start, batch = known
         if tracer is not None:
             tracer.start(batch)
-            tracer.cost.both(float(self._embedding_macs(images, resized=resized is not None)))
+            tracer.cost.both(float(self._embedding_macs(host, images, resized=resized is not None)))
             for _ in range(host.embedded):
                 tracer.after_block(batch)
             account(host, range(host.embedded, start), batch, tracer)
-        return start, batch
+        return start, batch, patches
 
     def _check(self) -> tuple[Host, Plan]:
         """At each call: what was checked when the model was wrapped may have been changed since."""
@@ -378,10 +402,10 @@ class ReducedViT(nn.Module):
             return checkpointed(partial(_run_block, run), batch, state)
         return _run_block(run, batch, state, decide_only=decide_only)
 
-    def _embedding_macs(self, images: Tensor, *, resized: bool) -> int:
+    def _embedding_macs(self, host: Host, images: Tensor, *, resized: bool) -> int:
         shape = tuple(images.shape[1:])
         if shape not in self._embed_macs:
-            self._embed_macs[shape] = self.host.embed_macs(images, resized=resized)
+            self._embed_macs[shape] = host.embed_macs(images, resized=resized)
         return self._embed_macs[shape]
 
 
@@ -403,13 +427,40 @@ class _Pass:
         return [each for each in (self.restorer, self.filler) if each is not None]
 
 
-def _as_given(host: Host, batch: TokenBatch, given: Grid, run: Grid) -> tuple[Tensor, TokenBatch]:
-    """Which patch covers each of the images as they were given (N0,), and the tokens with places among those."""
+def _patches(host: Host, batch: TokenBatch) -> int:
+    """Of an image, or a unit, of which nothing is gone yet."""
+    assert batch.layout.uniform is not None
+    return batch.layout.uniform[0] - host.prefix
+
+
+def _as_given(host: Host, batch: TokenBatch, given: tuple[int, int, int], run: tuple[int, int, int]) -> TokenBatch:
+    """The tokens with places among the patches of the images as they were given, which those that cover them carry."""
     assert batch.pos is not None
-    carrier, original = carriers(given, run, batch.x.device)
+    units, device = batch.units, batch.x.device
+    cover, at_centre = carriers(given[1:], run[1:], device)
+    carrier, original = over_time(cover, at_centre, (given[0], run[0]))
+    if units is not None:  # places are those of a frame, and its patches those of a frame that was given
+        original, patches = at_centre, torch.arange(len(cover), device=device)
+        stays = torch.tensor(spread_steps(given[0], run[0]), device=device)
+        units = replace(units, places=stays[:, None] * len(cover) + patches, shown=[])
     place = original[batch.pos.clamp(min=0)]
-    tables = host.relocated(batch.tables, original, given[0] * given[1])
-    return carrier, replace(batch, pos=place.where(batch.pos >= 0, batch.pos), tables=tables)
+    tables = host.relocated(batch.tables, original, len(cover) if units is not None else len(carrier))
+    origin = None if batch.origin is None else batch.origin[:, carrier]
+    place = place.where(batch.pos >= 0, batch.pos)
+    return replace(batch, pos=place, tables=tables, units=units, origin=origin)
+
+
+def _chosen(run: _Pass, images: Tensor, plain: PlainModel, embedded: TokenBatch, batch: TokenBatch) -> TokenBatch:
+    """What is left of a batch when a reducer has chosen by the images; ``embedded``: with places as they are run."""
+    host = run.host
+    for member in run.members:
+        decision = cast(Selects, member).select(images, plain, embedded) if member.steps.selects else None
+        if decision is not None:
+            host.block(host.embedded).allow(member.name, decision.map)
+            whole, batch = batch, advance(batch, decision, together=True)
+            for restorer in run.restorers:
+                restorer.after_block(host.embedded, whole, batch)
+    return batch
 
 
 def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:

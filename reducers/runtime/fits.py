@@ -19,6 +19,7 @@ def check_plan(host: Host, plan: Plan) -> None:
     _check_borders(host, plan)
     if host.regroups or host.between_units is not None:
         _check_regrouped(host, plan)
+    _check_clips(host, plan)
     if any(member.steps.attaches for member in plan.members):
         attach(host, plan)
 
@@ -60,13 +61,37 @@ def _check_members(host: Host, plan: Plan) -> None:
             raise ReducerError(f"{member.name} is not for this {model}: {why}")
 
 
+def _check_clips(host: Host, plan: Plan) -> None:
+    """Refuse reducers that choose by clips what is to be chosen alike in all frames, and what they cannot do twice."""
+    model = type(host.model).__name__
+    for block, member in plan.acts:
+        traits = member.traits
+        if host.decided == "alike" and (traits.whole_clip or member.steps.selects):
+            raise ReducerError(
+                f"{member.name} keeps other places in each frame, and over='tube' has all frames of a clip keep the "
+                "same; use over='frame' or over='clip'"
+            )
+        if traits.whole_clip and traits.site != "input" and host.units > 1:
+            raise ReducerError(
+                f"{member.name} at block {block} decides on whole clips, which is possible at site='input' alone: this "
+                f"{model} attends frame by frame"
+            )
+    selecting = [member.name for member in plan.members if member.steps.selects]
+    if len(selecting) > 1:
+        raise ReducerError(
+            f"{' and '.join(selecting)} choose among all patches before the first block, and only one can; place one"
+        )
+
+
 def _check_regrouped(host: Host, plan: Plan) -> None:
     """Refuse reducers that do more than decide, or leave tokens without places, in a model whose blocks form units of
     their own by places, or work between units by them.
     """
     by = host.between_units or "forms units of its own (windows)"
     for block, member in plan.acts:
-        if not member.only_decides:
+        steps = member.steps
+        early = (steps.prepares or steps.selects) and host.regroups  # acts before there are units that last
+        if early or steps.plans or steps.runs_blocks or steps.finishes:
             raise ReducerError(
                 f"{member.name} at block {block} prepares images, plans, runs blocks or ends by itself, and every "
                 f"block of this {type(host.model).__name__} {by}; place a method that only decides"

@@ -6,6 +6,7 @@ A reducer decides on units, one by one. Here it is shown others in their place, 
   frame in which little is going on may lose all of its patches. What the class token's copies attend to counts by the
   share of their frame, so that it adds up to one over the clip. A token that stands for several lies where the heaviest
   of them lies, in its frame.
+  A reducer that decides on whole clips (``Traits.whole_clip``) is shown this wherever frames are units.
 * **alike**: one unit of the places of a frame, with the mean of what all frames signal of each. Frames then keep the
   same places, or merge the same, each its own tokens.
 """
@@ -25,12 +26,12 @@ from reducers.signals import Signals
 from reducers.tokens import Layout, TokenBatch, Units
 
 
-def over(signals: Signals, batch: TokenBatch) -> OverUnits | None:
-    """The signals as reducers are shown them; None: as they are."""
+def over(signals: Signals, batch: TokenBatch, *, whole: bool = False) -> OverUnits | None:
+    """The signals as reducers are shown them; None: as they are. ``whole``: to reducers that decide on whole clips."""
     units = batch.units
-    if units is None or units.decided == "each":
+    if units is None or (units.decided == "each" and not whole):
         return None
-    return (Together if units.decided == "together" else Alike)(signals, units)
+    return (Alike if units.decided == "alike" else Together)(signals, units)
 
 
 class OverUnits(Signals):
@@ -87,18 +88,23 @@ class Together(OverUnits):
 
     def __init__(self, own: Signals, units: Units) -> None:
         inner = own.layout
-        assert inner.lead is not None  # nobody drops a prefix token that units share
         sample = units.sample[inner.row_image]
         self._rows = (sample * 2 + (~inner.is_prefix).long()).sort(stable=True).indices
         super().__init__(own, units, self.layout_of(inner, units), own.size[self._rows])
+        if inner.lead is None:  # the first frame of a clip may have no class token
+            self.cls = self.cls.masked_fill(own.cls.view(units.samples, units.each)[:, 0] < 0, -1)
 
     @classmethod
     def _layout(cls, inner: Layout, units: Units) -> Layout:
-        assert inner.lead is not None
-        lead, lengths = inner.lead * units.each, units.sum(inner.lengths)
         if inner.uniform is not None:
-            return Layout.alike(units.samples, inner.uniform[0] * units.each, lead, lengths.device)
-        return Layout.ragged(lengths, torch.full_like(lengths, lead), lead=lead)
+            tokens, lead = (count * units.each for count in inner.uniform)
+            return Layout.alike(units.samples, tokens, lead, inner.lengths.device)
+        lead_each = inner.lead  # none where some frame has lost its class token: one that no other frame shares
+        return Layout.ragged(
+            units.sum(inner.lengths),
+            units.sum(inner.prefix),
+            lead=None if lead_each is None else lead_each * units.each,
+        )
 
     def told(self, values: Tensor) -> Tensor:
         return values.index_select(0, self._rows)
@@ -151,7 +157,7 @@ class Together(OverUnits):
                 "patches or merges them, or {'over': 'frame'}"
             )
         lives = rows.index_select(0, given.source)  # the own row of which each new token is the continuation
-        order = lives.argsort()
+        order = layout.row_image[lives].argsort(stable=True)  # inside a frame, tokens stay in the decided order
         lengths = torch.bincount(layout.row_image[lives], minlength=layout.images)
         new = Layout.ragged(lengths, layout.prefix, lead=layout.lead)
         place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reducers.decision import Decision
+from reducers.frames import spread_steps
 from reducers.hosts.protocol import Grid, Host, Stage
 from reducers.reducer import State, TokenReducer
 from reducers.runtime.block import run_block
@@ -30,6 +31,19 @@ def carriers(original: Grid, run: Grid, device: torch.device) -> tuple[Tensor, T
         return (rows[:, None] * among[1] + columns).flatten()
 
     return centres(original, run), centres(run, original)
+
+
+def over_time(carrier: Tensor, original: Tensor, steps: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What ``carriers`` says of one grid, of clips of so many of them one below the other: as they were given, and as
+    they are run. A step that is left out is carried by the one before it that stays.
+    """
+    given, run = steps
+    if given == run == 1:
+        return carrier, original
+    stays = torch.tensor(spread_steps(given, run), device=carrier.device)
+    last = torch.bucketize(torch.arange(given, device=carrier.device), stays, right=True) - 1
+    here, there = (last[:, None] * len(original) + carrier), (stays[:, None] * len(carrier) + original)
+    return here.flatten(), there.flatten()
 
 
 class Listener(TokenReducer):

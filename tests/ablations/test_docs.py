@@ -56,6 +56,8 @@ def test_properties_tell_methods_apart() -> None:
     assert known["small_input"].site == "image" and not known["small_input"].stacks
     assert known["stvit"].why_not == "it replaces the computation of its blocks" and known["evit"].stacks
     assert known["small_input"].why_not == "it changes the input image"
+    assert known["rlt"].why_not == "it chooses by the input's pixels, before any block"
+    assert known["rlt"].site == "pixels" and known["rlt"].inputs == ("clips",) and known["evs"].stacks
 
 
 def test_code_is_what_a_person_would_type() -> None:

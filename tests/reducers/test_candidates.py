@@ -30,8 +30,9 @@ from reducers.candidates import (
     takes_schedule,
     why_no_candidate,
 )
-from reducers.methods import DPCKNN, STTABT, BackTracking, HVTPool
+from reducers.methods import DPCKNN, EVS, RLT, STTABT, BackTracking, HVTPool
 from reducers.reducer import Searchable, Traits
+from tests.samples import reading
 
 from .conftest import make_vit
 from .test_contract import model_for, placed
@@ -44,6 +45,7 @@ CANDIDATES = {
 VALUES = [
     (name, setting, value)
     for name, method in available().items()
+    if "images" in method.traits.inputs
     for setting, values in method.searchable.items()
     for value in values
 ]
@@ -72,7 +74,7 @@ def test_every_value_is_another_method_that_works(name: str, setting: str, value
     assert not reducer.traits.trained and not reducer.traits.control
 
 
-@pytest.mark.parametrize("name", sorted(available()))
+@pytest.mark.parametrize("name", reading("images"))
 def test_the_kinds_of_budget_it_names_are_taken(name: str, images: Tensor) -> None:
     method = available()[name]
     kinds = budget_kinds(method)
@@ -92,7 +94,12 @@ def test_the_candidates_are_the_methods_that_work_off_the_shelf_and_have_a_budge
         "dynamicvit", "patch_merger", "sinkhorn", "sit", "sttabt", "stvit", "stvit_r", "token_learner", "tps",
     }  # fmt: skip
     controls = {name for name, method in available().items() if method.traits.control}
-    assert controls == {"back_tracking", "fixed_pattern", "identity", "random", "shrinking_pattern", "small_input"}
+    assert controls == {
+        "back_tracking", "fewer_frames", "fixed_pattern", "identity", "random", "shrinking_pattern", "small_input"
+    }  # fmt: skip
+    of_clips = {name for name, method in available().items() if not why_no_candidate(method, inputs="clips")}
+    assert of_clips == CANDIDATES | {"evs", "vidcom2"}, "of these, methods for clips alone"
+    assert "no images" in why_no_candidate(EVS) and "no budget" in why_no_candidate(RLT, inputs="clips")
     for name in CANDIDATES:
         assert built(name).traits.trained is built(name).traits.oracle is built(name).traits.control is False
 

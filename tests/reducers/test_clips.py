@@ -145,7 +145,6 @@ def deep_enough(name: str, method: str) -> Any:
 
 
 NOT_FOR_CLIPS = {
-    "small_input": "clips cannot be resized for VivitForVideoClassification",
     "sttabt": "sttabt reads images alone, and this VivitForVideoClassification reads clips",
 }
 DRIVEN = [name for name in available() if name not in NOT_FOR_CLIPS]

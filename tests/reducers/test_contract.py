@@ -35,7 +35,7 @@ from reducers.kit import semantic
 from reducers.methods.sttabt import method as sttabt
 from reducers.reducer import Finishes
 from reducers.runtime import block as block_module
-from tests.samples import in_turn, methods_first, shared_out
+from tests.samples import in_turn, methods_first, reading, shared_out
 
 from .conftest import DEPTH, KINDS, WITHOUT_CLASS_TOKEN, make_vit
 
@@ -54,7 +54,7 @@ def settings(name: str, budget: object | None = None) -> TokenReducer:
     return cls(budget or BUDGETS.get(name, Ratio(0.6))) if takes_budget else cls()
 
 
-CASES: dict[str, TokenReducer] = {name: settings(name) for name in available()}
+CASES: dict[str, TokenReducer] = {name: settings(name) for name in reading("images")}
 CASES |= {
     "ats official": ATS(Ratio(1.0), variant="official"),
     "ats unsorted": ATS(Ratio(0.6), variant="unsorted"),
@@ -197,7 +197,7 @@ def test_prefix_tokens_stay_and_the_trace_is_consistent(reducer, images):
         assert (trace.reference_macs >= trace.macs - trace.reducer_macs - 1e-3).all(), "we never compute more rows"
 
 
-@pytest.mark.parametrize("name", [name for name in available() if name not in NEVER_THE_IDENTITY])
+@pytest.mark.parametrize("name", [name for name in reading("images") if name not in NEVER_THE_IDENTITY])
 @torch.no_grad()
 def test_keeping_everything_is_the_plain_model(name, images):
     plain = make_vit().double()
@@ -342,7 +342,7 @@ def test_identity_in_a_stack_changes_nothing(reducer, images):
     assert torch.equal(reduced(Stack(reducer, Identity()))(images.double()), alone)
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("name", reading("images"))
 @torch.no_grad()
 def test_half_precision_runs(name, images):
     model = reduced(settings(name), dtype=torch.bfloat16)

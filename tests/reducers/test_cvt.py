@@ -42,7 +42,7 @@ from reducers.hosts.cells import Window
 from reducers.maps import Mask, keep_rows
 from reducers.reducer import State, Traits
 from reducers.signals import Signals
-from tests.samples import sampled
+from tests.samples import reading, sampled
 
 from .cvt_models import CLASSES, DEPTH, DEPTHS, FIRST, KINDS, SIDE, WIDTHS, logits_of, make_cvt
 
@@ -586,7 +586,7 @@ REFUSED = {
     **dict.fromkeys(("gtp", "back_tracking", "sttabt"), "attend to cells of a coarser grid"),
 }  # fmt: skip
 FEW = ("ats", "evit", "tome", *REFUSED)
-EACH = sampled(available(), quick=FEW)
+EACH = sampled(reading("images"), quick=FEW)
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -635,7 +635,7 @@ def test_merging_methods_run_with_their_owners_on_the_grid(name: str, images: Te
         torch.testing.assert_close(own.macs[0], trace.macs[i])
 
 
-@pytest.mark.parametrize("name", sampled([n for n in available() if n not in REFUSED], quick=("ats", "tome")))
+@pytest.mark.parametrize("name", sampled([n for n in reading("images") if n not in REFUSED], quick=("ats", "tome")))
 def test_every_method_trains(name: str, images: Tensor) -> None:
     model = make_cvt("authors")
     fast = reduce_tokens(model, at([4, 5], build(settings(name)))).double().train()

@@ -30,7 +30,6 @@ from reducers import (
     TopK,
     UnsupportedModel,
     at,
-    available,
     build,
     reduce_tokens,
 )  # fmt: skip
@@ -40,7 +39,7 @@ from reducers.maps import Mask, keep_patches
 from reducers.runtime.attention import PackedAttention
 from reducers.runtime.plain import Listener
 from reducers.signals import Signals
-from tests.samples import sampled, shared_out
+from tests.samples import reading, sampled, shared_out
 
 from .conftest import DEPTH
 from .test_contract import KEEP_ALL, NEVER_THE_IDENTITY, placed, settings, unit
@@ -359,7 +358,7 @@ def fits(name: str, reducer: TokenReducer, model: str) -> bool:
 
 
 @pytest.mark.parametrize("model", CONTRACT)
-@pytest.mark.parametrize("name", sampled(available(), quick=QUICK))
+@pytest.mark.parametrize("name", sampled(reading("images"), quick=QUICK))
 def test_the_contract_holds_in_every_family(name: str, model: str, scenes: Tensor) -> None:
     """Alone as in a batch, repeatable, costs positive and the same without running on, gradients finite."""
     reducer = settings(name)
@@ -390,7 +389,9 @@ def test_the_contract_holds_in_every_family(name: str, model: str, scenes: Tenso
 
 
 @pytest.mark.parametrize("model", CONTRACT)
-@pytest.mark.parametrize("name", sampled([name for name in available() if name not in NEVER_THE_IDENTITY], quick=QUICK))
+@pytest.mark.parametrize(
+    "name", sampled([name for name in reading("images") if name not in NEVER_THE_IDENTITY], quick=QUICK)
+)
 @torch.no_grad()
 def test_keeping_everything_is_the_plain_model(name: str, model: str, scenes: Tensor) -> None:
     plain = made(model)

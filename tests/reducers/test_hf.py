@@ -34,7 +34,7 @@ from reducers import (
 )  # fmt: skip
 from reducers.hosts import TYPES, host_of
 from reducers.hosts.hf_vit import MODELS
-from tests.samples import shared_out
+from tests.samples import reading, shared_out
 
 from .hf_models import CLASSES, DEPTH, make_hf
 from .test_contract import placed, unit
@@ -145,7 +145,7 @@ def settings(name: str) -> dict[str, Any]:
 
 
 FEW = ("ats", "topk", "evit", "tome", "sinkhorn")
-EACH = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in available()]
+EACH = [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in reading("images")]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -188,7 +188,7 @@ NEVER = {"diffrate", "hvt_pool", "shrinking_pattern", "stvit", "stvit_r"}
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in available() if n not in NEVER
+    pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in reading("images") if n not in NEVER
 ])  # fmt: skip
 @torch.no_grad()
 def test_keeping_everything_is_the_library(name: str, images: Tensor) -> None:

@@ -14,11 +14,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from reducers import Placement, Ratio, ReducedViT, Stack, TokenReducer, at, available, reduce_tokens
+from reducers import Placement, Ratio, ReducedViT, Stack, TokenReducer, at, reduce_tokens
 from reducers.methods.fixed_pattern import ring_counts
 from reducers.methods.hvt_pool import pooled_length
 from reducers.methods.shrinking_pattern import counts_within, radius_at
 from reducers.runtime.plain import Listener
+from tests.samples import reading
 
 from .conftest import make_vit
 from .test_contract import KEEP_ALL, NEVER_THE_IDENTITY, settings
@@ -36,7 +37,7 @@ def qualifies(name: str) -> bool:
     return reducer.only_decides and not reducer.traits.trained
 
 
-NAMES = [name for name in available() if qualifies(name)]
+NAMES = [name for name in reading("images") if qualifies(name)]
 STEPS = (1, 8)  # of those pairs in ``make test``: every method comes first twice and second twice
 PAIRS = [
     pytest.param(

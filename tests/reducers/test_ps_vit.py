@@ -32,6 +32,7 @@ from reducers import (
 from reducers.backbones.ps_vit import PRESETS, PSViT, from_authors, ps_vit_b_14, ps_vit_b_18, sample
 from reducers.hosts import host_of
 from reducers.hosts.ps_vit import patches_of
+from tests.samples import reading
 
 SIZES: dict[str, Any] = {
     "img_size": 48, "points": 5, "num_classes": 7, "embed_dim": 32, "depth": 7, "samplings": 3, "num_heads": 2,
@@ -331,7 +332,9 @@ def settings(name: str) -> dict[str, Any]:
 
 FEW = ("ats", "topk", "evit", "tome", "patch_merger")
 EACH = [
-    pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in available() if name != "small_input"
+    pytest.param(name, marks=() if name in FEW else pytest.mark.slow)
+    for name in reading("images")
+    if name != "small_input"
 ]
 
 

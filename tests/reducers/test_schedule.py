@@ -127,7 +127,9 @@ def test_what_a_block_cannot_spend_is_not_passed_on() -> None:
 SHARED = {
     name: method
     for name, method in available().items()
-    if method.scheduled_as and any(parameter.name == "budget" for parameter in method.settings())
+    if method.scheduled_as
+    and "images" in method.traits.inputs
+    and any(parameter.name == "budget" for parameter in method.settings())
 }
 FROM_BLOCK_1 = {"kmedoids", "token_pooling"}  # weigh by the attention of the block before
 
@@ -343,6 +345,8 @@ def test_python_gets_the_same_refusals() -> None:
 def test_methods_that_cannot_have_one_say_so() -> None:
     """Beside those without a budget: where the count at a block is not the budget's own."""
     none = {name for name, method in available().items() if method.scheduled_as is None}
-    assert none == {"back_tracking", "dynamicvit", "small_input", "sttabt", "stvit", "stvit_r", "tps"}
+    assert none == {
+        "back_tracking", "dynamicvit", "fewer_frames", "rlt", "small_input", "sttabt", "stvit", "stvit_r", "tps"
+    }  # fmt: skip
     assert {name for name, method in available().items() if method.scheduled_as == "drop"} == {"tome", "tofu", "pitome"}
     assert TokenReducer.scheduled_as == "count"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, TopK, at, available, reduce_tokens
+from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, TopK, at, reduce_tokens
 from reducers.placement import Placement
-from tests.samples import shared_out
+from tests.samples import reading, shared_out
 
 from .conftest import DEPTH, make_vit
 from .test_contract import CASES, fresh, model_for, placed, settings, some, unit
@@ -89,7 +89,7 @@ def test_tokens_of_other_images_models_or_of_training_are_refused(images):
 def test_the_first_block_counts_one_that_must_record_its_attention():
     base = make_vit()
     assert reduce_tokens(base, Placement()).first_block == DEPTH
-    for name in available():
+    for name in reading("images"):
         reducer = settings(name)
         if unit(reducer) > 1:
             continue

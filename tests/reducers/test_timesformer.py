@@ -433,7 +433,7 @@ REFUSED = {
         "mixes all patches .* every block of this TimesformerForVideoClassification attends over time among frames",
     ),
     **dict.fromkeys(
-        ("avit", "back_tracking", "small_input", "stvit", "stvit_r"),
+        ("avit", "back_tracking", "stvit", "stvit_r"),
         "prepares images, plans, runs .* TimesformerForVideoClassification attends over time among frames; place",
     ),
     "sttabt": "sttabt reads images alone, and this TimesformerForVideoClassification reads clips",
