@@ -4,6 +4,7 @@
     python -m benchmarks scaling    time and memory against tokens and batch, and the share that deciding takes
     python -m benchmarks gpu        the measurements for one large GPU, in bfloat16
     python -m benchmarks record     record ATS's counts on real images, to be replayed where there are no weights
+    python -m benchmarks still      the share of patches that rlt drops of real clips, against its threshold
 
 Needs torch, timm and safetensors alone, and Pillow for real images; figures are drawn where matplotlib is installed.
 """
@@ -75,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
     record = add("record", parents=[common], help="record ATS's counts on real images")
     record.add_argument("--model", default="deit_tiny_patch16_224", help="timm name (default: %(default)s)")
     record.add_argument("--images", type=int, default=256, help="default: %(default)s, spread over the folder")
+
+    still = add("still", help="the share of patches that rlt drops of real clips, against its threshold")
+    still.add_argument("--data", type=user_path, required=True, help="folder of folders of frames, one a video")
+    still.add_argument("--out", type=user_path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return top
 
 
@@ -85,13 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    if sys.platform == "linux" and arguments is None:
+    if sys.platform == "linux" and arguments is None and args.command != "still":
         allocator.settle(args.allocator)
 
     import torch  # not before: the program may just have started again
 
-    from benchmarks import commands, pooled
+    from benchmarks import commands, pooled, still
 
+    if args.command == "still":
+        print(*still.run(args.data, args.out), sep="\n")
+        return 0
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -162,3 +162,44 @@ def _scaling(figure: Any, points: Rows, title: str) -> None:
 def _whole_ticks(ax: Any, values: Sequence[int]) -> None:
     ax.set_xticks(values, [str(value) for value in values])
     ax.minorticks_off()
+
+
+def still_figure(
+    panels: Mapping[tuple[str, float], Mapping[str, Sequence[float]]],
+    thresholds: Sequence[float],
+    published: float,
+    file: Path,
+) -> Path | None:
+    """The share of patches that go against the threshold, one panel a way to read clips, one line a folder of frames.
+
+    ``panels``: (title, the most that can go) -> name of a folder -> shares, one for each threshold.
+    """
+    return _drawn(lambda figure: _still(figure, panels, thresholds, published), file, (4.3 * len(panels) + 1.6, 4.6))
+
+
+def _still(
+    figure: Any,
+    panels: Mapping[tuple[str, float], Mapping[str, Sequence[float]]],
+    thresholds: Sequence[float],
+    published: float,
+) -> None:
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    styles = [
+        (colour, dashes) for dashes in ("-", (0, (4, 1.5)), (0, (1, 1))) for colour in list(_COLOURS.values())[1:]
+    ]
+    for ax, ((title, most), lines) in zip(axes, panels.items(), strict=True):
+        for (colour, dashes), (name, shares) in zip(styles, lines.items(), strict=False):
+            percent = [100 * share for share in shares]
+            ax.plot(thresholds, percent, color=colour, linestyle=dashes, linewidth=1.4, label=name)
+        ax.axhline(100 * most, color="0.75", linewidth=1, zorder=0)
+        ax.annotate("all but the first tubelets", (thresholds[0], 100 * most), (0, 3), textcoords="offset points",
+                    fontsize="x-small", color="0.45")  # fmt: skip
+        ax.axvline(published, color="0.75", linewidth=1, zorder=0)
+        ax.annotate(f"published, {published:g}", (published, 98), (3, 0), textcoords="offset points",
+                    fontsize="x-small", color="0.45")  # fmt: skip
+        ax.set(title=title, xscale="log", xlabel="threshold on normalised pixels", ylim=(0, 104))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.title.set_fontsize("small")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("patches dropped by rlt (%)")
+    axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))

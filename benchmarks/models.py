@@ -87,7 +87,23 @@ def decode(file: Path, size: int) -> Tensor:
             Image.Resampling.BICUBIC,
         )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    pixels = np.array(picture.crop((left, top, left + size, top + size)))
+    return _normalised(np.array(picture.crop((left, top, left + size, top + size))))
+
+
+def whole(file: Path, patch: int) -> Tensor:
+    """One image at its own size, cut in the middle to whole patches; normalised by ImageNet's mean and deviation."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    width, height = (side // patch * patch for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return _normalised(np.array(picture.crop((left, top, left + width, top + height))))
+
+
+def _normalised(pixels: Any) -> Tensor:
+    """An array (H, W, 3) of bytes -> (3, H, W) float32."""
     values = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (values - mean) / deviation

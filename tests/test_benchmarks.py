@@ -16,7 +16,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks import gpu, models
+from benchmarks import gpu, models, still
 from benchmarks.__main__ import main, parser
 from benchmarks.commands import scenarios
 from benchmarks.counts import SETTINGS, Counts, Replay, record, write
@@ -520,3 +520,39 @@ def test_without_a_gpu_its_command_says_so(capsys: pytest.CaptureFixture[str], t
     assert main(["gpu", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "no GPU" in capsys.readouterr().out
     assert main(["record", "--device", "cpu"]) == 2
+
+
+def test_what_stands_still_is_measured_of_folders_of_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    frames = tmp_path / "film" / "frames"
+    for name in ("half", "moving", "still"):
+        (frames / name).mkdir(parents=True)
+        first = torch.randint(0, 256, (40, 36, 3), generator=draw, dtype=torch.uint8)  # 2 x 2 patches and a rest
+        for number in range(40):
+            picture = torch.randint(0, 256, first.shape, generator=draw, dtype=torch.uint8)
+            if name != "moving":
+                picture[:, : 36 if name == "still" else 18] = first[:, : 36 if name == "still" else 18]
+            Image.fromarray(picture.numpy()).save(frames / name / f"{number:05}.png")
+    assert main(["still", "--data", str(frames), "--out", str(tmp_path / "out")]) == 0
+    json_file, table, drawn = (tmp_path / "out" / f"still-film{suffix}" for suffix in (".json", ".md", ".png"))
+    assert capsys.readouterr().out.split() == [str(json_file), str(table), str(drawn)]
+    told = json.loads(json_file.read_text())
+    read = [(one["reading"]["frames"], one["reading"]["stride"], one["reading"]["deep"]) for one in told["readings"]]
+    assert read == [(16, 1, 2), (16, 2, 2), (8, 4, 1)]
+    for one in told["readings"]:
+        steps = one["reading"]["frames"] // one["reading"]["deep"]
+        shares = {name: row["shares"] for name, row in one["folders"].items()}
+        most = (steps - 1) / steps
+        assert shares["still"] == [most] * len(told["thresholds"])
+        assert shares["moving"][0] == 0 and shares["half"][0] == pytest.approx(most / 2)
+        assert all(row["kept"] == pytest.approx(row["tabled"][told["tabled"].index(0.1)])
+                   for row in one["folders"].values())  # fmt: skip
+    assert "| half | 2 | 43.8 | 43.8 | 43.8 | 43.8 | 43.8 |" in table.read_text()
+    with Image.open(drawn) as picture_drawn:
+        assert picture_drawn.width > 1500
+    (frames / "half" / "00039.png").unlink()
+    monkeypatch.setattr(still, "READINGS", (still.Reading(frames=64),))
+    with pytest.raises(SystemExit, match="half holds 39 frames at this stride, fewer than a clip's 64"):
+        main(["still", "--data", str(frames), "--out", str(tmp_path / "out")])
