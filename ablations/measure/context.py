@@ -115,6 +115,8 @@ def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, param
         classes=host.classes,
         class_token=host.has_class_token,
         first_free=host.first_free,
+        closed=tuple(sorted(host.closed)),
+        windows=host.regroups,
         options=dict(host.options),
         units=host.units,
     )

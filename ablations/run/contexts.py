@@ -114,7 +114,7 @@ def context_files(path: Path) -> list[Path]:
 def facts_from(saved: Mapping[str, Any]) -> ModelFacts:
     """The facts as ``save_subject`` wrote them."""
     options = {name: tuple(values) for name, values in saved["options"].items()}
-    return ModelFacts(**{**saved, "grid": tuple(saved["grid"]), "options": options})
+    return ModelFacts(**{**saved, "grid": tuple(saved["grid"]), "closed": tuple(saved["closed"]), "options": options})
 
 
 def load_context(

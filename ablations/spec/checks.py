@@ -47,8 +47,8 @@ class Placed:
 
 class Unsuited(SpecError):
     """What a model cannot carry out of a spec that was written for others: of a shipped one, or of any whose blocks are
-    those of a plain ViT where its own first blocks take no reducer, or that asks for an option which other hosts have.
-    It answers as much of the spec as it can.
+    those of a plain ViT where some of its own take no reducer or attend in windows, or that asks for an option which
+    other hosts have. It answers as much of the spec as it can.
     """
 
     def __init__(self, told: SpecError, *, reason: str) -> None:

@@ -114,7 +114,7 @@ def _trial(
             check(placed.placement)
         except ValueError as error:
             told = file.error(place, f"{error}")
-            if facts.first_free or file.shipped:
+            if facts.first_free or facts.closed or facts.windows or file.shipped:
                 raise Unsuited(told, reason=str(error)) from error
             raise told from error
     variant = str(substitute(arm.variant, values))

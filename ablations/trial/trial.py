@@ -60,6 +60,8 @@ class ModelFacts:
     classes: int
     class_token: bool
     first_free: int = 0  # the first block at which a reducer may act
+    closed: tuple[int, ...] = ()  # later blocks that take none
+    windows: bool = False  # blocks form units of their own, in which not every method acts
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of its host: values, the default first
     units: int = 1  # of a sample, each with such a grid: frames that attend by themselves
 

@@ -110,18 +110,13 @@ class SemanticBlock(nn.Module):
         return self.join(asking, self.attend(asking, asked, mask))
 
 
-class Unit(nn.Module):
-    """Six blocks that take a map (B, H, W, D) to another of the same shape; what forms share."""
+class OnWindows(nn.Module):
+    """Blocks on a map (B, H, W, D) in windows of w x w, and on semantic tokens (B, h, w, D), s x s of each window."""
 
-    def __init__(self, sizes: Sizes, semantics: Semantics, *, always_partition: bool) -> None:
+    def __init__(self, window: int, semantics: Semantics, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.window, self.semantics = sizes.window, semantics
-        swin = SwinTransformerBlock(
-            sizes.width, sizes.map_size, sizes.heads, window_size=sizes.window, shift_size=0,
-            always_partition=always_partition, dynamic_mask=always_partition, drop_path=sizes.drop_path[0],
-        )  # fmt: skip
-        others = [SemanticBlock(sizes.width, sizes.heads, rate) for rate in sizes.drop_path[1:]]
-        self.blocks: Any = nn.ModuleList([swin, *others])
+        self.window, self.semantics = window, semantics
+        self.blocks: Any = nn.ModuleList(blocks)
         self.centres: nn.Parameter | None = None  # (M, D), of the semantic tokens row by row
 
     def pool(self, x: Tensor) -> Tensor:
@@ -139,15 +134,51 @@ class Unit(nn.Module):
         rows, columns = (extent // self.window * side for extent in of)
         return window_reverse(tokens.unflatten(1, (side, side)), (side, side), rows, columns)
 
-    def among(self, semantic: Tensor) -> Tensor:
-        """Blocks 3 and 4: semantic tokens (B, h, w, D) among those of their window, then among all."""
+    def generate(self, block: SemanticBlock, x: Tensor) -> Tensor:
+        """The map pooled, and in each window asking itself and what lies around: (B, H, W, D) -> (B, h, w, D)."""
         side = self.semantics.side
-        local, everywhere = self.blocks[3], self.blocks[4]
+        pooled = self.pool(x)
+        asking = self.windows(pooled, side)
+        asked = torch.cat([asking, parts(x, self.semantics.keys, self.semantics.stride)], dim=1)
+        added = self.joined(block.attend(asking, asked), side, x.shape[1:3])
+        return block.join(pooled if self.semantics.residual else None, added)
+
+    def refine(self, block: SemanticBlock, semantic: Tensor, x: Tensor) -> Tensor:
+        """Semantic tokens (B, h, w, D), moved by what was learned of each, ask themselves and all of the map."""
+        flat = semantic.flatten(1, 2)
+        moved = flat if self.centres is None else flat + self.centres
+        joined: Tensor = block(moved, torch.cat([flat, x.flatten(1, 2)], dim=1))
+        return joined.view(semantic.shape)
+
+    def local(self, block: SemanticBlock, semantic: Tensor) -> Tensor:
+        """Semantic tokens (B, h, w, D) among those of their window."""
+        side = self.semantics.side
         inside = self.windows(semantic, side)
         of = tuple(extent // side * self.window for extent in semantic.shape[1:3])
-        semantic = local.join(semantic, self.joined(local.attend(inside, inside), side, of))
+        return block.join(semantic, self.joined(block.attend(inside, inside), side, of))
+
+    def everywhere(self, block: SemanticBlock, semantic: Tensor) -> Tensor:
+        """Semantic tokens (B, h, w, D) among all."""
         flat = semantic.flatten(1, 2)
-        return everywhere(flat, flat).view(semantic.shape)
+        joined: Tensor = block(flat, flat)
+        return joined.view(semantic.shape)
+
+    def recover(self, block: SemanticBlock, semantic: Tensor, x: Tensor) -> Tensor:
+        """The map (B, H, W, D) asks the semantic tokens (B, h, w, D)."""
+        joined: Tensor = block(x.flatten(1, 2), semantic.flatten(1, 2))
+        return joined.view(x.shape)
+
+
+class Unit(OnWindows):
+    """Six blocks that take a map (B, H, W, D) to another of the same shape; what forms share."""
+
+    def __init__(self, sizes: Sizes, semantics: Semantics, *, always_partition: bool) -> None:
+        swin = SwinTransformerBlock(
+            sizes.width, sizes.map_size, sizes.heads, window_size=sizes.window, shift_size=0,
+            always_partition=always_partition, dynamic_mask=always_partition, drop_path=sizes.drop_path[0],
+        )  # fmt: skip
+        others = [SemanticBlock(sizes.width, sizes.heads, rate) for rate in sizes.drop_path[1:]]
+        super().__init__(sizes.window, semantics, [swin, *others])
 
 
 class ImageUnit(Unit):
@@ -159,36 +190,30 @@ class ImageUnit(Unit):
 
     def __init__(self, sizes: Sizes, semantics: Semantics, *, first: bool) -> None:
         super().__init__(sizes, semantics, always_partition=False)
-        rows, columns = sizes.map_size
-        for extent in sizes.map_size:
-            windows, behind = divmod(extent, sizes.window)
-            if behind or semantics.keys + (windows - 1) * semantics.stride != extent:
-                raise ReducerError(
-                    f"{windows} windows of {sizes.window} do not ask a side of {extent} tokens exactly by parts of "
-                    f"{semantics.keys} every {semantics.stride}; change the image size, window, keys or stride, or "
-                    "take form='detection', which pads"
-                )
+        check_covered(sizes.map_size, sizes.window, semantics)
         if semantics.centres and first:
+            rows, columns = sizes.map_size
             count = rows * columns * semantics.side**2 // sizes.window**2
             self.centres = nn.Parameter(trunc_normal_(torch.empty(count, sizes.width), std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        _, generate, refine, _, _, recover = self.blocks
-        side, of = self.semantics.side, x.shape[1:3]
-        x = self.blocks[0](x)
-        image = x.flatten(1, 2)
+        swin, generate, refine, local, everywhere, recover = self.blocks
+        x = swin(x)
+        semantic = self.refine(refine, self.generate(generate, x), x)
+        semantic = self.everywhere(everywhere, self.local(local, semantic))
+        return self.recover(recover, semantic, x)
 
-        pooled = self.pool(x)
-        asking = self.windows(pooled, side)
-        asked = torch.cat([asking, parts(x, self.semantics.keys, self.semantics.stride)], dim=1)
-        added = self.joined(generate.attend(asking, asked), side, of)
-        semantic = generate.join(pooled if self.semantics.residual else None, added)
 
-        flat = semantic.flatten(1, 2)
-        moved = flat if self.centres is None else flat + self.centres
-        flat = refine(moved, torch.cat([flat, image], dim=1))
-        semantic = self.among(flat.view(semantic.shape))
-        return recover(image, semantic.flatten(1, 2)).view(x.shape)
+def check_covered(map_size: tuple[int, int], window: int, semantics: Semantics) -> None:
+    """Refuse windows and parts around them that do not cover a map exactly."""
+    for extent in map_size:
+        windows, behind = divmod(extent, window)
+        if behind or semantics.keys + (windows - 1) * semantics.stride != extent:
+            raise ReducerError(
+                f"{windows} windows of {window} do not ask a side of {extent} tokens exactly by parts of "
+                f"{semantics.keys} every {semantics.stride}; change the image size, window, keys or stride, or "
+                "take form='detection', which pads"
+            )
 
 
 class PaddedUnit(Unit):
@@ -203,7 +228,7 @@ class PaddedUnit(Unit):
         super().__init__(sizes, semantics, always_partition=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, generate, refine, _, _, recover = self.blocks
+        _, generate, refine, local, everywhere, recover = self.blocks
         semantics, side, window = self.semantics, self.semantics.side, self.window
         x = self.blocks[0](x)
         images, rows, columns, _ = x.shape
@@ -215,7 +240,7 @@ class PaddedUnit(Unit):
             asked, mask = around(padded, keys, window), _mask(there, keys, window, images)
             added = block.attend(self.windows(semantic, side), asked, mask)
             semantic = block.join(semantic, self.joined(added, side, padded.shape[1:3]))
-        semantic = self.among(semantic)
+        semantic = self.everywhere(everywhere, self.local(local, semantic))
 
         keys = semantics.recovery_keys
         begun = tuple(self._bins(extent, x.device) < extent for extent in (rows, columns))
@@ -279,7 +304,55 @@ class Stem(nn.Module):
         return F.hardswish(self.norm2(self.conv2(x))).permute(0, 2, 3, 1)
 
 
-class STViTRSwin(nn.Module):
+class OnMaps(nn.Module):
+    """A stem and stages on maps, and a head that reads the mean of the last one; for images of one size."""
+
+    stem: nn.Module  # (B, C, H, W) -> (B, H', W', D)
+    layers: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+
+    def __init__(self, image_size: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.image_size, self.channels, self.classes = image_size, channels, classes
+
+    def forward(self, images: Tensor) -> Any:
+        """images (B, C, H, W) -> logits (B, classes)."""
+        return self.head(self.features(images).flatten(1, 2).mean(1))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The last map, (B, H, W, D), final norm included."""
+        height, width = images.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise ReducerError(
+                f"images of {height} x {width} and a model for {self.image_size} x {self.image_size}; make it with "
+                "image_size=…" + (", or form='detection'" if isinstance(self, STViTRSwin) else "")
+            )
+        x = self.stem(images)
+        for layer in self.layers:
+            x = layer(x)
+        found: Tensor = self.norm(x)
+        return found
+
+    def macs(self, size: tuple[int, int] | None = None) -> int:
+        """Multiply-adds of one image of height and width ``size``: linear layers, convolutions, attention products."""
+        shape = (self.image_size, self.image_size) if size is None else size
+        pairs = 0
+
+        def count(module: nn.Module, given: tuple[Any, ...], _: Tensor) -> None:
+            nonlocal pairs
+            asking, asked = given[0], given[1] if isinstance(module, CrossAttention) else given[0]
+            pairs += asking.numel() * asked.shape[1]
+
+        twin = copy.deepcopy(self).to("meta")
+        for module in twin.modules():
+            if isinstance(module, (CrossAttention, WindowAttention)):
+                module.register_forward_hook(count)
+        image = torch.zeros(1, self.channels, *shape, device="meta", dtype=next(self.parameters()).dtype)
+        return linear_macs(twin, image) + 2 * pairs  # whose one run calls the hooks as well
+
+
+class STViTRSwin(OnMaps):
     """Swin with a stem of convolutions and units of six blocks in its third stage.
 
     ``form="classification"`` gives logits (B, classes) of images of the size it was made for; ``"detection"`` takes
@@ -306,7 +379,7 @@ class STViTRSwin(nn.Module):
         form: Form = "classification",
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(image_size, channels, classes)
         self.form = checked_choice(form, Form, "STViTRSwin(form=…)")
         detection = form == "detection"
         if semantics is None:
@@ -318,7 +391,6 @@ class STViTRSwin(nn.Module):
             )
         if depths[_THIRD] % UNIT:
             raise ReducerError(f"the third stage is made of units of {UNIT} blocks; got depths={depths}")
-        self.image_size, self.classes = image_size, classes
         self.stem = Stem(channels, width, patch)
         rates = [drop_path * index / max(sum(depths) - 1, 1) for index in range(sum(depths))]
         self.layers = nn.ModuleList()
@@ -348,26 +420,11 @@ class STViTRSwin(nn.Module):
         if not detection:
             self.norm = nn.LayerNorm(width // 2)
             self.head = nn.Linear(width // 2, classes)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, images: Tensor) -> Any:
         """images (B, C, H, W) -> logits (B, classes), or the maps of the stages (B, D, H, W)."""
-        if self.form == "detection":
-            return self.maps(images)
-        return self.head(self.features(images).flatten(1, 2).mean(1))
-
-    def features(self, images: Tensor) -> Tensor:
-        """The last map, (B, H, W, D), final norm included."""
-        height, width = images.shape[-2:]
-        if (height, width) != (self.image_size, self.image_size):
-            raise ReducerError(
-                f"images of {height} x {width} and a model for {self.image_size} x {self.image_size}; make it with "
-                "image_size=…, or form='detection'"
-            )
-        x = self.stem(images)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        return self.maps(images) if self.form == "detection" else super().forward(images)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The maps that a detector reads, normed, of each stage: (B, D, H, W)."""
@@ -377,30 +434,12 @@ class STViTRSwin(nn.Module):
             found.append(self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2))
         return found
 
-    def macs(self, size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds of one image of height and width ``size``: linear layers, convolutions, attention products."""
-        shape = (self.image_size, self.image_size) if size is None else size
-        pairs = 0
-
-        def count(module: nn.Module, given: tuple[Any, ...], _: Tensor) -> None:
-            nonlocal pairs
-            asking, asked = given[0], given[1] if isinstance(module, CrossAttention) else given[0]
-            pairs += asking.numel() * asked.shape[1]
-
-        twin = copy.deepcopy(self).to("meta")
-        for module in twin.modules():
-            if isinstance(module, (CrossAttention, WindowAttention)):
-                module.register_forward_hook(count)
-        first = self.stem.conv1
-        image = torch.zeros(1, first.in_channels, *shape, device="meta", dtype=first.weight.dtype)
-        return linear_macs(twin, image) + 2 * pairs  # whose one run calls the hooks as well
-
 
 def _unit(sizes: Sizes, semantics: Semantics, *, detection: bool, first: bool) -> Unit:
     return PaddedUnit(sizes, semantics) if detection else ImageUnit(sizes, semantics, first=first)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -415,6 +454,9 @@ def stvit_r_swin_small(**changes: Any) -> STViTRSwin:
 def stvit_r_swin_base(**changes: Any) -> STViTRSwin:
     """The released STViT-R-Swin-B: 87,812,336 parameters, 10.2274 G multiply-adds at 224 x 224."""
     return STViTRSwin(**{"width": 128, "heads": (4, 8, 16, 32), **changes})
+
+
+PRESETS = {"stvit_r_swin_small": stvit_r_swin_small, "stvit_r_swin_base": stvit_r_swin_base}
 
 
 def stvit_r_swin_toy(**changes: Any) -> STViTRSwin:

@@ -23,6 +23,8 @@ TYPES: dict[str, str] = {
     "timm.models.vision_transformer_relpos.VisionTransformerRelPos": "reducers.hosts.timm_relpos",
     "timm.models.swin_transformer.SwinTransformer": "reducers.hosts.timm_swin",
     "reducers.backbones.ps_vit.PSViT": "reducers.hosts.ps_vit",
+    "reducers.backbones.stvit_r.STViTRSwin": "reducers.hosts.stvit",
+    "reducers.backbones.stvit_swin.STViTSwin": "reducers.hosts.stvit",
     "reducers.backbones.xvit.XViT": "reducers.hosts.xvit",
     "transformers.models.vit.modeling_vit.ViTModel": "reducers.hosts.hf_vit",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": "reducers.hosts.hf_vit",

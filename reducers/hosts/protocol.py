@@ -204,6 +204,18 @@ class HostBlock(ABC):
         """The module that ``after_mlp`` calls token by token; STTABT masks its linear layers."""
 
 
+class WholeBlock(ABC):
+    """A block that no reducer enters and that takes all tokens to others at once: semantic tokens that ask a map."""
+
+    @abstractmethod
+    def run(self, batch: TokenBatch) -> TokenBatch:
+        """What leaves the block."""
+
+    @abstractmethod
+    def macs(self, batch: TokenBatch) -> Tensor:
+        """Multiply-adds for each image, (B,) float64, from the tokens that enter it."""
+
+
 @dataclass(frozen=True)
 class StochasticDepth:
     """A whole image's branch is dropped at once."""
@@ -395,8 +407,13 @@ class Host(ABC):
 
     @property
     def first_free(self) -> int:
-        """The first block at which a reducer may act; all later ones take one too."""
+        """The first block at which a reducer may act; all later ones take one too, but for those that are closed."""
         return self.embedded
+
+    @property
+    def closed(self) -> Mapping[int, str]:
+        """Later blocks that take no reducer, each with the reason, in words for messages."""
+        return {}
 
     def unfit(self, reducer: TokenReducer) -> str | None:
         """Why this model has no use for a reducer, by what its traits and steps tell; None: it may act."""
@@ -570,6 +587,10 @@ class Host(ABC):
     @abstractmethod
     def block(self, index: int) -> HostBlock:
         """A view of a block as it is now."""
+
+    def whole(self, index: int) -> WholeBlock | None:
+        """The block, where it is closed and computes by itself; None: it is one of those that ``block`` gives."""
+        return None
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         """Blocks ``first`` … ``last - 1`` of one stage by the library's own code; None where it would not compute the

@@ -298,7 +298,7 @@ class TimmSwin(TimmHost):
         self.check_restated()
         index = 0
         for number, stage in enumerate(self.model.layers._modules.values()):
-            index = self._check_stage(number, stage, index)
+            index = self.check_stage(number, stage, index)
         self._check_head()
 
     def check_restated(self) -> None:
@@ -320,7 +320,7 @@ class TimmSwin(TimmHost):
         check_whole(softmax, f"block {index}'s attn.softmax")
         check_rest(index, block)
 
-    def _check_stage(self, number: int, stage: nn.Module | None, index: int) -> int:
+    def check_stage(self, number: int, stage: nn.Module | None, index: int) -> int:
         """Refuse a stage that is not restated as it is; the index behind its last block."""
         if type(stage) is not SwinTransformerStage:
             raise UnsupportedModel(
@@ -365,6 +365,16 @@ class TimmSwin(TimmHost):
         """The library's stages."""
         return list(self.model.layers)
 
+    def blocks_of(self, stage: Any) -> list[Any]:
+        """The blocks of one of the library's stages."""
+        return list(stage.blocks)
+
+    def sizes_of(self, stage: Any) -> tuple[Grid, int, int]:
+        """Its grid, width and heads."""
+        block: Any = self.blocks_of(stage)[0]
+        rows, columns = block.input_resolution
+        return (rows, columns), block.dim, block.attn.num_heads
+
     @property
     def class_token(self) -> bool:
         return False
@@ -373,16 +383,14 @@ class TimmSwin(TimmHost):
     def stages(self) -> tuple[Stage, ...]:
         found, first = [], 0
         for stage in self._layers:
-            block: Any = stage.blocks[0]
-            rows, columns = block.input_resolution
-            last = first + len(stage.blocks) - 1
-            found.append(Stage(first, last, (rows, columns), block.dim, block.attn.num_heads, 0, has_class_token=False))
+            last = first + len(self.blocks_of(stage)) - 1
+            found.append(Stage(first, last, *self.sizes_of(stage), 0, has_class_token=False))
             first = last + 1
         return tuple(found)
 
     @property
     def depth(self) -> int:
-        return sum(len(stage.blocks) for stage in self._layers)
+        return sum(len(self.blocks_of(stage)) for stage in self._layers)
 
     @property
     def read_prefix(self) -> int | None:
@@ -410,7 +418,7 @@ class TimmSwin(TimmHost):
 
     def embed(self, images: Tensor, *, resized: bool = False, track: bool = False) -> TokenBatch:
         assert not resized  # whole_patches saw to it
-        return _on_map(self.model.patch_embed(images))
+        return on_map(self.model.patch_embed(images))
 
     def enter_macs(self, block: int, batch: TokenBatch) -> float:
         (rows, columns), merging = batch.tables.grid, self._merging(block)
@@ -426,7 +434,7 @@ class TimmSwin(TimmHost):
             )
         untouched = batch.pos is batch.tables.untouched
         x: Tensor = batch.x if untouched else whole()
-        return _on_map(self._merging(block)(_as_map(x, batch)))
+        return on_map(self._merging(block)(as_map(x, batch)))
 
     def parents(self, block: int, batch: TokenBatch) -> Tensor:
         rows, columns = (torch.arange(side, device=batch.x.device) // 2 for side in batch.tables.grid)
@@ -440,9 +448,10 @@ class TimmSwin(TimmHost):
 
     def _at(self, index: int) -> Any:
         for stage in self._layers:
-            if index < len(stage.blocks):
-                return stage.blocks[index]
-            index -= len(stage.blocks)
+            blocks = self.blocks_of(stage)
+            if index < len(blocks):
+                return blocks[index]
+            index -= len(blocks)
         raise IndexError(index)
 
     def block(self, index: int) -> HostBlock:
@@ -451,7 +460,7 @@ class TimmSwin(TimmHost):
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         if batch.pos is not batch.tables.untouched or not batch.layout.rows:
             return None
-        x = _as_map(batch.x, batch)
+        x = as_map(batch.x, batch)
         for index in range(first, last):
             x = self._at(index)(x)
         return replace(batch, x=x.flatten(0, 2))
@@ -483,18 +492,19 @@ class TimmSwin(TimmHost):
         for stage in self._layers:
             if first > block:
                 yield stage.downsample
-            yield stage.blocks[max(block - first, 0) :]
-            first += len(stage.blocks)
+            blocks = self.blocks_of(stage)
+            yield from blocks[max(block - first, 0) :]
+            first += len(blocks)
         yield self.model.norm
         yield self.model.head
 
 
-def _as_map(x: Tensor, batch: TokenBatch) -> Tensor:
+def as_map(x: Tensor, batch: TokenBatch) -> Tensor:
     """All patches of a stage as (B, rows, columns, D)."""
     return x.reshape(batch.layout.images, *batch.tables.grid, x.shape[-1])
 
 
-def _on_map(x: Tensor) -> TokenBatch:
+def on_map(x: Tensor) -> TokenBatch:
     """(B, rows, columns, D) features as the tokens of a stage."""
     batch = TokenBatch.from_images(x.flatten(1, 2), prefix=0, has_class_token=False, track=True)
     assert batch.pos is not None

@@ -464,6 +464,12 @@ def _chosen(run: _Pass, images: Tensor, plain: PlainModel, embedded: TokenBatch,
 
 
 def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool = False) -> TokenBatch:
+    if (whole := run.host.whole(state.block)) is not None:
+        left = whole.run(batch)
+        if state.tracer is not None:
+            state.tracer.cost.both(whole.macs(batch))
+            state.tracer.after_block(left)
+        return left
     block, reducer = run.host.block(state.block), run.plan.at.get(state.block)
     if reducer is not None and reducer.steps.runs_blocks:
         batch = cast(RunsBlocks, reducer).block(block, batch, state)

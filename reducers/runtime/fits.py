@@ -104,8 +104,14 @@ def _check_regrouped(host: Host, plan: Plan) -> None:
 
 
 def _check_embedding(host: Host, plan: Plan) -> None:
-    """Refuse reducers in blocks that are a part of the embedding."""
+    """Refuse reducers in blocks that are a part of the embedding, or closed."""
+    closed = host.closed
     for block, member in plan.acts:
+        if block in closed:
+            raise ReducerError(
+                f"{member.name} at block {block}: {closed[block]}; place it at one of the blocks "
+                f"{', '.join(str(other) for other in range(host.embedded, host.depth) if other not in closed)}"
+            )
         if block < host.embedded:
             raise ReducerError(
                 f"{member.name} at block {block}: blocks 0 to {host.embedded - 1} of this {type(host.model).__name__} "

@@ -582,6 +582,22 @@ def test_a_model_whose_first_blocks_take_no_reducer_answers_what_it_can(
     assert [trial.stages.plain()[0]["at"] for trial in expand(parse_spec(text), target)] == [[0], [3], [5], [3]]
 
 
+@pytest.mark.parametrize("fact", [{"closed": (4, 5)}, {"windows": True}], ids=str)
+def test_a_model_of_windows_or_closed_blocks_answers_what_it_can(target: Target, fact: dict[str, Any]) -> None:
+    def check(placement: Placement) -> None:
+        if {4, 5} & set(placement.blocks):
+            raise ReducerError("no reducer in blocks 4 and 5")
+
+    text = (
+        "{name: a, title: A, arms: [{variant: at $b, vary: {b: [3, 4, 6]}, stages: [{at: $b, stack: [{name: topk, "
+        "budget: {count: 9}}]}]}]}"
+    )
+    picky = dataclasses.replace(target, facts=dataclasses.replace(target.facts, **fact))
+    assert [trial.variant for trial in expand(parse_spec(text), picky, check=check)] == ["at 3", "at 6"]
+    with pytest.raises(SpecError, match="no reducer in blocks 4 and 5"):
+        expand(parse_spec(text), target, check=check)
+
+
 def test_the_published_backbones_have_their_own_targets(target: Target) -> None:
     file = load_spec(SPECS / "paper_backbones.yaml")
     assert not file.spec.default

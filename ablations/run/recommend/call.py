@@ -219,7 +219,7 @@ class Call:
 
     def _space(self, share: float | None = None) -> Space:
         facts = self.context.facts
-        free = tuple(range(facts.first_free, facts.depth))
+        free = tuple(block for block in range(facts.first_free, facts.depth) if block not in facts.closed)
         latest = None if share is None else max(free[0], int(share * facts.depth))
         given = tuple(trained(training, self._fits) for training in self.wishes.given)
         return Space(methods(self._fits, free[0]), free, latest, given)
