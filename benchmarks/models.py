@@ -47,7 +47,7 @@ def _depth(state: dict[str, Tensor]) -> int:
 
 def check_fused(model: Any) -> None:
     """The dense model must run on fused attention: against anything slower every reducer looks good."""
-    if not all(block.attn.fused_attn for block in model.blocks):
+    if not all(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")):
         raise SystemExit("the dense model does not use fused attention; unset TIMM_FUSED_ATTN and try again")
 
 

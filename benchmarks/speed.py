@@ -104,7 +104,8 @@ def _costs(
     for subject in listed:
         try:
             parts = [
-                reduce_tokens(model, subject.place(number * batch)).cost(group) for number, group in enumerate(groups)
+                reduce_tokens(subject.network(model), subject.place(number * batch)).cost(group)
+                for number, group in enumerate(groups)
             ]
         except torch.OutOfMemoryError as error:
             errors[subject.name] = f"out of memory: {str(error).splitlines()[0]}"

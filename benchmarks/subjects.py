@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from benchmarks.counts import Counts
+from benchmarks.halting import PRINTED, replayed
 from benchmarks.padded import PaddedViT
 from benchmarks.reference_tome import ReferenceToMe
 from reducers import ATS, Count, Drop, EViT, Placement, RandomDrop, Ratio, ToMe, TopK, at, every, reduce_tokens
+from reducers.backbones.stvit_swin import STViTSwin
+from reducers.methods import STViT
 
 Place = Callable[[int], Placement]  # (number of the batch's first image) -> where what reduces
 
@@ -24,6 +29,7 @@ class Subject:
     kind: str  # packed | padded | masked | reference
     place: Place
     build: Callable[[Any, int], nn.Module]  # (model, number of the batch's first image) -> images -> logits
+    network: Callable[[Any], Any] = lambda model: model  # what the placement stands on, made of the model
 
 
 def packed(name: str, place: Place) -> Subject:
@@ -53,8 +59,26 @@ def ats(model: Any, blocks: Sequence[int], k: int, counts: Counts | None) -> Pla
     return lambda start: at(blocks, counts.replay(blocks=blocks, k=k, initial=initial, start=start))
 
 
+def of_swin(base: int) -> Subject:
+    """STViT with so many base blocks, of a Swin's own weights."""
+    made: dict[int, STViTSwin] = {}
+
+    def network(model: Any) -> STViTSwin:
+        if id(model) not in made:
+            own = next(model.parameters())
+            made[id(model)] = STViTSwin.from_swin(model, base=base).to(own.device, own.dtype).eval()
+        return made[id(model)]
+
+    blocks = "block" if base == 1 else "blocks"
+    name = f"STViT, 16 tokens a window, {base} base {blocks}"
+    return Subject(name, "packed", lambda start: Placement(), lambda model, start: network(model), network)
+
+
 def subjects(model: Any, counts: Counts | None, *, contrast: bool = True, reference: bool = False) -> list[Subject]:
-    """All variants for one model; ``counts``: replay these for ATS."""
+    """All variants for one model; ``counts``: replay these for ATS. A Swin has STViT alone."""
+    if isinstance(model, SwinTransformer):
+        depth = len(model.layers[2].blocks)  # type: ignore[arg-type]
+        return [of_swin(base) for base in (1, 2, 4, 6, 8) if 2 * base < depth + 3]
     depth, tokens = len(model.blocks), model.patch_embed.num_patches
     first = depth // 4
     stages, rest = [first, depth // 2, 3 * depth // 4], list(range(first, depth))
@@ -76,6 +100,13 @@ def subjects(model: Any, counts: Counts | None, *, contrast: bool = True, refere
     ]
     for blocks, k in (([first], 160), ([first], 96), ([first], 48), (rest, 196), (rest, 160), (rest, 108)):
         listed.append(packed(_ats_name(blocks, k, tokens, counts), ats(model, blocks, k, counts)))
+    third = depth // 3
+    listed.append(
+        packed(f"STViT, 16 tokens from blocks {third}, {third + 1}", fixed(at([third, third + 1], STViT(Count(16)))))
+    )
+    macs = PRINTED.get(int(model.embed_dim))
+    if macs is not None and depth == 12 and tokens == 196:
+        listed.append(packed(f"A-ViT, {macs / 1e9:g} G replayed", partial(replayed, model, macs)))
     if contrast:
         listed.append(padded(f"top-K, half at block {first}", topk, compact=False))
         for blocks, k in (([first], 160), (rest, 108)):

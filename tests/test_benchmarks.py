@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +22,7 @@ from benchmarks.__main__ import main, parser
 from benchmarks.commands import scenarios
 from benchmarks.counts import SETTINGS, Counts, Replay, record, write
 from benchmarks.figures import scaling_figure, speed_figure
+from benchmarks.halting import ReplayedAViT, replayed
 from benchmarks.memory import peak_bytes
 from benchmarks.padded import PaddedViT
 from benchmarks.pooled import pool
@@ -293,8 +295,51 @@ def test_the_variants_of_deit_are_those_of_the_papers() -> None:
         "top-K, half at block 3", "random, half at block 3", "EViT 0.7 at blocks 3, 6, 9", "EViT 0.5 at blocks 3, 6, 9",
         "ToMe r = 8, every block", "ToMe r = 13, every block", "ATS K = 160 at block 3", "ATS K = 96 at block 3",
         "ATS K = 48 at block 3", "ATS K = 196 at blocks 3-11", "ATS K = 160 at blocks 3-11",
-        "ATS K = 108 at blocks 3-11",
+        "ATS K = 108 at blocks 3-11", "STViT, 16 tokens from blocks 4, 5", "A-ViT, 0.8 G replayed",
     ]  # fmt: skip
+
+
+# ---- what is in print of A-ViT and of STViT on Swin
+
+
+def test_replayed_halting_keeps_the_counts_it_is_given_and_ends_images() -> None:
+    model, images = tiny(4), pictures(3)
+    kept = {1: torch.tensor([64, 30, 1]), 2: torch.tensor([40, 7, 0]), 3: torch.tensor([40, 0, 0])}
+    fast = reduce_tokens(model, at([1, 2, 3], ReplayedAViT(kept)))
+    logits, trace = fast.trace(images)
+    assert trace.tokens.tolist() == [[65, 65, 65, 41, 41], [65, 65, 31, 8, 0], [65, 65, 2, 0, 0]]
+    assert logits.isfinite().all()
+    places = trace.kept(2)[0].nonzero()[:, 0]
+    assert len(places) == 40 and places.diff().max() <= 3, "they are spread over the image"
+
+
+def test_depths_of_halting_are_sought_for_a_cost() -> None:
+    model, images = tiny(), pictures(64)
+    dense = float(reduce_tokens(model, Placement()).cost(images[:1]))
+    for share in (0.4, 0.7):
+        with torch.no_grad():
+            trace = reduce_tokens(model, replayed(model, share * dense)).trace(images)[1]
+        executed = float((trace.macs - trace.reducer_macs).mean())
+        assert executed / dense == pytest.approx(share, abs=0.003)
+        halted = trace.tokens[:, 1:].double().mean(0)
+        assert (halted.diff() <= 0).all() and trace.tokens.unique(dim=0).shape[0] > 10, "images differ"
+    with pytest.raises(ValueError, match="no depths of halting cost"):
+        replayed(model, 1.1 * dense)
+    first, later = (replayed(model, 0.5 * dense, start).blocks[3].kept[3] for start in (0, 5))
+    assert torch.equal(later, first.roll(-5))
+
+
+def test_a_swin_is_timed_beside_stvit_by_its_base_blocks() -> None:
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, patch_size=1, embed_dim=8, num_heads=(1, 2, 4, 8), num_classes=5
+    ).eval()  # fmt: skip
+    listed = subjects(model, None)
+    assert [subject.name for subject in listed] == [
+        f"STViT, 16 tokens a window, {base} base block{'s' * (base > 1)}" for base in (1, 2, 4)
+    ]
+    rows = compare(model, listed[:2], torch.randn(2, 3, 56, 56), batch=2, effort=UNWEIGHED)
+    assert [row.error for row in rows] == [None] * 3 and rows[0].gmacs_ratio == 1
+    assert rows[1].gmacs_ratio > rows[2].gmacs_ratio > 1, "more base blocks cost more"
 
 
 # ---- growth
