@@ -309,7 +309,7 @@ class OnMaps(nn.Module):
 
     stem: nn.Module  # (B, C, H, W) -> (B, H', W', D)
     layers: nn.ModuleList
-    norm: nn.Module
+    norm: nn.LayerNorm
     head: nn.Module
 
     def __init__(self, image_size: int, channels: int, classes: int) -> None:
@@ -333,6 +333,12 @@ class OnMaps(nn.Module):
             x = layer(x)
         found: Tensor = self.norm(x)
         return found
+
+    def reset_classifier(self, classes: int) -> None:
+        """Another head of so many classes; 0: none, and ``forward`` gives what it would read."""
+        weight = self.norm.weight
+        self.head = nn.Linear(weight.numel(), classes).to(weight) if classes else nn.Identity()
+        self.classes = classes
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         """Multiply-adds of one image of height and width ``size``: linear layers, convolutions, attention products."""

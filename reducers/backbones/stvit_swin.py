@@ -25,6 +25,7 @@ from reducers.errors import ReducerError
 Step = Literal["swin", "generate", "refine", "local", "everywhere", "recover"]
 
 _THIRD = 2  # the stage in which semantic tokens are made
+_ALL: Step = "everywhere"
 
 
 def semantics_of(map_side: int, window: int, side: int = 4) -> Semantics:
@@ -122,7 +123,7 @@ class STViTSwin(OnMaps):
                     semantics = semantics or semantics_of(side, window)
                     check_covered((side, side), window, semantics)
                 assert semantics is not None
-                steps: tuple[Step, ...] = steps_of(depth, base) if stage == _THIRD else ("everywhere",) * depth
+                steps = steps_of(depth, base) if stage == _THIRD else (_ALL,) * depth
                 blocks = [
                     _swin(width, side, head, window, rate, index) if step == "swin"
                     else SemanticBlock(width, head, rate)
@@ -146,12 +147,15 @@ class STViTSwin(OnMaps):
         Raises:
             ReducerError: as the class does, and a Swin whose parts this model has not (oblong, of other MLPs or heads).
         """
-        if len(swin.layers) <= _THIRD:
-            raise ReducerError(f"three stages or more are needed, and this Swin has {len(swin.layers)}")
-        first: Any = swin.layers[0]
-        blocks: list[Any] = [stage.blocks[0] for stage in swin.layers]  # type: ignore[union-attr,index]
-        (height, wide), window = swin.patch_embed.img_size, blocks[0].window_size
-        plain = height == wide and window[0] == window[1] and swin.patch_embed.norm is not None
+        layers: Any = swin.layers
+        stages: list[Any] = list(layers)
+        if len(stages) <= _THIRD:
+            raise ReducerError(f"three stages or more are needed, and this Swin has {len(stages)}")
+        head: Any = swin.head.fc
+        embed: Any = swin.patch_embed
+        blocks = [stage.blocks[0] for stage in stages]
+        (height, wide), window = embed.img_size, blocks[0].window_size
+        plain = height == wide and window[0] == window[1] and embed.norm is not None
         if not plain or any(
             block.mlp.fc1.out_features != 4 * block.dim or block.attn.qkv.bias is None for block in blocks
         ):
@@ -164,24 +168,24 @@ class STViTSwin(OnMaps):
         model = cls(
             base=base,
             image_size=int(height),
-            patch=int(swin.patch_embed.patch_size[0]),
-            channels=int(swin.patch_embed.proj.in_channels),
+            patch=int(embed.proj.weight.shape[-1]),
+            channels=int(embed.proj.in_channels),
             classes=int(swin.num_classes),
-            width=int(first.blocks[0].dim),
-            depths=tuple(len(stage.blocks) for stage in swin.layers),  # type: ignore[arg-type,union-attr]
+            width=int(blocks[0].dim),
+            depths=tuple(len(stage.blocks) for stage in stages),
             heads=tuple(int(block.attn.num_heads) for block in blocks),
             window=int(window[0]),
             semantics=replace(semantics, residual=True),
         )
-        model.stem.load_state_dict(swin.patch_embed.state_dict())
+        model.stem.load_state_dict(embed.state_dict())
         model.norm.load_state_dict(swin.norm.state_dict())
-        model.head.load_state_dict(swin.head.fc.state_dict())  # type: ignore[union-attr]
-        for own, stage in zip(model.layers, swin.layers, strict=True):
+        model.head.load_state_dict(head.state_dict())
+        for own, stage in zip(model.layers, stages, strict=True):
             if not isinstance(own, SemanticStage):
                 own.load_state_dict(stage.state_dict())
                 continue
-            own.downsample.load_state_dict(stage.downsample.state_dict())  # type: ignore[union-attr]
-            for block, theirs in zip(own.blocks, stage.blocks, strict=True):  # type: ignore[arg-type,union-attr]
+            own.downsample.load_state_dict(stage.downsample.state_dict())
+            for block, theirs in zip(own.blocks, stage.blocks, strict=True):
                 weights = theirs.state_dict()
                 block.load_state_dict(semantic_weights(weights) if isinstance(block, SemanticBlock) else weights)
         return model
@@ -189,8 +193,9 @@ class STViTSwin(OnMaps):
 
 def steps_of(depth: int, base: int) -> tuple[Step, ...]:
     """What each block of the third stage does."""
-    behind: list[Step] = ["local" if index % 2 else "everywhere" for index in range(base + 2, depth)]
-    return ("swin",) * base + ("generate", "refine", *behind)
+    whole: list[Step] = ["swin"] * base
+    behind: list[Step] = ["local" if index % 2 else _ALL for index in range(base + 2, depth)]
+    return (*whole, "generate", "refine", *behind)
 
 
 def semantic_weights(swin: Mapping[str, Tensor]) -> dict[str, Tensor]:

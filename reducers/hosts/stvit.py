@@ -250,7 +250,8 @@ class STViTHost(TimmSwin):
         found: list[Any] = []
         for stage in self._layers:
             if isinstance(stage, UnitStage):
-                for unit in stage.units:
+                units: Any = stage.units
+                for unit in units:
                     found += places_of(unit, _UNIT)
             elif isinstance(stage, SemanticStage):
                 found += places_of(stage, stage.steps)
@@ -380,7 +381,7 @@ def check_semantic(index: int, block: nn.Module) -> None:
     check_whole(block, f"block {index}")
     for name, kinds in (("attn", (CrossAttention,)), ("mlp", (Mlp,))):
         part = block._modules[name]
-        if type(part) not in kinds or "forward" in part.__dict__:  # type: ignore[union-attr]
+        if type(part) not in kinds or "forward" in part.__dict__:
             raise UnsupportedModel(
                 f"block {index} has its {name} replaced by a {type(part).__name__}, whose cost is not known. "
                 f"{SUPPORTED}."
