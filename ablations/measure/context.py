@@ -83,7 +83,7 @@ class TrialContext:
     @cached_property
     def targets(self) -> np.ndarray:
         """(n, …) int64: what the task holds answers against."""
-        return self.task.targets(self.workload, self.facts.grid)
+        return self.task.targets(self.workload, self.facts.map_grid or self.facts.grid)
 
     @cached_property
     def object_patches(self) -> np.ndarray | None:
@@ -115,6 +115,7 @@ def model_facts(model: nn.Module, *, name: str, weights: str, digest: str, param
         classes=host.classes,
         class_token=host.has_class_token,
         first_free=host.first_free,
+        map_grid=None if host.map_grid == host.grid else host.map_grid,
         closed=tuple(sorted(host.closed)),
         windows=host.regroups,
         options=dict(host.options),
@@ -161,7 +162,7 @@ def dense_predictions(
     use_exact_float32()
     asked = task or task_of(CLASSIFY)
     fitted = asked.fit(model, workload, batch=batch, device=device)
-    targets = asked.targets(workload, host_of(model).grid)
+    targets = asked.targets(workload, host_of(model).map_grid)
 
     def answer(start: int, stop: int) -> dict[str, np.ndarray]:
         said = of_views(asked.ask(model, workload.batch(start, stop).to(device)), workload.views)

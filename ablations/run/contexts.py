@@ -114,7 +114,8 @@ def context_files(path: Path) -> list[Path]:
 def facts_from(saved: Mapping[str, Any]) -> ModelFacts:
     """The facts as ``save_subject`` wrote them."""
     options = {name: tuple(values) for name, values in saved["options"].items()}
-    return ModelFacts(**{**saved, "grid": tuple(saved["grid"]), "closed": tuple(saved["closed"]), "options": options})
+    tuples = {name: None if saved[name] is None else tuple(saved[name]) for name in ("grid", "map_grid", "closed")}
+    return ModelFacts(**{**saved, **tuples, "options": options})
 
 
 def load_context(

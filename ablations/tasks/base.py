@@ -49,7 +49,7 @@ class Task(ABC):
         """
 
     def targets(self, workload: Workload, grid: tuple[int, int]) -> np.ndarray:
-        """(n, …) int64: what the answers are held against; grid: rows and columns of patches."""
+        """(n, …) int64: what the answers are held against; grid: rows and columns of the map behind the model."""
         return workload.labels
 
     def fit(self, model: nn.Module, workload: Workload, *, batch: int, device: torch.device) -> dict[str, np.ndarray]:

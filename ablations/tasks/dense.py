@@ -75,7 +75,7 @@ class Dense(Task):
                 plain.features(scenes.batch(start, start + batch).to(device), restore="owner").cpu()
                 for start in range(0, len(scenes), batch)
             ]
-        targets = self.targets(scenes, host_of(model).grid)[:, 1:].flatten()
+        targets = self.targets(scenes, host_of(model).map_grid)[:, 1:].flatten()
         return {"head": fitted_head(torch.cat(maps).flatten(0, 1).numpy(), targets, classes=workload.classes + 1)}
 
     def ask(self, model: nn.Module, images: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class ModelFacts:
     classes: int
     class_token: bool
     first_free: int = 0  # the first block at which a reducer may act
+    map_grid: tuple[int, int] | None = None  # of the map that leaves the last block; None: the same
     closed: tuple[int, ...] = ()  # later blocks that take none
     windows: bool = False  # blocks form units of their own, in which not every method acts
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of its host: values, the default first

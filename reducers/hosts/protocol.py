@@ -506,6 +506,11 @@ class Host(ABC):
         return grid
 
     @property
+    def map_grid(self) -> Grid:
+        """Rows and columns of the map that leaves the last block, patches restored: those of the last stage."""
+        return self.stages[-1].grid or self.grid
+
+    @property
     def patches(self) -> int:
         """Patch tokens of ``embed`` at the size the model was made for."""
         rows, columns = self.grid
