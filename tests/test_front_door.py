@@ -76,7 +76,8 @@ def test_options_are_passed_on_only_when_they_are_set(tmp_path: Path) -> None:
 
 @needs_make
 def test_a_run_installs_what_runs_need_and_the_tests_what_they_need(tmp_path: Path) -> None:
-    for target, extra in (("ablations", "video"), ("recommend", "video"), ("train", "video"), ("test", "dev"), ("lint", "dev")):
+    runs, tests = ("ablations", "recommend", "train"), ("test", "lint")
+    for target, extra in [*((name, "video") for name in runs), *((name, "dev") for name in tests)]:
         plan = make("--dry-run", target, f"VENV={tmp_path}")
         assert re.findall(r"--editable '\.\[(\w+)\]'", plan) == [extra]
     (tmp_path / ".sievit-installed").touch()

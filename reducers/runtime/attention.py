@@ -22,13 +22,15 @@ from reducers.tokens import Layout
 class PackedAttention:
     """One block's attention over one batch: its parts computed when asked for, each at most once."""
 
-    def __init__(self, core: Core, key_bias: Tensor | None, alive: Tensor | None = None) -> None:
+    def __init__(self, core: Core, key_bias: Tensor | None, alive: Tensor | None = None, *, fold: bool = False) -> None:
+        """``fold``: how the bias of keys comes in where that is a choice, see ``reducers.runtime.fold``."""
         self.core = core
         self.x = core.x  # (T, D), normed
         self.layout = core.layout
         self.keys_layout = core.keys_layout
         self.key_bias = None if key_bias is None else core.biases(key_bias)  # (K,)
         self.alive = None if alive is None else core.seen(alive)  # (K,) under a training mask
+        self.fold = fold
         self._given: Tensor | None = None  # a map to attend with, in place of the softmax
         self._fused: tuple[Tensor, ...] | None = None  # query, key and value of all rows, where all will be asked for
         self._all_queries: Tensor | None = None
@@ -173,6 +175,7 @@ class PackedAttention:
             out = packed_attention(
                 self.queries(rows), asked.turned_keys, asked.values, queries, asked.keys_layout,
                 scale=self.core.scale, key_bias=asked.key_bias, dropout=self.core.dropout, pair_bias=pair_bias,
+                fold=asked.fold,
             ).flatten(1)  # fmt: skip
         return self.core.out(out, rows)
 

@@ -30,11 +30,11 @@ from reducers.trace import Tracer
 class BlockSignals(Signals):
     """The signals of one block over one batch."""
 
-    def __init__(self, block: HostBlock, batch: TokenBatch, tracer: Tracer | None) -> None:
+    def __init__(self, block: HostBlock, batch: TokenBatch, tracer: Tracer | None, *, fold: bool = False) -> None:
         super().__init__(batch.layout, batch.size, batch.cls, None if tracer is None else tracer.cost.spend)
         self.block = block
         self.batch = batch
-        self.attention_core = PackedAttention(block.core(batch), batch.key_bias, batch.alive)
+        self.attention_core = PackedAttention(block.core(batch), batch.key_bias, batch.alive, fold=fold)
         self._class_attention: Tensor | None = None
         self._attention: Tensor | None = None
         self._output: Tensor | None = None
@@ -214,18 +214,19 @@ def run_block(
     *,
     record_attention: bool = False,
     decide_only: bool = False,
+    fold: bool = False,
 ) -> TokenBatch:
     """Attention, reduction, MLP: the only place where token counts change.
 
     ``record_attention``: the next block's reducer asks for the attention that tokens received in this one.
     ``decide_only``: what the tokens become is not asked for, only how many stay and what it costs; the features of
-    the batch returned mean nothing.
+    the batch returned mean nothing. ``fold``: see ``reducers.runtime.fold``.
     """
     entered, grouping = batch, block.grouping(batch)
     if grouping is not None:
         batch, state = into_units(batch, grouping), in_units(state, grouping)
     batch = block.arrive(batch)
-    batch, rows = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only)
+    batch, rows = _attend(block, batch, members_of(reducer), state, tracer, record_attention, decide_only, fold)
     if not decide_only:
         batch = block.settle(batch)
         batch = replace(batch, x=block.after_mlp(batch.x, batch.layout))
@@ -274,6 +275,7 @@ def _attend(
     tracer: Tracer | None,
     record_attention: bool,
     decide_only: bool,
+    fold: bool,
 ) -> tuple[TokenBatch, Rows]:
     """Everything before the MLP.
 
@@ -287,7 +289,7 @@ def _attend(
         tracer.cost.both(fixed)
     batch = block.before(batch)
     entering = batch.layout.lengths
-    signals = BlockSignals(block, batch, tracer)
+    signals = BlockSignals(block, batch, tracer, fold=fold)
     decisions = _decide(members[len(first) :], signals, state, block, batch)
     if record_attention or batch.received is not None:
         batch = replace(batch, received=signals.attention_received() if record_attention else None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from reducers.checks import checked_choice
 from reducers.decision import advance
 from reducers.errors import ReducerError, UnsupportedModel
 from reducers.frames import spread_steps
@@ -33,6 +34,7 @@ from reducers.reducer import (
 from reducers.restore import Restorer, with_prefix
 from reducers.runtime.block import account, run_block, runs_as_it_is
 from reducers.runtime.fits import check_plan
+from reducers.runtime.fold import Attention
 from reducers.runtime.plain import PlainModel, carriers, over_time
 from reducers.runtime.plan import Plan
 from reducers.runtime.shared import Shared
@@ -41,7 +43,12 @@ from reducers.trace import Trace, Tracer
 
 
 def reduce_tokens(
-    model: nn.Module, placement: Placement, *, places: Places = "heaviest", host: Mapping[str, str] | None = None
+    model: nn.Module,
+    placement: Placement,
+    *,
+    places: Places = "heaviest",
+    host: Mapping[str, str] | None = None,
+    attention: Attention = "mask",
 ) -> ReducedViT:
     """Drive a plain vision transformer with reducers in it.
 
@@ -55,12 +62,16 @@ def reduce_tokens(
 
     ``host``: options that the model's own host knows, ``{"fill": "zero"}`` of a CvT; most know none (docs/models.md).
 
+    ``attention``: how the sizes of merged tokens come into attention in half precision on a GPU: as a ``"mask"``, or
+    with ``"fold"`` inside the products, which leaves flash attention usable and rounds sizes less (docs/speed.md). On a
+    CPU and in float32 there is no difference; costs are told alike.
+
     Raises:
         UnsupportedModel: a model whose blocks this runtime does not restate exactly; also at a call, after a change.
         ReducerError: a block outside the network, a reducer that needs what the model lacks, mean places where they
             mean nothing, or an option that the model does not know.
     """
-    return ReducedViT(model, placement, places=places, host=host)
+    return ReducedViT(model, placement, places=places, host=host, attention=attention)
 
 
 class ReducedViT(nn.Module):
@@ -80,6 +91,7 @@ class ReducedViT(nn.Module):
         *,
         places: Places = "heaviest",
         host: Mapping[str, str] | None = None,
+        attention: Attention = "mask",
     ) -> None:
         super().__init__()
         if isinstance(base, ReducedViT):
@@ -108,6 +120,16 @@ class ReducedViT(nn.Module):
         self.reducers.train(base.training)
         self._host, self._plan = driven, plan  # of this base and these reducers; ask ``host`` and ``plan``
         self._embed_macs: dict[tuple[int, ...], int] = {}
+        self.attention = attention
+
+    @property
+    def attention(self) -> Attention:
+        """How sizes come into attention where that is a choice: see ``reduce_tokens``."""
+        return "fold" if self._fold else "mask"
+
+    @attention.setter
+    def attention(self, attention: Attention) -> None:
+        self._fold = checked_choice(attention, Attention, "attention=…") == "fold"
 
     @property
     def host(self) -> Host:
@@ -264,7 +286,7 @@ class ReducedViT(nn.Module):
         if host.borders or any(member.steps.looks_first for member in members):
             shared = None  # its tokens tell one stage's costs; or they look at the images in their own way first
         filler = Restorer(host.fill) if host.borders and plan.at else None
-        run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler)
+        run = _Pass(host, plan, members, tracer, shared, restorer, resized, filler, self._fold)
         run, index, batch, state = self._begin(run, images)
         host, depth, end = run.host, run.host.depth, run.host.depth
         counts_tell = cost_only and not host.regroups and host.between_units is None
@@ -421,6 +443,7 @@ class _Pass:
     restorer: Restorer | None = None
     resized: bool = False
     filler: Restorer | None = None  # puts the map together where a later stage begins
+    fold: bool = False
 
     @property
     def restorers(self) -> list[Restorer]:
@@ -477,7 +500,9 @@ def _run_block(run: _Pass, batch: TokenBatch, state: State, *, decide_only: bool
             state.tracer.after_block(batch)
         return batch
     recorded = state.block in run.plan.recorded
-    return run_block(block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only)
+    return run_block(
+        block, batch, reducer, state, state.tracer, record_attention=recorded, decide_only=decide_only, fold=run.fold
+    )
 
 
 def checkpointed(run: Callable[[TokenBatch, State], TokenBatch], batch: TokenBatch, state: State) -> TokenBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reducers.recording import recording
+from reducers.runtime.fold import folded_keys, folded_queries, folded_values, folded_width
 from reducers.tokens import Layout
 
 varlen_attn: Any
@@ -16,6 +18,8 @@ try:  # flash attention over packed rows; older torch has none, and pads and mas
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+_VARLEN_TAKES_A_SCALE = varlen_attn is not None and "scale" in inspect.signature(varlen_attn).parameters
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def packed_attention(
@@ -29,12 +33,16 @@ def packed_attention(
     key_bias: Tensor | None = None,
     dropout: float = 0.0,
     pair_bias: Tensor | None = None,
+    fold: bool = False,
 ) -> Tensor:
     """Attention of each image's queries over that image's keys, fused. q: (Tq, H, d),
     k and v: (Tk, H, d) -> (Tq, H, d).
 
     Added to the logits: ``key_bias`` (Tk,) of each key, ``pair_bias`` (B or 1, H or 1, Lq, Lk), padded, of each pair.
+    ``fold``: in half precision on a GPU ``key_bias`` goes into the products (``reducers.runtime.fold``).
     """
+    if fold and key_bias is not None and pair_bias is None and _fold_takes(q, queries, keys, dropout):
+        return folded_attention(q, k, v, queries, keys, scale=scale, key_bias=key_bias, dropout=dropout)
     if queries.uniform is not None and keys.uniform is not None:
         faster = _products_are_faster(q, keys.uniform[0], dropout)
         if faster and keys.images == 1:
@@ -135,19 +143,55 @@ def _one_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 
 def _varlen_takes(q: Tensor) -> bool:
     """Whether flash attention over packed rows is there: half precision on an Ampere GPU or newer."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return varlen_attn is not None and half and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if varlen_attn is None or q.dtype not in _HALF or not q.is_cuda:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float) -> Tensor:
     """Flash attention on the packed rows themselves: no padding, and no wait for the device."""
-    natural = q.shape[-1] ** -0.5  # the kernel's own; passing another needs no argument that some versions lack
+    natural, told = q.shape[-1] ** -0.5, {}  # the kernel's own
     if scale != natural:
-        q = q * (scale / natural)
+        if _VARLEN_TAKES_A_SCALE:
+            told["scale"] = scale
+        else:
+            q = q * (scale / natural)
     out: Tensor = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), queries.offsets, keys.offsets, queries.longest, keys.longest
-    )
+        q.contiguous(), k.contiguous(), v.contiguous(), queries.offsets, keys.offsets, queries.longest, keys.longest,
+        **told,
+    )  # fmt: skip
     return out
+
+
+def _fold_takes(q: Tensor, queries: Layout, keys: Layout, dropout: float) -> bool:
+    """Whether flash attention is there for what has no mask left: in half precision on a GPU, and of images of
+    different lengths only over packed rows.
+    """
+    if not q.is_cuda or q.dtype not in _HALF:
+        return False
+    return (queries.uniform is not None and keys.uniform is not None) or (dropout == 0 and _varlen_takes(q))
+
+
+def folded_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, *, scale: float, key_bias: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """As ``packed_attention`` with a ``key_bias``, which goes into the products: the kernel sees no mask."""
+    width = q.shape[-1]
+    if queries.uniform is None or keys.uniform is None:
+        natural = folded_width(width) ** -0.5
+        if q.is_cuda and not _VARLEN_TAKES_A_SCALE and scale != natural:  # of the queries, and not of the ones
+            q, scale = q * (scale / natural), natural
+        wide = folded_queries(q), folded_keys(k, key_bias, scale), folded_values(v)
+        if q.is_cuda:
+            return _varlen(*wide, queries, keys, scale)[..., :width]
+        return _image_by_image(*wide, queries, keys, scale, [None] * keys.images, dropout)[..., :width]
+    by_image = (
+        folded_queries(q.view(queries.images, queries.uniform[0], *q.shape[1:])),
+        folded_keys(k.view(keys.images, keys.uniform[0], *k.shape[1:]), key_bias.view(keys.images, -1), scale),
+        folded_values(v.view(keys.images, keys.uniform[0], *v.shape[1:])),
+    )
+    return _fused(*by_image, None, scale, dropout)[..., :width].reshape(q.shape)
 
 
 SMALL = 256

@@ -166,8 +166,8 @@ def test_a_folder_without_clips_says_what_it_needs(tmp_path: Path) -> None:
     write_frames(tmp_path / "frames", 3)
     with pytest.raises(WorkloadError, match="an image beside clips"):  # they lie in a class folder directly
         opened(tmp_path)
+    nothing = ClipPreprocess(FRAME, 4, Sampling())
     with pytest.raises(WorkloadError, match="the workload clips needs DATA"):
-        nothing = ClipPreprocess(FRAME, 4, Sampling())
         folder.open_clips(None, head=None, prepare=nothing, limit=None, strict=False, cache=None)
 
 
