@@ -20,9 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def sum_of_heads(keys: Tensor) -> Tensor:
-    """(T, H, d) -> (T, d): the head-mean key but for a factor that no cosine sees. Adding slices is several times
-    faster than reducing the middle of a strided tensor.
+    """(T, H, d) -> (T, d): the head-mean key but for a factor that no cosine sees. On a CPU adding slices is several
+    times faster than reducing the middle of a strided tensor; a GPU launches one kernel instead of one a head.
     """
+    if keys.is_cuda:
+        return keys.sum(dim=1)
     return functools.reduce(torch.add, keys.unbind(dim=1))
 
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from reducers.budget import Budget, checked_budget
 from reducers.checks import checked_flag, checked_seed
@@ -28,11 +29,13 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
     in images that leave something out; ``count`` says that every image keeps so many and does, so that uniform
     images stay uniform unasked.
     """
+    if count is not None and layout.uniform is not None:
+        return _fuse_alike(layout, chosen, weights, layout.uniform[1] + count)
     stays = layout.spread(chosen, prefix=True)  # (T,)
     kept = layout.sum_rows(stays.long())
     fused = (kept < layout.lengths).long()
     lengths = kept + fused
-    new = Layout.ragged(lengths, layout.prefix) if count is None else layout.leaving(Counts(layout, count + 1))
+    new = Layout.ragged(lengths, layout.prefix)
     before = stays.long().cumsum(0) - 1  # kept rows so far over all images …
     place = before - (kept.cumsum(0) - kept)[layout.row_image]  # … and within the image
     place = torch.where(stays, place, kept[layout.row_image])
@@ -40,6 +43,18 @@ def fuse_the_rest(layout: Layout, chosen: Tensor, weights: Tensor, *, count: int
     weight = torch.where(stays, torch.ones_like(weights), weights)
     ownerless = new.row_index == kept[new.row_image]  # none where an image keeps all: its rows end before that
     return Merge(layout, new, group, weight, ownerless, drops_none=True)
+
+
+def _fuse_alike(layout: Layout, chosen: Tensor, weights: Tensor, kept: int) -> Merge:
+    """The same where every image keeps ``kept`` tokens, its prefix included: in half as many steps."""
+    assert layout.uniform is not None
+    tokens, prefix = layout.uniform
+    stays = F.pad(chosen, (prefix, 0), value=True)  # (B, L)
+    new = Layout.alike(layout.images, kept + 1, prefix, weights.device)
+    place = torch.where(stays, stays.cumsum(1) - 1, kept)
+    group = (place + new.starts[:, None]).view(layout.images * tokens)
+    weight = torch.where(stays.view(-1), 1.0, weights)
+    return Merge(layout, new, group, weight, new.row_index == kept, drops_none=True)
 
 
 @register("evit")
