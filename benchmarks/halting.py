@@ -21,6 +21,7 @@ from reducers.signals import Signals
 
 PRINTED = {192: 0.8e9, 384: 3.6e9}  # multiply-adds in print, by the width of DeiT
 IMAGES = 64  # whose depths are told
+_GOLDEN = 0.6180339887498949
 _SURE = 20.0  # its sigmoid is 1 but for 2e-9
 
 
@@ -59,7 +60,10 @@ class ReplayedAViT(AViT):
 def kept_at(depth: int, patches: int, middle: float, images: int = IMAGES) -> dict[int, Tensor]:
     """Block -> (images,) patches that enter it, where tokens halt around ``middle`` blocks."""
     normal = torch.distributions.Normal(0.0, 1.0)
-    own = middle + normal.icdf((torch.arange(images) + 0.5) / images)  # the depth of each image
+    spread = (
+        (torch.arange(images, dtype=torch.float64) + 0.5) * _GOLDEN
+    ) % 1  # any images in a row are alike in the mean
+    own = middle + normal.icdf(spread)  # the depth of each image
     return {block: (patches * (1 - normal.cdf(block - 0.5 - own))).round().long() for block in range(1, depth)}
 
 

@@ -1,7 +1,7 @@
-"""The small siblings of CvT and PS-ViT that read the embedded scenes, with weights that belong to the package.
+"""The small siblings of CvT, PS-ViT and Swin that read the embedded scenes, with weights that belong to the package.
 
-Both read the digit pairs, 64 x 64 grey pixels, and show a reducer 64 tokens and a class token. transformers, which has
-CvT, is imported when that one is asked for.
+All read the digit pairs, 64 x 64 grey pixels. CvT and PS-ViT show a reducer 64 tokens and a class token; Swin has no
+class token, and 8 x 8 tokens in its last stage. transformers, which has CvT, is imported when that one is asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import nn
 from ablations.models.weight_files import ModelError
 
 CLASSES = 10
-CLASSIFIER = {"digits_cvt_tiny": "classifier"}  # where it is not called "head"
+CLASSIFIER = {"digits_cvt_tiny": "classifier", "digits_swin_tiny": "head.fc"}  # where it is not called "head"
 CVT, PS_VIT = "digits_cvt_tiny", "digits_ps_vit_tiny"
+SWIN = "digits_swin_tiny"
 
 
 def _cvt() -> nn.Module:
@@ -54,6 +55,16 @@ def _ps_vit() -> nn.Module:
     )
 
 
+def _swin() -> nn.Module:
+    """timm's Swin: 32 x 32, 16 x 16 and 8 x 8 tokens in windows of 4 x 4, two, two and six blocks, width 16 to 64."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer(
+        img_size=64, patch_size=2, in_chans=1, num_classes=CLASSES, embed_dim=16, depths=(2, 2, 6), num_heads=(1, 2, 4),
+        window_size=4, drop_path_rate=0.0,
+    )  # fmt: skip
+
+
 def without_classifier(model: Any) -> None:
     """Take the classifier away: what is left gives the features that it reads."""
     if hasattr(model, "reset_classifier"):
@@ -62,4 +73,4 @@ def without_classifier(model: Any) -> None:
         model.classifier = nn.Identity()
 
 
-SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit}
+SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit, SWIN: _swin}

@@ -1,10 +1,13 @@
-"""Train the small siblings of CvT and PS-ViT again: ``python -m ablations.workloads.train_siblings --out FOLDER``.
+"""Train the small siblings of CvT, PS-ViT and Swin again.
+
+    python -m ablations.workloads.train_siblings --out FOLDER
 
 The recipe, and why: from random weights on the digit pairs, where every scene shows three or four digits, so that the
 token labels (each token is also told which digit lies where it looks, or background: *token labelling*, Jiang et al.,
-NeurIPS 2021) teach reading fast, and the label of the scene follows. CvT's tokens lie on the grid of patches; a token
-of PS-ViT is told what lies around the point where it was sampled last. Muon (in float32) on the matrices, AdamW on the
-rest (timm's), float32: bfloat16 is no help to a CPU without units for it. No token is dropped in training.
+NeurIPS 2021) teach reading fast, and the label of the scene follows. A token of
+PS-ViT is told what lies around the point where it was sampled last; those of the others lie on the grid of patches.
+Muon (in float32) on the matrices, AdamW on the rest (timm's), float32: bfloat16 is no help to a CPU without units for
+it. No token is dropped in training.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablations.models.digits import CANVAS, CLASSES, PATCH, save_weights
-from ablations.models.siblings import CVT, SIBLINGS
+from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, SWIN
 from ablations.models.weight_files import load_into, read_weights
 from ablations.records.files import user_path
 from ablations.records.wilson import wilson
@@ -36,7 +39,7 @@ from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
 
-SCENES = {"digits_cvt_tiny": 51_200, "digits_ps_vit_tiny": 40_960}
+SCENES = {CVT: 51_200, PS_VIT: 40_960, SWIN: 51_200}
 PEAK_LR = 2e-3
 WARMUP, DECAY = 100, 0.3  # steps in which the learning rate rises; the share of all in which it falls to zero
 WEIGHT_DECAY = 0.05
@@ -91,6 +94,9 @@ def told(name: str, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor 
         out = model.cvt(images)
         logits = model.classifier(model.layernorm(out.cls_token_value).mean(1))
         return logits, model.layernorm(out.last_hidden_state.flatten(2).transpose(1, 2)), None
+    if name == SWIN:
+        on_map = model.forward_features(images)
+        return model.forward_head(on_map), on_map.flatten(1, 2), None
     tokens, points = model.sampled(images)
     tokens = model.norm(model.blocks(model.with_class_token(tokens)))
     return model.forward_head(tokens), tokens[:, 1:], points
@@ -116,7 +122,9 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     model = SIBLINGS[name]()
     token_head = nn.Linear(64, CLASSES + 1)
     trained = nn.ModuleList([model, token_head])
-    optimizer = create_optimizer_v2(trained, opt="muon", lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
+    optimizer = create_optimizer_v2(
+        trained, opt="muon", lr=PEAK_LR, weight_decay=WEIGHT_DECAY, fallback_list=("*.relative_position_bias_table",)
+    )
     steps, first = scenes // BATCH, 0
     curve: Curve = []
     state = out / f"{name}.state.safetensors"
@@ -165,7 +173,7 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
 
 
 _CARD = """\
-# The siblings of CvT and PS-ViT
+# The siblings of CvT, PS-ViT and Swin
 
 Small models for the *digit pairs* (PAIRS_CARD.md): 64 x 64 grey scenes, the label is the digit shown twice. Weights:
 safetensors, float16. This page is written by `python -m ablations.workloads.train_siblings`; no number in it is typed
@@ -173,7 +181,8 @@ by hand.
 
 `digits_cvt_tiny` is transformers' CvT: 16 x 16 tokens of width 32 in one block, 8 x 8 of width 64 in two, and 8 x 8 of
 width 64 with a class token in ten; keys and values lie on 4 x 4 cells there. `digits_ps_vit_tiny` is a PS-ViT: 8 x 8
-points on a map of 16 x 16, four sampling layers and eight with a class token, width 64.
+points on a map of 16 x 16, four sampling layers and eight with a class token, width 64. `digits_swin_tiny` is timm's
+Swin: 32 x 32, 16 x 16 and 8 x 8 tokens of width 16, 32 and 64 in windows of 4 x 4, in two, two and six blocks.
 
 ## Recipe
 
@@ -232,7 +241,7 @@ def document(out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=sorted(SIBLINGS), action="append", help="default: both")
+    parser.add_argument("--model", choices=sorted(SIBLINGS), action="append", help="default: all of them")
     parser.add_argument("--scenes", type=int, help="scenes in all (default: the model's recipe)")
     parser.add_argument("--out", type=user_path, required=True, help="folder for the weights and the training curve")
     parser.add_argument("--seed", type=int, default=0)

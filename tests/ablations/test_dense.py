@@ -62,6 +62,18 @@ def trial_of(context: TrialContext, placement: Placement, **fields: object) -> T
     )  # fmt: skip
 
 
+def test_of_a_model_of_stages_the_map_is_that_of_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Swin's patches are 2 x 2 pixels at first and 8 x 8 in the end."""
+    monkeypatch.setattr("ablations.tasks.dense.SCENES", 16)
+    monkeypatch.setattr("ablations.tasks.dense._STEPS", 3)
+    subject = open_subject(ImageSource("embedded", limit=6), "digits_swin_tiny", weights="random", task="dense")
+    context = open_context(subject, torch.device("cpu"), cache=tmp_path)
+    assert (context.facts.grid, context.facts.map_grid) == ((32, 32), (8, 8))
+    result = run_trial(trial_of(context, at(4, TopK(Ratio(0.5), score="attention_received"))), context)
+    assert context.targets.shape == (6, 65) and 0 <= result.row["miou"] <= 1
+    assert (result.images["union"].sum(1) >= 64).all(), "every patch is in a union"
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
