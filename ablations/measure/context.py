@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ablations.measure.failures import halving
 from ablations.measure.metrics import GIGA, finite, motion_of, of_views, patch_masks
 from ablations.measure.profile import Profile
+from ablations.precision import Arithmetic
 from ablations.tasks import Task, task_of
 from ablations.trial.code import code_of
 from ablations.trial.trial import CLASSIFY, ModelFacts, Trial, TrialError
@@ -77,6 +78,7 @@ class TrialContext:
     cache: Path | None = None  # OUT/cache: what is costly to make, shared by the workers of a run
     profile: Profile = field(default_factory=Profile)
     beat: Callable[[], None] = _unwatched  # called at every sign of progress: see ``run.ray.watchdog``
+    arithmetic: Arithmetic | None = None  # what a training computes in, as its record has it; None: found out
     # the calibration images on the device, batch by batch, with what the plain model computes of each
     calibration_batches: list[tuple[Tensor, Shared]] = field(default_factory=list, init=False, repr=False)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TRAINING_COLUMNS = ("training", "epochs", "train_images", "train_seconds", "teacher")
+_TRAINING_COLUMNS = ("training", "epochs", "train_images", "train_seconds", "teacher", "train_precision", "attention")
 
 Report = Callable[[dict[str, Any]], None]
 """Takes what a long step tells of its progress, such as an epoch of finetuning."""
@@ -180,6 +180,7 @@ class _Run:
             **context.task.of_plain(dense.reference),
             **summary(images),
         }
+        row["attention"] = "mask"  # in float32, as everything is evaluated in
         if self.tuned is not None:
             row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
         if self.solution is not None and context.calibration is not None:

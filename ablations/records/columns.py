@@ -38,7 +38,7 @@ ROW: dict[str, Kind] = {
     "evaluated_batch": _WHOLE, "attempts": _WHOLE, "code": _TEXT, "trial": _TEXT, "task": _TEXT,
     "cosine": _REAL, "cosine_low": _REAL, "cosine_high": _REAL, "miou": _REAL, "miou_low": _REAL, "miou_high": _REAL,
     "background_iou": _REAL, "dense_miou": _REAL, "restore": _TEXT, "fill": _TEXT, "spread": _TEXT,
-    "over": _TEXT, "missing": _TEXT, "views": _WHOLE,
+    "over": _TEXT, "missing": _TEXT, "views": _WHOLE, "attention": _TEXT, "train_precision": _TEXT,
 }  # fmt: skip
 """The columns of ``results.parquet``. ``evaluated_batch``: images at a time as it was evaluated, fewer than ``batch``
 where memory ran out; ``attempts``: how often it was begun; ``trial``: the JSON that ``key`` is a digest of; ``task``:
@@ -46,7 +46,9 @@ what was asked of the model (null: ``classify``, in rows of the time before ther
 over images of ``embed``, with its 95 % interval; ``miou``: of ``dense``, over classes and the background, whose own is
 ``background_iou``; ``restore``: by which rule tokens were put back in their places for it; ``fill``,
 ``spread``, ``over``, ``missing``: options of the model's host (null: it has none of that name); ``views``: of a clip,
-whose costs and tokens are those of all its views together (null: images).
+whose costs and tokens are those of all its views together (null: images); ``attention``: how the sizes of tokens came
+into attention, ``mask``, or ``fold`` where weights were trained in half precision on a GPU and that was measured to be
+quicker; ``train_precision``: what matrix products of that training were computed in (null: nothing was trained).
 """
 
 OPTIONS = ("fill", "spread", "over", "missing")

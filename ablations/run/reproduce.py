@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
+from ablations.precision import Arithmetic
 from ablations.records.names import IMAGES, RUN, images_file
 from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.search.errors import SearchError
@@ -43,10 +44,12 @@ MAY_DIFFER = frozenset(
     {
         "seconds", "created", "train_seconds", "peak_memory_mb", "device", "versions", "shared_prefix", "probes",
         "images_per_second", "dense_images_per_second", "speedup", "speedup_low", "speedup_high", "measured_batch",
-        "code", "trial", "task", "key", "batch", "evaluated_batch", "attempts",
+        "code", "trial", "task", "key", "batch", "evaluated_batch", "attempts", "attention", "train_precision",
     }
 )  # fmt: skip
-"""Times, memory, where and by what it ran, how many settings and attempts it took, and names made from these."""
+"""Times, memory, where and by what it ran (a training's precision and attention are taken as recorded, as far as the
+device has them), how many settings and attempts it took, and names made from these.
+"""
 
 
 class ReproduceError(ValueError):
@@ -122,8 +125,9 @@ def reproduce(
     again, notes = as_evaluated(trial, recorded)
     with _folder(scratch) as folder, _threads(None if trial.measure else recorded.get("device")):
         row, images = _run(
-            again, run["settings"], folder, store, data=data, train_data=train_data, weights=weights, labels=labels
-        )
+            again, run["settings"], folder, store, data=data, train_data=train_data, weights=weights, labels=labels,
+            arithmetic=recorded_arithmetic(recorded),
+        )  # fmt: skip
     before = _before(store, key=trial.key, recorded=recorded)
     differences = [*_row_differences(recorded, row), *_image_differences(before, images)]
     notes += _surroundings(recorded, row)
@@ -145,9 +149,15 @@ def as_evaluated(trial: Trial, recorded: Mapping[str, Any]) -> tuple[Trial, list
     return dataclasses.replace(again, code=code_of(again)), notes
 
 
+def recorded_arithmetic(recorded: Mapping[str, Any]) -> Arithmetic | None:
+    """What the weights of a row were trained in; None where none were, or where an earlier version did not tell."""
+    precision, attention = recorded.get("train_precision"), recorded.get("attention")
+    return None if precision is None else Arithmetic(precision, attention or "mask")
+
+
 def _run(
     trial: Trial, settings: Mapping[str, Any], folder: Path, store: Store, *, data: str | None, train_data: str | None,
-    weights: str | None, labels: str | None,
+    weights: str | None, labels: str | None, arithmetic: Arithmetic | None,
 ) -> tuple[dict[str, Any], pa.Table | None]:  # fmt: skip
     """Evaluate the trial in a store of its own: its row and its images, None if it failed. From the ``store`` where it
     is on record come trained weights that it was given, and nothing else.
@@ -192,7 +202,8 @@ def _run(
             )
     if given_of(trial.training):
         provide(trial.training, store, own.cache, subject.loaded.model)
-    result = try_trial(trial, open_context(subject, choose_device(), cache=own.cache))
+    context = dataclasses.replace(open_context(subject, choose_device(), cache=own.cache), arithmetic=arithmetic)
+    result = try_trial(trial, context)
     own.save(result)
     row = own.load(trial.key)
     assert row is not None, "what was just saved can be read"
@@ -262,7 +273,14 @@ def _surroundings(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         notes.append(f"recorded with {'; '.join(other)}")
     if recorded.get("device") and now.get("device") and not recorded["speedup"] and recorded["device"] != now["device"]:
         notes.append(f"recorded on {recorded['device']}, here {now['device']}")
+    trained, now_trained = recorded_arithmetic(recorded), recorded_arithmetic(now)
+    if trained is not None and now_trained is not None and trained != now_trained:
+        notes.append(f"trained in {_arithmetic(trained)}; here in {_arithmetic(now_trained)}")
     return notes
+
+
+def _arithmetic(known: Arithmetic) -> str:
+    return f"{known.precision} with sizes by {known.attention}"
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 The recipe, and why: a ViT this small learns slowly from one label an image, so each patch token is also told
 what it shows (its digit, or background), the *token labelling* of LV-ViT (Jiang et al., NeurIPS 2021); the extra head
 is thrown away. Clutter grows from none to all of it over the first half. Muon on the matrices and AdamW on the
-rest (timm's), one-cycle schedule, bfloat16 autocast. No token is ever dropped in training, so what the models
-lose to a reduction later is what the reduction costs.
+rest (timm's), one-cycle schedule, bfloat16 autocast where the device has units for it, else float32. No token is ever
+dropped in training, so what the models lose to a reduction later is what the reduction costs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablations.models.digits import CLASSES, MODELS, PATCH, create_digits_model, normalise, save_weights
+from ablations.precision import autocast, float32_muon, in_words, precision_on
 from ablations.records.files import user_path
 from ablations.workloads import digits
 from ablations.workloads.embedded import first_workload
@@ -101,6 +103,8 @@ def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision_on(device, "bfloat16")
+    log.info("%s: %s", name, in_words(device, precision, wanted="bfloat16"))
     model = create_digits_model(name).to(device)
     token_head = nn.Linear(model.embed_dim, CLASSES + 1).to(device)
     optimizer = create_optimizer_v2(
@@ -115,7 +119,7 @@ def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         x, y, patches = x.to(device), y.to(device), patches.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device, precision):
             tokens = model.forward_features(x)
             logits = model.forward_head(tokens)
             token_logits = token_head(tokens[:, model.num_prefix_tokens :])
@@ -124,7 +128,8 @@ def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        with float32_muon() if precision == "float32" else nullcontext():
+            optimizer.step()
         if (step + 1) % log_every == 0 or step + 1 == last:
             top1 = accuracy(model, test_images, test_labels, device)
             minutes = (time.monotonic() - begun) / 60
@@ -143,6 +148,7 @@ def train(name: str, schedule: int, out: Path, *, stop_after: int, seed: int = 0
                 "images": seen,
                 "seed": seed,
                 "device": device.type,
+                "precision": precision,
                 "curve": curve,
             }
             (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n")

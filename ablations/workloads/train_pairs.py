@@ -10,12 +10,11 @@ model loses to a reduction later is what the reduction costs.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,11 +22,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
-from timm.optim import muon as timm_muon
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ablations.models.digits import CLASSES, PAIRS_MODEL, PATCH, WEIGHTS, create_digits_model, normalise, save_weights
+from ablations.precision import float32_muon
 from ablations.records.files import user_path
 from ablations.workloads import pairs
 from ablations.workloads.drawing_ahead import drawn_ahead
@@ -64,7 +63,7 @@ def batches(
     draw: Callable[[int, int], Drawn], first: int, steps: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
     """Batches of ``draw(scene, seed)`` from scene ``first`` on, drawn ahead of the model by another process."""
-    calls = (functools.partial(draw, first + step * BATCH, seed) for step in range(steps))
+    calls = (partial(draw, first + step * BATCH, seed) for step in range(steps))
     for pixels, labels, told, seconds in drawn_ahead(calls):
         yield normalise(torch.from_numpy(pixels)), torch.from_numpy(labels), torch.from_numpy(told), seconds
 
@@ -75,17 +74,6 @@ def development(count: int) -> tuple[Tensor, Tensor]:
     scenes = [pairs.render("test", i, seed=DEVELOPMENT_SEED, crowded=crowded) for i in range(count)]
     images = normalise(torch.from_numpy(np.stack([scene.image for scene in scenes])))
     return images, torch.tensor([scene.label for scene in scenes])
-
-
-@contextlib.contextmanager
-def float32_muon() -> Iterator[None]:
-    """timm's Muon orthogonalises in bfloat16, which on a CPU without units for it takes longer than the model does."""
-    plain = timm_muon.zeropower_via_newtonschulz
-    timm_muon.zeropower_via_newtonschulz = functools.partial(plain, dtype=torch.float32)
-    try:
-        yield
-    finally:
-        timm_muon.zeropower_via_newtonschulz = plain
 
 
 def train(

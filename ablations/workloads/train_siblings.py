@@ -28,12 +28,13 @@ from torch.nn import functional as F
 from ablations.models.digits import CANVAS, CLASSES, PATCH, save_weights
 from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, SWIN
 from ablations.models.weight_files import load_into, read_weights
+from ablations.precision import float32_muon
 from ablations.records.files import user_path
 from ablations.records.wilson import wilson
 from ablations.workloads import pairs
 from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.train_embedded import accuracy
-from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development, float32_muon
+from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development
 from ablations.workloads.training_state import Curve, keep, restore
 from reducers import Placement, reduce_tokens
 

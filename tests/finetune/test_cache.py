@@ -20,6 +20,7 @@ from ablations.measure.finetune import __main__ as command
 from ablations.measure.finetune import cache as trainings
 from ablations.measure.finetune import finetuned, trained_model
 from ablations.measure.finetune.loop import FinetuneError
+from ablations.precision import Arithmetic
 from ablations.trial.stages import HostOptions
 from ablations.workloads import ImageSource, embedded, open_model
 from reducers import ATS, Count, at, placement_from, reduce_tokens
@@ -43,7 +44,7 @@ def context(tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(
         workload=embedded.embedded_workload(limit=2), model=tiny_model(), device=CPU, source=ImageSource(),
         facts=SimpleNamespace(name="tiny", weights_digest="w" * 64, classes=10), cache=tmp_path,
-        beat=lambda: None,
+        beat=lambda: None, arithmetic=None,
     )  # fmt: skip
 
 
@@ -89,6 +90,17 @@ def test_a_damaged_result_is_trained_again(
         again = trained_model(TRAINING, context)
     assert "trained again" in caplog.text
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_record_tells_what_was_computed_in_and_a_repetition_takes_it(context: Any) -> None:
+    done = finetuned(TRAINING, context).record
+    assert (done["train_precision"], done["attention"]) == ("float32", "mask")  # these scenes ask for no other
+    context.cache /= "elsewhere"
+    context.cache.mkdir()
+    context.arithmetic = Arithmetic("bfloat16", "fold")  # as a record of a GPU has it
+    again = finetuned(TRAINING, context).record
+    assert (again["train_precision"], again["attention"]) == ("bfloat16", "mask"), "what a CPU has of it"
+    assert again["digest"] == done["digest"]
 
 
 def test_two_that_ask_at_once_train_once(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:

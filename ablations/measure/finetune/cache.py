@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ablations.measure.attention import Shape, attention_for
 from ablations.measure.context import TrialContext
 from ablations.measure.finetune import checkpoint
 from ablations.measure.finetune.aim import settled
-from ablations.measure.finetune.loop import FinetuneError, Finetuning
+from ablations.measure.finetune.loop import FinetuneError, Finetuning, wanted
+from ablations.precision import Arithmetic, precision_on
 from ablations.records.files import atomic, locked
 from ablations.trial.code import training_code
 from ablations.trial.recipe import Recipe, parse_recipe
@@ -28,6 +30,7 @@ from ablations.trial.trial import ModelFacts
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingAccess, TrainingImages
 from reducers import Placement, reduce_tokens
+from reducers.hosts import host_of
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +42,14 @@ _CHECKPOINT_EVERY = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains, and who hears of it: nothing here changes a weight."""
+    """What trains, and who hears of it. Nothing here changes a weight but by how its device rounds."""
 
     device: torch.device
     workers: int = 0  # processes that load images
     every: float = _CHECKPOINT_EVERY  # seconds between checkpoints
     report: Callable[[dict[str, Any]], None] | None = None  # hears of each epoch
     beat: Callable[[], None] | None = None  # called after each update, for whoever watches over hanging work
+    arithmetic: Arithmetic | None = None  # what is computed in; None: what the recipe and the device make of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,7 @@ class Finetuned:
 
     model: nn.Module  # the plain timm model with its new weights, in eval mode
     reducers: Mapping[str, Tensor]  # the reducers' own trained tensors, by block: "3.weight"
-    record: Mapping[str, Any]  # training, epochs, train_images, train_seconds, teacher, …
+    record: Mapping[str, Any]  # training, epochs, train_images, train_seconds, train_precision, attention, teacher, …
 
     def load_reducers(self, placement: Placement) -> Placement:
         """Put the reducers' trained tensors into the parameters of a placement; one without parameters stays as it is.
@@ -122,7 +126,7 @@ def finetuned(
         )
     access = TrainingAccess(context.source, context.facts.name, context.cache, classes=context.facts.classes)
     recipe = settled(parse_recipe(training, workload=context.workload.name), context, host)
-    machine = Machine(context.device, report=report, beat=context.beat)
+    machine = Machine(context.device, report=report, beat=context.beat, arithmetic=context.arithmetic)
     done = trained_from(
         context.model, context.facts, recipe, access, evaluated=context.workload, machine=machine, host=host
     )
@@ -184,7 +188,10 @@ def train_or_load(
     with locked(folder / f"{digest}.lock", what=f"the training {digest}"):
         state = _finished(final, identity)
         if state is None:
-            training = Finetuning(recipe, dense, images, device=machine.device, workers=machine.workers, host=host)
+            chosen = machine.arithmetic or _arithmetic(recipe, dense, machine.device, folder)
+            training = Finetuning(
+                recipe, dense, images, device=machine.device, workers=machine.workers, host=host, arithmetic=chosen
+            )
             training.run(
                 path=unfinished, identity=identity, every=machine.every, report=machine.report, beat=machine.beat
             )
@@ -196,6 +203,14 @@ def train_or_load(
     return Finetuned(model.to(machine.device).eval(), state["reducers"], {**state["record"], "digest": digest})
 
 
+def _arithmetic(recipe: Recipe, dense: nn.Module, device: torch.device, folder: Path) -> Arithmetic:
+    """What this device computes a recipe in; how sizes come into attention is measured once for all trainings here."""
+    precision = precision_on(device, wanted(recipe))
+    return Arithmetic(
+        precision, attention_for(Shape.of(host_of(dense), recipe.batch), precision, device=device, folder=folder)
+    )
+
+
 def _result(training: Finetuning) -> dict[str, Any]:
     """What the finished file holds."""
     recipe = training.recipe
@@ -204,6 +219,8 @@ def _result(training: Finetuning) -> dict[str, Any]:
         "epochs": recipe.epochs,
         "train_images": training.updates * recipe.batch * recipe.accumulate,
         "train_seconds": training.spent(),
+        "train_precision": training.arithmetic.precision,
+        "attention": training.attention,
         "teacher": training.objective.teacher is not None,
         "curve": training.curve,
     }

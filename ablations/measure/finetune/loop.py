@@ -7,10 +7,10 @@ evaluated is ever looked at; the accuracy after each epoch is over training-side
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,23 +25,29 @@ from ablations.measure.finetune.schedule import KeepSchedule, make_optimizer, ma
 from ablations.measure.finetune.training_state import own_randomness, random_state, set_random_state
 from ablations.models.answers import logits_of
 from ablations.models.stochastic_depth import set_drop_path
+from ablations.precision import Arithmetic, Precision, autocast, in_words, precision_on
 from ablations.trial.recipe import Recipe
 from ablations.trial.stages import AS_USUAL, HostOptions
 from ablations.workloads.base import Workload
 from ablations.workloads.training import TrainingImages
 from reducers.hosts import host_of
 from reducers.reducer import TrainsInPhases
+from reducers.runtime.fold import Attention
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 
 _EVALUATED_AT_ONCE = 128
-_AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FinetuneError(ValueError):
     """A training that cannot go on; the message names the cause and the remedy."""
+
+
+def wanted(recipe: Recipe) -> Precision:
+    """The precision that a recipe asks for."""
+    return "float32" if recipe.amp == "none" else recipe.amp
 
 
 class Finetuning:
@@ -56,15 +62,20 @@ class Finetuning:
         device: torch.device,
         workers: int = 0,
         host: HostOptions = AS_USUAL,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         """``dense``: the plain timm model to start from, which is copied and stays as it is; also the teacher.
-        ``host``: how it is driven.
+        ``host``: how it is driven; ``arithmetic``: what it is computed in, by default what the recipe asks for as far
+        as the device has units for it.
         """
         self.recipe, self.images, self.device, self._workers = recipe, images, device, workers
+        self.arithmetic = arithmetic or Arithmetic(precision_on(device, wanted(recipe)))
         base: Any = copy.deepcopy(dense).to(device).train().requires_grad_(True)
         set_drop_path(base, recipe.drop_path)
         with own_randomness(recipe.seed, device):  # reducers draw their initial weights
-            self.model = TrainingViT(base, recipe.placement(host_of(base).depth), host=host.data).to(device).train()
+            placement = recipe.placement(host_of(base).depth)
+            self.model = TrainingViT(base, placement, host=host.data, attention=self.arithmetic.attention)
+            self.model.to(device).train()
         if recipe.freeze > 0 and next(self.model.reducers.parameters(), None) is None:
             raise FinetuneError(
                 f"freeze {recipe.freeze:g} holds the plain model's weights still, and the reducers have none of their "
@@ -102,6 +113,7 @@ class Finetuning:
             "scaler": self.scaler.state_dict(),
             "sums": dict(self._sums),
             "random": random_state(self.device),
+            "arithmetic": dataclasses.asdict(self.arithmetic),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -114,6 +126,8 @@ class Finetuning:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.arithmetic = Arithmetic(**state["arithmetic"])  # it goes on as it began, on whatever machine
+        self.model.attention = self.arithmetic.attention
         self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         set_random_state(state["random"], self.device)
 
@@ -138,6 +152,7 @@ class Finetuning:
             if state is not None:
                 self.restore(state)
                 log.info("going on after update %d of %d", self.update, self.updates)
+            log.info("%s", in_words(self.device, self.arithmetic.precision, wanted=wanted(self.recipe)))
             saved = self._begun = time.monotonic()
             while self.update < self.updates:
                 for _ in self._rest_of_epoch():
@@ -195,7 +210,7 @@ class Finetuning:
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         images, targets = self.objective.mixed(images, labels)
-        with self._autocast():
+        with autocast(self.device, self.arithmetic.precision):
             parts = self.objective.parts(self.model, images, targets)
         loss = torch.stack(list(parts.values())).sum()
         if not loss.requires_grad:
@@ -220,11 +235,6 @@ class Finetuning:
         self.update += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.update)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        amp = self.recipe.amp
-        dtype = _AMP.get(amp, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=amp != "none")
 
     # --- after an epoch -----------------------------------------------------------------------------------------------
 
@@ -271,6 +281,12 @@ class Finetuning:
                 f"the loss is not finite after update {self.update} of {self.updates}: lower lr, add warmup or clip, "
                 "or use amp none"
             )
+
+    @property
+    def attention(self) -> Attention:
+        """How sizes come into attention here: on a CPU, and in float32, as a mask whatever was chosen."""
+        half = self.device.type == "cuda" and self.arithmetic.precision != "float32"
+        return self.arithmetic.attention if half else "mask"
 
     def spent(self) -> float:
         """Seconds of training so far, those before a restart included."""

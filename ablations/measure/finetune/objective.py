@@ -17,6 +17,7 @@ from ablations.trial.recipe import Distillation, Recipe
 from reducers import Placement, TokenReducer
 from reducers.reducer import HasLosses, State
 from reducers.runtime.driver import ReducedViT
+from reducers.runtime.fold import Attention
 from reducers.tokens import TokenBatch
 
 
@@ -54,8 +55,15 @@ class _Witness(TokenReducer):
 class TrainingViT(ReducedViT):
     """A reduced model that also says what its reducers' losses need: the final tokens and the final state."""
 
-    def __init__(self, base: nn.Module, placement: Placement, *, host: Mapping[str, str] | None = None) -> None:
-        super().__init__(base, placement, host=host)
+    def __init__(
+        self,
+        base: nn.Module,
+        placement: Placement,
+        *,
+        host: Mapping[str, str] | None = None,
+        attention: Attention = "mask",
+    ) -> None:
+        super().__init__(base, placement, host=host, attention=attention)
         self._witness = [_Witness()]  # in a list: no part of the model, so it has no place in its state
 
     def members(self) -> list[TokenReducer]:
