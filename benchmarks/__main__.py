@@ -70,8 +70,9 @@ def parser() -> argparse.ArgumentParser:
     scaling.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
 
     gpu = add("gpu", parents=[common], help="the measurements for one large GPU")
-    gpu.add_argument("--minutes", type=float, default=6.5, help="begin no measurement later than this "
+    gpu.add_argument("--minutes", type=float, default=4.0, help="begin nothing later than this "
                      "(default: %(default)s)")  # fmt: skip
+    gpu.add_argument("--toy", action="store_true", help="a tiny model and two images, on any device: does it run?")
 
     record = add("record", parents=[common], help="record ATS's counts on real images")
     record.add_argument("--model", default="deit_tiny_patch16_224", help="timm name (default: %(default)s)")

@@ -27,12 +27,16 @@ def run(args: argparse.Namespace, device: torch.device) -> int:
             dtype, batch = args.dtype or ("bfloat16" if cuda else "float32"), args.at_batch or (16 if cuda else 1)
             run_scaling(args.model, numbers(args.size), batches, dtype, source, batch=batch, rounds=args.rounds)
         case "gpu":
+            if args.toy:
+                gpu.run(source, minutes=args.minutes, scenarios=gpu.toy())
+                return 0
             if not cuda:
                 _say(
                     "no GPU: torch.cuda.is_available() is false here. `make bench-gpu` is for a machine with one; "
-                    "`make bench` measures on this one"
+                    "`make bench` measures on this one, and --toy tries the same at toy size"
                 )
                 return 1
+            _say(gpu.device_line(device))
             gpu.run(source, minutes=args.minutes)
         case "record":
             return record(args, device)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from benchmarks.counts import Counts
 from benchmarks.memory import peak_bytes
+from benchmarks.profiling import Wrapped, wrapped
 from benchmarks.speed import DENSE
 from benchmarks.subjects import Subject, ats, packed
 from benchmarks.timing import Run, Turns, take_turns
 from reducers import Drop, EViT, Placement, Ratio, ToMe, at, every, reduce_tokens
 from reducers.decision import Decision
-from reducers.reducer import State, TokenReducer, Traits
+from reducers.reducer import State, TokenReducer
 from reducers.signals import Signals
 
 
@@ -38,7 +39,7 @@ class Point:
     error: str | None = None
 
 
-class Decided(TokenReducer):
+class Decided(Wrapped):
     """A reducer with its decisions known: asked once a block, from then on it answers as it did then.
 
     What a run with it saves is what deciding costs: scores, sorting, matching, index work and, for adaptive methods,
@@ -49,13 +50,7 @@ class Decided(TokenReducer):
     name = "decided"
 
     def __init__(self, inner: TokenReducer) -> None:
-        super().__init__()
-        self.inner = inner
-        told = inner.traits
-        self.traits = Traits(
-            needs_class_token=told.needs_class_token, cuts_before_values=told.cuts_before_values,
-            uses_random=told.uses_random, uses_previous_attention=told.uses_previous_attention,
-        )  # fmt: skip
+        super().__init__(inner)
         self._known: dict[int, Decision | None] = {}
 
     def decide(self, signals: Signals, state: State) -> Decision | None:
@@ -119,8 +114,7 @@ def measure(model: Any, counts: Counts, images: Tensor, *, rounds: int = 5, warm
 
 def decided(placement: Placement) -> Placement:
     """The placement with every reducer's decisions remembered."""
-    wrapped = {id(reducer): Decided(reducer) for _, reducer in placement.parts}
-    return Placement(parts=[(where, wrapped[id(reducer)]) for where, reducer in placement.parts])
+    return wrapped(placement, Decided)
 
 
 def _on(run: nn.Module, images: Tensor) -> Run:

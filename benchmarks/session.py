@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ablations.precision import has_bfloat16
 from benchmarks import allocator, figures, machine, memory, models, report, scaling, speed
 from benchmarks.counts import Counts
-from benchmarks.profiling import profile_ops, profile_table
-from benchmarks.subjects import Subject, subjects
+from benchmarks.profiling import Marked, profile_ops, profile_table, wrapped
+from benchmarks.subjects import Subject, compiled_ones, most_telling, subjects
+from reducers import reduce_tokens
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+
+
+Lineup = Literal["all", "telling", "compiled"]
+
+
+@dataclass
+class Kept:
+    """What has been measured of one table so far."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,7 @@ class Source:
     weights: Path | None = None
     data: Path | None = None
     say: Say = log.info
+    until: float = math.inf  # by time.monotonic: nothing is begun later
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,8 @@ class Scenario:
     reference: bool = False  # ToMe's reference algorithm
     profiled: bool = False  # a table of the ops that take longest, at the largest batch
     only: tuple[str, ...] = ()  # measure the variants whose name holds one of these; none: all
+    lineup: Lineup = "all"  # which variants there are
+    compiler: str | None = None  # a backend of torch.compile that every model goes through first, the dense one too
 
 
 @dataclass(frozen=True)
@@ -74,43 +92,80 @@ def prepare(name: str, size: int | None, dtype: str, source: Source) -> Ready:
     weights = "trained weights" if trained else "random weights"
     kept = "ATS's own counts" if counts is None else f"ATS's counts replayed: {counts.origin}"
     notes = [f"{weights.capitalize()}, {images}; {kept}."]
+    if dtype == "bfloat16" and not has_bfloat16(source.device):
+        notes.append("This device has no units for bfloat16, so that it is slower than float32 here.")
+        source.say(f"{name}: {notes[-1]}")
     return Ready(model, model.patch_embed.img_size[0], counts, notes)
 
 
-def run_speed(scenario: Scenario, source: Source) -> list[dict[str, Any]]:
-    """Measure one scenario and write its files; the rows."""
+def run_speed(scenario: Scenario, source: Source, kept: Kept | None = None) -> list[dict[str, Any]]:
+    """Measure one scenario and write its files; the rows. ``kept``: what is in the same table already, and grows."""
+    kept = Kept() if kept is None else kept
     ready = prepare(scenario.model, scenario.size, scenario.dtype, source)
-    listed = subjects(ready.model, ready.counts, contrast=scenario.contrast, reference=scenario.reference)
-    if scenario.only:
-        listed = [subject for subject in listed if any(part in subject.name for part in scenario.only)]
+    listed = _variants(scenario, ready)
     rows: list[dict[str, Any]] = []
     images = ready.images(max(max(scenario.batches), 8), source)
     for batch in sorted(scenario.batches):
+        if time.monotonic() > source.until:
+            source.say(f"{scenario.model}, batch {batch}: not measured, the time was up")
+            continue
         source.say(f"{scenario.model}, {ready.size} px, {scenario.dtype}, batch {batch}: {len(listed) + 1} variants")
         # a training step of one image is nobody's; the largest batch that holds the wanted one has it
         training = scenario.effort.training_batch if batch == max(scenario.batches) else None
         effort = replace(scenario.effort, training_batch=training)
-        rows += speed.records(speed.compare(ready.model, listed, images, batch=batch, effort=effort))
+        table = speed.compare(
+            ready.model, listed, images, batch=batch, effort=effort, wrap=_wrapper(scenario), until=source.until
+        )
+        rows += speed.records(table)
         _tidy(source.device)
-    profiles = {}
-    if scenario.profiled:
-        profiles = _profiles(ready, listed, images[: max(scenario.batches)], source)
-    _write_speed(scenario, ready, source, rows, profiles)
+    kept.rows += rows
+    if scenario.profiled and rows:
+        kept.profiles |= _profiles(ready, listed, images[: max(scenario.batches)], source)
+    if kept.rows:
+        _write_speed(scenario, ready, source, kept.rows, kept.profiles)
     return rows
+
+
+def _variants(scenario: Scenario, ready: Ready) -> list[Subject]:
+    """What is measured beside the dense model."""
+    match scenario.lineup:
+        case "all":
+            listed = subjects(ready.model, ready.counts, contrast=scenario.contrast, reference=scenario.reference)
+        case "telling":
+            listed = most_telling(ready.model, ready.counts)
+        case "compiled":
+            listed = compiled_ones(ready.model, ready.counts)
+    if scenario.only:
+        listed = [subject for subject in listed if any(part in subject.name for part in scenario.only)]
+    return listed
+
+
+def _wrapper(scenario: Scenario) -> speed.Wrap | None:
+    return None if scenario.compiler is None else partial(torch.compile, fullgraph=True, backend=scenario.compiler)
 
 
 def _profiles(ready: Ready, listed: Sequence[Subject], images: Tensor, source: Source) -> dict[str, dict[str, Any]]:
     runs = {speed.DENSE: ready.model} | {
-        subject.name: subject.build(ready.model, 0).eval() for subject in listed if subject.kind != "masked"
+        subject.name: _marked(subject, ready.model) for subject in listed if subject.kind != "masked"
     }
     profiles = {}
     with torch.inference_mode():
         for name, run in runs.items():
+            if time.monotonic() > source.until:
+                source.say(f"no profile of {name}: the time was up")
+                continue
             try:
-                profiles[name] = profile_ops(partial(run, images), source.device)
+                profiles[name] = {"batch": len(images), **profile_ops(partial(run, images), source.device)}
             except torch.OutOfMemoryError:
                 source.say(f"no profile of {name}: out of memory at batch {len(images)}")
     return profiles
+
+
+def _marked(subject: Subject, model: Any) -> nn.Module:
+    """The variant with its decisions told apart in a profile, where it is the project's own."""
+    if subject.kind != "packed":
+        return subject.build(model, 0).eval()
+    return reduce_tokens(model, wrapped(subject.place(0), Marked), attention=subject.attention).eval()
 
 
 def _write_speed(
@@ -129,8 +184,22 @@ def _write_speed(
             "*masked*: the same decisions with tokens zeroed in place and hidden by a key mask; *padded*: cut to the "
             "batch's longest image. Their GMACs are the packed run's: what the decisions would save."
         )
-    stem = f"speed-{scenario.model}-{ready.size}-{scenario.dtype}-{source.device.type}{allocator.suffix()}"
+    if any(row.get("folded_gmacs") is not None for row in rows):
+        notes.append(
+            "Sizes of merged tokens come into attention by a mask, or folded into two more columns of its products. "
+            "GMACs never depend on that; what the wider products add stands beside them."
+        )
+    if scenario.compiler is not None:
+        title += ", compiled"
+        notes.append(f"Every model went through torch.compile ({scenario.compiler}) first, the dense one too.")
+    stem = f"{table_of(scenario, ready.size)}-{source.device.type}{allocator.suffix()}"
     write_speed(source.out, stem, title=title, notes=notes, known=known, rows=rows, profiles=profiles, say=source.say)
+
+
+def table_of(scenario: Scenario, size: int | None) -> str:
+    """The name of the table that a scenario belongs to, but for the device."""
+    compiled = "" if scenario.compiler is None else "-compiled"
+    return f"speed-{scenario.model}-{size}-{scenario.dtype}{compiled}"
 
 
 def how_timed(rounds: int, processes: int = 1) -> str:
@@ -157,8 +226,8 @@ def write_speed(
     """Keep a measured table as text, data and figure, and say it."""
     text = report.speed_table(rows)
     if profiles:
-        largest = max(row["batch"] for row in rows)
-        text += f"\n## Where the time goes, batch {largest}\n\n{profile_table(profiles)}"
+        batch = next(iter(profiles.values()))["batch"]
+        text += f"\n## Where the time goes, batch {batch}\n\n{profile_table(profiles)}"
     written = report.keep(
         out,
         stem,

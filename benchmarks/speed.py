@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.memory import peak_bytes
-from benchmarks.subjects import Subject
+from benchmarks.subjects import Subject, folded_gmacs
 from benchmarks.timing import Quartiles, Run, Turns, take_turns
 from reducers import Placement, reduce_tokens
 
@@ -31,6 +33,7 @@ class Timing:
     batch: int
     gmacs: float | None = None  # as executed by the packed run, the reducer's own included; mean over the images
     gmacs_ratio: float | None = None  # dense / this
+    folded_gmacs: float | None = None  # what the kernel computes beside those, where it folds sizes into its products
     milliseconds: float | None = None  # median of one forward pass; comparable within one table only
     images_per_second: float | None = None
     speedup: float | None = None  # median over the pairs of dense time / this time
@@ -64,25 +67,43 @@ AT_BATCH_1 = 4
 """Times as many rounds at batch 1, which takes milliseconds and is noisier for it."""
 
 
-def compare(model: Any, listed: Sequence[Subject], images: Tensor, *, batch: int, effort: Effort) -> list[Timing]:
-    """Time all variants on batches of the images against the plain model, in turn."""
+Wrap = Callable[[nn.Module], Callable[[Tensor], Any]]  # such as torch.compile
+
+
+def compare(
+    model: Any,
+    listed: Sequence[Subject],
+    images: Tensor,
+    *,
+    batch: int,
+    effort: Effort,
+    wrap: Wrap | None = None,
+    until: float = math.inf,
+) -> list[Timing]:
+    """Time all variants on batches of the images against the plain model, in turn.
+
+    ``wrap``: what is done to every model first, the plain one included; ``until``: as ``take_turns`` takes it.
+    """
     device = images.device
     groups = images[: (_SINGLE_IMAGES if batch == 1 else 1) * batch].split(batch)
     with torch.inference_mode():
-        cost, errors = _costs(model, listed, groups, batch)
-        runs: dict[str, Run] = {DENSE: lambda number: model(groups[number % len(groups)])}
+        cost, folded, errors = _costs(model, listed, groups, batch)
+        dense = model if wrap is None else wrap(model)
+        runs: dict[str, Run] = {DENSE: lambda number: dense(groups[number % len(groups)])}
         runs |= {
-            subject.name: _rotating(subject, model, groups, batch) for subject in listed if subject.name not in errors
+            subject.name: _rotating(subject, model, groups, batch, wrap)
+            for subject in listed
+            if subject.name not in errors
         }
         rounds = effort.rounds * (AT_BATCH_1 if batch == 1 else 1)
-        turns = take_turns(runs, device, rounds=rounds, warmup=max(effort.warmup, len(groups)))
+        turns = take_turns(runs, device, rounds=rounds, warmup=max(effort.warmup, len(groups)), until=until)
         errors |= turns.errors
         alive = {name: run for name, run in runs.items() if name not in errors}
         peaks: dict[str, int] = {}
         if effort.memory:
             peaks = {name: peak_bytes(partial(run, 0), device) for name, run in alive.items()}
     training = None
-    if effort.training_batch is not None and effort.training_batch <= batch:
+    if effort.training_batch is not None and effort.training_batch <= batch and time.monotonic() < until:
         trained = [subject for subject in listed if subject.kind == "packed" and subject.name not in errors]
         training = _try_to_train(model, trained, images[: effort.training_batch], rounds=max(3, effort.rounds // 2))
     rows = []
@@ -91,15 +112,17 @@ def compare(model: Any, listed: Sequence[Subject], images: Tensor, *, batch: int
         if name in errors:
             rows.append(Timing(name, kind, batch, error=errors[name]))
         else:
-            rows.append(_row(name, kind, batch, cost, turns, peaks, training, effort.training_batch))
+            row = _row(name, kind, batch, cost, turns, peaks, training, effort.training_batch)
+            rows.append(replace(row, folded_gmacs=folded.get(name)))
     return rows
 
 
 def _costs(
     model: Any, listed: Sequence[Subject], groups: Sequence[Tensor], batch: int
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Multiply-adds of one image, a mean over all that are timed, and why some variants have none."""
+) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Multiply-adds of one image, a mean over all that are timed; billions that a fold adds; why variants have none."""
     cost = {DENSE: float(reduce_tokens(model, Placement()).cost(groups[0][:1])[0])}
+    folded: dict[str, float] = {}
     errors: dict[str, str] = {}
     for subject in listed:
         try:
@@ -107,16 +130,22 @@ def _costs(
                 reduce_tokens(subject.network(model), subject.place(number * batch)).cost(group)
                 for number, group in enumerate(groups)
             ]
+            if subject.attention == "fold":
+                _, trace = reduce_tokens(model, subject.place(0)).trace(groups[0])
+                folded[subject.name] = folded_gmacs(subject, model, trace.tokens)
         except torch.OutOfMemoryError as error:
             errors[subject.name] = f"out of memory: {str(error).splitlines()[0]}"
             continue
         cost[subject.name] = float(torch.cat(parts).mean())
-    return cost, errors
+    return cost, folded, errors
 
 
-def _rotating(subject: Subject, model: Any, groups: Sequence[Tensor], batch: int) -> Run:
+def _rotating(subject: Subject, model: Any, groups: Sequence[Tensor], batch: int, wrap: Wrap | None = None) -> Run:
     """The variant on one batch of the images after the other."""
-    built = [subject.build(model, number * batch).eval() for number in range(len(groups))]
+    built: list[Callable[[Tensor], Any]] = []
+    for number in range(len(groups)):
+        own = subject.build(model, number * batch).eval()
+        built.append(own if wrap is None else wrap(own))
     return lambda number: built[number % len(built)](groups[number % len(groups)])
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.counts import Counts
 from benchmarks.halting import PRINTED, replayed
@@ -16,7 +16,9 @@ from benchmarks.padded import PaddedViT
 from benchmarks.reference_tome import ReferenceToMe
 from reducers import ATS, Count, Drop, EViT, Placement, RandomDrop, Ratio, ToMe, TopK, at, every, reduce_tokens
 from reducers.backbones.stvit_swin import STViTSwin
+from reducers.hosts import host_of
 from reducers.methods import STViT
+from reducers.runtime.fold import Attention, folded_width
 
 Place = Callable[[int], Placement]  # (number of the batch's first image) -> where what reduces
 
@@ -30,11 +32,15 @@ class Subject:
     place: Place
     build: Callable[[Any, int], nn.Module]  # (model, number of the batch's first image) -> images -> logits
     network: Callable[[Any], Any] = lambda model: model  # what the placement stands on, made of the model
+    attention: Attention = "mask"  # how the sizes of merged tokens come in
 
 
-def packed(name: str, place: Place) -> Subject:
+def packed(name: str, place: Place, attention: Attention = "mask") -> Subject:
     """The project's own run."""
-    return Subject(name, "packed", place, lambda model, start: reduce_tokens(model, place(start)))
+    return Subject(
+        name, "packed", place, lambda model, start: reduce_tokens(model, place(start), attention=attention),
+        attention=attention,
+    )  # fmt: skip
 
 
 def padded(name: str, place: Place, *, compact: bool) -> Subject:
@@ -82,12 +88,8 @@ def subjects(model: Any, counts: Counts | None, *, contrast: bool = True, refere
     depth, tokens = len(model.blocks), model.patch_embed.num_patches
     first = depth // 4
     stages, rest = [first, depth // 2, 3 * depth // 4], list(range(first, depth))
-    r8, r13 = (max(1, round(r * tokens / 196 * 12 / depth)) for r in (8, 13))
+    r8, r13 = (_merged(model, r) for r in (8, 13))
     each = "every block"
-
-    def fixed(placement: Placement) -> Place:
-        return lambda start: placement
-
     half = Ratio(0.5, of="initial")
     topk, tome = fixed(at(first, TopK(half))), fixed(every(1, ToMe(Drop(r13)), depth=depth))
     listed = [
@@ -115,6 +117,53 @@ def subjects(model: Any, counts: Counts | None, *, contrast: bool = True, refere
     if reference:
         listed += [reference_tome(f"ToMe r = {r13}, {each}", tome, r13, fused=fused) for fused in (True, False)]
     return listed
+
+
+def most_telling(model: Any, counts: Counts | None) -> list[Subject]:
+    """What a large GPU is asked first: one setting of each method, and ToMe's sizes by mask, by fold, and ignored."""
+    depth, tokens = len(model.blocks), model.patch_embed.num_patches
+    first = depth // 4
+    stages, rest, r = [first, depth // 2, 3 * depth // 4], list(range(first, depth)), _merged(model, 13)
+    half, tome = Ratio(0.5, of="initial"), fixed(every(1, ToMe(Drop(r)), depth=depth))
+    without = fixed(every(1, ToMe(Drop(r), proportional=False), depth=depth))
+    listed = [
+        packed(f"top-K, half at block {first}", fixed(at(first, TopK(half)))),
+        packed(f"EViT 0.7 at blocks {_list(stages)}", fixed(at(stages, EViT(Ratio(0.7))))),
+        packed(f"ToMe r = {r}, sizes by mask", tome),
+        packed(f"ToMe r = {r}, sizes by fold", tome, "fold"),
+        packed(f"ToMe r = {r}, sizes ignored", without),
+    ]
+    for blocks, k in ((rest, 108), ([first], 96)):
+        listed.append(packed(_ats_name(blocks, k, tokens, counts), ats(model, blocks, k, counts)))
+    return [*listed, packed(f"random, half at block {first}", fixed(at(first, RandomDrop(half))))]
+
+
+def compiled_ones(model: Any, counts: Counts | None) -> list[Subject]:
+    """Those of them whose counts are fixed, so that they compile into one graph; ToMe by either way."""
+    wanted = ("top-K", "EViT", "ToMe")
+    return [one for one in most_telling(model, counts) if one.name.startswith(wanted) and "ignored" not in one.name]
+
+
+def folded_gmacs(subject: Subject, model: Any, tokens: Tensor) -> float:
+    """Billions of multiply-adds of an image that the fold's columns add, which no count of costs holds.
+
+    tokens: (B, depth + 1) as a trace tells them. Sizes are there from the first reducing block's end on.
+    """
+    stage = host_of(model).stages[0]
+    width = stage.width // stage.heads
+    entering = tokens[:, min(subject.place(0).resolve(len(model.blocks)).blocks) + 1 : -1].double()
+    more = 2 * stage.heads * (folded_width(width) - width)  # in q·k and in the sum of the values
+    return float((more * entering.square()).sum(1).mean()) / 1e9
+
+
+def fixed(placement: Placement) -> Place:
+    """The same whatever image a batch begins with."""
+    return lambda start: placement
+
+
+def _merged(model: Any, r: int) -> int:
+    """So many pairs a block of 196 patches and 12 blocks, in proportion."""
+    return max(1, round(r * model.patch_embed.num_patches / 196 * 12 / len(model.blocks)))
 
 
 def _ats_name(blocks: Sequence[int], k: int, tokens: int, counts: Counts | None) -> str:

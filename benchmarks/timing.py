@@ -8,6 +8,7 @@ does the order of the variants.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -19,6 +20,9 @@ from typing import Any
 import torch
 
 from reducers.errors import ReducerError
+
+NO_TIME = "the time was up"
+_LEAST = 2  # rounds, once everything is warm
 
 Run = Callable[[int], Any]  # (number of the round) -> whatever; only its time matters
 
@@ -70,27 +74,22 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int, seed: int = 0) -> Turns:
+def take_turns(
+    runs: Mapping[str, Run], device: torch.device, *, rounds: int, warmup: int, seed: int = 0, until: float = math.inf
+) -> Turns:
     """Time each variant once a round, beside the first of them, which must not fail.
 
-    Another that fails (out of memory, most often) is left out with its reason, and the others go on.
+    Another that fails (out of memory, most often) is left out with its reason, and the others go on. ``until``: when
+    ``time.monotonic`` is past it, no further variant is warmed up, and no further round begun behind the second.
     """
-    errors: dict[str, str] = {}
     first = next(iter(runs))
-    for number in range(max(warmup, 1)):
-        for name, run in runs.items():
-            if name in errors:
-                continue
-            try:
-                seconds(partial(run, number), device)
-            except (RuntimeError, ReducerError) as error:
-                if name == first:
-                    raise
-                errors[name] = _reason(error)
+    errors = _warm_up(runs, first, device, warmup=warmup, until=until)
     times: dict[str, list[float]] = {name: [] for name in runs if name not in errors}
     beside: dict[str, list[float]] = {name: [] for name in times}
     order, shuffler = [name for name in times if name != first] or [first], random.Random(seed)
     for number in range(rounds):
+        if number >= _LEAST and time.monotonic() > until:
+            break
         shuffler.shuffle(order)
         for name in order:
             pair = dict.fromkeys([first, name] if shuffler.random() < 0.5 else [name, first])
@@ -101,6 +100,24 @@ def take_turns(runs: Mapping[str, Run], device: torch.device, *, rounds: int, wa
         times[first] = [value for name in order for value in beside[name]]
         beside[first] = times[first]
     return Turns(times, beside, errors)
+
+
+def _warm_up(runs: Mapping[str, Run], first: str, device: torch.device, *, warmup: int, until: float) -> dict[str, str]:
+    """Run each some times; why some are left out."""
+    errors: dict[str, str] = {}
+    for number in range(max(warmup, 1)):
+        for name, run in runs.items():
+            if number == 0 and name != first and time.monotonic() > until:
+                errors[name] = NO_TIME
+            if name in errors:
+                continue
+            try:
+                seconds(partial(run, number), device)
+            except (RuntimeError, ReducerError) as error:
+                if name == first:
+                    raise
+                errors[name] = _reason(error)
+    return errors
 
 
 def _settled(run: Callable[[], Any], device: torch.device) -> float:

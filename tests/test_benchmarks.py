@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ablations.precision import has_bfloat16
 from benchmarks import gpu, models, still
 from benchmarks.__main__ import main, parser
 from benchmarks.commands import scenarios
@@ -26,16 +28,17 @@ from benchmarks.halting import ReplayedAViT, replayed
 from benchmarks.memory import peak_bytes
 from benchmarks.padded import PaddedViT
 from benchmarks.pooled import pool
-from benchmarks.profiling import profile_ops, profile_table
+from benchmarks.profiling import Marked, profile_ops, profile_table, wrapped
 from benchmarks.reference_tome import ReferenceToMe
 from benchmarks.scaling import Decided, decided, measure
 from benchmarks.session import Scenario, Source, run_scaling, run_speed
 from benchmarks.speed import Effort, Timing, compare
-from benchmarks.subjects import packed, padded, subjects
+from benchmarks.subjects import compiled_ones, folded_gmacs, most_telling, packed, padded, subjects
 from benchmarks.timing import Quartiles, Turns, take_turns
 from reducers import ATS, Count, Drop, EViT, Placement, Ratio, ToMe, TopK, at, every, reduce_tokens
 from reducers.errors import ReducerError
 from tests.hostile import RC
+from tests.without import run_without
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -395,6 +398,8 @@ def test_a_scenario_can_be_cut_to_some_variants(tmp_path: Path) -> None:
     effort = Effort(rounds=1, warmup=1, memory=False)
     rows = run_speed(Scenario(TINY, (2,), size=32, dtype="bfloat16", effort=effort, only=("top-K",)), source(tmp_path))
     assert [row["kind"] for row in rows] == ["dense", "packed", "masked"]
+    notes = json.loads((tmp_path / f"speed-{TINY}-32-bfloat16-cpu.json").read_text())["notes"]
+    assert any("no units for bfloat16" in note for note in notes) != has_bfloat16(CPU), "it looks before it casts"
 
 
 @pytest.mark.slow
@@ -506,15 +511,97 @@ def test_growth_writes_table_data_and_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gpu_s_measurements_run_on_a_small_model_and_stop_in_time(tmp_path: Path) -> None:
+def test_the_gpu_s_measurements_run_at_toy_size_with_torch_and_timm_alone(tmp_path: Path) -> None:
+    lacking = ("ray", "fvcore", "pydantic", "pyarrow", "yaml", "optuna", "pandas", "rich", "matplotlib", "sklearn")
+    words = ["gpu", "--toy", "--device", "cpu", "--minutes", "60", "--out", str(tmp_path)]
+    done = run_without(lacking, f"from benchmarks.__main__ import main\nsys.exit(main({words!r}))\n", timeout=1500)
+    assert done.returncode == 0, done.stderr
+    tables = {name: json.loads((tmp_path / f"speed-{TINY}-{name}-cpu.json").read_text())
+              for name in ("32-bfloat16", "64-bfloat16", "32-bfloat16-compiled")}  # fmt: skip
+    first = tables["32-bfloat16"]
+    assert sorted({row["batch"] for row in first["rows"]}) == [1, 2, 3], "three scenarios' batches in one table"
+    names = [row["variant"] for row in first["rows"] if row["batch"] == 2]
+    assert [name.partition(" at ")[0] for name in names] == [
+        "dense", "top-K, half", "EViT 0.7", "ToMe r = 1, sizes by mask", "ToMe r = 1, sizes by fold",
+        "ToMe r = 1, sizes ignored", "ATS K = 2", "ATS K = 2", "random, half",
+    ]  # fmt: skip
+    mask, fold, ignored = (row for row in first["rows"] if row["batch"] == 2 and "ToMe" in row["variant"])
+    assert mask["gmacs"] == fold["gmacs"] == ignored["gmacs"], "costs never depend on the kernel"
+    assert fold["folded_gmacs"] > 0 and mask["folded_gmacs"] is None
+    assert all(row["error"] is None and row["peak_mib"] is not None for row in first["rows"])
+    assert mask["training_batch"] == 2 and mask["training_speedup"] is not None
+    for name, known in first["profiles"].items():
+        assert sum(known["split"].values()) == pytest.approx(known["busy_ms"], rel=0.05), name
+        assert (known["split"]["deciding"] > 0) == (known["launches"]["deciding"] > 0) == (name != "dense")
+        assert known["split"]["attention"] > 0 and known["split"]["linear"] > 0
+    compiled = tables["32-bfloat16-compiled"]["rows"]
+    assert [row["variant"].partition(" ")[0] for row in compiled] == ["dense", "top-K,", "EViT", "ToMe", "ToMe"]
+    assert all(row["error"] is None for row in compiled)
+    text = (tmp_path / f"speed-{TINY}-32-bfloat16-cpu.md").read_text()
+    assert "(fold: + 0.000)" in text and "| *deciding* |" in text and "Where the time goes, batch 2" in text
+    assert (
+        "went through torch.compile (aot_eager)" in (tmp_path / f"speed-{TINY}-32-bfloat16-compiled-cpu.md").read_text()
+    )
+
+
+def test_the_gpu_s_measurements_begin_nothing_when_the_time_is_up(tmp_path: Path) -> None:
     said: list[str] = []
-    effort = Effort(rounds=1, warmup=1, memory=False)
-    only = ("EViT 0.7", "reference")
-    small = tuple(replace(s, model=TINY, size=32, batches=(2,), effort=effort, only=only) for s in gpu.SCENARIOS)
-    assert gpu.run(source(tmp_path, said), minutes=10, scenarios=small[:2]) == []
-    assert (tmp_path / f"speed-{TINY}-32-bfloat16-cpu.json").exists()
-    assert gpu.run(source(tmp_path, said), minutes=-1, scenarios=small) == list(small)
-    assert "not measured: test_vit at 32 px" in said[-1]
+    small = gpu.toy()
+    assert gpu.run(source(tmp_path, said), minutes=-1, scenarios=small) == small
+    assert "not measured: test_vit at 32 px" in said[-1] and "compiled" in said[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_gpu_is_asked_is_as_promised_and_in_that_order() -> None:
+    asked = [(s.model, s.batches, s.lineup, s.compiler) for s in gpu.SCENARIOS]
+    assert asked == [
+        ("deit_small_patch16_224", (256,), "telling", None),
+        ("deit_small_patch16_224", (1, 1024), "telling", None),
+        ("vit_base_patch16_384", (256,), "telling", None),
+        ("deit_small_patch16_224", (256,), "compiled", "inductor"),
+    ]
+    model = models.create("deit_small_patch16_224", size=None, weights=None)[0]
+    names = [subject.name for subject in most_telling(model, Counts.load())]
+    assert names == [
+        "top-K, half at block 3", "EViT 0.7 at blocks 3, 6, 9", "ToMe r = 13, sizes by mask",
+        "ToMe r = 13, sizes by fold", "ToMe r = 13, sizes ignored", "ATS K = 108 at blocks 3-11",
+        "ATS K = 96 at block 3", "random, half at block 3",
+    ]  # fmt: skip
+    assert [s.name for s in compiled_ones(model, None)] == names[:4]
+
+
+def test_time_that_is_up_ends_rounds_and_leaves_out_what_is_not_warm() -> None:
+    calls: list[str] = []
+    runs = {name: (lambda number, name=name: calls.append(name)) for name in ("dense", "other")}
+    turns = take_turns(runs, CPU, rounds=5, warmup=1, until=-1.0)
+    assert turns.errors == {"other": "the time was up"} and len(turns.seconds["dense"]) == 2
+    ahead = time.monotonic() + 0.2
+    turns = take_turns({**runs, "slow": lambda number: time.sleep(0.06)}, CPU, rounds=50, warmup=1, until=ahead)
+    assert 2 <= len(turns.seconds["slow"]) < 10 and not turns.errors
+
+
+def test_the_fold_s_products_are_those_of_its_two_columns() -> None:
+    """Of DeiT-S, dense: 44.7 million multiply-adds, an eighth of the attention's own."""
+    model = models.create("deit_small_patch16_224", size=None, weights=None)[0]
+    folded = packed("", lambda start: every(1, ToMe(Drop(13))), "fold")
+    tokens = torch.full((2, 13), 197)
+    assert folded_gmacs(folded, model, tokens) * 12 / 11 == pytest.approx(44.7e-3, abs=5e-5), "no sizes in block 0"
+    attention = 11 * 2 * 197**2 * 384 / 1e9
+    assert folded_gmacs(folded, model, tokens) == pytest.approx(attention / 8)
+
+
+def test_what_a_pass_launches_is_counted_and_decisions_apart() -> None:
+    model, images = tiny(4), pictures(2)
+    live = reduce_tokens(model, wrapped(at([1, 2], TopK(Ratio(0.5))), Marked)).eval()
+    with torch.inference_mode():
+        expected = reduce_tokens(model, at([1, 2], TopK(Ratio(0.5)))).eval()(images)
+        assert torch.equal(live(images), expected)
+        profiled = profile_ops(lambda: live(images), CPU, passes=1)
+        plain = profile_ops(lambda: model(images), CPU, passes=1)
+    assert 0 < profiled["launches"]["deciding"] < profiled["launches"]["all"]
+    assert plain["launches"]["deciding"] == 0 == plain["split"]["deciding"] and plain["split"]["attention"] > 0
+    assert set(profiled["split"]) == {"deciding", "attention", "linear", "other"}
+    assert "*launches* (of decisions)" in profile_table({"dense": plain, "top-K": profiled})
 
 
 def test_ops_are_listed_by_the_time_they_take() -> None:

@@ -150,7 +150,8 @@ def _varlen_takes(q: Tensor) -> bool:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Layout, keys: Layout, scale: float) -> Tensor:
     """Flash attention on the packed rows themselves: no padding, and no wait for the device."""
-    natural, told = q.shape[-1] ** -0.5, {}  # the kernel's own
+    natural = q.shape[-1] ** -0.5  # the kernel's own
+    told: dict[str, float] = {}
     if scale != natural:
         if _VARLEN_TAKES_A_SCALE:
             told["scale"] = scale

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.profiling import Launches, Marked, wrapped
 from reducers import ATS, Count, Ratio, Stack, TopK, at, build, reduce_tokens
 from tests.samples import sampled
 
@@ -132,6 +133,33 @@ def test_fixed_counts_never_wait_for_the_device(name):
         out = on_pretended_gpu(model)(torch.empty(4, 3, 48, 48, device="cuda"))
     assert out.shape == (4, 7)
     assert out.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", sampled(FIXED, quick=["tome"]))
+def test_nor_do_they_in_half_precision_with_folded_sizes_and_gradients(name):
+    """What is kept for the backward pass is kept without a wait, too."""
+    reducer = FIXED[name]
+    model = reduce_tokens(model_for(reducer), placed(reducer), attention="fold").bfloat16()
+    with FakeTensorMode(), RefuseCopies():
+        driven = on_pretended_gpu(model)
+        images = torch.empty(4, 3, 48, 48, device="cuda", dtype=torch.bfloat16)
+        logits = driven(images)
+    assert logits.requires_grad and logits.dtype == torch.bfloat16 and logits.is_cuda
+
+
+LAUNCHES = {"topk": 16, "evit": 28, "tome": 30, "ats": 22}
+"""The most operations that one decision may launch, the scores it asks for included, the block's own layers not."""
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+@torch.inference_mode()
+def test_a_decision_takes_few_launches(name, images):
+    """Of two images, in one block. A GPU waits some microseconds for each of them, whatever it computes."""
+    model = reduce_tokens(make_vit(), wrapped(at(1, fresh(CASES[name])), Marked)).eval()
+    model(images)
+    with Launches() as counted:
+        model(images)
+    assert 0 < counted.count["deciding"] <= LAUNCHES[name], dict(counted.ops)
 
 
 class CountReads(TorchDispatchMode):

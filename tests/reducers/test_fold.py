@@ -278,6 +278,17 @@ def test_a_whole_model_is_the_same_by_either_and_costs_the_same(ragged, images, 
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@torch.no_grad()
+def test_a_model_with_folded_sizes_compiles_into_one_graph(images, monkeypatch):
+    monkeypatch.setattr(kernels, "_fold_takes", lambda *asked: True)
+    model = reduce_tokens(make_vit(depth=3), every(1, ToMe(Drop(3)), depth=3), attention="fold")
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
+
+
 def test_another_word_is_refused_with_those_there_are():
     with pytest.raises(ReducerError, match="choose one of mask, fold"):
         reduce_tokens(make_vit(), at(1, ToMe(Drop(2))), attention="flash")  # type: ignore[arg-type]
