@@ -9,6 +9,7 @@ DEV := $(VENV)/.sievit-dev
 
 # results/embedded, results/imagefolder, results/torchvision-CIFAR10, …
 OUT ?= results/$(subst /,-,$(subst :,-,$(or $(WORKLOAD),embedded)))
+GPU_FOLDER ?= results/gpu-ablations/folder
 TESTS ?= tests
 SMOKE_SPECS ?= k_values class_token
 FLOOR_TESTS ?= tests/reducers/test_contract.py tests/ablations/test_store.py tests/ablations/test_spec.py \
@@ -27,7 +28,7 @@ RUN_OPTIONS = $(call option,WORKLOAD,workload) $(call option,DATA,data) $(call o
 	$(call option,TRAIN_DATA,train-data) $(call option,TASK,task) $(if $(PROFILE),--profile) $(FOLDER_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablations recommend smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu weights report clean
+.PHONY: help ablations recommend smoke test test-slow test-floors lint train docs bench bench-scaling bench-gpu gpu-folder ablations-gpu weights report clean
 
 help: ## this list
 	@echo 'Sievit: which tokens can a vision transformer do without? Set-up is part of every target.'
@@ -56,6 +57,7 @@ help: ## this list
 	@echo '  TRAINED    for recommend: folders of trainings whose weights are tried as well; HOST=fill=zero drives the model so'
 	@echo '  METHOD     for train: registered names, or all (none: list them); SET="epochs=1" changes its recipe'
 	@echo '  PROFILE=1  tell where the time went'
+	@echo '  GPU_FOLDER for gpu-folder and ablations-gpu: the folder that travels (default: $(GPU_FOLDER))'
 	@echo '  SIZE       pixels, DTYPE  precisions: for bench, each may be several (DTYPE="float32 bfloat16")'
 	@echo '  OUT        folder of the results (default: results/WORKLOAD)'
 	@echo '  TO         for report: write it to this folder, where OUT may only be read'
@@ -121,10 +123,16 @@ bench: $(STAMP) ## measured speed of each reducer against the dense model
 bench-scaling: $(STAMP) ## time and memory against tokens and batch, and the share that deciding takes
 	$(PY) -m benchmarks scaling $(call option,MODEL,model)
 
-bench-gpu: ## the speed tables of one large GPU, in bfloat16, within eight minutes
+bench-gpu: ## the speed tables of one large GPU, in bfloat16, within five minutes
 	@python="$(bench_python)"; \
 	if [ -z "$$python" ]; then $(MAKE) --no-print-directory '$(STAMP)' && python='$(PY)' || exit $$?; fi; \
 	"$$python" -m benchmarks gpu $(BENCH_OPTIONS)
+
+gpu-folder: $(STAMP) ## run the ablations for a GPU on this CPU, and write what a GPU needs for the same to GPU_FOLDER
+	$(PY) -m benchmarks.gpu_ablations prepare --out '$(GPU_FOLDER)' $(call option,LIMIT,limit) $(call option,SPECS,specs)
+
+ablations-gpu: ## the same on a GPU, from GPU_FOLDER, with torch and timm alone: minutes, and agreement with the CPU
+	@python="$(bench_python)"; "$${python:-python3}" -m benchmarks.gpu_ablations run '$(GPU_FOLDER)'
 
 docs: $(STAMP) ## make docs/methods and docs/families.md again from docstrings and hosts
 	$(PY) -m ablations docs

@@ -183,8 +183,8 @@ benchmarks record --weights FILE --data DIR
 """
 
 TARGETS = (
-    "ablations", "bench", "bench-gpu", "bench-scaling", "clean", "docs", "help", "lint", "recommend", "report", "smoke",
-    "test", "test-slow", "train", "weights",
+    "ablations", "ablations-gpu", "bench", "bench-gpu", "bench-scaling", "clean", "docs", "gpu-folder", "help", "lint",
+    "recommend", "report", "smoke", "test", "test-slow", "train", "weights",
 )  # fmt: skip
 VARIABLES = (
     "WORKLOAD=imagefolder", "DATA=imagenet/val", "MODEL=deit_small_patch16_224", "WEIGHTS=random", "LIMIT=5000",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from ablations.measure.profile import Profile
 from ablations.models.loading import RANDOM, located_weights
 from ablations.models.weight_files import ModelError, read_weights
 from ablations.records.files import atomic, write_json
-from ablations.run.session import Session
 from ablations.tasks import task_of
 from ablations.trial.trial import ModelFacts
 from ablations.workloads import ImageSource, LoadedModel, Reading, Sampling, Workload, open_model
+
+if TYPE_CHECKING:
+    from ablations.run.session import Session  # which reads specs, and needs pydantic for it
 
 _LARGE = ("pixels", "masks")  # mapped from files of their own, which models and later runs share
 _SMALL = ("labels", "clutter")

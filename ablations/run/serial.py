@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ablations.measure.context import TrialContext
 from ablations.measure.evaluate import Report, run_group
@@ -18,9 +18,11 @@ from ablations.measure.speed import measure_speed
 from ablations.run.contexts import Contexts
 from ablations.run.jobs import Computation, Job
 from ablations.run.progress import RunProgress
-from ablations.store.store import Store
 from ablations.trial.stages import Stages
 from ablations.trial.trial import Trial, TrialResult, answers, failed
+
+if TYPE_CHECKING:
+    from ablations.store.store import Store  # which needs pyarrow, and other places for results do not
 
 log = logging.getLogger(__name__)
 
