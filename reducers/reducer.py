@@ -127,7 +127,7 @@ class Prepares(Protocol):
 class Selects(Protocol):
     """Decides on patches by the images themselves, before any block."""
 
-    def select(self, images: Tensor, host: Any, batch: TokenBatch) -> Decision | None:
+    def select_patches(self, images: Tensor, host: Any, batch: TokenBatch) -> Decision | None:
         """What becomes of the embedded patches, all of which are there (``TokenBatch.lattice``); None: nothing.
 
         ``batch``: as the first block would get it. In a clip whose frames are units a map may go from one to another.
@@ -211,7 +211,7 @@ class Steps:
 
         return cls(
             prepares=has(Prepares, "prepare"),
-            selects=has(Selects, "select"),
+            selects=has(Selects, "select_patches"),
             plans=has(Plans, "plan"),
             plans_training=has(PlansTraining, "plan_training"),
             runs_blocks=has(RunsBlocks, "block"),

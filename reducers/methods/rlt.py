@@ -98,7 +98,7 @@ class RLT(TokenReducer):
         self.reference = cast(Reference, checked_choice(reference, Reference, "RLT(reference=…)"))
         self.proportional = checked_flag(proportional, "RLT(proportional=…)")
 
-    def select(self, images: Tensor, host: Any, batch: TokenBatch) -> Decision | None:
+    def select_patches(self, images: Tensor, host: Any, batch: TokenBatch) -> Decision | None:
         """The runs of each place: clips (B, F, C, H, W)."""
         kept = kept_tubelets(images, host.tubelet, self.tau, self.reference)
         if bool(kept.all()):

@@ -477,7 +477,7 @@ def _chosen(run: _Pass, images: Tensor, plain: PlainModel, embedded: TokenBatch,
     """What is left of a batch when a reducer has chosen by the images; ``embedded``: with places as they are run."""
     host = run.host
     for member in run.members:
-        decision = cast(Selects, member).select(images, plain, embedded) if member.steps.selects else None
+        decision = cast(Selects, member).select_patches(images, plain, embedded) if member.steps.selects else None
         if decision is not None:
             host.block(host.embedded).allow(member.name, decision.map)
             whole, batch = batch, advance(batch, decision, together=True)
