@@ -93,14 +93,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Placem
             f"{file.path}: it is for {name}, of {about['depth']} blocks, and this model has {host.depth}; load it with "
             "that model, or ask `sievit recommend` about this one"
         )
-    others, wanted, others_are = [], about.get("weights_digest", ""), "this model has other weights"
+    others: list[str] = []
+    wanted, others_are = about.get("weights_digest", ""), "this model has other weights"
     if "model" in trained:
-        wanted, others_are = (
-            trained["model"].digest,
-            (
-                f"this model has not the weights that were trained, {trained['model'].file} beside it "
-                "(model.load_state_dict(safetensors.torch.load_file(…)) before it is reduced)"
-            ),
+        wanted = trained["model"].digest
+        others_are = (
+            f"this model has not the weights that were trained, {trained['model'].file} beside it "
+            "(model.load_state_dict(safetensors.torch.load_file(…)) before it is reduced)"
         )
     if wanted not in ("", state_digest(host.model)):
         others.append(others_are)

@@ -191,9 +191,9 @@ class Call:
                        "stack": [{"name": method.name, "budget": {"ratio": AUTO}}]}]  # fmt: skip
             found.setdefault(method.name, Proposal(Stages.of(stages), describe(stages), share))
         for one in space.given:
-            stages, training = next(iter(one.placements.values())), one.training
-            for name in names_of(stages):
-                found.setdefault(name, Proposal(Stages.of(stages), describe(stages, training), share, training))
+            placed, training = next(iter(one.placements.values())), one.training
+            for name in names_of(placed):
+                found.setdefault(name, Proposal(Stages.of(placed), describe(placed, training), share, training))
         return found
 
     def _singles(self, share: float) -> list[Single]:
