@@ -46,4 +46,8 @@ def _xvit() -> nn.Module:
     )  # fmt: skip
 
 
-CLIPS: dict[str, Callable[[], nn.Module]] = {TIMESFORMER: _timesformer, XVIT: _xvit}
+CLIPS: dict[str, Callable[[], nn.Module]] = {XVIT: _xvit, TIMESFORMER: _timesformer}  # the main one first
+UNTRAINED = (TIMESFORMER,)
+"""Models without weights as yet. With time embeddings begun at random this one learned along which line the digit
+moves, and not in which sense: 49 % of the directions after 11,520 clips, nearly all else their opposites.
+"""

@@ -50,7 +50,8 @@ OLD_LR, NEW_LR = 5e-4, 2e-3  # of weights that digits_vit_tiny has, and of those
 WARMUP = 20  # steps
 WEIGHT_DECAY = 0.05
 DIGIT_LOSS, TOKEN_LOSS = 0.2, 1.0
-TIME_STD = {TIMESFORMER: 0.2, XVIT: 0.05}  # of the time embeddings at the start
+TIME_STD = 0.05  # of the time embeddings at the start
+WAVES = 0.2  # amplitude of those of TimeSformer
 DEVELOPMENT_SEED, EVALUATED = 5, 240  # held-out clips of the curve; others than those of the workload
 WIDTH = 64
 _NEW = ("time", "temporal", "head.", "classifier")  # in names of what the start has no values for
@@ -76,11 +77,22 @@ def started(name: str, images: Mapping[str, Tensor]) -> nn.Module:
     assert not unexpected and all(_is_new(key) for key in missing), (missing, unexpected)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if key.endswith(("time_embed", "time_embeddings")):
-                nn.init.normal_(parameter, std=TIME_STD[name])
+            if key.endswith("time_embed"):
+                nn.init.normal_(parameter, std=TIME_STD)
+            elif key.endswith("time_embeddings"):
+                parameter.copy_(waves(parameter.shape[1], parameter.shape[2]))
             elif "temporal_dense" in key:
                 nn.init.zeros_(parameter)
     return model
+
+
+def waves(frames: int, width: int) -> Tensor:
+    """Embeddings (1, F, D) of time by which a frame finds the next: half sines, half cosines, of periods from twice the
+    clip to two frames.
+    """
+    periods = 2 * frames * (1 / frames) ** torch.linspace(0, 1, width // 2)
+    angles = 2 * math.pi * torch.arange(frames)[:, None] / periods
+    return WAVES * torch.cat((angles.sin(), angles.cos()), dim=1)[None]
 
 
 def _for_timesformer(known: Mapping[str, Tensor]) -> dict[str, Tensor]:
