@@ -27,6 +27,8 @@ def create(name: str, *, size: int | None, weights: Path | None) -> tuple[Any, b
     torch.manual_seed(0)
     sized: dict[str, Any] = {} if size is None else {"img_size": size}
     model: Any = timm.create_model(name, **sized).eval()
+    if hasattr(model, "layers"):
+        fuse(model)
     if weights is None:
         return model, False
     state = load_file(weights)
@@ -43,6 +45,14 @@ def create(name: str, *, size: int | None, weights: Path | None) -> tuple[Any, b
 
 def _depth(state: dict[str, Tensor]) -> int:
     return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+
+def fuse(model: Any) -> Any:
+    """The same with fused attention in every block: timm leaves that of windows written out unless it is asked."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = True
+    return model
 
 
 def check_fused(model: Any) -> None:

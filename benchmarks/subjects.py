@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.counts import Counts
 from benchmarks.halting import PRINTED, replayed
+from benchmarks.models import fuse
 from benchmarks.padded import PaddedViT
 from benchmarks.reference_tome import ReferenceToMe
 from reducers import ATS, Count, Drop, EViT, Placement, RandomDrop, Ratio, ToMe, TopK, at, every, reduce_tokens
@@ -72,7 +73,7 @@ def of_swin(base: int) -> Subject:
     def network(model: Any) -> STViTSwin:
         if id(model) not in made:
             own = next(model.parameters())
-            made[id(model)] = STViTSwin.from_swin(model, base=base).to(own.device, own.dtype).eval()
+            made[id(model)] = fuse(STViTSwin.from_swin(model, base=base).to(own.device, own.dtype).eval())
         return made[id(model)]
 
     blocks = "block" if base == 1 else "blocks"
