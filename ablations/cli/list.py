@@ -36,7 +36,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _list(arguments: argparse.Namespace) -> int:
     if arguments.reducers:
         return _list_reducers()
-    from ablations.models.digits import MOVING
     from ablations.spec.model import find_specs
 
     specs = [file.spec for file in find_specs(only_default=False)]
@@ -45,6 +44,8 @@ def _list(arguments: argparse.Namespace) -> int:
     named = sum(_when(spec) == _NAMED for spec in specs)
     closing = f"{len(specs)} specs; {named} of them run only where --specs names them"
     if arguments.trials:
+        from ablations.models.digits import MOVING
+
         clips = [spec.name for spec in specs if _when(spec) == _CLIPS]
         counts = _trials([spec.name for spec in specs if spec.name not in clips]) | _trials(clips, MOVING)
         header.insert(1, "trials")

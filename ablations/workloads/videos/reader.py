@@ -207,7 +207,7 @@ def _container(file: BinaryIO) -> Iterator[Any]:
     options = {"protocol_whitelist": "none", "format_whitelist": CONTAINERS, "codec_whitelist": _DECODERS}
     try:
         container = av.open(file, mode="r", container_options=options, metadata_errors="ignore")
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:  # an empty file fails in Python's own seek
         raise Unusable(f"{NOT_A_VIDEO}: {_words(error)}") from error
     with container:
         yield container
