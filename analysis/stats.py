@@ -205,8 +205,8 @@ def clustered_spearman(
     for _ in range(0, draws, _GROUPS_AT_ONCE):
         counts = random.multinomial(groups, np.full(groups, 1 / groups), size=min(_GROUPS_AT_ONCE, draws))
         weights = np.repeat(counts.astype(np.float64), each, axis=1)
-        ranks = (_weighted_ranks(values.ravel(), weights) for values in (a, b))
-        found.append(_weighted_correlation(*ranks, weights))
+        one, other = (_weighted_ranks(values.ravel(), weights) for values in (a, b))
+        found.append(_weighted_correlation(one, other, weights))
     low, high = np.nanquantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return Interval(rho, float(low), float(high))
 

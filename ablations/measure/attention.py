@@ -63,7 +63,7 @@ def attention_for(
             known = {"attention": quicker(seconds), "seconds": seconds}
             write_json(file, known)
     log.info("sizes come into attention by %s: %s", known["attention"], _told(known["seconds"]))
-    return known["attention"]  # type: ignore[no-any-return]  # one of the two
+    return known["attention"]
 
 
 def quicker(seconds: Mapping[str, float]) -> Attention:
@@ -75,7 +75,7 @@ def measured(
     shape: Shape, dtype: torch.dtype, *, device: torch.device, backward: bool, rounds: int = ROUNDS
 ) -> dict[str, float]:
     """Seconds of attention by each way, with the gradients where asked: medians of rounds in which they took turns."""
-    total = dict.fromkeys(ATTENTIONS, 0.0)
+    total: dict[str, float] = dict.fromkeys(ATTENTIONS, 0.0)
     for share in _LEFT:
         runs = {way: _attention(shape, share, dtype, device, backward=backward, fold=way == "fold")
                 for way in ATTENTIONS}  # fmt: skip

@@ -99,7 +99,8 @@ class Preprocess:
         for number in range(count):
             at = [round(each / 2) for each in spare]  # as torchvision puts the centre
             at[along] = at[along] if 2 * number == count - 1 else spare[along] * number // (count - 1)
-            found.append(np.asarray(image.crop((*at, at[0] + side, at[1] + side))).reshape(self.shape))
+            left, top = at
+            found.append(np.asarray(image.crop((left, top, left + side, top + side))).reshape(self.shape))
         return np.stack(found)
 
     def _only_crops(self, image: Image.Image) -> bool:
