@@ -1,7 +1,9 @@
-"""The small siblings of CvT, PS-ViT and Swin that read the embedded scenes, with weights that belong to the package.
+"""The small siblings of CvT, PS-ViT, Swin and STViT-R that read the embedded scenes, with weights that belong to the
+package.
 
-All read the digit pairs, 64 x 64 grey pixels. CvT and PS-ViT show a reducer 64 tokens and a class token; Swin has no
-class token, and 8 x 8 tokens in its last stage. transformers, which has CvT, is imported when that one is asked for.
+All read the digit pairs, 64 x 64 grey pixels. CvT and PS-ViT show a reducer 64 tokens and a class token; Swin and
+STViT-R have no class token, and 8 x 8 tokens in their last stage. transformers, which has CvT, is imported when that
+one is asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from ablations.models.weight_files import ModelError
 CLASSES = 10
 CLASSIFIER = {"digits_cvt_tiny": "classifier", "digits_swin_tiny": "head.fc"}  # where it is not called "head"
 CVT, PS_VIT = "digits_cvt_tiny", "digits_ps_vit_tiny"
-SWIN = "digits_swin_tiny"
+SWIN, STVIT_R = "digits_swin_tiny", "digits_stvit_r_tiny"
 
 
 def _cvt() -> nn.Module:
@@ -65,6 +67,13 @@ def _swin() -> nn.Module:
     )  # fmt: skip
 
 
+def _stvit_r() -> nn.Module:
+    """The same with a stem of convolutions and one unit of six blocks at 8 x 8: 2 x 2 semantic tokens a window."""
+    from reducers.backbones.stvit_r import stvit_r_swin_toy
+
+    return stvit_r_swin_toy(width=16)
+
+
 def without_classifier(model: Any) -> None:
     """Take the classifier away: what is left gives the features that it reads."""
     if hasattr(model, "reset_classifier"):
@@ -73,4 +82,4 @@ def without_classifier(model: Any) -> None:
         model.classifier = nn.Identity()
 
 
-SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit, SWIN: _swin}
+SIBLINGS: dict[str, Callable[[], nn.Module]] = {CVT: _cvt, PS_VIT: _ps_vit, SWIN: _swin, STVIT_R: _stvit_r}

@@ -1,4 +1,4 @@
-"""Train the small siblings of CvT, PS-ViT and Swin again.
+"""Train the small siblings of CvT, PS-ViT, Swin and STViT-R again.
 
     python -m ablations.workloads.train_siblings --out FOLDER
 
@@ -7,7 +7,7 @@ token labels (each token is also told which digit lies where it looks, or backgr
 NeurIPS 2021) teach reading fast, and the label of the scene follows. A token of
 PS-ViT is told what lies around the point where it was sampled last; those of the others lie on the grid of patches.
 Muon (in float32) on the matrices, AdamW on the rest (timm's), float32: bfloat16 is no help to a CPU without units for
-it. No token is dropped in training.
+it. No token is dropped in training. STViT-R begins from the weights of the Swin, but for its stem.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablations.models.digits import CANVAS, CLASSES, PATCH, save_weights
-from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, SWIN
+from ablations.models.digits import CANVAS, CLASSES, PATCH, WEIGHTS, save_weights
+from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, STVIT_R, SWIN
 from ablations.models.weight_files import load_into, read_weights
 from ablations.precision import float32_muon
 from ablations.records.files import user_path
@@ -37,10 +38,13 @@ from ablations.workloads.train_embedded import accuracy
 from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development
 from ablations.workloads.training_state import Curve, keep, restore
 from reducers import Placement, reduce_tokens
+from reducers.backbones.stvit_r import SemanticBlock
+from reducers.backbones.stvit_swin import semantic_weights
 
 log = logging.getLogger(__name__)
 
-SCENES = {CVT: 51_200, PS_VIT: 40_960, SWIN: 51_200}
+SCENES = {CVT: 51_200, PS_VIT: 40_960, SWIN: 51_200, STVIT_R: 38_400}
+START = {STVIT_R: SWIN}  # whose weights a model begins from
 PEAK_LR = 2e-3
 WARMUP, DECAY = 100, 0.3  # steps in which the learning rate rises; the share of all in which it falls to zero
 WEIGHT_DECAY = 0.05
@@ -98,6 +102,9 @@ def told(name: str, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor 
     if name == SWIN:
         on_map = model.forward_features(images)
         return model.forward_head(on_map), on_map.flatten(1, 2), None
+    if name == STVIT_R:
+        on_map = model.features(images)
+        return model.head(on_map.mean((1, 2))), on_map.flatten(1, 2), None
     tokens, points = model.sampled(images)
     tokens = model.norm(model.blocks(model.with_class_token(tokens)))
     return model.forward_head(tokens), tokens[:, 1:], points
@@ -121,6 +128,9 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     """
     torch.manual_seed(seed)
     model = SIBLINGS[name]()
+    if name in START and not (resume and (out / f"{name}.state.safetensors").is_file()):
+        own = out / f"{START[name]}.safetensors"
+        begin_from(model, read_weights(own if own.is_file() else WEIGHTS / own.name))
     token_head = nn.Linear(64, CLASSES + 1)
     trained = nn.ModuleList([model, token_head])
     optimizer = create_optimizer_v2(
@@ -169,12 +179,31 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
             )  # fmt: skip
             save_weights(model, name, out)
             record = {"model": name, "scenes": steps * BATCH, "seed": seed, "curve": curve}
+            if name in START:
+                record["start"] = START[name]
             (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             keep(state, trained, optimizer, step + 1, curve)
 
 
+def begin_from(model: nn.Module, swin: Mapping[str, Tensor]) -> None:
+    """Give an STViT-R the weights of a Swin of its shape; the stem keeps its own.
+
+    Blocks on semantic tokens take those of the block in their place, without relative positions and with LayerScale 1.
+    """
+    for name in model.state_dict():
+        if name.startswith("stem.") or ".units." in name:
+            continue
+        model.state_dict()[name].copy_(swin[name.replace("head.", "head.fc.")])
+    stage: Any = model.get_submodule("layers.2")
+    for unit in stage.units:
+        for index, block in enumerate(unit.blocks):
+            prefix = f"layers.2.blocks.{index}."
+            theirs = {key.removeprefix(prefix): each for key, each in swin.items() if key.startswith(prefix)}
+            block.load_state_dict(semantic_weights(theirs) if isinstance(block, SemanticBlock) else theirs)
+
+
 _CARD = """\
-# The siblings of CvT, PS-ViT and Swin
+# The siblings of CvT, PS-ViT, Swin and STViT-R
 
 Small models for the *digit pairs* (PAIRS_CARD.md): 64 x 64 grey scenes, the label is the digit shown twice. Weights:
 safetensors, float16. This page is written by `python -m ablations.workloads.train_siblings`; no number in it is typed
@@ -183,7 +212,9 @@ by hand.
 `digits_cvt_tiny` is transformers' CvT: 16 x 16 tokens of width 32 in one block, 8 x 8 of width 64 in two, and 8 x 8 of
 width 64 with a class token in ten; keys and values lie on 4 x 4 cells there. `digits_ps_vit_tiny` is a PS-ViT: 8 x 8
 points on a map of 16 x 16, four sampling layers and eight with a class token, width 64. `digits_swin_tiny` is timm's
-Swin: 32 x 32, 16 x 16 and 8 x 8 tokens of width 16, 32 and 64 in windows of 4 x 4, in two, two and six blocks.
+Swin: 32 x 32, 16 x 16 and 8 x 8 tokens of width 16, 32 and 64 in windows of 4 x 4, in two, two and six blocks;
+`digits_stvit_r_tiny` the same with a stem of two convolutions, and at 8 x 8 one unit of STViT-R, 2 x 2 semantic tokens
+for each of 2 x 2 windows.
 
 ## Recipe
 
@@ -191,8 +222,10 @@ From random weights, on scenes drawn on the fly from the first four fifths of sc
 last fifth, of other writers, is held out); half of them show four digits. Batch 64; Muon (in float32) on the matrices
 and AdamW on the rest, learning rate 2e-3 after 100 steps of warm-up, falling to zero over the last 30 %, weight decay
 0.05, gradient norm clipped to 1, label smoothing 0.05, float32; plus 0.5 x token labelling (each token is told which
-digit lies in the 8 x 8 pixels where it looks, or background; that head is thrown away). No token is dropped in
-training. A caveat: token labelling tells each token its digit, so these models know better than most where digits are.
+digit lies in the 8 x 8 pixels where it looks, or background; that head is thrown away). `digits_stvit_r_tiny`
+begins from the weights of `digits_swin_tiny`, but for its stem: blocks on semantic tokens from those of the block in
+their place, without relative positions and with LayerScale 1. No token is dropped in training. A caveat: token
+labelling tells each token its digit, so these models know better than most where digits are.
 """
 
 

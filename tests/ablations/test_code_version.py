@@ -299,7 +299,7 @@ UNUSED = {
     "ablations/trial/recipe.py": "parse_settings: for the command line",
     "ablations/measure/finetune/__main__.py": "*: the command line",
     "ablations/workloads/base.py": "check_limit spread_subset subset split_calibration: before the digest is taken",
-    "reducers/backbones/stvit_r.py": "from_release _renamed stvit_r_swin_toy: for Python, before there is a trial",
+    "reducers/backbones/stvit_r.py": "from_release _renamed: before the digest of the weights is taken",
 }
 """Functions in the rooms that make numbers which no trial uses, and why."""
 

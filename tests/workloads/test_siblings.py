@@ -1,4 +1,6 @@
-"""The small siblings of CvT, PS-ViT and Swin: opened by name, trained as their card says, they read the digit pairs."""
+"""The small siblings of CvT, PS-ViT, Swin and STViT-R: opened by name, trained as their card says, they read the digit
+pairs.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from ablations.models import paper
 from ablations.models.answers import logits_of
 from ablations.models.digits import CLASSES, READS, WEIGHTS
 from ablations.models.loading import check_model, create_model, head_classes, input_config
-from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, SWIN
+from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, STVIT_R, SWIN
 from ablations.workloads import ModelError, open_model, pairs, train_siblings
 from ablations.workloads.embedded import embedded_workload
-from ablations.workloads.train_siblings import CELL, draw, shown_around, told
+from ablations.workloads.train_siblings import CELL, START, begin_from, draw, shown_around, told
 from reducers.backbones.ps_vit import PSViT
 from reducers.hosts import host_of
 
@@ -122,6 +124,26 @@ def test_what_is_trained_is_what_is_evaluated(name: str) -> None:
     assert tokens.shape == (2, 64, 64) and (places is None) == (name != PS_VIT)
 
 
+@torch.no_grad()
+def test_stvit_r_begins_from_a_swin_block_by_block() -> None:
+    """With blocks that do nothing on semantic tokens, and the same stem, it is the Swin without those blocks."""
+    swin, model = opened(SWIN), opened(STVIT_R)
+    for parameter in swin.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    begin_from(model, swin.state_dict())
+    swin_blocks, (unit,) = swin.layers[2].blocks, model.layers[2].units
+    for block, theirs in zip(unit.blocks[1:], swin_blocks[1:], strict=True):
+        q, kv = block.attn.q.weight, block.attn.kv.weight
+        assert torch.equal(torch.cat([q, kv]), theirs.attn.qkv.weight) and block.ls1.gamma.eq(1).all()
+        assert torch.equal(block.mlp.fc2.bias, theirs.mlp.fc2.bias)
+        block.ls1.gamma.zero_()
+        block.ls2.gamma.zero_()
+    del swin_blocks[1:]
+    model.stem = swin.patch_embed
+    images = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(model(images), swin(images))
+
+
 @pytest.mark.slow
 def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,16 +177,20 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
 
 def test_the_shipped_weights_are_small_and_have_their_record_and_card() -> None:
     files = [WEIGHTS / f"{name}.safetensors" for name in SIBLINGS]
-    assert sum(file.stat().st_size for file in files) <= 4_000_000
+    assert sum(file.stat().st_size for file in files) <= 5_000_000
+    assert sum((WEIGHTS / f"{name}.safetensors").stat().st_size for name in (SWIN, STVIT_R)) <= 2_000_000
     card = (WEIGHTS / "SIBLINGS_CARD.md").read_text(encoding="utf-8")
     for name in SIBLINGS:
         record = json.loads((WEIGHTS / f"{name}.training.json").read_text(encoding="utf-8"))
         assert record["model"] == name and record["scenes"] == train_siblings.SCENES[name]
+        assert record.get("start") == START.get(name)
         assert record["curve"][-1]["images"] == record["scenes"] and record["curve"][-1]["cpu_minutes"] <= 45
         assert f"| {name} |" in card and f"{record['scenes']:,}" in card
 
 
-@pytest.mark.parametrize("name", [PS_VIT, SWIN, pytest.param(CVT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [PS_VIT, STVIT_R, *(pytest.param(name, marks=pytest.mark.slow) for name in (CVT, SWIN))]
+)
 @torch.inference_mode()
 def test_the_shipped_weights_read_the_digit_pairs_as_their_card_says(name: str) -> None:
     if name == CVT:
