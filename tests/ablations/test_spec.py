@@ -76,7 +76,7 @@ def _in_blocks(data: Any) -> Any:
         if "last" in data:
             return {0.75: "3-11", 0.6: "5-11"}.get(data["last"], data)
         if "from" in data:
-            return {3: 3, 4: 4}[data["from"]]
+            return {0: 0, 3: 3, 4: 4}[data["from"]]
         return [3, 6, 9] if data == {"thirds": True} else {key: _in_blocks(part) for key, part in data.items()}
     return [_in_blocks(part) for part in data] if isinstance(data, list) else data
 
