@@ -225,7 +225,8 @@ def describe(setting: Setting, trials: pd.DataFrame, *, data: str = "") -> str:
     how = "off the shelf" if tuned <= {False} else "finetuned" if tuned == {True} else "off the shelf and finetuned"
     if setting.weights == "random" and tuned == {True}:
         how = "trained from random weights"
-    text = f"{workload}, {setting.model}, {setting.images:,} images, {how}"
+    what = "clips" if setting.workload in ("moving_digits", "clips") else "images"
+    text = f"{workload}, {setting.model}, {setting.images:,} {what}, {how}"
     return "\n".join([text, *caution(setting, trials)])
 
 
