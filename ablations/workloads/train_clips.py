@@ -31,15 +31,14 @@ from torch.nn import functional as F
 
 from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, TIMESFORMER, XVIT
 from ablations.models.digits import CLASSES, MEAN, PATCH, STD, WEIGHTS, save_weights
-from ablations.models.weight_files import load_into, read_weights
+from ablations.models.weight_files import read_weights
 from ablations.records.files import user_path
-from ablations.records.wilson import wilson
 from ablations.workloads import moving_digits
 from ablations.workloads.digits import Split, mask_patches
 from ablations.workloads.drawing_ahead import drawn_ahead
 from ablations.workloads.embedded import moving_workload
+from ablations.workloads.trained_rows import trained_rows
 from ablations.workloads.training_state import Curve, keep, restore
-from reducers import Placement, reduce_tokens
 
 log = logging.getLogger(__name__)
 
@@ -250,33 +249,12 @@ the digit, so these models know better than most where to look.
 """
 
 
-@torch.no_grad()
 def document(out: Path) -> Path:
     """Measure the models in ``out`` that have a record of their training, and write their card."""
     workload = moving_workload()
-    labels = torch.from_numpy(workload.labels)
-    rows, curves = [], []
-    for name in sorted(CLIPS):
-        path = out / f"{name}.training.json"
-        if not path.is_file():
-            continue
-        record, model = json.loads(path.read_text(encoding="utf-8")), CLIPS[name]()
-        load_into(model, read_weights(out / f"{name}.safetensors"), name=name, source=str(out))
-        model.eval()
-        logits = [
-            told(model, workload.batch(i, min(i + BATCH, len(workload))))[0] for i in range(0, len(workload), BATCH)
-        ]
-        right = int((torch.cat(logits).argmax(1) == labels).sum())
-        low, high = wilson(right, len(workload))
-        mmacs = float(reduce_tokens(model, Placement()).cost(workload.batch(0, 1))[0]) / 1e6
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        last = record["curve"][-1]
-        rows.append(
-            f"| {name} | {parameters:.3f} | {mmacs:.1f} | {record['clips']:,} | {last['cpu_minutes']:.0f} "
-            f"({last['minutes']:.0f}) | {100 * right / len(workload):.1f} ({100 * low:.1f} to {100 * high:.1f}) |"
-        )
-        points = ", ".join(f"{point['clips'] / 1000:.0f}k {100 * point['top1']:.0f}" for point in record["curve"])
-        curves += [f"{name}: {points}.", ""]
+    rows, curves = trained_rows(
+        out, CLIPS, workload, logits=lambda name, model, clips: told(model, clips)[0], unit="clips", counted="clips"
+    )
     lines = [
         *_CARD.splitlines(),
         "",

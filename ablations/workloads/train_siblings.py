@@ -28,16 +28,15 @@ from torch.nn import functional as F
 
 from ablations.models.digits import CANVAS, CLASSES, PATCH, WEIGHTS, save_weights
 from ablations.models.siblings import CVT, PS_VIT, SIBLINGS, STVIT_R, SWIN
-from ablations.models.weight_files import load_into, read_weights
+from ablations.models.weight_files import read_weights
 from ablations.precision import float32_muon
 from ablations.records.files import user_path
-from ablations.records.wilson import wilson
 from ablations.workloads import pairs
 from ablations.workloads.embedded import embedded_workload
 from ablations.workloads.train_embedded import accuracy
 from ablations.workloads.train_pairs import BATCH, EVALUATED, Drawn, batches, development
+from ablations.workloads.trained_rows import trained_rows
 from ablations.workloads.training_state import Curve, keep, restore
-from reducers import Placement, reduce_tokens
 from reducers.backbones.stvit_r import SemanticBlock
 from reducers.backbones.stvit_swin import semantic_weights
 
@@ -232,25 +231,10 @@ labelling tells each token its digit, so these models know better than most wher
 def document(out: Path) -> Path:
     """Measure the models in ``out`` that have a record of their training, and write their card."""
     workload = embedded_workload()
-    rows, curves = [], []
-    for name in sorted(SIBLINGS):
-        path = out / f"{name}.training.json"
-        if not path.is_file():
-            continue
-        record, model = json.loads(path.read_text(encoding="utf-8")), SIBLINGS[name]()
-        load_into(model, read_weights(out / f"{name}.safetensors"), name=name, source=str(out))
-        images = workload.batch(0, len(workload))
-        right = round(accuracy(_Plain(model.eval()), images, torch.from_numpy(workload.labels), CPU) * len(workload))
-        low, high = wilson(right, len(workload))
-        mmacs = float(reduce_tokens(model.eval(), Placement()).cost(images[:1])[0]) / 1e6
-        last = record["curve"][-1]
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        rows.append(
-            f"| {name} | {parameters:.3f} | {mmacs:.1f} | {record['scenes']:,} | {last['cpu_minutes']:.0f} "
-            f"({last['minutes']:.0f}) | {100 * right / len(workload):.1f} ({100 * low:.1f} to {100 * high:.1f}) |"
-        )
-        points = ", ".join(f"{point['images'] / 1000:.0f}k {100 * point['top1']:.1f}" for point in record["curve"])
-        curves += [f"{name}: {points}.", ""]
+    rows, curves = trained_rows(
+        out, SIBLINGS, workload, logits=lambda name, model, images: _Plain(model)(images), unit="scenes",
+        counted="images",
+    )  # fmt: skip
     lines = [
         *_CARD.splitlines(),
         "",
