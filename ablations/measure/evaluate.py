@@ -30,6 +30,7 @@ from ablations.measure.context import (
 )
 from ablations.measure.failures import DeviceError, again, device_lost, in_words
 from ablations.measure.metrics import batch_columns, finite, image_columns, of_views, summary
+from ablations.records.columns import TRAINED
 from ablations.trial.trial import Solution, Trial, TrialError, TrialResult, base_row, failed, trained_together
 from reducers import Identity, at, reduce_tokens
 from reducers.runtime import ReducedViT, Shared
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from ablations.measure.finetune import Finetuned
 
 log = logging.getLogger(__name__)
-
-_TRAINING_COLUMNS = ("training", "epochs", "train_images", "train_seconds", "teacher", "train_precision", "attention")
 
 Report = Callable[[dict[str, Any]], None]
 """Takes what a long step tells of its progress, such as an epoch of finetuning."""
@@ -182,7 +181,7 @@ class _Run:
         }
         row["attention"] = "mask"  # in float32, as everything is evaluated in
         if self.tuned is not None:
-            row.update({name: self.tuned.record[name] for name in _TRAINING_COLUMNS})
+            row.update({name: self.tuned.record[name] for name in ("training", *TRAINED)})
         if self.solution is not None and context.calibration is not None:
             row["calibration_images"] = len(context.calibration)
         if not context.facts.class_token:

@@ -51,6 +51,9 @@ into attention, ``mask``, or ``fold`` where weights were trained in half precisi
 quicker; ``train_precision``: what matrix products of that training were computed in (null: nothing was trained).
 """
 
+TRAINED = ("epochs", "train_images", "train_seconds", "teacher", "train_precision", "attention")
+"""Of those, what a training tells of itself (null, of weights that were given: it is not known)."""
+
 OPTIONS = ("fill", "spread", "over", "missing")
 """Of those, the options of a model's host: how it is driven where a reducer acts."""
 

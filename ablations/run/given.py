@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ablations.measure.finetune import Finetuned, FinetuneError
 from ablations.measure.finetune.given import (
-    FACTS,
     GIVEN,
     facts_file,
     given_weights,
@@ -32,6 +31,7 @@ from ablations.measure.finetune.given import (
 )
 from ablations.measure.opening import Subject
 from ablations.models.weight_files import ModelError, load_into, read_weights
+from ablations.records.columns import TRAINED
 from ablations.records.files import atomic, user_path
 from ablations.records.storage import Disk
 from ablations.search.errors import SearchError
@@ -99,7 +99,7 @@ def read_given(folder: Path, subject: Subject) -> Given:
         tensors[digests["model"]] = model.state_dict()
     if own:
         tensors[digests["reducers"]] = own
-    return Given(folder, given_training(stages, **digests), tensors, {name: about[name] for name in FACTS})
+    return Given(folder, given_training(stages, **digests), tensors, {name: about[name] for name in TRAINED})
 
 
 def keep_given(given: Given, store: Store) -> None:
@@ -157,7 +157,7 @@ def _copy(name: str, store: Store, to: Path) -> None:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What the record of a training says: model, stages, and ``FACTS``, None where they are not known."""
+    """What the record of a training says: model, stages, and ``TRAINED``, None where they are not known."""
     for name in RECORDS:
         path = folder / name
         if path.is_symlink() or path.exists():
@@ -172,7 +172,7 @@ def _record(folder: Path) -> dict[str, Any]:
         else:
             about = told["results"]["method"]
             recipe = json.loads(about["training"])
-        facts = {**{each: about.get(each) for each in FACTS}, "epochs": recipe.get("epochs")}
+        facts = {**{each: about.get(each) for each in TRAINED}, "epochs": recipe.get("epochs")}
         for each, value in facts.items():
             if value is not None and not isinstance(value, _KINDS[each]):
                 raise TypeError(f"{each} is {value!r:.40}")

@@ -23,6 +23,7 @@ import reducers
 from ablations.cli.main import main
 from ablations.measure.finetune.given import given_weights
 from ablations.measure.opening import Subject, open_subject
+from ablations.records.columns import TRAINED
 from ablations.run.given import MOST_BYTES, folders_of, keep_given, provide, read_given
 from ablations.run.recommend.pieces import Pieces
 from ablations.search.errors import SearchError
@@ -286,6 +287,7 @@ def test_both_commands_records_are_read(training: Path, subject: Subject, tmp_pa
     (folder / "train.json").write_text(json.dumps({"model": NAME, "results": {"method": method}}))
     one, other = read_given(training, subject), read_given(folder, subject)
     assert one.training == other.training and other.facts["epochs"] == 2
+    assert tuple(one.facts) == TRAINED
     assert Stages.of(one.training.data["stages"]).plain() == STAGES
 
 

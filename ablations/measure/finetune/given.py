@@ -20,12 +20,13 @@ from ablations.measure.finetune.cache import Finetuned
 from ablations.measure.finetune.cache import finetuned as trained_here
 from ablations.measure.finetune.loop import FinetuneError
 from ablations.models.weight_files import ModelError, read_weights
+from ablations.records.columns import TRAINED
 from ablations.trial.given import given_of, training_digest
 from ablations.trial.stages import AS_USUAL, HostOptions, Training
 from reducers.digest import state_digest, tensors_digest
 
 GIVEN = "given"  # the folder
-FACTS = ("epochs", "train_images", "train_seconds", "teacher")  # of a training, as far as they are known
+FACTS = ("epochs", "train_images", "train_seconds", "teacher", "train_precision", "attention")
 
 
 def finetuned(
@@ -104,4 +105,4 @@ def _facts(folder: Path, training: Training) -> dict[str, Any]:
         told = json.loads((folder / facts_file(training)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         told = {}
-    return {name: told.get(name) if isinstance(told, dict) else None for name in FACTS}
+    return {name: told.get(name) if isinstance(told, dict) else None for name in TRAINED}
