@@ -27,7 +27,7 @@ from reducers.errors import ReducerError, UnsupportedModel
 from reducers.frames import spread_steps
 from reducers.hosts.hf_clips import HFClips, OwnBlock, check_own_layer, check_part
 from reducers.hosts.hf_vit import VIT, HFBlock, HFCore, Kind, Made, check_whole, part_of
-from reducers.hosts.protocol import Call, Family, Grid, Stage, StochasticDepth
+from reducers.hosts.protocol import OVER, Call, Family, Grid, Stage, StochasticDepth
 from reducers.lazy import cached_property
 from reducers.maps import Mix, TokenMap
 from reducers.masking import masked_softmax
@@ -38,7 +38,6 @@ _TIMESFORMER = replace(
     attention=("attention", "TimeSformerAttention"), mlps=("TimesformerIntermediate",), heads="num_heads",
     scale="scale", after=None, depth=True, resizes="never",
 )  # fmt: skip
-_DECIDED: dict[str, Decided] = {"frame": "each", "clip": "together", "tube": "alike"}
 _DIVIDED, _SPACE, _JOINT = "divided_space_time", "space_only", "joint_space_time"
 
 
@@ -257,7 +256,7 @@ class HFTimesformer(HFClips):
         ),
     )
 
-    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"over": ("frame", "clip", "tube")}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"over": tuple(OVER)}
 
     # --- whether it can be driven ---
 
@@ -344,7 +343,7 @@ class HFTimesformer(HFClips):
 
     @property
     def decided(self) -> Decided:
-        return _DECIDED[self.chosen["over"]]
+        return OVER[self.chosen["over"]]
 
     @property
     def over_clip(self) -> bool:

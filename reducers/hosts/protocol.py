@@ -26,6 +26,8 @@ from reducers.reducer import Input, TokenReducer
 from reducers.tokens import Decided, Layout, TokenBatch, Units
 
 Grid = tuple[int, int]
+OVER: Mapping[str, Decided] = {"frame": "each", "clip": "together", "tube": "alike"}
+"""Of clips whose frames are units: what the option ``over`` says that a budget counts -> what reducers decide on."""
 Spread = Literal["share", "mean"]
 Places = Literal["heaviest", "mean"]
 """The place of a token that stands for several: that of the heaviest of them, or the mean of their coordinates."""

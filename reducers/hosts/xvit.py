@@ -6,6 +6,9 @@ its heaviest member's). Where that place is gone, the option ``missing`` says wh
 beyond the ends of a clip, or ``self``, the token's own. Tokens that lie nowhere (a fused one, slots of a learned
 pooling) hear of those of the same number among their like.
 
+The option ``over`` says what a budget counts: each ``frame``, the whole ``clip``, or with ``tube`` the places that all
+frames keep, so that nothing is missing.
+
 Whether the authors of ATS, whose survivors are sorted by score, shifted by place or by rank, nobody knows: no public
 text or code says so.
 """
@@ -27,7 +30,7 @@ from reducers.errors import ReducerError, UnsupportedModel
 from reducers.frames import spread_steps
 from reducers.hosts import SUPPORTED
 from reducers.hosts.pools import class_or_mean
-from reducers.hosts.protocol import Family, Grid, Host, HostBlock
+from reducers.hosts.protocol import OVER, Family, Grid, Host, HostBlock, Stage
 from reducers.hosts.timm_parts import (
     check_attention,
     check_kind,
@@ -40,7 +43,7 @@ from reducers.hosts.timm_parts import (
 from reducers.hosts.timm_vit import TimmBlock, TimmCore, TimmViT
 from reducers.lazy import cached_property
 from reducers.reducer import Input
-from reducers.tokens import Layout, TokenBatch, Units
+from reducers.tokens import Decided, Layout, TokenBatch, Units
 
 _RESTATED = tuple((kind, kind.forward) for kind in (Block, ShiftedAttention, ClipHead))
 _STEPS = ("tokens", "forward_features", "forward_head")  # of the model, restated here
@@ -148,7 +151,7 @@ class XViTHost(TimmViT):
     model: XViT
     library: ClassVar[str] = "sievit"
     inputs: ClassVar[Input] = "clips"
-    options: ClassVar[dict[str, tuple[str, ...]]] = {"missing": ("zero", "self")}
+    options: ClassVar[dict[str, tuple[str, ...]]] = {"over": tuple(OVER), "missing": ("zero", "self")}
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (XViT,)
     families: ClassVar[tuple[Family, ...]] = (
         Family(
@@ -212,15 +215,33 @@ class XViTHost(TimmViT):
     def units(self) -> int:
         return self.frames
 
+    @property
+    def decided(self) -> Decided:
+        return OVER[self.chosen["over"]]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        (stage,) = super().stages
+        if self.decided != "together" or stage.grid is None:
+            return (stage,)
+        rows, columns = stage.grid
+        return (replace(stage, grid=(self.frames * rows, columns)),)
+
     # --- clips ---
 
+    def grid_of(self, images: Tensor) -> Grid:
+        """Of what a budget counts: the grids of a clip lie one below the other."""
+        steps, rows, columns = self.lattice_of(images)
+        return (steps * rows, columns) if self.decided == "together" else (rows, columns)
+
     def lattice_of(self, images: Tensor) -> tuple[int, int, int]:
-        return int(images.shape[1]), *self.grid_of(images)
+        return int(images.shape[1]), *super().grid_of(images)
 
     def whole_patches(self, images: Tensor) -> tuple[Grid, Grid]:
         if images.dim() != 5:
             raise ReducerError(f"an XViT reads clips (B, F, C, H, W); got {tuple(images.shape)}")
-        return super().whole_patches(images)
+        _, patch = super().whole_patches(images)
+        return self.lattice_of(images)[1:], patch
 
     def whole_steps(self, images: Tensor) -> tuple[int, int]:
         if images.dim() != 5 or images.shape[1] != self.frames:
@@ -246,9 +267,8 @@ class XViTHost(TimmViT):
         assert batch.pos is not None and batch.layout.uniform is not None
         patches = batch.layout.uniform[0] - 1
         places = torch.arange(frames * patches, device=images.device).view(frames, patches)
-        return replace(
-            batch, units=Units(len(images), places), tables=Clips(frames, frames // groups, patches, batch.pos)
-        )  # fmt: skip
+        units = Units(len(images), places, decided=self.decided)
+        return replace(batch, units=units, tables=Clips(frames, frames // groups, patches, batch.pos))
 
     def _embed_resized(self, images: Tensor) -> Tensor:
         """As ``XViT.tokens``, with positions interpolated as those of images are."""

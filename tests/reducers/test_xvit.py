@@ -18,6 +18,7 @@ from reducers import (
     ATS,
     Count,
     Decision,
+    Drop,
     EViT,
     Identity,
     Placement,
@@ -298,6 +299,60 @@ def test_one_choice_for_all_frames_leaves_the_lattice_whole(missing: str) -> Non
     rows = F.pad(1 + places[places % 3 > 0], (1, 0))
     x = model.norm(model.blocks(model.tokens(clips)[:, rows]))[:, 0]
     torch.testing.assert_close(found, model.head(x.view(3, 5, -1)), rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_top_k_over_a_clip_keeps_the_highest_of_all_frames_and_over_a_tube_the_same_places() -> None:
+    model = made()
+    clips = clips_for(model)
+    block: Any = model.blocks[0]
+    x = block.norm1(model.tokens(clips))
+    q, k, _ = block.attn.qkv(x).chunk(3, -1)
+    k = slow_shift(k.unflatten(0, (3, 5)).unsqueeze(3), model.group).squeeze(3).flatten(0, 1)
+    q, k = (part.unflatten(-1, (12, 4)).transpose(1, 2) for part in (q, k))
+    shares = (q[:, :, :1] @ k.mT * block.attn.head_dim**-0.5).softmax(-1)[:, :, 0, 1:].sum(1).view(3, 5, PATCHES)
+    for over, count in (("clip", 17), ("tube", 4)):
+        fast = reduce_tokens(model, at(0, TopK(Count(count), score="class_attention")), host={"over": over})
+        _, trace = fast.trace(clips)
+        expected = torch.zeros(3, 5, PATCHES, dtype=torch.bool)
+        if over == "clip":
+            expected.view(3, -1).scatter_(1, shares.flatten(1).topk(count).indices, True)
+            assert len(set(expected.sum(2).flatten().tolist())) > 2 and (trace.tokens[:, 1] == 5 + count).all()
+        else:
+            expected |= F.one_hot(shares.mean(1).topk(count).indices, PATCHES).bool().any(1)[:, None]
+        assert torch.equal(trace.kept(0).view(3, 5, PATCHES), expected)
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@both
+@torch.no_grad()
+def test_what_is_chosen_over_clips_and_tubes_is_what_a_filled_model_computes(over: str, missing: str) -> None:
+    for name in ("one group", "two groups"):
+        model = made(name)
+        clips = clips_for(model)
+        for reducer in (ATS(Ratio(0.6)), TopK(Ratio(0.6), score="value_norm"), RandomDrop(Ratio(0.5))):
+            fast = reduce_tokens(model, at([1, 3], reducer), host={"over": over, "missing": missing})
+            trace = alone_as_in_a_batch(fast, clips)
+            kept = tokens_kept(model, trace)
+            expected = filled(model, clips, kept, missing)
+            torch.testing.assert_close(fast(clips), expected, rtol=0, atol=1e-9)
+            assert (kept[-1] == kept[-1][:, :1]).all() == (over == "tube") and not kept[-1].all()
+        if over == "tube":  # of which nothing is ever missing
+            other = reduce_tokens(model, at([1, 3], reducer), host={"over": over, "missing": "self"})
+            torch.testing.assert_close(other(clips), fast(clips), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("over", ["clip", "tube"])
+@torch.no_grad()
+def test_keeping_everything_over_clips_and_tubes_is_the_module(over: str) -> None:
+    model = made()
+    clips = clips_for(model)
+    for reducer in (Identity(), TopK(Ratio(1.0)), ToMe(Drop(0)), ATS(Count(4000))):
+        fast = reduce_tokens(model, at(range(DEPTH), reducer), host={"over": over})
+        torch.testing.assert_close(fast(clips), model(clips), rtol=0, atol=1e-9)
+    merged = reduce_tokens(model, at([1, 2], ToMe(Drop(2))), host={"over": over})
+    trace = alone_as_in_a_batch(merged, clips)
+    assert (trace.tokens[:, -1] == 5 * (1 + PATCHES) - (4 if over == "clip" else 5 * 4)).all()
 
 
 @both
