@@ -18,7 +18,8 @@ CLIP_CANVAS = 48  # pixels per side of a frame
 DIRECTIONS = 8  # classes: where the digit moves
 TIMESFORMER, XVIT = "digits_timesformer_tiny", "digits_xvit_tiny"
 CLIP_CLASSIFIER = {TIMESFORMER: "classifier", XVIT: "head.fc"}
-_PATCH, _WIDTH, _HEADS, _DEPTH = 8, 64, 2, 12  # of digits_vit_tiny, whose weights they start from
+HEADS = 2  # of each block
+_PATCH, _WIDTH, _DEPTH = 8, 64, 12  # of digits_vit_tiny, whose weights they start from
 
 
 def _timesformer() -> nn.Module:
@@ -31,7 +32,7 @@ def _timesformer() -> nn.Module:
         ) from error
     settings: dict[str, Any] = {
         "image_size": CLIP_CANVAS, "patch_size": _PATCH, "num_channels": 1, "num_frames": FRAMES,
-        "hidden_size": _WIDTH, "num_hidden_layers": _DEPTH, "num_attention_heads": _HEADS,
+        "hidden_size": _WIDTH, "num_hidden_layers": _DEPTH, "num_attention_heads": HEADS,
         "intermediate_size": 4 * _WIDTH, "num_labels": DIRECTIONS,
     }  # fmt: skip
     return TimesformerForVideoClassification(TimesformerConfig(**settings))
@@ -42,7 +43,7 @@ def _xvit() -> nn.Module:
 
     return XViT(
         num_frames=FRAMES, img_size=CLIP_CANVAS, patch_size=_PATCH, in_chans=1, num_classes=DIRECTIONS,
-        embed_dim=_WIDTH, depth=_DEPTH, num_heads=_HEADS, drop_rate=0.0,
+        embed_dim=_WIDTH, depth=_DEPTH, num_heads=HEADS, drop_rate=0.0,
     )  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 
 The recipe, and why: every frame begins as ``digits_vit_tiny`` reads an image, its positions interpolated to the
 smaller grid. What is new learns fast, what was known slowly, or the digits are lost before motion is found.
-TimeSformer's attention over time begins as a copy of that over space behind a linear layer of zeros. Time embeddings
-begin at random, as a model that cannot tell frames apart stays at chance; those of TimeSformer large, for nothing
-else in it tells before from after, and with small ones it takes every second clip for its reverse, still after ten
-thousand of them. Clutter grows over the first part of the training: motion is found sooner where little else moves.
+Attention over time stands behind a linear layer of zeros, and looks, half of its heads, at the frame before, the other
+half at the frame after: nothing else in a TimeSformer knows before from after. Begun as a copy of attention over space,
+with time embeddings of any kind, it learned along which line the digit moves and took every second clip for its reverse,
+still after ten thousand of them. X-ViT, whose shift looks at the frames beside, begins with small random time
+embeddings, without which frames could not be told apart. Clutter grows over the first part of the training: motion is found sooner where little else moves.
 Besides the direction each patch of each frame is told the direction of the digit in it, or background (token
 labelling), and the clip its digit; those two heads are thrown away. AdamW, float32, cosine; no token is dropped in
 training. Clips are drawn on the fly from the training split, by a process of their own.
@@ -29,7 +30,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, TIMESFORMER, XVIT
+from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, FRAMES, HEADS, TIMESFORMER, XVIT
 from ablations.models.digits import CLASSES, MEAN, PATCH, STD, WEIGHTS, save_weights
 from ablations.models.weight_files import read_weights
 from ablations.records.files import user_path
@@ -49,8 +50,9 @@ OLD_LR, NEW_LR = 5e-4, 2e-3  # of weights that digits_vit_tiny has, and of those
 WARMUP = 20  # steps
 WEIGHT_DECAY = 0.05
 DIGIT_LOSS, TOKEN_LOSS = 0.2, 1.0
-TIME_STD = 0.05  # of the time embeddings at the start
-WAVES = 0.2  # amplitude of those of TimeSformer
+TIME_STD = 0.05  # of X-ViT's time embeddings at the start
+NEIGHBOUR = 32**0.5  # TimeSformer's first logit of the frame beside, times the variance of a token's channels
+ELSE_STD = 0.02  # of what else there is in TimeSformer's queries and keys over time
 DEVELOPMENT_SEED, EVALUATED = 5, 240  # held-out clips of the curve; others than those of the workload
 WIDTH = 64
 _NEW = ("time", "temporal", "head.", "classifier")  # in names of what the start has no values for
@@ -78,20 +80,39 @@ def started(name: str, images: Mapping[str, Tensor]) -> nn.Module:
         for key, parameter in model.named_parameters():
             if key.endswith("time_embed"):
                 nn.init.normal_(parameter, std=TIME_STD)
-            elif key.endswith("time_embeddings"):
-                parameter.copy_(waves(parameter.shape[1], parameter.shape[2]))
             elif "temporal_dense" in key:
                 nn.init.zeros_(parameter)
+    if name == TIMESFORMER:
+        look_beside(model)
     return model
 
 
-def waves(frames: int, width: int) -> Tensor:
-    """Embeddings (1, F, D) of time by which a frame finds the next: half sines, half cosines, of periods from twice the
-    clip to two frames.
+@torch.no_grad()
+def look_beside(model: Any) -> None:
+    """Begin the attention over time of a TimeSformer: the first half of its heads looks one frame back, the others one
+    ahead, from the ends of a clip at the end itself.
+
+    Time embeddings begin orthogonal, each of length 1, in the directions in which patch embeddings vary least; queries
+    and keys read off them which frame a token is of. Layers add to tokens and leave the embeddings as they are, so in
+    later layers the look is less sharp.
     """
-    periods = 2 * frames * (1 / frames) ** torch.linspace(0, 1, width // 2)
-    angles = 2 * math.pi * torch.arange(frames)[:, None] / periods
-    return WAVES * torch.cat((angles.sin(), angles.cos()), dim=1)[None]
+    tower = model.timesformer
+    directions = torch.linalg.svd(tower.embeddings.patch_embeddings.projection.weight.flatten(1))[0]
+    times = directions[:, -FRAMES:].T
+    tower.embeddings.time_embeddings.copy_(times[None])
+    for layer in tower.encoder.layer:
+        normed = layer.temporal_layernorm.weight * (times - times.mean(dim=1, keepdim=True))
+        frame_of = NEIGHBOUR**0.5 * torch.linalg.pinv(normed.T)  # (F, D): a token's features to the frame it is of
+        qkv = layer.temporal_attention.attention.qkv
+        queries, keys, _ = qkv.weight.unflatten(0, (3, HEADS, -1))  # (heads, channels, D)
+        nn.init.normal_(queries, std=ELSE_STD)
+        nn.init.normal_(keys, std=ELSE_STD)
+        qkv.bias[: 2 * WIDTH].zero_()
+        keys[:, :FRAMES] = frame_of
+        for head in range(HEADS):
+            step = -1 if head < HEADS / 2 else 1
+            beside = (torch.arange(FRAMES) + step).clamp(0, FRAMES - 1)
+            queries[head, :FRAMES] = F.one_hot(beside, FRAMES).T.float() @ frame_of
 
 
 def _for_timesformer(known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -331,6 +331,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "holds neither finetune.json nor train.json": lambda folder: (folder / "finetune.json").unlink(),
     "is no record of a training": lambda folder: (folder / "finetune.json").write_text("[" * 10000),
     "epochs is '2'": _edit(lambda record: record["recipe"].update(epochs="2")),
+    "attention is 'mask": _edit(lambda record: record["training"].update(attention="mask" * 20)),
     "the placement of its training is none for": _edit(lambda record: record["recipe"].update(stages=[{"at": [99]}])),
     "the placement of its training is none": _edit(lambda record: record["recipe"].update(stages="topk")),
     "a budget of it is auto": _edit(

@@ -265,6 +265,21 @@ def test_a_model_of_clips_begins_as_the_shipped_vit_in_every_frame() -> None:
     torch.testing.assert_close(tokens[:, 5], expected[:, 1:], rtol=0, atol=1e-4)
 
 
+@torch.no_grad()
+def test_attention_over_time_begins_by_looking_at_the_frames_beside() -> None:
+    pytest.importorskip("transformers")
+    model: Any = train_clips.started(TIMESFORMER, shipped()).eval()
+    seen = []
+    for layer in model.timesformer.encoder.layer[:2]:
+        layer.temporal_attention.attention.qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(train_clips.draw("train", 0, 4, seed=0)[0])
+    for qkv in seen:
+        queries, keys, _ = qkv.unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)  # each (places, heads, frames, channels)
+        before, after = (queries @ keys.mT / 32**0.5).softmax(-1).mean(0)
+        assert before.argmax(1).tolist() == [0, 0, 1, 2, 3, 4, 5, 6] and before.amax(1).min() > 0.4
+        assert after.argmax(1).tolist() == [1, 2, 3, 4, 5, 6, 7, 7] and after.amax(1).min() > 0.4
+
+
 def test_patches_of_each_frame_are_told_the_direction_of_the_digit_in_them() -> None:
     clips, directions, digits, patches = train_clips.draw("test", 3, 2, seed=1)
     scene = render("test", 4, seed=1)
@@ -345,10 +360,3 @@ def test_the_shipped_weights_tell_directions_as_their_card_says() -> None:
     assert loaded.weights == "embedded"
     right = (train_clips.told(loaded.model, workload.batch(0, 80))[0].argmax(1).numpy() == workload.labels).mean()
     assert abs(100 * right - float(found[1])) < 10
-
-
-def test_waves_of_time_are_alike_for_frames_that_are_equally_far_apart() -> None:
-    times = train_clips.waves(FRAMES, 64)[0]
-    likeness = times @ times.T
-    for apart in range(FRAMES):
-        torch.testing.assert_close(likeness.diagonal(apart), likeness[0, apart].expand(FRAMES - apart))
