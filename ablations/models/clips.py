@@ -48,7 +48,3 @@ def _xvit() -> nn.Module:
 
 
 CLIPS: dict[str, Callable[[], nn.Module]] = {XVIT: _xvit, TIMESFORMER: _timesformer}  # the main one first
-UNTRAINED = (TIMESFORMER,)
-"""Models without weights as yet. With time embeddings begun at random this one learned along which line the digit
-moves, and not in which sense: 49 % of the directions after 11,520 clips, nearly all else their opposites.
-"""

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, FRAMES, UNTRAINED
+from ablations.models.clips import CLIP_CANVAS, CLIPS, DIRECTIONS, FRAMES
 from ablations.models.siblings import SIBLINGS
 
 EMBEDDED, EMBEDDED_V1 = "embedded", "embedded:v1"  # workloads: digit pairs, and the older cluttered digits
@@ -36,7 +36,7 @@ KNOWN = (*_VITS, *SIBLINGS, *CLIPS)
 SHIPPED: dict[str, tuple[str, ...]] = {  # by workload, the models whose weights read its scenes; the main one first
     EMBEDDED: tuple(PAIRS_MODELS),
     EMBEDDED_V1: tuple(MODELS),
-    MOVING: tuple(name for name in CLIPS if name not in UNTRAINED),
+    MOVING: tuple(CLIPS),
 }
 READS = {  # by model, the workload whose scenes its shipped weights read
     **{model: workload for workload, models in SHIPPED.items() for model in models},

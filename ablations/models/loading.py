@@ -17,7 +17,7 @@ from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ablations.models import digits, hf, paper, siblings
-from ablations.models.clips import CLIP_CLASSIFIER, CLIPS, FRAMES, UNTRAINED
+from ablations.models.clips import CLIP_CLASSIFIER, CLIPS, FRAMES
 from ablations.models.hub import hub_file
 from ablations.models.model_names import TIMM_FOLDER, TIMM_HUB, TRANSFORMERS, ModelName, parse_model_name
 from ablations.models.weight_files import ModelError, check_finite, load_into, read_shapes, read_weights
@@ -265,11 +265,6 @@ def _shipped(name: str) -> Path:
             "(specs/hvt.yaml), or WEIGHTS=file.safetensors"
         )
     path: Path = digits.WEIGHTS / f"{name}.safetensors"
-    if name in UNTRAINED:
-        raise ModelError(
-            f"{name} comes without weights: give WEIGHTS=random, WEIGHTS=file.safetensors, or MODEL=digits_xvit_tiny, "
-            "which has some"
-        )
     if not path.is_file():
         raise ModelError(
             f"the weights of {name} that belong to the package are missing ({path}): install it again, "

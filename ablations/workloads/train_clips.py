@@ -1,15 +1,15 @@
 """Train the small models of moving digits again: ``python -m ablations.workloads.train_clips --out FOLDER``.
 
 The recipe, and why: every frame begins as ``digits_vit_tiny`` reads an image, its positions interpolated to the
-smaller grid. What is new learns fast, what was known slowly, or the digits are lost before motion is found.
-Attention over time stands behind a linear layer of zeros, and looks, half of its heads, at the frame before, the other
-half at the frame after: nothing else in a TimeSformer knows before from after. Begun as a copy of attention over space,
-with time embeddings of any kind, it learned along which line the digit moves and took every second clip for its reverse,
+smaller grid. What is new learns fast, what was known slowly, or the digits are lost before motion is found. Attention
+over time stands behind a linear layer of zeros, and looks, half of its heads, at the frame before, the other half at
+the frame after: nothing else in a TimeSformer knows before from after. Begun as a copy of attention over space, with
+time embeddings of any kind, it learned along which line the digit moves and took every second clip for its reverse,
 still after ten thousand of them. X-ViT, whose shift looks at the frames beside, begins with small random time
-embeddings, without which frames could not be told apart. Clutter grows over the first part of the training: motion is found sooner where little else moves.
-Besides the direction each patch of each frame is told the direction of the digit in it, or background (token
-labelling), and the clip its digit; those two heads are thrown away. AdamW, float32, cosine; no token is dropped in
-training. Clips are drawn on the fly from the training split, by a process of their own.
+embeddings, without which frames could not be told apart. Clutter grows over the first part of the training: motion is
+found sooner where little else moves. Besides the direction each patch of each frame is told the direction of the digit
+in it, or background (token labelling), and the clip its digit; those two heads are thrown away. AdamW, float32,
+cosine; no token is dropped in training. Clips are drawn on the fly from the training split, by a process of their own.
 """
 
 from __future__ import annotations
