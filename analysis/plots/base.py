@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from analysis.facts.clips import ClipGrid
 from analysis.facts.spec import Facts
@@ -50,6 +51,15 @@ class Scene:
     clip: ClipGrid | None = None  # where these are clips
     page: int = 0  # of a figure whose panels do not fit on one
 
+    def worded(self, drawn: list[Drawn]) -> list[Drawn]:
+        """Figures and captions that speak of images; where these are clips, of clips."""
+        if self.clip is None:
+            return drawn
+        for text in (each for one in drawn for each in one.figure.findobj(Text)):
+            if "images" in text.get_text():
+                text.set_text(text.get_text().replace("images", "clips"))
+        return [replace(one, caption=one.caption.replace("images", "clips")) for one in drawn]
+
 
 def reduces(facts: Facts) -> bool:
     """Whether anything but the plain model was run."""
@@ -81,4 +91,4 @@ class Plot:
             more = f"{heading} ({page + 1} of {count})"
             figure = self.draw(facts, replace(scene, page=page), more)
             drawn.append(Drawn(f"{name}_appendix{page}", more, caption, figure))
-        return drawn
+        return scene.worded(drawn)

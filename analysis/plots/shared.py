@@ -111,7 +111,7 @@ def _of_clips(facts: Overview, scene: Scene, grid: ClipGrid) -> list[Drawn]:
         title = "Frames with the surviving patches"
         figure = _strip.clip_strip(pictured, images, scene.pictures, grid, title=title, subtitle=scene.subtitle)
         drawn.append(Drawn("clip_strip", title, _strip.caption(grid), figure))
-    return drawn
+    return scene.worded(drawn)
 
 
 def _pages(title: str, name: str, count: int) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from analysis import plots, published, stats, style
 from analysis.facts import agreement as facts_agreement
 from analysis.facts import kept, matching
 from analysis.facts import tokens as facts_tokens
+from analysis.facts.clips import ClipGrid
 from analysis.facts.comparison import versus, versus_curve
 from analysis.facts.matching import merge_seeds
 from analysis.facts.outcomes import with_answers
@@ -145,6 +147,13 @@ def test_a_method_below_the_axis_is_told_in_words_and_has_no_name_on_the_front()
     assert len(names) == 5 and "pooling" in set(facts.front["variant"]) - names
     assert axes.get_ylim()[0] > 60 and re.search(r"Below the axis: pooling \(down to 1\d\.\d %\)\.", one.caption)
     assert overlapping_texts(one.figure) == []
+    of_clips = plots.Scene(style.assign_looks(rows), "", clip=ClipGrid(4, 3, 5))
+    for plot in (pareto.PLOT, tradeoff.PLOT):
+        for found, inputs, others in ((of_clips, "clips", "images"), (replace(of_clips, clip=None), "images", "clips")):
+            one = plot.drawn(facts, "A title", found)[0]
+            legend = one.figure.legends[0].get_texts()
+            assert f"95 % interval over {inputs}" in [text.get_text() for text in legend]
+            assert inputs in one.caption and others not in one.caption
 
 
 def test_one_comparison_is_no_figure(answered: pd.DataFrame) -> None:
