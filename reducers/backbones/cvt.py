@@ -123,7 +123,7 @@ class Stage(nn.Module):
 class CvT(nn.Module):
     """Three stages on grids of a quarter, an eighth and a sixteenth of the image; the class token joins in the last.
 
-    There is no position embedding, so images of any size are taken; ``image_size`` is the one that costs are told for.
+    There is no position embedding, so images of any size are taken; ``img_size`` is the one that costs are told for.
     ``drop_path``: of the last block of the last stage; the rate rises linearly within that stage, from 0.
     """
 
@@ -137,16 +137,16 @@ class CvT(nn.Module):
         stride: Sequence[int] = (4, 2, 2),
         padding: Sequence[int] = (2, 1, 1),
         mlp_ratio: float = 4.0,
-        image_size: int | tuple[int, int] = 224,
-        channels: int = 3,
-        classes: int = 1000,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.image_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         last = len(depth) - 1
         for index, blocks in enumerate(depth):
-            taken = channels if index == 0 else width[index - 1]
+            taken = in_chans if index == 0 else width[index - 1]
             embedding = Embedding(taken, width[index], kernel[index], stride[index], padding[index])
             rate = drop_path if index == last else 0.0
             rates = [rate * block / max(blocks - 1, 1) for block in range(blocks)]
@@ -155,7 +155,7 @@ class CvT(nn.Module):
             )
             setattr(self, f"stage{index}", stage)
         self.norm = nn.LayerNorm(width[last])
-        self.head = nn.Linear(width[last], classes) if classes else nn.Identity()
+        self.head = nn.Linear(width[last], num_classes) if num_classes else nn.Identity()
         self.apply(_initialise)
 
     @property
@@ -181,11 +181,11 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.cls_token, std=0.02)
 
 
-def cvt_13(image_size: int = 224, classes: int = 1000, drop_path: float = 0.1) -> CvT:
+def cvt_13(img_size: int | tuple[int, int] = 224, num_classes: int = 1000, drop_path: float = 0.1) -> CvT:
     """CvT-13: 19.997 M parameters; 4.566 G multiply-adds at 224, 16.269 G at 384."""
-    return CvT((1, 2, 10), image_size=image_size, classes=classes, drop_path=drop_path)
+    return CvT((1, 2, 10), img_size=img_size, num_classes=num_classes, drop_path=drop_path)
 
 
-def cvt_21(image_size: int = 224, classes: int = 1000, drop_path: float = 0.1) -> CvT:
+def cvt_21(img_size: int | tuple[int, int] = 224, num_classes: int = 1000, drop_path: float = 0.1) -> CvT:
     """CvT-21: 31.623 M parameters; 7.178 G multiply-adds at 224, 24.849 G at 384."""
-    return CvT((1, 4, 16), image_size=image_size, classes=classes, drop_path=drop_path)
+    return CvT((1, 4, 16), img_size=img_size, num_classes=num_classes, drop_path=drop_path)

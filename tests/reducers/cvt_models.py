@@ -24,7 +24,7 @@ def make_cvt(
         from reducers.backbones.cvt import CvT
 
         model: Any = CvT(
-            DEPTHS, width=WIDTHS, heads=HEADS, stride=(4, 2, stride), mlp_ratio=2.0, image_size=SIDE, classes=CLASSES,
+            DEPTHS, width=WIDTHS, heads=HEADS, stride=(4, 2, stride), mlp_ratio=2.0, img_size=SIDE, num_classes=CLASSES,
             drop_path=0.0, **changes,
         )  # fmt: skip
     else:

@@ -65,6 +65,9 @@ def test_the_published_backbones_are_opened_by_name_without_weights(tmp_path: Pa
         check_model(name)
         classes = 400 if name.startswith("xvit") else 1000  # Kinetics
         assert head_classes(name, weights=None) == classes and head_classes(name, weights="random") is None
+        with torch.device("meta"):
+            made = paper.create(name, size=(384, 384) if name == "cvt_21" else None, classes=0)
+            assert host_of(made).depth > 9 and host_of(made).image_size[0] == (384 if name == "cvt_21" else 224)
     assert input_config("cvt_21?img=384")["input_size"] == (3, 384, 384)
     assert input_config("ps_vit_b_14")["crop_pct"] == 0.9
     with pytest.raises(ModelError, match="ps_vit_ti_14 comes without weights"):
