@@ -78,7 +78,7 @@ class VideoMAECore(HFCore):
     def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
         parts = (attn.query, attn.key, attn.value)[first:last]
-        return tuple(part(x).view(x.shape[0], -1, attn.attention_head_size) for part in parts)
+        return tuple(part(x).unflatten(1, (-1, attn.attention_head_size)) for part in parts)
 
     def out(self, summed: Tensor, rows: Tensor | None) -> Tensor:
         added: Tensor = self._out(summed, summed)
@@ -277,6 +277,8 @@ class HFClips(HFViT):
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         layout = batch.layout
+        if not layout.rows:  # the library cannot tell heads where no token is left
+            return None
         assert layout.uniform is not None
         x = batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])
         for layer in self.layers[first:last]:

@@ -359,11 +359,21 @@ class HFTimesformer(HFClips):
         tower, kind = self.tower, self.kind
         self.check_embedded(images, resized)
         clips, frames = images.shape[:2]
+        images = images.to(part_of(tower, kind.patches).weight.dtype)
         # of resized clips the library takes the positions that are nearest, in space and in time
-        x = tower.embeddings(images.to(part_of(tower, kind.patches).weight.dtype))
+        x = self._embed_column(images) if resized and self.lattice_of(images)[2] == 1 else tower.embeddings(images)
         if self.attention_type != _SPACE:  # (B, 1 + N F, D), with all frames of a place side by side
             x = self._frame_by_frame(x, frames)
         return self._batch(x, clips, track=track)
+
+    def _embed_column(self, images: Tensor) -> Tensor:
+        """Frames one patch wide as the left of two columns, which has the same positions: of a column alone the library
+        miscounts the rows.
+        """
+        _, rows, _ = self.lattice_of(images)
+        x = self.tower.embeddings(F.pad(images, (0, self.tubelet[2])))
+        lead, patches = x[:, :1], x[:, 1:].unflatten(1, (rows, 2, -1))  # of space only, frames are units already
+        return torch.cat([lead, patches[:, :, 0].flatten(1, 2)], dim=1)
 
     def relocated(self, tables: Lattice | None, original: Tensor, patches: int) -> Lattice | None:  # type: ignore[override]
         return None if tables is None else Lattice(tables.untouched, patches)
@@ -405,6 +415,8 @@ class HFTimesformer(HFClips):
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         layout = batch.layout
+        if not layout.rows:
+            return None
         assert layout.uniform is not None
         rows, columns = self.still  # which the library's layers take from its configuration, and so the frames
         whole = self.frames == self.made_for and layout.uniform[0] == 1 + rows * columns

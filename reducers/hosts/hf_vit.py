@@ -147,7 +147,7 @@ class HFCore(Core):
     def project(self, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
         parts = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]
-        return tuple(part(x).view(x.shape[0], -1, attn.head_dim) for part in parts)
+        return tuple(part(x).unflatten(1, (-1, attn.head_dim)) for part in parts)
 
     def out(self, summed: Tensor, rows: Tensor | None) -> Tensor:
         added: Tensor = getattr(self.attn, self.kind.out)(summed)
@@ -359,8 +359,8 @@ class HFViT(Host):
 
     def plain(self, first: int, last: int, batch: TokenBatch) -> TokenBatch | None:
         layout = batch.layout
-        if self.kind.resizes == "turned":  # the library turns all patches of the grid, and some may be gone
-            return None
+        if self.kind.resizes == "turned" or not layout.rows:
+            return None  # the library turns all patches of the grid, and some may be gone; it cannot view no token
         assert layout.uniform is not None
         x = batch.x.view(layout.images, layout.uniform[0], batch.x.shape[1])
         for layer in self.layers[first:last]:

@@ -154,7 +154,8 @@ def alone_as_in_a_batch(fast: ReducedViT, clips: Tensor) -> Trace:
     torch.testing.assert_close(logits_of(fast, clips), together, rtol=0, atol=1e-10)
     for i in range(len(clips)):
         alone, own = fast.trace(clips[i : i + 1])
-        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-9)
+        own_logits = together.unflatten(0, (len(clips), -1))[i]  # the library has some for each frame of space only
+        torch.testing.assert_close(alone, own_logits, rtol=0, atol=1e-9)
         assert torch.equal(own.tokens[0], trace.tokens[i])
         assert all(torch.equal(own.kept(b)[0], trace.kept(b)[i]) for b in range(DEPTH))
         assert torch.equal(own.owner(DEPTH - 1)[0], trace.owner(DEPTH - 1)[i])
@@ -278,12 +279,13 @@ def test_every_method_takes_frames_that_were_left_empty(host: str, method: str) 
     known = {parameter.name for parameter in available()[method].settings()}
     behind = build({"name": method, **({"budget": {"ratio": 0.6}} if "budget" in known else {})})
     placement = at(0, EVS(Ratio(0.01))) | at([1, 2], behind)
-    if host == "divided" and method in NOT_DIVIDED:
+    if method == "stvit" or (host == "divided" and method in NOT_DIVIDED):  # stvit pools all patches of a frame
         with pytest.raises(ReducerError, match=f"{method} "):
             reduced(host, placement, model).double()(inputs_of(host, model))
         return
     trace = alone_as_in_a_batch(reduced(host, placement, model).double(), inputs_of(host, model))
-    assert (trace.kept(0).sum(1) == PATCHES).all()
+    patches = 4 if method == "small_input" else PATCHES
+    assert (trace.kept(0).sum(1) == patches).all()
 
 
 # --- rlt --------------------------------------------------------------------------------------------------------------
@@ -357,7 +359,8 @@ def test_what_rlt_leaves_is_what_keeping_the_same_patches_before_the_first_block
     assert not trace.reducer_macs.any()
     masked = logits_of(reduced(host, at(0, Given(kept, mask=True)), model), clips)
     # a soft mask hides others from a class token that is left alone, as in the still clip, less than well
-    torch.testing.assert_close(masked[-3:], found[-3:], rtol=0, atol=1e-3)
+    torch.testing.assert_close(masked[-3:], found[-3:], rtol=0, atol=2e-3)
+    assert (found - logits_of(model, clips)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", [VIVIT, VIDEOMAE])
@@ -716,19 +719,19 @@ def test_behind_fewer_frames_methods_decide_as_in_the_model_made_for_fewer(host:
     )
 
 
-def resized_twin(host: str) -> Any:
-    """The same weights as a model of frames of 2 x 2 patches."""
+def resized_twin(host: str, side: int = 2) -> Any:
+    """The same weights as a model of frames of 2 x 2 patches, or as many as ``side`` says."""
     model = model_of(host)
     if host.startswith("xvit"):
-        small = model_of(host, img_size=16)
-        table = {"pos_embed": resample_abs_pos_embed(model.pos_embed, [2, 2], num_prefix_tokens=1)}
+        small = model_of(host, img_size=8 * side)
+        table = {"pos_embed": resample_abs_pos_embed(model.pos_embed, [side, side], num_prefix_tokens=1)}
     else:
-        small = model_of(host, image_size=16)
+        small = model_of(host, image_size=8 * side)
         name = f"{'vivit' if host == 'vivit' else 'timesformer'}.embeddings.position_embeddings"
         lead, rest = model.state_dict()[name][:, :1], model.state_dict()[name][:, 1:]
         grid = rest.view(-1, 3, 3, rest.shape[-1]).permute(0, 3, 1, 2)
         how: dict[str, Any] = {"mode": "bicubic", "antialias": True} if host == "vivit" else {"mode": "nearest"}
-        grid = F.interpolate(grid, (2, 2), **how)
+        grid = F.interpolate(grid, (side, side), **how)
         table = {name: torch.cat([lead, grid.permute(0, 2, 3, 1).reshape(1, -1, rest.shape[-1])], dim=1)}
     small.load_state_dict({**model.state_dict(), **table})
     return small
@@ -762,6 +765,17 @@ def test_a_smaller_image_is_the_model_made_for_smaller_frames(host: str) -> None
     alone_as_in_a_batch(both, clips)
     shrunk = reduced(host, at(0, SmallInput(Ratio("4/9"))) | at(1, FewerFrames(Ratio(0.5))), model)
     alone_as_in_a_batch(shrunk, clips)
+
+
+@pytest.mark.parametrize("host", sampled([host for host in HOSTS if host != "videomae"], quick=("divided",)))
+@torch.no_grad()
+def test_the_smallest_image_is_one_patch(host: str) -> None:
+    model, small = model_of(host), resized_twin(host, side=1)
+    clips = inputs_of(host, model)
+    smaller = F.interpolate(clips.flatten(0, 1), (8, 8), mode="bicubic", antialias=True).unflatten(0, clips.shape[:2])
+    found, trace = reduced(host, at(0, SmallInput(Ratio("1/9"))), model).trace(clips)
+    torch.testing.assert_close(found, logits_of(small, smaller), rtol=0, atol=1e-9)
+    assert torch.equal(trace.macs, reduced(host, Placement(), small).trace(smaller)[1].macs)
 
 
 @torch.no_grad()

@@ -200,6 +200,19 @@ def test_keeping_everything_is_the_library(name: str, images: Tensor) -> None:
     torch.testing.assert_close(fast(images).logits, model(images).logits, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DINOv3ViTModel"])
+@torch.no_grad()
+def test_blocks_in_which_no_token_is_left_compute_nothing(name: str, images: Tensor) -> None:
+    """Every token halts at its first chance; the blocks behind are the library's, and reducers' once more."""
+    model = make_hf(name)
+    halts = build({"name": "avit", "beta": 1e4})
+    found, trace = reduce_tokens(model, at([0, 1], halts)).double().trace(images)
+    more, other = reduce_tokens(model, at([0, 1, 3], build({"name": "avit", "beta": 1e4}))).double().trace(images)
+    assert not trace.tokens[:, 2:].any() and torch.equal(trace.macs, other.macs)
+    for one, two in ((found, more),) if isinstance(found, Tensor) else zip(found.values(), more.values(), strict=True):
+        assert one.isfinite().all() and torch.equal(one, two)
+
+
 @torch.no_grad()
 def test_last_hidden_state_is_restored_by_owner_and_a_method_that_drops_is_refused_with_the_rules(
     images: Tensor,
