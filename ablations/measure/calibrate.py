@@ -53,7 +53,7 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
     if trial.target is None or len(kinds) != 1:
         raise TrialError(f"{trial.variant}: calibration needs a target and one kind of budget that is auto")
     (kind,) = kinds
-    patches, depth = context.facts.patches, context.facts.depth
+    patches, depth = _patches(trial, context), context.facts.depth
     rungs = ladder(stages, kind, patches)
     goal = trial.target * context.dense.gmacs
 
@@ -80,6 +80,13 @@ def solve(trial: Trial, context: TrialContext, *, load: Callable[[Placement], Pl
         reached=reached,
         note="" if reached else _note(found, setting, error, dense=context.dense.gmacs),
     )
+
+
+def _patches(trial: Trial, context: TrialContext) -> int:
+    """How many a budget counts, which the way in which the model is driven may say: of a frame or of a clip."""
+    if not trial.host:
+        return context.facts.patches
+    return reduce_tokens(context.model, Placement(), host=trial.host.data).host.patches
 
 
 def search(cost: Callable[[int], float], rungs: int, goal: float) -> Found:

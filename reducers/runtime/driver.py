@@ -397,7 +397,7 @@ class ReducedViT(nn.Module):
                 batch = _as_given(host, batch, resized, host.lattice_of(images))
             known, patches = (host.embedded, _chosen(run, images, plain, embedded, batch)), _patches(host, embedded)
         else:
-            patches = _patches(host, known[1])
+            known, patches = (known[0], _decided_by(host, known[1])), _patches(host, known[1])
         start, batch = known
         if tracer is not None:
             tracer.start(batch)
@@ -454,6 +454,14 @@ def _patches(host: Host, batch: TokenBatch) -> int:
     """Of an image, or a unit, of which nothing is gone yet."""
     assert batch.layout.uniform is not None
     return batch.layout.uniform[0] - host.prefix
+
+
+def _decided_by(host: Host, batch: TokenBatch) -> TokenBatch:
+    """Tokens that another placement left, of a host that may have decided on other units."""
+    units = batch.units
+    if units is None or units.decided == host.decided:
+        return batch
+    return replace(batch, units=replace(units, decided=host.decided, shown=[]))
 
 
 def _as_given(host: Host, batch: TokenBatch, given: tuple[int, int, int], run: tuple[int, int, int]) -> TokenBatch:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from reducers import ATS, Count, EViT, Identity, Ratio, ReducerError, Shared, TopK, at, reduce_tokens
+from reducers.hosts import host_of
 from reducers.placement import Placement
 from tests.samples import reading, shared_out
 
+from .clip_models import make_clips, make_inputs
 from .conftest import DEPTH, make_vit
+from .cvt_models import DEPTHS, SIDE, make_cvt
 from .test_contract import CASES, fresh, model_for, placed, settings, some, unit
+from .test_xvit import clips_for
+from .test_xvit import made as make_xvit
 
 
 def bits(trace):
@@ -37,6 +44,36 @@ def test_sharing_changes_no_bit_of_any_method(third, images):
         together, trace = model.trace(images, shared=shared)
         assert torch.equal(alone, together)
         assert all(torch.equal(mine, its) for mine, its in zip(bits(own), bits(trace), strict=True))
+
+
+def driven(host: str) -> tuple[Any, torch.Tensor, int]:
+    """A model whose host has options, its inputs, and the block to reduce."""
+    if host == "xvit":
+        model = make_xvit()
+        return model, clips_for(model), 1
+    pytest.importorskip("transformers")
+    if host == "timesformer":
+        model = make_clips("TimesformerForVideoClassification")
+        return model, make_inputs(model), 1
+    images = torch.randn(2, 3, SIDE, SIDE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return make_cvt("authors"), images, sum(DEPTHS) - 2
+
+
+@pytest.mark.parametrize("host", ["xvit", "timesformer", "cvt"])
+@torch.no_grad()
+def test_models_that_are_driven_otherwise_share_what_nobody_has_reduced(host):
+    base, inputs, block = driven(host)
+    shared, found = Shared(), []
+    for option, values in host_of(base).options.items():
+        for value in values if option != "fill" else ("last", "zero"):
+            model = reduce_tokens(base, at(block, ATS(Count(5))), host={option: value})
+            alone, own = model.trace(inputs)
+            together, trace = model.trace(inputs, shared=shared)
+            alone, together = (getattr(each, "logits", each) for each in (alone, together))
+            assert torch.equal(alone, together), (option, value)
+            assert torch.equal(own.tokens, trace.tokens) and torch.equal(own.macs, trace.macs)
+            found.append(alone)
+    assert len({each.sum().item() for each in found}) > 1, "options tell in results"
 
 
 @torch.no_grad()
