@@ -260,7 +260,8 @@ as well, over a torus; the label is the direction, one of 8. Weights: safetensor
 
 ## Recipe
 
-Every frame begins as `digits_vit_tiny` reads an image, its positions interpolated to 6 x 6. Clips are drawn on the fly
+Every frame begins as `digits_vit_tiny` reads an image, its positions interpolated to 6 x 6. Attention over time begins,
+behind a linear layer of zeros, by looking one frame back and one ahead. Clips are drawn on the fly
 from the first four fifths of scikit-learn's handwritten digits (the last fifth, of other writers, is held out); clutter
 grows from none to all of it over the first 40 %. Batch 32, AdamW, learning rate 2e-3 for what is new and 5e-4 for what
 was known, a cosine after 20 steps of warm-up, weight decay 0.05, gradient norm clipped to 1, float32. Besides the
