@@ -358,8 +358,13 @@ def test_what_rlt_leaves_is_what_keeping_the_same_patches_before_the_first_block
     assert torch.equal(trace.macs, other.macs) and torch.equal(trace.reference_macs, other.reference_macs)
     assert not trace.reducer_macs.any()
     masked = logits_of(reduced(host, at(0, Given(kept, mask=True)), model), clips)
-    # a soft mask hides others from a class token that is left alone, as in the still clip, less than well
-    torch.testing.assert_close(masked[-3:], found[-3:], rtol=0, atol=2e-3)
+    # a soft mask hides others less than well from a class token with no patch or one, as in the still clip
+    steps = clips.shape[1] // DEEP.get(host, 1)
+    in_frames = kept.unflatten(1, (steps, PATCHES)).sum(2)
+    with_company = (in_frames > 1).all(1) if host in UNITS else torch.arange(len(clips)) > 0
+    masked, left = (each.unflatten(0, (len(clips), -1))[with_company] for each in (masked, found))
+    assert len(left) >= 1
+    torch.testing.assert_close(masked, left, rtol=0, atol=1e-3)
     assert (found - logits_of(model, clips)).abs().max() > 0.1
 
 

@@ -364,7 +364,8 @@ def test_a_masked_pass_is_the_gathered_pass(missing: str, over: str) -> None:
     with torch.no_grad():
         expected = fast(clips)
         found = fast.train()(clips)
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)  # the masked softmax adds 1e-6 to each sum
+    close = 2e-5 if over == "frame" else 5e-5  # the masked softmax adds 1e-6 to each sum
+    torch.testing.assert_close(found, expected, rtol=0, atol=close)
     assert (expected - model(clips)).abs().max() > 1e-2
 
 

@@ -26,7 +26,6 @@ from ablations.trial.stages import AS_USUAL, HostOptions, Training
 from reducers.digest import state_digest, tensors_digest
 
 GIVEN = "given"  # the folder
-FACTS = ("epochs", "train_images", "train_seconds", "teacher", "train_precision", "attention")
 
 
 def finetuned(
