@@ -16,7 +16,8 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,39 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     if name in START and not (resume and (out / f"{name}.state.safetensors").is_file()):
         own = out / f"{START[name]}.safetensors"
         begin_from(model, read_weights(own if own.is_file() else WEIGHTS / own.name))
+    fit(
+        name, model, partial(told, name, model), _Plain(model), scenes, out, start=START.get(name), seed=seed,
+        resume=resume, log_every=log_every,
+    )  # fmt: skip
+
+
+def fit(
+    name: str,
+    model: nn.Module,
+    tell: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]],
+    measured: nn.Module,
+    scenes: int,
+    out: Path,
+    *,
+    start: str | None,
+    seed: int = 0,
+    resume: bool = False,
+    log_every: int = 40,
+) -> None:
+    """The recipe: train the weights of ``model``, and of a head for its tokens.
+
+    Args:
+        name: of the files in ``out``.
+        model: what is trained and kept.
+        tell: images -> logits (B, classes), tokens (B, N, 64) and where they were sampled, where that is no grid.
+        measured: images -> logits; development accuracy is taken of it. Set to training mode with what it contains.
+        scenes: in all.
+        out: the folder.
+        start: whose weights ``model`` began from, for the record.
+        seed: of the scenes.
+        resume: go on from what ``out`` holds, to the same bits.
+        log_every: steps from one point of the curve to the next.
+    """
     token_head = nn.Linear(64, CLASSES + 1)
     trained = nn.ModuleList([model, token_head])
     optimizer = create_optimizer_v2(
@@ -143,13 +177,13 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
     images, labels = development(EVALUATED)
     before = curve[-1] if curve else {"minutes": 0.0, "cpu_minutes": 0.0}
     begun, cpu, drawing = time.monotonic(), time.process_time(), 0.0
-    trained.train()
+    measured.train()
     with float32_muon():
         for step, (x, y, counts, seconds) in enumerate(batches(draw, first * BATCH, steps - first, seed), first):
             drawing += seconds
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps)
-            logits, tokens, places = told(name, model, x)
+            logits, tokens, places = tell(x)
             task = F.cross_entropy(logits, y, label_smoothing=SMOOTHING)
             patches = shown_around(counts, places)
             token = F.cross_entropy(token_head(tokens).flatten(0, 1), patches.flatten())
@@ -159,8 +193,8 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
             optimizer.step()
             if (step + 1) % log_every and step + 1 < steps:
                 continue
-            top1 = accuracy(_Plain(model), images, labels, CPU)
-            trained.train()
+            with torch.no_grad():
+                top1 = accuracy(measured, images, labels, CPU)
             spent = (time.process_time() - cpu + drawing) / 60
             point = {
                 "images": (step + 1) * BATCH,
@@ -178,8 +212,8 @@ def train(name: str, scenes: int, out: Path, *, seed: int = 0, resume: bool = Fa
             )  # fmt: skip
             save_weights(model, name, out)
             record = {"model": name, "scenes": steps * BATCH, "seed": seed, "curve": curve}
-            if name in START:
-                record["start"] = START[name]
+            if start is not None:
+                record["start"] = start
             (out / f"{name}.training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             keep(state, trained, optimizer, step + 1, curve)
 

@@ -260,7 +260,14 @@ def test_on_a_cpu_both_are_the_same_to_the_last_bit_and_cost_the_same(images):
 @pytest.mark.parametrize("ragged", [False, True], ids=["uniform", "ragged"])
 def test_a_whole_model_is_the_same_by_either_and_costs_the_same(ragged, images, monkeypatch):
     """As a GPU would fold, here: logits, costs and gradients of every weight."""
+    folds, fold = [], kernels.folded_attention
+
+    def seen(*arguments, **options):
+        folds.append(attention)
+        return fold(*arguments, **options)
+
     monkeypatch.setattr(kernels, "_fold_takes", lambda *asked: True)
+    monkeypatch.setattr(kernels, "folded_attention", seen)
     merging = every(1, ToMe(Drop(3)), depth=4)
     place = at(0, ATS(Ratio(0.6))) | at([1, 2], ToMe(Drop(3))) if ragged else merging
     found = []
@@ -273,7 +280,7 @@ def test_a_whole_model_is_the_same_by_either_and_costs_the_same(ragged, images, 
         assert (len(trace.tokens[:, 1].unique()) > 1) == ragged
     (logits, macs, *gradients), (again, same, *others) = found
     assert torch.equal(macs, same)
-    assert not torch.equal(logits, again), "or the second one did not fold"
+    assert set(folds) == {"fold"}, "the second one folds; on some processors their bits are the same all the same"
     for one, other in zip((logits, *gradients), (again, *others), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 

@@ -457,7 +457,7 @@ OTHERWISE: dict[str, TokenReducer] = {  # by a score that asks no class token, w
 REFUSED = {
     "avit": "forms units of its own", "small_input": "forms units of its own", "stvit": "forms units of its own",
     "hvt_pool": "lie nowhere|no positions", "patch_merger": "lie nowhere", "sinkhorn": "lie nowhere",
-    "sit": "lie nowhere", "token_learner": "lie nowhere",
+    "sit": "lie nowhere", "token_learner": "lie nowhere", "stvit_r": "runs blocks .* forms units of its own",
 }  # fmt: skip
 ALL = {name: OTHERWISE.get(name, case) for name, case in CASES.items()}
 QUICK = {"ats", "topk", "tome", "gtp", "kmedoids", *REFUSED, "back_tracking", "bat"}
