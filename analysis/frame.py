@@ -35,6 +35,7 @@ FLAGS = tuple(name for name in row_columns(Kind.FLAG) if name != FINETUNED)
 LISTS = row_columns(Kind.REALS, Kind.WHOLES)
 REMEDY = "run the experiments first: make ablations OUT={out}"
 KEPT_ROWS = 1_000_000  # rows of per-image tables held at once: some hundreds of megabytes
+OTHER_INPUTS = {"small_input", "fewer_frames"}  # controls that show the model less, and choose no patches of it
 ORACLES = {"back_tracking"}  # methods that read what nobody has beforehand: drawn and listed, and nobody's choice
 
 
@@ -291,6 +292,11 @@ def row_nearest(table: pd.DataFrame, column: str, wanted: float) -> dict[str, An
 def choosable(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that somebody could choose: all but those of oracles."""
     return rows[[not ORACLES & set(reducer_names(text)) for text in rows["reducer"]]]
+
+
+def choosing(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows in which a method chooses patches: all but those of smaller images and of fewer frames."""
+    return rows[[not OTHER_INPUTS & set(reducer_names(text)) for text in rows["reducer"]]]
 
 
 def reducer_names(stages: str) -> list[str]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analysis import stats
 from analysis.facts.kept import Bits, packed
-from analysis.frame import records_of
+from analysis.frame import choosing, records_of
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ def of_motion(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame], grid: Clip
 def steadiness(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame], grid: ClipGrid) -> pd.DataFrame:
     """One line a method: variant, jaccard (places kept in two neighbouring frames over places kept in either, mean over
     pairs and clips), low and high (clips resampled), chance (what blind choices of as many would have), gmacs, key.
+    Controls that show the model other frames have no line.
     """
     found = []
-    for row in records_of(rows):
+    for row in records_of(choosing(rows)):
         kept = frames_kept(images, row["key"], grid)
         if kept is None or kept.shape[2] < 2:
             continue

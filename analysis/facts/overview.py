@@ -13,7 +13,7 @@ import pandas as pd
 from analysis.facts import agreement, kept
 from analysis.facts.matching import INTERPOLATED, cost_levels, cut, dense_gmacs, merge_seeds
 from analysis.facts.tokens import adaptive, correlations, hardness
-from analysis.frame import choosable, records_of, reducer_names, row_nearest
+from analysis.frame import choosable, choosing, records_of, reducer_names, row_nearest
 
 OVERVIEW_COST = 0.6  # share of the dense cost at which methods are pictured: deep enough to differ, not yet broken
 ASIDE = 0.06  # of the dense cost: how far a method without a trial at that cost may stand from it
@@ -93,7 +93,7 @@ def pictured_methods(rows: pd.DataFrame, images: Mapping[str, pd.DataFrame]) -> 
     """A few methods for the sheet of samples, each made of other reducers: adaptive ones first, then those
     with more reducing blocks (they have more to show), then by accuracy.
     """
-    usable = choosable(rows[[len(blocks) > 0 for blocks in rows["blocks"]]])
+    usable = choosing(choosable(rows[[len(blocks) > 0 for blocks in rows["blocks"]]]))
     if usable.empty:
         return usable
     ranked = usable.assign(

@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 
 from analysis import stats
 from analysis.facts.clips import ClipGrid, frames_kept, motion, of_motion, steadiness
+from analysis.facts.overview import pictured_methods
 from analysis.plots import clip_motion, clip_steadiness, clip_strip
 from analysis.plots.base import Sample
 from analysis.published import printed_rows
@@ -46,8 +47,9 @@ def images() -> dict[str, pd.DataFrame]:
     return {name: table(kept, moves) for name, kept in (("follows", follows), ("blind", blind), ("same", same))}
 
 
-def rows(*names: str) -> pd.DataFrame:
-    return pd.DataFrame({"key": list(names), "variant": list(names), "gmacs_mean": 1.0})
+def rows(*names: str, reducer: str = "topk") -> pd.DataFrame:
+    stages = f'[{{"at": [3], "stack": [{{"name": "{reducer}"}}]}}]'
+    return pd.DataFrame({"key": list(names), "variant": list(names), "gmacs_mean": 1.0, "reducer": stages})
 
 
 def test_bits_are_read_frame_by_frame(images: dict[str, pd.DataFrame]) -> None:
@@ -113,6 +115,14 @@ def test_steadiness_is_one_where_places_stay_and_chance_where_they_are_blind(ima
     assert kept is not None
     slow = [np.mean([(one & other).sum() / (one | other).sum() for one, other in pairwise(clip[0])]) for clip in kept]
     assert blind["jaccard"] == pytest.approx(np.mean(slow))
+
+
+def test_smaller_and_fewer_frames_choose_no_patches(images: dict[str, pd.DataFrame]) -> None:
+    """A grid of larger patches is the same in every frame, and frames that are left out hold none."""
+    controls = pd.concat([rows("blind", reducer="small_input"), rows("same", reducer="fewer_frames")])
+    assert len(steadiness(controls, images, GRID)) == 0
+    every = pd.concat([controls, rows("follows")]).assign(top1=0.5, blocks=[(3,)] * 3)
+    assert list(pictured_methods(every, images)["key"]) == ["follows"]
 
 
 def test_frames_that_keep_nothing_do_not_count() -> None:
