@@ -57,10 +57,10 @@ def overview(trials: pd.DataFrame) -> pd.DataFrame:
     dense = dense_gmacs(rows)
     wanted, levels = OVERVIEW_COST * dense, cost_levels(rows, by="variant", count=8)
     if levels:
-        cuts = {level: cut(rows, level, by="variant").rows for level in levels}
+        cuts = {level: _real(rows, cut(rows, level, by="variant").rows, level, dense) for level in levels}
         most = max(map(len, cuts.values()))
         level = min((one for one in levels if len(cuts[one]) >= 0.8 * most), key=lambda one: abs(one - wanted))
-        chosen = _real(rows, cuts[level], level, dense)
+        chosen = cuts[level]
     else:
         chosen = rows.loc[[(rows.loc[~rows["dense"], "gmacs_mean"] - wanted).abs().idxmin()]]
     order = {name: i for i, name in enumerate(dict.fromkeys(rows["variant"]))}

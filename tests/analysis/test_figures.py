@@ -323,6 +323,19 @@ def test_agreement_without_the_spec_of_all_methods_takes_every_spec_once(
     assert overlapping_texts(drawn.figure) == []
 
 
+def test_methods_are_shown_at_a_cost_at_which_they_have_trials_and_not_at_one_between(answered: pd.DataFrame) -> None:
+    """As the specs of clips: all methods at 0.5 and 0.7 of the dense cost, one of them at 0.6 as well."""
+    row, rows = answered[~answered["dense"]].iloc[0], []
+    for number in range(5):
+        for share in (0.5, 0.6, 0.7) if number == 0 else (0.5, 0.7):
+            cost = share * row["dense_gmacs"]
+            rows.append({**row, "spec": "methods", "variant": f"method {number}", "key": f"{number}/{share}",
+                         "reducer": str(number), "gmacs_mean": cost, "target_gmacs": cost})  # fmt: skip
+    shown = overview(pd.DataFrame(rows))
+    assert list(shown["variant"]) == [f"method {number}" for number in range(5)]
+    assert shown["gmacs_mean"].nunique() == 1 and "0.6" not in str(list(shown["key"]))
+
+
 def test_agreement_leaves_out_specs_that_have_nothing_near(answered: pd.DataFrame) -> None:
     trials = answered[(answered["spec"] != "methods") & (answered["model"] == "digits_vit_small")]
     rows = overview(trials)
