@@ -68,7 +68,7 @@ class STViTR(TokenReducer):
 
     summary = "semantic tokens for four blocks out of six, from which all patches are recovered"
     source = "Chang et al., CVPR 2023 (arXiv 2303.08685); on a plain ViT ours"
-    traits = Traits(trained=True, site="input")
+    traits = Traits(trained=True, site="input", pools=True, needs_token_keys=True)
     scheduled_as = None
     budgets = ("count", "ratio")
     unit: ClassVar[int] = UNIT

@@ -582,7 +582,9 @@ def test_work_is_shared_between_placements_and_between_options(images: Tensor) -
 # --- the methods ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    **dict.fromkeys(("patch_merger", "sinkhorn", "sit", "token_learner", "hvt_pool", "stvit"), "read tokens in their "),
+    **dict.fromkeys(
+        ("patch_merger", "sinkhorn", "sit", "token_learner", "hvt_pool", "stvit", "stvit_r"), "read tokens in their "
+    ),
     **dict.fromkeys(("gtp", "back_tracking", "sttabt"), "attend to cells of a coarser grid"),
 }  # fmt: skip
 FEW = ("ats", "evit", "tome", *REFUSED)
