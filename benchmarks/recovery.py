@@ -3,12 +3,13 @@
     python -m benchmarks.recovery --out FOLDER
 
 Methods inside the windows of ``digits_swin_tiny`` and STViT begin from its shipped weights; STViT-R's unit on a plain
-ViT, that ViT and its first seven blocks alone from those of ``pairs_vit_tiny``. All see the 38,400 scenes that
-``digits_stvit_r_tiny`` saw, in the same order, with the losses, optimizer and learning rates of
-``ablations.workloads.train_siblings``; a method acts in every step as it does afterwards. What token labelling is told
-of lies on the map, where tokens that were dropped have their last features (``restore="last"``); STViT's semantic
-tokens have no places, so there it is the tokens of which they are made. The map that leaves a row, trained, is read as
-``TASK=dense`` reads it, by a linear head of its own. A row takes about ten minutes on one core.
+ViT, that ViT, its first seven blocks alone and methods at the cost of the unit, from those of ``pairs_vit_tiny``. All
+see the 38,400 scenes that ``digits_stvit_r_tiny`` saw, in the same order, with the losses, optimizer and learning
+rates of ``ablations.workloads.train_siblings``; a method acts in every step as it does afterwards. What token
+labelling is told of lies on the map, where tokens that were dropped have their last features and tokens that were
+merged those of the token that carries them (``restore="last"``); STViT's semantic tokens have no places, so there it
+is the tokens of which they are made. The map that leaves a row, trained, is read as ``TASK=dense`` reads it, by a
+linear head of its own. A row takes about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -59,7 +60,15 @@ WINDOWS: dict[str, Callable[[], Placement]] = {
 }
 SEMANTIC = {"stvit_2": 2, "stvit_1": 1}  # base blocks
 _SEMANTICS = semantics_of(8, 4, side=2)  # 2 x 2 of each window of 4 x 4, as the small STViT-R has
-PLAIN = ("vit", "vit_unit", "vit_7_blocks")
+PLAIN: dict[str, Callable[[], Placement]] = {
+    "vit": Placement,
+    "vit_unit": lambda: at(range(6, 12), STViTR(Count(9))),
+    "vit_7_blocks": Placement,
+    "vit_topk": lambda: at(6, TopK(Count(28))),
+    "vit_ats": lambda: at(7, ATS(Count(48))),  # at block 6 it keeps too few to cost as much as the others
+    "vit_tome": lambda: at(range(6, 12), ToMe(Ratio(0.73))),
+    "vit_random": lambda: at(6, RandomDrop(Count(28))),
+}
 ROWS = (*WINDOWS, *SEMANTIC, *PLAIN)  # those that are trained here
 
 
@@ -75,11 +84,9 @@ class Row(nn.Module):
         self.start = STVIT_R if name == SHIPPED else PAIRS_MODEL if name in PLAIN else SWIN
         model: Any = create_known(self.start)
         load_into(model, read_weights(WEIGHTS / f"{self.start}.safetensors"), name=self.start, source="the package")
-        placement = WINDOWS.get(name, Placement)()
+        placement = {**WINDOWS, **PLAIN}.get(name, Placement)()
         if name in SEMANTIC:
             model = STViTSwin.from_swin(model, base=SEMANTIC[name], semantics=_SEMANTICS)
-        elif name == "vit_unit":
-            placement = at(range(6, 12), STViTR(Count(9)))
         elif name == "vit_7_blocks":
             del model.blocks[7:]
         self.model, self.fast = model, reduce_tokens(model, placement)
