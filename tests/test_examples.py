@@ -18,6 +18,7 @@ IN_TURN = """
 import runpy, sys
 for path in sys.argv[1:]:
     print("<<<", path)
+    sys.argv = [path]
     runpy.run_path(path, run_name="__main__")
 """
 
@@ -56,8 +57,9 @@ def test_the_examples_run_from_elsewhere() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_that_exports_runs() -> None:
-    (printed,) = run(DEAR)
+@pytest.mark.parametrize("example", DEAR, ids=lambda path: path.stem)
+def test_an_example_that_exports_runs(example: Path) -> None:
+    (printed,) = run([example])
     assert any(word in printed for word in SHOWN)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from ablations.records.schema import IMAGE_SCHEMA, ROW_SCHEMA
 from ablations.run.session import Session, Settings, open_session
 from ablations.store.store import Store
 from ablations.trial.trial import base_row
+from tests.ablations.memory import most_held
 
 COUNT = 20_000
 SPECS = 5
@@ -197,8 +197,7 @@ def _step(folder: Path, step: str) -> None:
     started = time.perf_counter()
     said = STEPS[step](folder)
     seconds = time.perf_counter() - started
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "megabytes": megabytes, "said": said}))
+    print(json.dumps({"seconds": seconds, "megabytes": most_held(), "said": said}))
 
 
 if __name__ == "__main__":

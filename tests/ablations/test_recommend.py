@@ -329,7 +329,7 @@ def test_a_model_is_driven_as_it_is_asked_from_the_search_to_the_file(
         placement = reducers.load(file, model)
     fast, images = reducers.reduce_tokens(model, placement, host={"fill": "zero"}).eval(), embedded_workload(IMAGES)
     confirm = part(images, None).confirmation
-    right = [int(fast(images.batch(row, row + 1)).argmax()) == images.labels[row] for row in confirm]
+    right = [int(fast(images.batch(row, row + 1)).logits.argmax()) == images.labels[row] for row in confirm]
     assert np.mean(right) == pytest.approx(goal["recommended"]["value"])
     assert main(["reproduce", goal["recommended"]["key"], "--out", str(tmp_path / "recommend")]) == 0
     assert "bit for bit" in capfd.readouterr().out

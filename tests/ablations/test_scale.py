@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.ablations import scale
+from tests.ablations.memory import STATUS, most_held
 
 MEGABYTES = 1800.0  # of a process that has loaded torch: 20,000 rows must not add more than some hundreds
 
@@ -19,6 +22,15 @@ def test_twenty_thousand_trials_fit_into_little_memory(tmp_path: Path) -> None:
     assert str(scale.COUNT + 90) in costs["analysis frame"].said == costs["analysis frame, not compacted"].said
     for step, cost in costs.items():
         assert cost.megabytes < MEGABYTES, (step, cost)
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="only Linux tells the memory of a program from what its parent held")
+def test_memory_of_a_process_is_its_own() -> None:
+    held = bytearray(300 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    words = [sys.executable, "-c", "from tests.ablations.memory import most_held; print(most_held())"]
+    assert 5 < float(subprocess.run(words, capture_output=True, text=True, check=True).stdout) < 100
+    assert most_held() > 300
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -341,8 +342,8 @@ EACH = [
 @pytest.mark.parametrize("name", EACH)
 @torch.no_grad()
 def test_every_method_runs_and_an_image_alone_is_the_same_as_in_a_batch(name: str, images: Tensor) -> None:
-    model = make()
-    blocks = [FIRST] if name == "stvit" else [4, 5]
+    model = make(depth=9) if name == "stvit_r" else make()
+    blocks: Sequence[int] = {"stvit": [FIRST], "stvit_r": range(FIRST, 9)}.get(name, [4, 5])
     fast = reduce_tokens(model, at(blocks, build(settings(name))))
     together, trace = fast.trace(images)
     assert together.isfinite().all()
