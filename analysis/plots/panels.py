@@ -17,6 +17,7 @@ TOO_MANY = 9  # series that one pair of axes can still show, and panels that one
 COLUMNS = 3
 MORE = " At most nine panels a figure: those nearest to the front first, the others in the figures that follow."
 PANEL = 1.75  # inches high
+LETTERS = 28  # of a label beside a row of panels; more would reach into the title
 BEHIND: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 0.7, "zorder": 1}  # the other series of a panel
 
 
@@ -66,7 +67,9 @@ def share_limits(grid: Sequence[Axes], xlabel: str, ylabel: str, figure: Figure)
         axes.xaxis.label.set_fontsize(7.5)
         axes.locator_params(axis="x", nbins=4)
         axes.locator_params(axis="y", nbins=5)
-    figure.supylabel(ylabel, fontsize=10)
+    specification = grid[0].get_subplotspec()
+    rows = 1 if specification is None else specification.get_gridspec().nrows
+    figure.supylabel(textwrap.fill(ylabel, LETTERS * rows), fontsize=10)
 
 
 def spread(positions: Sequence[float], least: float) -> np.ndarray:

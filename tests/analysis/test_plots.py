@@ -23,6 +23,7 @@ from analysis.frame import Results, tidy
 from analysis.page import read_samples
 from analysis.plots import Drawn, adaptivity, class_token, coverage, k_effect, placement, samples, stacking
 from analysis.plots import tokens_per_block as tokens
+from analysis.plots.panels import TOO_MANY
 from analysis.plots.tradeoff import tradeoff
 from tests.analysis.asked import WORDS, draw
 from tests.analysis.synthetic import DENSE_GMACS, Maker
@@ -312,6 +313,17 @@ def test_one_series_without_a_dense_row_is_still_a_figure(looks: Looks) -> None:
 def test_no_text_of_any_figure_overlaps_another(drawn: list[Drawn], third: int) -> None:
     assert len(drawn) == len({one.name for one in drawn}) >= 30
     assert [(one.name, pair) for one in drawn[third::3] for pair in overlapping_texts(one.figure)] == []
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 4])
+def test_no_text_overlaps_where_few_panels_are_left_for_the_last_figure(left: int) -> None:
+    maker, count = Maker(images=40), TOO_MANY + left
+    for number in range(count):
+        maker.add("methods", f"method {number}", reducer=[{"name": "topk"}], blocks=[3], keep=0.4, accuracy=0.7)
+    rows = tidy(maker.frame())
+    words = {"title": "Coverage: do the surviving patches lie on the object? (2 of 2)", "subtitle": "digit pairs"}
+    figure = coverage.coverage(rows, maker.images, looks=style.assign_looks(rows), page=1, **words)
+    assert len(figure.axes) == left and overlapping_texts(figure) == []
 
 
 def test_figures_do_not_change_the_frames_they_draw(results: Results, looks: Looks) -> None:
