@@ -71,7 +71,8 @@ def coverage(
 ) -> Figure:
     """Coverage of the object's mask against GMACs and against the patches left, one curve a series."""
     rows = merge_seeds(_shown(trials))
-    rows = rows.assign(left=[100 * _left(row) for row in records_of(rows)])
+    whole = _whole(trials)
+    rows = rows.assign(left=[100 * _left(row, whole) for row in records_of(rows)])
     names = list(dict.fromkeys(rows["variant"]))
     if len(names) > panels.TOO_MANY:
         return _many(rows, panels.page(names, page), looks=looks, title=title, subtitle=subtitle)
@@ -118,10 +119,19 @@ def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look]
     return style.finish(figure)
 
 
-def _left(row: Mapping[str, Any]) -> float:
-    """Tokens leaving the last block as a share of those entering the first (both with their prefix)."""
+def _whole(trials: pd.DataFrame) -> float:
+    """Tokens leaving the last block of the dense model, whose stages may merge patches by themselves; nan if unknown."""
+    return next((float(tokens[-1]) for tokens in trials.loc[trials["dense"], "tokens"] if len(tokens)), float("nan"))
+
+
+def _left(row: Mapping[str, Any], whole: float) -> float:
+    """Tokens leaving the last block as a share of those that leave it in the dense model or, where no row tells that, of
+    those entering the first (all with their prefix).
+    """
     tokens = row["tokens"]
-    return float(tokens[-1] / tokens[0]) if len(tokens) else float("nan")
+    if not len(tokens):
+        return float("nan")
+    return float(tokens[-1] / (tokens[0] if np.isnan(whole) else whole))
 
 
 def _half_widths(key: str, images: Mapping[str, pd.DataFrame]) -> tuple[float, float]:

@@ -224,6 +224,19 @@ def test_a_picture_that_a_table_lacks_is_not_shown_with_another_images_patches()
     assert here == [0, 2, None]
 
 
+def test_what_is_left_where_stages_merge_patches_is_a_share_of_what_the_dense_model_has_left(
+    answered: pd.DataFrame,
+) -> None:
+    """16 of 64 tokens behind stages of 1,024 and 256 are a quarter, and a blind choice lies on the diagonal."""
+    rows = answered[answered["spec"] == "methods"]
+    rows = rows.assign(coverage=np.where(rows["dense"], 1.0, 0.25))
+    rows["tokens"] = [[1024, 256, 64 if dense else 16] for dense in rows["dense"]]
+    assert rows["dense"].any()
+    _, against_left = coverage.coverage(rows, {}, looks={}, title="T", subtitle="").axes
+    drawn = [container.lines[0].get_xydata() for container in against_left.containers]
+    assert drawn and all((points == 25.0).all() for points in drawn)
+
+
 def test_what_is_left_is_counted_in_tokens_where_the_prefix_is_among_them(answered: pd.DataFrame) -> None:
     rows = answered[answered["spec"] == "methods"]
     figure = coverage.coverage(rows, {}, looks={}, title="T", subtitle="")
