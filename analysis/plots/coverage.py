@@ -120,13 +120,13 @@ def _many(rows: pd.DataFrame, names: Sequence[str], *, looks: Mapping[str, Look]
 
 
 def _whole(trials: pd.DataFrame) -> float:
-    """Tokens leaving the last block of the dense model, whose stages may merge patches by themselves; nan if unknown."""
+    """Tokens leaving the last block of the dense model, whose stages may merge patches; nan if no row tells."""
     return next((float(tokens[-1]) for tokens in trials.loc[trials["dense"], "tokens"] if len(tokens)), float("nan"))
 
 
 def _left(row: Mapping[str, Any], whole: float) -> float:
-    """Tokens leaving the last block as a share of those that leave it in the dense model or, where no row tells that, of
-    those entering the first (all with their prefix).
+    """Tokens leaving the last block as a share of those that leave it in the dense model or, where that is not known,
+    of those entering the first (all with their prefix).
     """
     tokens = row["tokens"]
     if not len(tokens):
